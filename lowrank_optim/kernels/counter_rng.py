@@ -1,0 +1,94 @@
+"""Random numbers as a pure function of (key, position): the package's only source of randomness.
+
+A counter-based generator hashes the position of an element together with a key, so a draw does not depend on the device, on the
+order of the calls, on how a tensor is sharded, or on torch's global generators, and nothing has to be saved for a resume to be
+exact. Keys are 64-bit integers made by `make_key` from (seed, parameter index, step, purpose).
+
+The hash is two rounds of a 32-bit multiply-xorshift mixer. It is meant for sketches and rounding noise, not for cryptography.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+# Separate streams for separate purposes, so that no two draws of one step are ever correlated.
+PURPOSE_BASIS = 1
+PURPOSE_ROUNDING = 2
+
+
+def make_key(seed: int, index: int, step: int, purpose: int) -> int:
+    """A 64-bit key for one stream of random numbers (splitmix64 over the four integers)."""
+    key = 0
+    for word in (seed, index, step, purpose):
+        key = (key + (word & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
+        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK64
+        key ^= key >> 31
+    return key
+
+
+def _mix32_(x: Tensor) -> Tensor:
+    """One round of the mixer on int64 values below 2**32; modifies x in place."""
+    # int64 products wrap around, which leaves their low 32 bits (all that is kept) exact.
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x.bitwise_xor_(x >> shift).mul_(factor).bitwise_and_(_MASK32)
+    return x.bitwise_xor_(x >> 16)
+
+
+def random_bits(key: int, positions: Tensor) -> Tensor:
+    """32 random bits for each position.
+
+    Args:
+        key: from `make_key`.
+        positions: int64 tensor of any shape, non-negative.
+
+    Returns:
+        int64 tensor of the same shape with values in [0, 2**32).
+    """
+    low, high = key & _MASK32, key >> 32
+    x = _mix32_((positions & _MASK32).bitwise_xor_(low))
+    x.bitwise_xor_((positions >> 32).mul_(0x9E3779B9).bitwise_and_(_MASK32)).bitwise_xor_(high)
+    return _mix32_(x)
+
+
+def uniform(key: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform numbers in (0, 1), never 0 or 1: (24 random bits + 1/2) / 2**24."""
+    bits = random_bits(key, torch.arange(math.prod(shape), device=device)) >> 8
+    return bits.to(torch.float64).add_(0.5).mul_(2.0**-24).to(dtype).view(shape)
+
+
+def gaussian(key: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers by Box-Muller: √(−2 ln u) cos 2πv.
+
+    The transcendental functions are evaluated in float64, so that devices whose last bits differ there agree after rounding to
+    float32 (but for about one element in 10**8).
+    """
+    numel = math.prod(shape)
+    pairs = (numel + 1) // 2
+    u, v = uniform(key, (2, pairs), device, torch.float64)
+    radius, angle = u.log_().mul_(-2.0).sqrt_(), v.mul_(2.0 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:numel].to(dtype).view(shape)
+
+
+def choose(key: int, population: int, count: int, device: torch.device) -> Tensor:
+    """`count` distinct indices below `population`, uniformly and in ascending order; int64.
+
+    The `count` smallest hashes win; ties (one in 2**32) go to the smaller index.
+    """
+    order = random_bits(key, torch.arange(population, device=device)).argsort(stable=True)
+    return order[:count].sort().values
+
+
+def choose_stratified(key: int, population: int, count: int, device: torch.device) -> Tensor:
+    """`count` distinct ascending indices below `population`, one from each of `count` equal strata; int64.
+
+    Needs memory for `count` indices only, whatever the population: index j is drawn uniformly from
+    [⌊j·population/count⌋, ⌊(j+1)·population/count⌋).
+    """
+    edges = torch.arange(count + 1, device=device) * population // max(count, 1)
+    width = edges[1:] - edges[:-1]
+    return edges[:-1] + random_bits(key, torch.arange(count, device=device)) * width // 2**32

@@ -1,0 +1,190 @@
+"""The definition of every operation, in torch ops, for any device: other backends are tested against these functions.
+
+Three stages make a step (`W` m×n, gradient `G` m×n, low-rank matrices "tall": one row for every row or column of W):
+
+    project    R = G B  (right)  or  Gᵀ B  (left)
+    direct     moments and direction N from R, elementwise on small matrices
+    apply      W ← keep·W − α·(left @ right)
+
+Arithmetic is float32 (float64 for float64 parameters) whatever the storage type. Low-precision operands are converted by chunks of
+rows, so no operation allocates a float32 copy of a whole large matrix.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.counter_rng import random_bits
+
+CHUNK_ELEMENTS = 1 << 20
+"""Elements that a float32 working copy of a low-precision matrix may have (4 MiB)."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that arithmetic on a parameter of this type is done in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_chunks(rows: int, cols: int) -> Iterator[slice]:
+    """Slices of rows that together cover a rows×cols matrix, each of at most CHUNK_ELEMENTS elements (at least one row)."""
+    size = max(1, CHUNK_ELEMENTS // max(cols, 1))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def project(grad: Tensor, basis: Tensor, side: str) -> Tensor:
+    """R = G B for side "right" (m×r), R = Gᵀ B for side "left" (n×r), with float32 accumulation.
+
+    Args:
+        grad: (…, m, n), any floating type.
+        basis: (…, n, r) for "right", (…, m, r) for "left"; float32 or float64.
+        side: "right" or "left".
+    """
+    if grad.dtype == basis.dtype:
+        return torch.matmul(grad if side == "right" else grad.mT, basis)
+    if grad.dim() > 2:
+        return torch.stack([project(g, b, side) for g, b in zip(grad, basis, strict=True)])
+    rows, cols = grad.shape
+    if side == "right":
+        out = basis.new_empty(rows, basis.shape[-1])
+        for chunk in row_chunks(rows, cols):
+            torch.matmul(grad[chunk].to(basis.dtype), basis, out=out[chunk])
+        return out
+    out = basis.new_zeros(cols, basis.shape[-1])
+    for chunk in row_chunks(rows, cols):
+        out.addmm_(grad[chunk].to(basis.dtype).mT, basis[chunk])
+    return out
+
+
+def adam_direct_(
+    grad: Tensor,
+    exp_avg: Tensor,  # modified in place
+    exp_avg_sq: Tensor,  # modified in place
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: float,
+    ok: Tensor | None = None,
+) -> Tensor:
+    """Adam's moments and direction: m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², N = (m/bc₁) / (√(v/bc₂) + ε), bcᵢ = 1 − βᵢᵗ.
+
+    Args:
+        grad: the (projected) gradient, in the compute type.
+        step: t ≥ 1, the number of steps that the moments have seen with this one.
+        ok: 0-d bool on the device. Where it is false, the moments stay as they are and N is 0 (`grad` must be finite: fill it with
+            zeros). None means true.
+    """
+    bc1, bc2 = 1.0 - beta1**step, 1.0 - beta2**step
+    if ok is None:
+        exp_avg.lerp_(grad, 1.0 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    else:
+        exp_avg.lerp_(grad, ok.to(grad.dtype) * (1.0 - beta1))
+        exp_avg_sq.mul_(torch.where(ok, beta2, 1.0)).addcmul_(grad, grad, value=1.0 - beta2)
+    # m / (bc₁/√bc₂ · √v + bc₁·ε): both corrections in the denominator, so that N takes one pass.
+    direction = exp_avg_sq.sqrt().mul_(bc1 / bc2**0.5).add_(bc1 * eps)
+    torch.div(exp_avg, direction, out=direction)
+    return direction if ok is None else direction.masked_fill_(~ok, 0.0)
+
+
+def apply_(
+    weight: Tensor,  # modified in place
+    left: Tensor,
+    right: Tensor,
+    *,
+    alpha: float,
+    keep: float | Tensor,
+    ok: Tensor | None = None,
+    rounding_key: int | None = None,
+) -> None:
+    """W ← keep·W − α·(left @ right), one pass over W.
+
+    Args:
+        weight: (…, m, n) matrix view of the parameter, any floating type.
+        left: (…, m, r) in the compute type.
+        right: (…, r, n) in the compute type.
+        alpha: the step size.
+        keep: 1 − ηλ, the factor of decoupled weight decay; a 0-d tensor costs another pass over W.
+        ok: 0-d bool on the device; where it is false, W stays as it is (`left @ right` must then be 0).
+        rounding_key: round bfloat16 weights stochastically with this key; None rounds to nearest.
+    """
+    if ok is not None and not (isinstance(keep, float) and keep == 1.0):
+        keep = torch.where(ok, keep, 1.0)
+    if weight.dtype == left.dtype:
+        if isinstance(keep, Tensor):
+            weight.mul_(keep)
+            keep = 1.0
+        multiply_add = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
+        multiply_add(left, right, beta=keep, alpha=-alpha)
+        return
+    stack = (weight, left, right) if weight.dim() > 2 else (weight[None], left[None], right[None])
+    for i, (w, a, b) in enumerate(zip(*stack, strict=True)):
+        rows, cols = w.shape
+        for chunk in row_chunks(rows, cols):
+            updated = w[chunk].to(a.dtype).mul_(keep).addmm_(a[chunk], b, alpha=-alpha)
+            store_(w[chunk], updated, rounding_key, i * w.numel() + chunk.start * cols)
+
+
+def decay_(weight: Tensor, keep: float | Tensor, ok: Tensor | None = None) -> None:
+    """W ← keep·W where `ok` holds (or is None), in place; free for keep = 1."""
+    if isinstance(keep, Tensor) or keep != 1.0:
+        weight.mul_(keep if ok is None else torch.where(ok, keep, 1.0))
+
+
+def apply_dense_(
+    weight: Tensor,  # modified in place
+    direction: Tensor,
+    *,
+    alpha: float,
+    keep: float | Tensor,
+    ok: Tensor | None = None,
+    rounding_key: int | None = None,
+) -> None:
+    """W ← keep·W − α·N for a direction of the weight's own shape; the other arguments are those of `apply_`."""
+    if ok is not None:
+        keep = torch.where(ok, keep, 1.0)
+    if weight.dtype == direction.dtype:
+        weight.mul_(keep).add_(direction, alpha=-alpha)
+        return
+    flat = weight.reshape(-1)  # a copy where the weight is not contiguous
+    change = direction.reshape(-1)
+    for chunk in row_chunks(flat.numel(), 1):
+        updated = flat[chunk].to(change.dtype).mul_(keep).add_(change[chunk], alpha=-alpha)
+        store_(flat[chunk], updated, rounding_key, chunk.start)
+    if flat.data_ptr() != weight.data_ptr():
+        weight.copy_(flat.view(weight.shape))
+
+
+def store_(target: Tensor, value: Tensor, rounding_key: int | None, start: int = 0) -> None:
+    """target ← value, rounded to the target's type: to nearest, or stochastically with a key.
+
+    Args:
+        target: modified in place; for stochastic rounding, bfloat16.
+        value: float32, same shape.
+        rounding_key: from `counter_rng.make_key`; None rounds to nearest.
+        start: global index of the first element, so that the noise does not depend on chunks or shards.
+    """
+    if rounding_key is not None:
+        positions = torch.arange(start, start + value.numel(), device=value.device).view(value.shape)
+        value = stochastic_round(value, rounding_key, positions)
+    target.copy_(value)
+
+
+def stochastic_round(value: Tensor, key: int, positions: Tensor) -> Tensor:
+    """float32 values on the bfloat16 grid, each rounded up with a probability equal to its distance from the lower neighbour.
+
+    A bfloat16 is the upper half of a float32:
+
+        | s | eeeeeeee | mmmmmmm | xxxxxxxxxxxxxxxx |
+        |<--- kept: bfloat16 --->|<--- dropped ---->|
+
+    Adding a uniform 16-bit integer to the dropped half carries into the kept half with probability x / 2**16. The sum is an integer
+    addition on the bits, so it works across exponents and for both signs (away from or towards zero in magnitude). Expectation over
+    keys is the value itself. Infinities and NaNs are left alone; finite values within one step of the largest bfloat16 can become
+    infinite, as in rounding to nearest.
+    """
+    noise = random_bits(key, positions).bitwise_and_(0xFFFF).to(torch.int32)
+    bits = value.contiguous().view(torch.int32)
+    rounded = (bits + noise).bitwise_and_(-65536).view(torch.float32)
+    return torch.where(torch.isfinite(value), rounded, value)

@@ -1,0 +1,27 @@
+"""The optimizers, by class and by short name."""
+
+from difflib import get_close_matches
+
+from lowrank_optim.optimizers.base import LowRankOptimizer, state_bytes
+from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW
+
+__all__ = ["METHODS", "GaLoreAdafactor", "GaLoreAdamW", "LowRankOptimizer", "by_name", "state_bytes"]
+
+METHODS: dict[str, type[LowRankOptimizer]] = {
+    "galore": GaLoreAdamW,
+    "galore_adafactor": GaLoreAdafactor,
+}
+"""Short names, as command lines and trainers use them."""
+
+
+def by_name(name: str) -> type[LowRankOptimizer]:
+    """The optimizer class that a short name stands for.
+
+    Raises:
+        ValueError: for an unknown name; the message names the nearest and all valid ones.
+    """
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"method is {name!r}: {hint}valid names are {', '.join(METHODS)}")
+    return METHODS[name]

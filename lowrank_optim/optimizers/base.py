@@ -1,0 +1,346 @@
+"""The step that all methods share: groups → project → direct → apply.
+
+    W ← (1 − ηλ) W − η·lift(C)        lift(C) = C Bᵀ (right), B Cᵀ (left), A C Bᵀ (full)
+
+`LowRankOptimizer` composes a rule (moments and direction), a projector (the subspace) and the options of each param group. It owns
+the life of the state: made with the optimizer, plain tensors only, exact through a checkpoint.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowrank_optim import kernels, projectors
+from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, make_key
+from lowrank_optim.optimizers import checkpoint
+from lowrank_optim.optimizers.layout import Layout, check_parameter, make_layout, matrix_view
+from lowrank_optim.optimizers.nonfinite import SkippedUpdates
+from lowrank_optim.optimizers.options import DEFAULTS, check_names, check_values
+from lowrank_optim.optimizers.schedule import latest_refresh, stagger_offset
+from lowrank_optim.projectors import SVD, Basis, Projector
+from lowrank_optim.rules import Rule
+
+HOST_STATE = ("step", "last_refresh")
+"""State that the host reads in every step, kept on the CPU wherever the parameter lives."""
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class LowRankOptimizer(Optimizer):
+    """An optimizer from parts: an update rule, a projector and options.
+
+    A param group with a `rank` is trained in a subspace of each matrix's gradients; other groups, matrices whose short side is below
+    the rank, and tensors that are no matrices are trained by the rule directly. One step of a low-rank matrix:
+
+        R = Gᵀ B or G B,   N = rule(R),   W ← (1 − ηλ) W − η α lift(N)
+
+    Args:
+        params: tensors, (name, tensor) pairs, or param groups such as `lowrank_optim.param_groups` makes.
+        rule: the update rule, such as `Adam(betas=(0.9, 0.999))`. Its fields become options of the groups.
+        lr: learning rate η.
+        weight_decay: decoupled weight decay λ.
+        **options: see `Options`.
+
+    Raises:
+        TypeError: an unknown option or group key (the message names the nearest valid one).
+        ValueError: a value out of range, or a parameter that cannot be trained (complex, sparse, sharded).
+
+    State (plain tensors; `m×n` the matrix, `r` the rank, 4 bytes an element, 8 for float64 parameters):
+        step: 0-d float32 on the CPU, the steps in which the parameter had a gradient (skipped ones included).
+        last_refresh: 0-d int64 on the CPU, the step (from 0) of the last successful refresh; −1 before the first.
+        basis: d×r, orthonormal columns on the projected side d; `basis_right` besides where both sides are projected; `indices` for
+            coordinates; nothing for random bases.
+        the rule's moments, of R's shape: m×r (right), n×r (left) or r×r (full).
+
+    Example:
+        >>> import torch, lowrank_optim as lo
+        >>> weight = torch.nn.Parameter(torch.zeros(64, 32))
+        >>> optimizer = lo.LowRankOptimizer([weight], rule=lo.Adam(), lr=0.1, rank=4, projector=lo.SVD())
+        >>> weight.grad = torch.ones(64, 32)
+        >>> optimizer.step()
+        >>> optimizer.state[weight]["exp_avg"].shape
+        torch.Size([64, 4])
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        rule: Rule,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        self._rule = rule
+        valid = {**DEFAULTS, **rule.options(), "lr": lr, "weight_decay": weight_decay}
+        check_names(options, valid, f"{type(self).__name__}(…)")
+        # The released code takes the exact subspace; a cheaper one has to be asked for.
+        projector = options.get("projector", "svd" if options.get("match_reference") else DEFAULTS["projector"])
+        self._projector = projector if isinstance(projector, Projector) else projectors.from_name(projector)
+        defaults = {**valid, **options, "projector": self._projector.name, "rule": rule.name}
+        self._layouts: dict[Tensor, Layout] = {}
+        self._offsets: dict[Tensor, int] = {}
+        self._warned: set[str] = set()
+        self._skipped = SkippedUpdates()
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch. Its options and parameters are checked, and their state made, before anything changes."""
+        group = dict(param_group)
+        if isinstance(group.get("projector"), Projector):
+            raise ValueError("projector in a param group must be a name; pass Projector objects to the constructor")
+        check_names(group, self.defaults, "a param group")
+        merged = {**self.defaults, **group}
+        self._check_options(merged)
+        params = merged.pop("params", [])
+        if isinstance(params, Tensor):
+            params = [params]
+        elif not isinstance(params, set):  # torch refuses sets, and says why
+            group["params"] = params = list(params)
+        tensors = [item[1] if isinstance(item, tuple) else item for item in params]
+        if params and isinstance(params[0], tuple):
+            merged["param_names"] = [item[0] for item in params]
+        layouts: dict[Tensor, Layout] = {}
+        if all(isinstance(tensor, Tensor) for tensor in tensors):  # torch refuses anything else, and says why
+            layouts = self._make_layouts(merged, tensors, len(self.param_groups), len(self._layouts))
+        super().add_param_group(group)
+        self._layouts |= layouts
+        self._offsets.clear()
+        for param, layout in layouts.items():
+            self.state[param] = self._init_state(param, self.param_groups[-1], layout)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        check_values(options)
+        self._rule.check(options)
+        self._projector_of(options).check(options["proj_type"])
+
+    def _projector_of(self, options: Mapping[str, Any]) -> Projector:
+        name = options["projector"]
+        if name == "svd" and options["match_reference"]:
+            return SVD(align=False)
+        return self._projector if name == self._projector.name else projectors.from_name(name)
+
+    def _init_state(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
+        state = {"step": torch.zeros((), dtype=torch.float32)}
+        dtype, device = kernels.compute_dtype(param.dtype), param.device
+        if layout.space is None:
+            return state | self._rule.init(tuple(param.shape), group, dtype, device)
+        state["last_refresh"] = torch.full((), -1, dtype=torch.int64)
+        state |= layout.projector.init(layout.space, self._key(group, layout, 0), device)
+        return state | self._rule.init(layout.projector.reduced_shape(layout.space), group, dtype, device)
+
+    @staticmethod
+    def _key(group: Mapping[str, Any], layout: Layout, step: int, purpose: int = PURPOSE_BASIS) -> int:
+        return make_key(group["seed"], layout.index, step, purpose)
+
+    # --------------------------------------------------------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient; returns the closure's value. The closure runs with gradients enabled."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.step_param(param, group)
+        self._skipped.poll()
+        return loss
+
+    @torch.no_grad()
+    def step_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Update one parameter from its gradient: the single entry that `step` and hooks use. No gradient, no change."""
+        grad = param.grad
+        if grad is None:
+            return
+        layout = self._layout_of(param)
+        if grad.is_sparse:
+            raise ValueError(
+                f"the gradient of {layout.name} is sparse; make it dense (nn.Embedding(sparse=False)), or give the parameter to "
+                "torch.optim.SparseAdam"
+            )
+        state = self.state[param]
+        weight: Tensor = param
+        basis = None
+        if layout.space is None:
+            reduced = grad.to(kernels.compute_dtype(param.dtype))
+        else:
+            weight, grad = matrix_view(param, layout.layout), matrix_view(grad, layout.layout)
+            self._refresh_if_due(param, grad, group, layout)
+            basis = self._basis(layout, group, state, int(state["last_refresh"]))
+            reduced = basis.project(grad)
+        ok = self._finite(reduced, param, group, layout)
+        state["step"] += 1
+        if ok is None or ok.device.type != "cpu" or self._mask_on_device:
+            reduced = reduced if ok is None else torch.where(ok, reduced, 0.0)
+        elif ok:
+            ok = None
+        else:
+            return
+        if group["maximize"]:
+            reduced = -reduced
+        self._update(param, weight, reduced, basis, group, layout, ok)
+
+    _mask_on_device = False  # tests set it, to run on the CPU what accelerators run
+
+    def _finite(self, reduced: Tensor, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Tensor | None:
+        """0-d bool, whether this gradient may be used, or None where it is not to be asked. Read off R: no pass over G."""
+        if group["on_nonfinite"] == "propagate":
+            return None
+        ok = torch.isfinite(torch.linalg.vector_norm(reduced))
+        if group["on_nonfinite"] == "raise":
+            if not bool(ok):
+                raise RuntimeError(
+                    f"the gradient of {layout.name} {tuple(param.shape)} holds NaN or infinity; the parameter is unchanged "
+                    '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
+                )
+            return None
+        if ok.device.type != "cpu" or not ok:
+            self._skipped.add(layout.name, ~ok)
+            if ok.device.type == "cpu":
+                self._skipped.warn()
+        return ok
+
+    def _update(
+        self,
+        param: Tensor,
+        weight: Tensor,
+        reduced: Tensor,
+        basis: Basis | None,
+        group: Mapping[str, Any],
+        layout: Layout,
+        ok: Tensor | None,
+    ) -> None:
+        """Direction and weight update from a reduced gradient that is finite, or zero where `ok` is false."""
+        state = self.state[param]
+        steps = float(state["step"])
+        if basis is not None and group["on_refresh"] == "reset":
+            steps -= max(int(state["last_refresh"]), 0)  # bias correction starts again with the moments
+        move = self._rule.direction(reduced, state, group, steps, weight, ok)
+        alpha, keep = move.step, 1.0 - move.decay * group["weight_decay"]
+        if group["match_reference"] and self._rule.decays_last:
+            alpha *= float(keep)  # decay after the update: (1 − ηλ)(W − ηU)
+        key = None
+        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+            key = self._key(group, layout, int(state["step"]), PURPOSE_ROUNDING)
+        if basis is None:
+            kernels.apply_dense_(weight, move.matrix, alpha=alpha, keep=keep, ok=ok, rounding_key=key)
+            return
+        basis.apply_(weight, move.matrix, alpha=alpha * group["scale"], keep=keep, ok=ok, rounding_key=key)
+        if weight.data_ptr() != param.data_ptr():  # a convolution whose strides allow no matrix view
+            param.copy_(weight.view(param.shape))
+
+    def skipped_updates(self) -> dict[str, int]:
+        """How many updates were left out because a gradient was not finite, by parameter name; waits for the device."""
+        return self._skipped.read()
+
+    # ----------------------------------------------------------------------------------------------------------- subspace
+
+    def _basis(self, layout: Layout, group: Mapping[str, Any], state: Mapping[str, Tensor], refreshed: int) -> Basis:
+        """The subspace in the state, refreshed last at step `refreshed`."""
+        assert layout.space is not None
+        key = self._key(group, layout, max(refreshed, 0))
+        return layout.projector.basis(layout.space, state, key, layout.device)
+
+    def _refresh_if_due(self, param: Tensor, grad: Tensor, group: Mapping[str, Any], layout: Layout) -> None:
+        """Give the parameter a new subspace from this gradient if one is due and the gradient allows it."""
+        assert layout.space is not None
+        state = self.state[param]
+        now, last = int(state["step"]), int(state["last_refresh"])
+        if last >= latest_refresh(now, group["update_proj_gap"], self._offset(param)):
+            return
+        new = layout.projector.refresh(grad, layout.space, state, self._key(group, layout, now), first=last < 0)
+        if new is None:
+            return  # zero or non-finite: keep the old basis and try again on the next step
+        if group["on_refresh"] == "reset":
+            for name in state.keys() - new.keys() - set(HOST_STATE):
+                state[name].zero_()
+        elif group["on_refresh"] == "rotate":
+            old = self._basis(layout, group, state, last)
+            basis = self._basis(layout, group, new, now)
+            self._rule.transport(state, lambda moment, power: basis.transport(moment, old, power), group, now)
+        for name, tensor in new.items():
+            state[name].copy_(tensor)
+        state["last_refresh"].fill_(now)
+
+    def _offset(self, param: Tensor) -> int:
+        """How many steps before a multiple of its gap this parameter is refreshed."""
+        if not self._offsets:
+            low_rank = [(p, g) for g in self.param_groups for p in g["params"] if self._layouts[p].space is not None]
+            for ordinal, (p, group) in enumerate(low_rank):
+                staggered = group["stagger"] and not group["match_reference"]
+                self._offsets[p] = stagger_offset(ordinal, len(low_rank), group["update_proj_gap"]) if staggered else 0
+        return self._offsets[param]
+
+    # -------------------------------------------------------------------------------------------------------------- state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a saved state, every tensor in its own type, on the device of its parameter.
+
+        Learning rates and other hyperparameters come from the checkpoint, as in torch. Also takes a `torch.optim.AdamW` checkpoint
+        for groups without `rank`.
+
+        Raises:
+            ValueError: a checkpoint of another method, rank or model; the message lists every difference, and the optimizer is as it
+                was.
+        """
+        checkpoint.load(self, state_dict)
+        self._rebuild_layouts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name) for name in ("_rule", "_projector")}
+        return {**super().__getstate__(), **parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_rule" in state:  # unpickled or copied
+            self._warned, self._skipped = set(), SkippedUpdates()
+        self._rebuild_layouts()
+
+    def _layout_of(self, param: Tensor) -> Layout:
+        layout = self._layouts[param]
+        if layout.device != param.device:  # the model was moved after the optimizer was built
+            for name in self.state[param].keys() - set(HOST_STATE):
+                self.state[param][name] = self.state[param][name].to(param.device)
+            self._rebuild_layouts()
+        return self._layouts[param]
+
+    def _rebuild_layouts(self) -> None:
+        self._layouts, self._offsets = {}, {}
+        for number, group in enumerate(self.param_groups):
+            self._layouts |= self._make_layouts(group, group["params"], number, len(self._layouts))
+
+    def _make_layouts(
+        self, group: Mapping[str, Any], params: Iterable[Tensor], number: int, first: int
+    ) -> dict[Tensor, Layout]:
+        """Layouts of one group's parameters; `number` is the group's, `first` the position of its first parameter."""
+        names = group.get("param_names") or [f"{number}.{i}" for i, _ in enumerate(params)]
+        projector = self._projector_of(group)
+        layouts = {}
+        for i, (param, name) in enumerate(zip(params, names, strict=True)):
+            check_parameter(param, name, group)
+            layouts[param] = make_layout(param, name, first + i, group, projector, self._warned)
+        return layouts
+
+
+def state_bytes(optimizer: Optimizer) -> dict[str, int]:
+    """Exact bytes of an optimizer's state by kind (`exp_avg`, `basis`, `step`, …), for any torch optimizer.
+
+    Example:
+        >>> import torch, lowrank_optim as lo
+        >>> weight = torch.nn.Parameter(torch.zeros(64, 32))
+        >>> lo.state_bytes(lo.GaLoreAdamW([weight], rank=4))
+        {'basis': 512, 'exp_avg': 1024, 'exp_avg_sq': 1024, 'last_refresh': 8, 'step': 4}
+    """
+    total: dict[str, int] = {}
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                total[name] = total.get(name, 0) + value.numel() * value.element_size()
+    return dict(sorted(total.items()))

@@ -1,0 +1,107 @@
+"""Loading a state dict: everything is checked before anything is changed, and every tensor keeps its own type.
+
+torch's own `load_state_dict` casts all state but `step` to the parameter's type, which would turn float32 moments of bfloat16
+weights, and any integer codes, into bfloat16.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lowrank_optim.optimizers.options import STRUCTURAL
+
+
+def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Put `state_dict` into the optimizer, or raise ValueError and leave it as it was."""
+    state_dict = state_dict.copy()
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(optimizer, state_dict) or state_dict
+
+    problems = list(_differences(optimizer, state_dict))
+    if problems:
+        shown = "\n  ".join(problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else []))
+        raise ValueError(
+            f"the checkpoint does not fit this {type(optimizer).__name__}, which is unchanged:\n  {shown}\n"
+            "Build the optimizer with the options and parameter order of the run that saved it."
+        )
+    groups = [_merge(saved, own) for saved, own in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)]
+    state = dict(optimizer.state)
+    for key, param in _saved_ids(optimizer, state_dict).items():
+        saved = state_dict["state"].get(key, {})
+        own = optimizer.state[param]
+        state[param] = {name: _like(saved[name], tensor) if saved else tensor for name, tensor in own.items()}
+
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    optimizer.param_groups[:] = groups
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
+
+
+def _saved_ids(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Any, Tensor]:
+    """The key of each parameter in the checkpoint; parameters are matched by their order, as in torch."""
+    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    own = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return dict(zip(saved, own, strict=True))
+
+
+def _merge(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with the saved hyperparameters, our parameters, and our values for options that the checkpoint does not know."""
+    kept = {name: deepcopy(value) for name, value in saved.items() if name != "params"}
+    return {**own, **kept, "params": own["params"]}
+
+
+def _like(value: Any, template: Tensor) -> Tensor:
+    """A copy of `value` with the template's type and device."""
+    return torch.as_tensor(value).detach().to(dtype=template.dtype, device=template.device, copy=True)
+
+
+def _fits(value: Tensor, template: Tensor) -> bool:
+    """Whether `value` can become the template without losing anything: same type, or a narrower floating one."""
+    if tuple(value.shape) != tuple(template.shape):
+        return False
+    widened = torch.promote_types(value.dtype, template.dtype) if value.is_floating_point() else value.dtype
+    return widened == template.dtype
+
+
+def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[str]:
+    """Everything in which the checkpoint and the optimizer disagree, one line each."""
+    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    if len(saved_groups) != len(groups):
+        return [f"it has {len(saved_groups)} param groups, the optimizer {len(groups)}"]
+    found = []
+    for number, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
+        if len(saved["params"]) != len(own["params"]):
+            found.append(f"group {number}: {len(saved['params'])} parameters saved, {len(own['params'])} here")
+        for name in STRUCTURAL:
+            # A checkpoint of torch.optim.AdamW names none of these; its tensors are compared below.
+            if name in saved and saved[name] != own[name]:
+                found.append(f"group {number}: {name} is {saved[name]!r} in the checkpoint, {own[name]!r} here")
+    if found:
+        return found
+    layouts = optimizer._layouts  # type: ignore[attr-defined]
+    for key, param in _saved_ids(optimizer, state_dict).items():
+        name = f"{layouts[param].name} {tuple(param.shape)}"
+        own_state = optimizer.state[param]
+        saved_state = state_dict["state"].get(key, {})
+        if not saved_state and layouts[param].space is None and "rule" not in saved_groups[0]:
+            continue  # torch.optim keeps no state for a parameter that never had a gradient
+        missing, extra = own_state.keys() - saved_state.keys(), saved_state.keys() - own_state.keys()
+        if missing or extra:
+            parts = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+            parts += [f"has {', '.join(sorted(extra))} besides"] if extra else []
+            found.append(f"{name}: the checkpoint {' and '.join(parts)}")
+            continue
+        for field, template in own_state.items():
+            value = torch.as_tensor(saved_state[field])
+            if not _fits(value, template):
+                found.append(
+                    f"{name}: {field} is {value.dtype} {tuple(value.shape)} in the checkpoint, "
+                    f"{template.dtype} {tuple(template.shape)} here"
+                )
+    return found

@@ -1,0 +1,163 @@
+"""The options that every optimizer of the package shares: names, defaults, valid ranges.
+
+An option may stand in the constructor or in a param group. Anything else raises, but for the keys that torch, schedulers and
+trainers put into groups, which are carried along.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from numbers import Real
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from lowrank_optim.projectors import PROJ_TYPES, Projector
+
+LAYOUTS = ("auto", "conv", "transposed")
+ON_REFRESH = ("keep", "reset", "rotate")
+ON_NONFINITE = ("skip", "propagate", "raise")
+
+
+class Options(TypedDict, total=False):
+    """Keyword-only options of every optimizer.
+
+    rank: columns of the basis; an int, or a float in (0, 1] as a fraction of the short side; None trains densely.
+    update_proj_gap: steps between two refreshes of the subspace.
+    scale: α, multiplies the lifted update.
+    proj_type: which side is projected: "std", "reverse_std", "left", "right" or "full".
+    projector: "randomized_svd", "svd", "random", "coordinate", or a `Projector`.
+    on_refresh: what happens to the moments when the subspace changes: "keep", "reset" or "rotate".
+    stagger: spread the refreshes of the parameters over the gap.
+    stochastic_rounding: round bfloat16 weights stochastically.
+    maximize: ascend instead of descend.
+    seed: of all random choices.
+    on_nonfinite: "skip" a parameter's update when its gradient is not finite, "propagate" it, or "raise".
+    match_reference: reproduce the authors' released code with its quirks; also turns `stagger` off.
+    state_bits: bits of an element of the moments; 32.
+    basis_bits: bits of an element of a stored basis; 32.
+    layout: how a tensor is seen as a matrix: "auto", "conv" (first dimension × the rest) or "transposed" (stored (in, out)).
+    fused, foreach, capturable, differentiable: accepted for the sake of loops written for torch.optim, and without effect.
+    """
+
+    rank: int | float | None
+    update_proj_gap: int
+    scale: float
+    proj_type: str
+    projector: str | Projector
+    on_refresh: str
+    stagger: bool
+    stochastic_rounding: bool
+    maximize: bool
+    seed: int
+    on_nonfinite: str
+    match_reference: bool
+    state_bits: int
+    basis_bits: int
+    layout: str
+    fused: bool | None
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+
+
+DEFAULTS: dict[str, Any] = {
+    "rank": None,
+    "update_proj_gap": 200,
+    "scale": 1.0,
+    "proj_type": "std",
+    "projector": "randomized_svd",
+    "on_refresh": "keep",
+    "stagger": True,
+    "stochastic_rounding": False,
+    "maximize": False,
+    "seed": 0,
+    "on_nonfinite": "skip",
+    "match_reference": False,
+    "state_bits": 32,
+    "basis_bits": 32,
+    "layout": "auto",
+}
+
+STRUCTURAL = ("rule", "rank", "proj_type", "projector", "layout", "state_bits", "basis_bits")
+"""Group keys that decide what the state tensors are and mean; a checkpoint must agree on them."""
+
+CARRIED = frozenset(
+    [
+        "params",
+        "param_names",
+        "fused",
+        "foreach",
+        "capturable",
+        "differentiable",
+        "decoupled_weight_decay",
+        "initial_lr",
+        "max_lr",
+        "min_lr",
+        "base_momentum",
+        "max_momentum",
+        "swa_lr",
+        "lr_scale",
+        "name",
+        "group_name",
+    ]
+)
+"""Group keys of torch, its schedulers and trainers, kept as they are."""
+
+
+def check_names(given: Iterable[str], valid: Iterable[str], where: str) -> None:
+    """Raise TypeError for the first unknown name; the message names the nearest valid one."""
+    valid = sorted(set(valid))
+    for name in given:
+        if name not in valid and name not in CARRIED:
+            near = get_close_matches(name, valid, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise TypeError(f"unknown option {name!r} in {where}: {hint}valid options are {', '.join(valid)}")
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value out of range: name, value, valid range."""
+    for name in ("lr", "weight_decay"):
+        value = options[name]
+        if not isinstance(value, (Real, Tensor)) or isinstance(value, bool) or not float(value) >= 0.0:
+            raise ValueError(f"{name} is {value!r}; it must be a number of at least 0")
+    _check_rank(options["rank"])
+    gap = options["update_proj_gap"]
+    if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
+        raise ValueError(f"update_proj_gap is {gap!r}; it must be an int of at least 1")
+    scale = options["scale"]
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(float(scale)) < float("inf"):
+        raise ValueError(f"scale is {scale!r}; it must be a finite number")
+    if isinstance(options["seed"], bool) or not isinstance(options["seed"], int):
+        raise ValueError(f"seed is {options['seed']!r}; it must be an int")
+    for name, valid in (
+        ("proj_type", PROJ_TYPES),
+        ("on_refresh", ON_REFRESH),
+        ("on_nonfinite", ON_NONFINITE),
+        ("layout", LAYOUTS),
+    ):
+        if options[name] not in valid:
+            raise ValueError(f"{name} is {options[name]!r}; valid values are {', '.join(map(repr, valid))}")
+    for name in ("stagger", "stochastic_rounding", "maximize", "match_reference"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name} is {options[name]!r}; it must be True or False")
+    for name in ("state_bits", "basis_bits"):
+        if options[name] != 32:
+            raise ValueError(f"{name} is {options[name]!r}; this version keeps 32-bit state only, use {name}=32")
+    for name in ("differentiable", "amsgrad"):
+        if options.get(name):
+            raise ValueError(
+                f"{name} is True, which the low-rank optimizers do not support; use torch.optim.AdamW for it"
+            )
+
+
+def _check_rank(rank: Any) -> None:
+    if rank is None:
+        return
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise ValueError(f"rank is {rank!r}; it must be an int of at least 1, a float in (0, 1], or None")
+    if isinstance(rank, float) and not 0.0 < rank <= 1.0:
+        raise ValueError(
+            f"rank is {rank!r}; a float is a fraction of the short side and must be in (0, 1]; write an int for a count"
+        )
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"rank is {rank!r}; it must be at least 1 (None trains densely)")

@@ -1,0 +1,43 @@
+"""Subspaces of gradients: how a basis is chosen, stored and used."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+
+from lowrank_optim.projectors.base import PROJ_TYPES, Basis, Projector, Space
+from lowrank_optim.projectors.coordinate import Coordinate
+from lowrank_optim.projectors.random import Random
+from lowrank_optim.projectors.randomized import RandomizedSVD
+from lowrank_optim.projectors.svd import SVD
+
+__all__ = [
+    "PROJ_TYPES",
+    "SVD",
+    "Basis",
+    "Coordinate",
+    "Projector",
+    "Random",
+    "RandomizedSVD",
+    "Space",
+    "from_name",
+]
+
+_BUILDERS: dict[str, Callable[[str], Projector]] = {
+    "randomized_svd": lambda variant: RandomizedSVD(*map(int, variant.split(","))) if variant else RandomizedSVD(),
+    "svd": lambda variant: SVD(align=variant != "unaligned"),
+    "random": lambda variant: Random(variant) if variant else Random(),
+    "coordinate": lambda variant: Coordinate(variant or None),
+}
+
+
+def from_name(name: str) -> Projector:
+    """The projector that a name such as "randomized_svd", "random:gaussian" or "coordinate:rows" stands for.
+
+    Raises:
+        ValueError: for an unknown name; the message names the nearest valid one.
+    """
+    kind, _, variant = name.partition(":")
+    if kind not in _BUILDERS:
+        near = get_close_matches(kind, _BUILDERS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"projector is {name!r}: {hint}valid names are {', '.join(_BUILDERS)}, or pass a Projector")
+    return _BUILDERS[kind](variant)

@@ -1,0 +1,149 @@
+"""What a projector is: the contract, the choice of side, and the shapes that follow from it.
+
+A projector is an immutable recipe. It holds no tensors: what it needs to remember lives in the optimizer state of each parameter
+(`basis` or `indices`; a random basis is regenerated from its key), and it hands out a `Basis`, which projects gradients, applies
+updates and carries moments from an older basis of the same kind.
+
+Side logic (m×n gradient, basis B with orthonormal columns, low-rank matrix R always "tall"):
+
+    side     basis            R              update of W
+    right    B: n×r           G B   (m×r)    N Bᵀ
+    left     B: m×r           Gᵀ B  (n×r)    B Nᵀ
+    full     A: m×r, B: n×r   AᵀG B (r×r)    A N Bᵀ
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+SIDES = ("right", "left", "full")
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+
+
+def choose_side(proj_type: str, rows: int, cols: int) -> str:
+    """The projected side of a rows×cols matrix: "right", "left" or "full".
+
+    `std` projects the short side, so that basis and moments are smallest; `reverse_std` the long one. Square matrices count as tall
+    (`std`: right, `reverse_std`: left). The other values name the side themselves.
+    """
+    tall = rows >= cols
+    sides = {"std": "right" if tall else "left", "reverse_std": "left" if tall else "right"}
+    return sides.get(proj_type, proj_type)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The shape of a low-rank problem: one matrix, or a stack of them, and the subspace it is projected to.
+
+    Depends on the parameter's global shape and its options only, never on gradients.
+    """
+
+    batch: tuple[int, ...]  # () for a matrix, (experts,) for a stack
+    rows: int
+    cols: int
+    rank: int
+    side: str
+    dtype: torch.dtype  # compute type: float32, or float64 for float64 parameters
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the gradient's matrix view."""
+        return (*self.batch, self.rows, self.cols)
+
+    @property
+    def reduced_shape(self) -> tuple[int, ...]:
+        """Shape of R, of the moments and of the direction."""
+        tall = {"right": self.rows, "left": self.cols, "full": self.rank}[self.side]
+        return (*self.batch, tall, self.rank)
+
+    @property
+    def basis_rows(self) -> int:
+        """Length of the basis vectors (of the right basis when both sides are projected)."""
+        return self.rows if self.side == "left" else self.cols
+
+
+class Basis(Protocol):
+    """A subspace at one moment: what the step needs of it."""
+
+    def project(self, grad: Tensor) -> Tensor:
+        """R for a gradient's matrix view, in the compute type."""
+
+    def apply_(
+        self,
+        weight: Tensor,
+        core: Tensor,
+        *,
+        alpha: float,
+        keep: float | Tensor,
+        ok: Tensor | None,
+        rounding_key: int | None,
+    ) -> None:
+        """W ← keep·W − α·lift(core), in place; the arguments are those of `kernels.apply_`."""
+
+    def transport(self, moment: Tensor, old: "Basis", power: int) -> Tensor:
+        """A matrix in the coordinates of `old`, expressed in those of this basis: M C with C = P_oldᵀ P_new.
+
+        With `power=2` the entries of C are squared, as second moments need (LDAdam's rule).
+        """
+
+
+class Projector(ABC):
+    """How a subspace is chosen. Subclasses are frozen dataclasses, shared by all parameters."""
+
+    needs_gradient: ClassVar[bool] = True
+    """False where a refresh does not look at the gradient, and so cannot fail."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The string that `from_name` rebuilds this projector from; saved in checkpoints."""
+
+    def check(self, proj_type: str) -> None:
+        """Raise ValueError where this projector cannot do `proj_type`."""
+        if proj_type not in PROJ_TYPES:
+            raise ValueError(f"proj_type is {proj_type!r}; valid values are {', '.join(PROJ_TYPES)}")
+
+    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
+        """The low-rank problem for a gradient of `shape` (…, m, n)."""
+        *batch, rows, cols = shape
+        return Space(tuple(batch), rows, cols, rank, choose_side(proj_type, rows, cols), dtype)
+
+    def reduced_shape(self, space: Space) -> tuple[int, ...]:
+        """Shape of R and of the moments."""
+        return space.reduced_shape
+
+    @abstractmethod
+    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
+        """State tensors before the first gradient: a valid basis, if not yet a good one."""
+
+    @abstractmethod
+    def refresh(
+        self, grad: Tensor, space: Space, state: Mapping[str, Tensor], key: int, first: bool
+    ) -> dict[str, Tensor] | None:
+        """New values for the tensors that `init` made, or None where this gradient cannot give a basis (zero or non-finite).
+
+        `first` says that the state holds no basis of a gradient yet. Nothing is modified.
+        """
+
+    @abstractmethod
+    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+        """The subspace that the state (or, where nothing is stored, the key) stands for."""
+
+
+def usable(grad: Tensor) -> Tensor:
+    """For each matrix of the stack, whether it is finite and not all zero: (…, 1, 1) bool."""
+    norm = torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True)
+    return torch.isfinite(norm) & (norm > 0)
+
+
+def align_signs(new: Tensor, old: Tensor) -> Tensor:
+    """Flip basis vectors so that each has a non-negative product with the old vector of its column.
+
+    Singular vectors have no sign of their own. Moments that are kept across a refresh are read in the new coordinates, and a flipped
+    vector would turn its column of the momentum against the gradient.
+    """
+    return torch.where((new * old).sum(-2, keepdim=True) < 0, -new, new)

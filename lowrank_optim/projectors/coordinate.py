@@ -1,0 +1,80 @@
+"""Coordinate subspaces: some columns, some rows, or some single entries of the matrix, drawn anew at every refresh."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.counter_rng import choose, choose_stratified
+from lowrank_optim.projectors.base import Basis, Projector, Space
+from lowrank_optim.projectors.bases import CoordinateBasis, EntryBasis
+
+COORDINATES = ("columns", "rows", "entries")
+_SIDE_OF = {"columns": "right", "rows": "left", "entries": "right"}
+
+
+@dataclass(frozen=True)
+class Coordinate(Projector):
+    """Distinct columns, rows or entries of the gradient, uniformly at random.
+
+    Args:
+        coordinates: "columns", "rows" or "entries"; None takes columns or rows as `proj_type` says.
+
+    `rank` columns (rows) are taken; of entries, as many as those have together: rank times the long side. Entries are drawn one from
+    each of that many equal strata, in ascending order.
+
+    Memory: 4 bytes for each index (`indices`, int32; int64 for matrices of 2³¹ entries and more).
+    """
+
+    coordinates: str | None = None
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.coordinates not in (None, *COORDINATES):
+            raise ValueError(f"coordinates is {self.coordinates!r}; valid values are {', '.join(COORDINATES)}")
+
+    @property
+    def name(self) -> str:
+        return "coordinate" if self.coordinates is None else f"coordinate:{self.coordinates}"
+
+    def check(self, proj_type: str) -> None:
+        super().check(proj_type)
+        if proj_type == "full":
+            raise ValueError(
+                'proj_type is "full", which a coordinate projector cannot do; '
+                'use coordinates="entries" to select along both sides, or proj_type "std"'
+            )
+
+    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
+        side = _SIDE_OF[self.coordinates] if self.coordinates else proj_type
+        return super().space(shape, rank, side, dtype)
+
+    def reduced_shape(self, space: Space) -> tuple[int, ...]:
+        if self.coordinates == "entries":
+            return (*space.batch, space.rank * max(space.rows, space.cols), 1)
+        return space.reduced_shape
+
+    def _draw(self, space: Space, key: int, device: torch.device) -> Tensor:
+        if self.coordinates == "entries":
+            draw, population, count = choose_stratified, space.rows * space.cols, self.reduced_shape(space)[-2]
+        else:
+            draw, population, count = choose, space.basis_rows, space.rank
+        dtype = torch.int32 if population < 2**31 else torch.int64
+        if not space.batch:
+            return draw(key, population, count, device).to(dtype)
+        return torch.stack([draw(key + i, population, count, device).to(dtype) for i in range(space.batch[0])])
+
+    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
+        return {"indices": self._draw(space, key, device)}
+
+    def refresh(
+        self, grad: Tensor, space: Space, state: Mapping[str, Tensor], key: int, first: bool
+    ) -> dict[str, Tensor] | None:
+        return {"indices": self._draw(space, key, grad.device)}
+
+    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+        if self.coordinates == "entries":
+            return EntryBasis(state["indices"])
+        return CoordinateBasis(state["indices"], space.side)

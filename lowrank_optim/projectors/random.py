@@ -1,0 +1,61 @@
+"""Random subspaces, regenerated from a key whenever they are needed and never stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.counter_rng import gaussian
+from lowrank_optim.projectors.base import Basis, Projector, Space
+from lowrank_optim.projectors.bases import DenseBasis, TwoSidedBasis
+from lowrank_optim.projectors.randomized import cholesky_qr
+
+KINDS = ("gaussian", "orthonormal")
+
+
+@dataclass(frozen=True)
+class Random(Projector):
+    """A random basis: independent Gaussian entries of variance 1/r, or orthonormal columns.
+
+    A Gaussian basis is as cheap as its random numbers; P Pᵀ is the identity on average. The orthonormal one costs a Cholesky-QR a
+    step besides.
+
+    Memory: nothing is kept; a step works with one d×r matrix at a time.
+    """
+
+    kind: str = "orthonormal"
+    needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"Random's kind is {self.kind!r}; valid values are {', '.join(KINDS)}")
+
+    @property
+    def name(self) -> str:
+        return "random" if self.kind == Random.kind else f"random:{self.kind}"
+
+    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
+        return {}
+
+    def refresh(
+        self, grad: Tensor, space: Space, state: Mapping[str, Tensor], key: int, first: bool
+    ) -> dict[str, Tensor] | None:
+        return {}
+
+    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+        orthonormal = self.kind == "orthonormal"
+        if space.side == "full":
+            left, right = self._matrix(space, space.rows, key, device), self._matrix(space, space.cols, key + 1, device)
+            return TwoSidedBasis(left, right, orthonormal)
+        return DenseBasis(self._matrix(space, space.basis_rows, key, device), space.side, orthonormal)
+
+    def _matrix(self, space: Space, size: int, key: int, device: torch.device) -> Tensor:
+        matrix = gaussian(key, (*space.batch, size, space.rank), device, space.dtype)
+        if self.kind == "gaussian":
+            return matrix.mul_(space.rank**-0.5)
+        if 2 * space.rank <= size:
+            # A tall Gaussian matrix is so well conditioned that Cholesky-QR cannot fail: no check, and no wait for the device.
+            return cholesky_qr(matrix, passes=2)[0]
+        return torch.linalg.qr(matrix).Q

@@ -1,0 +1,115 @@
+"""The default subspace: a randomized range finder, warm-started from the previous basis.
+
+A refresh is a few matrix products (Halko, Martinsson and Tropp, "Finding structure with randomness", 2011): subspace iteration on
+GᵀG from a sketch V, then a Rayleigh-Ritz step, which orders the vectors by singular value:
+
+    repeat q times     Y = orth(G V),  V = orth(Gᵀ Y)
+    Rayleigh-Ritz      (G V)ᵀ(G V) = U Λ Uᵀ,  V ← V U, keep the leading r columns
+
+The first refresh of a parameter starts from Gaussian columns, later ones from the old basis. Orthonormal columns come from
+Cholesky-QR, with Householder QR where the columns are (nearly) dependent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.counter_rng import gaussian
+from lowrank_optim.projectors.base import Space, align_signs
+from lowrank_optim.projectors.svd import StoredProjector
+
+
+def cholesky_qr(matrix: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns with the span of `matrix` (…, d, k), by `passes` rounds of Q ← Q L⁻ᵀ with QᵀQ = L Lᵀ.
+
+    One pass leaves an error of about cond²·ε, which is enough between power iterations; a second one brings it to ε.
+
+    Returns:
+        The columns, and a 0-d bool: whether they can be trusted (each Cholesky factor exists, and a second pass started from columns
+        that were already close to orthonormal).
+    """
+    # Unit columns first: in a warm start the columns of GᵀGV differ by σ² in length and in little else.
+    q = matrix / torch.linalg.vector_norm(matrix, dim=-2, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    ok = torch.ones((), dtype=torch.bool, device=matrix.device)
+    for i in range(passes):
+        gram = q.mT @ q
+        if i > 0:
+            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            ok = ok & ((gram - identity).abs().amax() < 0.25)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        ok = ok & (info == 0).all()
+        q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
+    return q, ok & torch.isfinite(q).all()
+
+
+def orthonormalize(matrix: Tensor, passes: int = 2) -> Tensor:
+    """Orthonormal columns whose span contains that of `matrix` (…, d, k), d ≥ k: Cholesky-QR, or Householder QR where it fails."""
+    q, ok = cholesky_qr(matrix, passes)
+    return q if bool(ok) else torch.linalg.qr(matrix).Q
+
+
+def range_finder(grad: Tensor, sketch: Tensor, rank: int, iterations: int) -> Tensor:
+    """Approximate leading right singular vectors of `grad` (…, m, n) from a sketch (…, n, k), k ≥ rank: (…, n, rank).
+
+    Columns are orthonormal and ordered by singular value. Cost: 4·m·n·k flops an iteration, and 2·m·n·k for the Rayleigh-Ritz step.
+    """
+    v = sketch
+    for i in range(iterations):
+        y = orthonormalize(grad @ v, passes=1)
+        v = orthonormalize(grad.mT @ y, passes=2 if i == iterations - 1 else 1)
+    projected = grad @ v
+    vectors = torch.linalg.eigh(projected.mT @ projected).eigenvectors  # ascending
+    return v @ vectors[..., -rank:].flip(-1)
+
+
+@dataclass(frozen=True)
+class RandomizedSVD(StoredProjector):
+    """Nearly the leading r singular vectors of the gradient, for the price of a few matrix products.
+
+    Args:
+        oversample: extra columns of the sketch.
+        power_iterations: rounds of the first refresh, which starts from random columns.
+        warm_iterations: rounds of every later one, which starts from the old basis.
+
+    Memory: 4·d·r bytes for the basis; a refresh works with a few d×(r + oversample) matrices.
+    """
+
+    oversample: int = 8
+    power_iterations: int = 2
+    warm_iterations: int = 1
+
+    def __post_init__(self) -> None:
+        if self.oversample < 0:
+            raise ValueError(f"oversample is {self.oversample}; it must be at least 0")
+        for field in ("power_iterations", "warm_iterations"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+
+    @property
+    def name(self) -> str:
+        chosen = (self.oversample, self.power_iterations, self.warm_iterations)
+        default = (RandomizedSVD.oversample, RandomizedSVD.power_iterations, RandomizedSVD.warm_iterations)
+        return "randomized_svd" if chosen == default else "randomized_svd:" + ",".join(map(str, chosen))
+
+    def compute(
+        self, grad: Tensor, space: Space, state: Mapping[str, Tensor], key: int, first: bool
+    ) -> dict[str, Tensor]:
+        if space.side == "left":
+            return {"basis": self._vectors(grad.mT, state["basis"], space.rank, key, first)}
+        if space.side == "right":
+            return {"basis": self._vectors(grad, state["basis"], space.rank, key, first)}
+        right = self._vectors(grad, state["basis_right"], space.rank, key, first)
+        # G B has orthogonal columns after Rayleigh-Ritz: made orthonormal, they are the left singular vectors.
+        left = orthonormalize(grad @ right)
+        return {"basis": left if first else align_signs(left, state["basis"]), "basis_right": right}
+
+    def _vectors(self, grad: Tensor, old: Tensor, rank: int, key: int, first: bool) -> Tensor:
+        *batch, rows, cols = grad.shape
+        fresh = min(rank + self.oversample, rows, cols) - (0 if first else rank)
+        sketch = gaussian(key, (*batch, cols, fresh), grad.device, grad.dtype)
+        if first:
+            return range_finder(grad, sketch, rank, self.power_iterations)
+        new = range_finder(grad, torch.cat([old, sketch], -1), rank, self.warm_iterations)
+        return align_signs(new, old)

@@ -1,0 +1,70 @@
+"""Adam (Kingma and Ba, 2015) with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import kernels
+from lowrank_optim.rules.base import Direction, Rule, Transport
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """N = (m/bc₁) / (√(v/bc₂) + ε) with m ← β₁m + (1−β₁)R, v ← β₂v + (1−β₂)R², bcᵢ = 1 − βᵢᵗ.
+
+    With `match_reference` the form of the released low-rank optimizers: ε is added to the uncorrected √v, and the step size is
+    η√bc₂/bc₁.
+
+    Memory: 8 bytes for each element of R (16 in float64).
+    """
+
+    name: ClassVar[str] = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        betas = options["betas"]
+        if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+            raise ValueError(f"betas is {betas!r}; it must be two numbers in [0, 1)")
+        if not float(options["eps"]) >= 0.0:
+            raise ValueError(f"eps is {options['eps']!r}; it must be at least 0")
+
+    def init(
+        self, shape: tuple[int, ...], options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        return {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")}
+
+    def direction(
+        self,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        step: float,
+        weight: Tensor,
+        ok: Tensor | None,
+    ) -> Direction:
+        lr = float(options["lr"])
+        beta1, beta2 = map(float, options["betas"])
+        eps = float(options["eps"])
+        if options["match_reference"]:
+            # m/(√v + ε) with step η√bc₂/bc₁ is the corrected form with ε/√bc₂ in place of ε.
+            eps /= (1.0 - beta2**step) ** 0.5
+        direction = kernels.adam_direct_(
+            grad, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2, eps=eps, step=step, ok=ok
+        )
+        return Direction(direction, lr, lr)
+
+    def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
+        """m ← m C; v ← |(1−β₂ᵗ) [(v̂ − m̂²)(C∘C) + (m̂ C)²]|, hats bias-corrected: LDAdam's rule (Robert et al., 2025)."""
+        if step < 1:
+            return
+        beta1, beta2 = map(float, options["betas"])
+        bc1, bc2 = 1.0 - beta1**step, 1.0 - beta2**step
+        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+        moved = move(exp_avg, 1)
+        variance = move(exp_avg_sq / bc2 - (exp_avg / bc1).square(), 2)
+        exp_avg_sq.copy_(variance.add_((moved / bc1).square()).mul_(bc2).abs_())
+        exp_avg.copy_(moved)

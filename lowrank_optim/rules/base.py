@@ -1,0 +1,76 @@
+"""What an update rule is: moments and a direction for one small or full matrix.
+
+A rule is a frozen dataclass of default hyperparameters. It holds no tensors and knows nothing of subspaces: it sees a gradient R
+(projected, or whole for dense parameters) and the state tensors that it made itself. Live hyperparameters come from the param
+group, where schedulers change them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Transport = Callable[[Tensor, int], Tensor]
+"""(matrix, power) → the matrix in the coordinates of a new basis (`Basis.transport`)."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """W ← (1 − decay·λ) W − step·lift(matrix)."""
+
+    matrix: Tensor
+    step: float
+    decay: float | Tensor
+
+
+class Rule(ABC):
+    """An update rule; subclasses are frozen dataclasses whose fields are the group options they read."""
+
+    name: ClassVar[str]
+    decays_last: ClassVar[bool] = True
+    """Whether the released code decays the weights after the update (`match_reference`)."""
+
+    def options(self) -> dict[str, Any]:
+        """Default hyperparameters by name, as they go into the param groups."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    @abstractmethod
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for hyperparameters out of range: name, value, valid range."""
+
+    @abstractmethod
+    def init(
+        self, shape: tuple[int, ...], options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """State tensors for a gradient of `shape`, all zero."""
+
+    @abstractmethod
+    def direction(
+        self,
+        grad: Tensor,
+        state: Mapping[str, Tensor],  # modified in place
+        options: Mapping[str, Any],
+        step: float,
+        weight: Tensor,
+        ok: Tensor | None,
+    ) -> Direction:
+        """Update the moments with `grad` and return what to apply.
+
+        Args:
+            step: t ≥ 1, the steps that the moments have seen with this one.
+            weight: the parameter, for rules whose step depends on its size; not modified.
+            ok: 0-d bool on the device; where false, the moments stay and the direction is 0. None means true.
+        """
+
+    @abstractmethod
+    def transport(
+        self,
+        state: Mapping[str, Tensor],  # modified in place
+        move: Transport,
+        options: Mapping[str, Any],
+        step: float,
+    ) -> None:
+        """Express the moments in the coordinates of a new basis; `step` is the number of steps they have seen so far."""
