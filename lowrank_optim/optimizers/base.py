@@ -141,7 +141,7 @@ class LowRankOptimizer(Optimizer):
     # --------------------------------------------------------------------------------------------------------------- step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns the closure's value. The closure runs with gradients enabled."""
         loss = None
         if closure is not None:

@@ -39,8 +39,8 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     optimizer.state.clear()
     optimizer.state.update(state)
     optimizer.param_groups[:] = groups
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        hook(optimizer)
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
 
 
 def _saved_ids(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Any, Tensor]:
@@ -97,11 +97,10 @@ def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[st
             parts += [f"has {', '.join(sorted(extra))} besides"] if extra else []
             found.append(f"{name}: the checkpoint {' and '.join(parts)}")
             continue
-        for field, template in own_state.items():
-            value = torch.as_tensor(saved_state[field])
-            if not _fits(value, template):
-                found.append(
-                    f"{name}: {field} is {value.dtype} {tuple(value.shape)} in the checkpoint, "
-                    f"{template.dtype} {tuple(template.shape)} here"
-                )
+        found += [
+            f"{name}: {field} is {value.dtype} {tuple(value.shape)} in the checkpoint, "
+            f"{template.dtype} {tuple(template.shape)} here"
+            for field, template in own_state.items()
+            if not _fits(value := torch.as_tensor(saved_state[field]), template)
+        ]
     return found

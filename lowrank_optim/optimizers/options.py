@@ -118,14 +118,14 @@ def check_values(options: Mapping[str, Any]) -> None:
     """Raise ValueError for a value out of range: name, value, valid range."""
     for name in ("lr", "weight_decay"):
         value = options[name]
-        if not isinstance(value, (Real, Tensor)) or isinstance(value, bool) or not float(value) >= 0.0:
+        if not _is_number(value) or not float(value) >= 0.0:
             raise ValueError(f"{name} is {value!r}; it must be a number of at least 0")
     _check_rank(options["rank"])
     gap = options["update_proj_gap"]
     if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
         raise ValueError(f"update_proj_gap is {gap!r}; it must be an int of at least 1")
     scale = options["scale"]
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(float(scale)) < float("inf"):
+    if not _is_number(scale) or not abs(float(scale)) < float("inf"):
         raise ValueError(f"scale is {scale!r}; it must be a finite number")
     if isinstance(options["seed"], bool) or not isinstance(options["seed"], int):
         raise ValueError(f"seed is {options['seed']!r}; it must be an int")
@@ -148,6 +148,10 @@ def check_values(options: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} is True, which the low-rank optimizers do not support; use torch.optim.AdamW for it"
             )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
 
 
 def _check_rank(rank: Any) -> None:

@@ -19,6 +19,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 SIDES = ("right", "left", "full")
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -84,7 +85,7 @@ class Basis(Protocol):
     ) -> None:
         """W ← keep·W − α·lift(core), in place; the arguments are those of `kernels.apply_`."""
 
-    def transport(self, moment: Tensor, old: "Basis", power: int) -> Tensor:
+    def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         """A matrix in the coordinates of `old`, expressed in those of this basis: M C with C = P_oldᵀ P_new.
 
         With `power=2` the entries of C are squared, as second moments need (LDAdam's rule).

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lowrank_optim import kernels
 
@@ -42,7 +43,7 @@ class DenseBasis:
         left, right = (core, self.matrix.mT) if self.side == "right" else (self.matrix, core.mT)
         kernels.apply_(weight, left, right, alpha=alpha, keep=keep, ok=ok, rounding_key=rounding_key)
 
-    def transport(self, moment: Tensor, old: "DenseBasis", power: int) -> Tensor:
+    def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         return moment @ _overlap(self.matrix, old.matrix, self.orthonormal).pow(power)
 
 
@@ -71,7 +72,7 @@ class TwoSidedBasis:
             weight, self.left @ core, self.right.mT, alpha=alpha, keep=keep, ok=ok, rounding_key=rounding_key
         )
 
-    def transport(self, moment: Tensor, old: "TwoSidedBasis", power: int) -> Tensor:
+    def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         left = _overlap(self.left, old.left, self.orthonormal).pow(power)
         right = _overlap(self.right, old.right, self.orthonormal).pow(power)
         return left.mT @ moment @ right
@@ -119,7 +120,7 @@ class CoordinateBasis:
         positions = torch.arange(size, device=like.device).unsqueeze(-1)
         return (positions == self.indices.to(torch.int64).unsqueeze(-2)).to(dtype)
 
-    def transport(self, moment: Tensor, old: "CoordinateBasis", power: int) -> Tensor:
+    def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         shared = old.indices.unsqueeze(-1) == self.indices.unsqueeze(-2)
         return moment @ shared.to(moment.dtype)
 
@@ -161,7 +162,7 @@ class EntryBasis:
         for (matrix, where), value in zip(self._flat(weight), values, strict=True):
             matrix.index_put_(where, value, accumulate=True)
 
-    def transport(self, moment: Tensor, old: "EntryBasis", power: int) -> Tensor:
+    def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         position = torch.searchsorted(old.indices, self.indices).clamp_(max=old.indices.shape[-1] - 1)
         shared = old.indices.gather(-1, position) == self.indices
         carried = moment.squeeze(-1).gather(-1, position)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_optim.kernels.counter_rng import gaussian
 from lowrank_optim.projectors.base import Basis, Projector, Space
 from lowrank_optim.projectors.bases import DenseBasis, TwoSidedBasis
-from lowrank_optim.projectors.randomized import cholesky_qr
+from lowrank_optim.projectors.randomized import cholesky_qr, orthonormalize
 
 KINDS = ("gaussian", "orthonormal")
 
@@ -58,4 +58,4 @@ class Random(Projector):
         if 2 * space.rank <= size:
             # A tall Gaussian matrix is so well conditioned that Cholesky-QR cannot fail: no check, and no wait for the device.
             return cholesky_qr(matrix, passes=2)[0]
-        return torch.linalg.qr(matrix).Q
+        return orthonormalize(matrix)

@@ -1,13 +1,14 @@
 """The default subspace: a randomized range finder, warm-started from the previous basis.
 
 A refresh is a few matrix products (Halko, Martinsson and Tropp, "Finding structure with randomness", 2011): subspace iteration on
-GᵀG from a sketch V, then a Rayleigh-Ritz step, which orders the vectors by singular value:
+GᵀG from a sketch V of k = r + oversample columns,
 
-    repeat q times     Y = orth(G V),  V = orth(Gᵀ Y)
-    Rayleigh-Ritz      (G V)ᵀ(G V) = U Λ Uᵀ,  V ← V U, keep the leading r columns
+    rounds before the last     Y = orth(G V),  V ← orth(Gᵀ Y)
+    last round                 Y = G V,  YᵀY = U Λ Uᵀ,  V ← orth(Gᵀ Y U_r)
 
-The first refresh of a parameter starts from Gaussian columns, later ones from the old basis. Orthonormal columns come from
-Cholesky-QR, with Householder QR where the columns are (nearly) dependent.
+where U_r are the leading r eigenvectors: the Rayleigh-Ritz step orders the vectors by singular value, and it costs no product with
+G of its own. The first refresh of a parameter starts from Gaussian columns, later ones from the old basis. Orthonormal columns come
+from Cholesky-QR, with Householder QR where the columns are (nearly) dependent.
 """
 
 from collections.abc import Mapping
@@ -47,21 +48,23 @@ def cholesky_qr(matrix: Tensor, passes: int) -> tuple[Tensor, Tensor]:
 def orthonormalize(matrix: Tensor, passes: int = 2) -> Tensor:
     """Orthonormal columns whose span contains that of `matrix` (…, d, k), d ≥ k: Cholesky-QR, or Householder QR where it fails."""
     q, ok = cholesky_qr(matrix, passes)
-    return q if bool(ok) else torch.linalg.qr(matrix).Q
+    if not bool(ok):
+        q = torch.linalg.qr(matrix)[0]
+    return q
 
 
 def range_finder(grad: Tensor, sketch: Tensor, rank: int, iterations: int) -> Tensor:
     """Approximate leading right singular vectors of `grad` (…, m, n) from a sketch (…, n, k), k ≥ rank: (…, n, rank).
 
-    Columns are orthonormal and ordered by singular value. Cost: 4·m·n·k flops an iteration, and 2·m·n·k for the Rayleigh-Ritz step.
+    Columns are orthonormal and ordered by singular value. With one iteration the sketch must have orthonormal columns already.
+    Cost: 4·m·n·k flops an iteration.
     """
     v = sketch
-    for i in range(iterations):
-        y = orthonormalize(grad @ v, passes=1)
-        v = orthonormalize(grad.mT @ y, passes=2 if i == iterations - 1 else 1)
-    projected = grad @ v
-    vectors = torch.linalg.eigh(projected.mT @ projected).eigenvectors  # ascending
-    return v @ vectors[..., -rank:].flip(-1)
+    for _ in range(iterations - 1):
+        v = orthonormalize(grad.mT @ orthonormalize(grad @ v, passes=1), passes=1)
+    y = grad @ v
+    leading = torch.linalg.eigh(y.mT @ y)[1][..., -rank:].flip(-1)  # eigenvalues come in ascending order
+    return orthonormalize(grad.mT @ (y @ leading))
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,11 @@ class RandomizedSVD(StoredProjector):
 
     def _vectors(self, grad: Tensor, old: Tensor, rank: int, key: int, first: bool) -> Tensor:
         *batch, rows, cols = grad.shape
-        fresh = min(rank + self.oversample, rows, cols) - (0 if first else rank)
-        sketch = gaussian(key, (*batch, cols, fresh), grad.device, grad.dtype)
+        columns = min(rank + self.oversample, rows, cols)
         if first:
+            sketch = gaussian(key, (*batch, cols, columns), grad.device, grad.dtype)
+            sketch = sketch if self.power_iterations > 1 else orthonormalize(sketch)
             return range_finder(grad, sketch, rank, self.power_iterations)
-        new = range_finder(grad, torch.cat([old, sketch], -1), rank, self.warm_iterations)
-        return align_signs(new, old)
+        fresh = gaussian(key, (*batch, cols, columns - rank), grad.device, grad.dtype)
+        fresh = torch.linalg.qr(fresh - old @ (old.mT @ fresh))[0]
+        return align_signs(range_finder(grad, torch.cat([old, fresh], -1), rank, self.warm_iterations), old)

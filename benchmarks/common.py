@@ -1,0 +1,59 @@
+"""What the benchmarks share: where they ran, fair timing, and the JSON they write."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """The device, the versions and the date of a measurement."""
+    cuda = torch.cuda.is_available()
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if cuda else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each candidate, all measured in turn in every round, so that a noisy machine disturbs them alike."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(rounds + warmup):
+        for name, run in candidates.items():
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in times.items()}
+
+
+def write(name: str, results: Any) -> Path:
+    """Write benchmarks/results/NAME.json with the environment beside the results."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), "results": results}, indent=2) + "\n")
+    print(f"wrote {path}")
+    return path
