@@ -177,17 +177,21 @@ class LowRankOptimizer(Optimizer):
             reduced = basis.project(grad)
         ok = self._finite(reduced, param, group, layout)
         state["step"] += 1
-        if ok is None or ok.device.type != "cpu" or self._mask_on_device:
-            reduced = reduced if ok is None else torch.where(ok, reduced, 0.0)
-        elif ok:
+        if ok is not None and self._readable(ok):
+            if not ok:
+                return
             ok = None
-        else:
-            return
+        elif ok is not None:
+            reduced = torch.where(ok, reduced, 0.0)
         if group["maximize"]:
             reduced = -reduced
         self._update(param, weight, reduced, basis, group, layout, ok)
 
     _mask_on_device = False  # tests set it, to run on the CPU what accelerators run
+
+    def _readable(self, flag: Tensor) -> bool:
+        """Whether the host can read this flag without waiting for a device."""
+        return flag.device.type == "cpu" and not self._mask_on_device
 
     def _finite(self, reduced: Tensor, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Tensor | None:
         """0-d bool, whether this gradient may be used, or None where it is not to be asked. Read off R: no pass over G."""
@@ -201,10 +205,11 @@ class LowRankOptimizer(Optimizer):
                     '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
                 )
             return None
-        if ok.device.type != "cpu" or not ok:
+        if not self._readable(ok):
             self._skipped.add(layout.name, ~ok)
-            if ok.device.type == "cpu":
-                self._skipped.warn()
+        elif not ok:
+            self._skipped.add(layout.name, ~ok)
+            self._skipped.warn()
         return ok
 
     def _update(

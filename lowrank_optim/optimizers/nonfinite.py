@@ -44,12 +44,14 @@ class SkippedUpdates:
     def poll(self) -> None:
         """Called once a step: look at accelerators' counters now and then, a copy behind, without waiting."""
         self._steps += 1
+        if self._warned:
+            return
         if self._pending is not None and self._pending[1].query():
             skipped, self._pending = int(self._pending[0]), None
             if skipped:
                 self.warn()
         on_device = [count for count in self._counts.values() if count.device.type != "cpu"]
-        if on_device and not self._warned and self._pending is None and self._steps % POLL_EVERY == 1:
+        if on_device and self._pending is None and self._steps % POLL_EVERY == 1:
             total = torch.empty((), dtype=torch.int64, pin_memory=True)
             total.copy_(torch.stack(on_device).sum(), non_blocking=True)
             event = torch.Event(on_device[0].device)

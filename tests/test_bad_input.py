@@ -1,0 +1,168 @@
+"""Every kind of bad input gets an error that says what came and what is needed, before anything changes."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank_optim as lo
+
+
+def weight(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape or (12, 8)).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank is 0; it must be at least 1"),
+        ({"rank": -3}, "rank is -3"),
+        ({"rank": 1.5}, r"rank is 1.5; a float is a fraction of the short side and must be in \(0, 1\]"),
+        ({"rank": 0.0}, r"rank is 0.0.*\(0, 1\]"),
+        ({"rank": "8"}, "rank is '8'"),
+        ({"rank": True}, "rank is True"),
+        ({"update_proj_gap": 0}, "update_proj_gap is 0; it must be an int of at least 1"),
+        ({"update_proj_gap": 2.5}, "update_proj_gap is 2.5"),
+        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\); it must be two numbers in \[0, 1\)"),
+        ({"betas": (-0.1, 0.9)}, r"betas is \(-0.1, 0.9\)"),
+        ({"lr": -1.0}, "lr is -1.0; it must be a number of at least 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"eps": -1e-8}, "eps is -1e-08; it must be at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"scale": float("inf")}, "scale is inf; it must be a finite number"),
+        ({"seed": 1.5}, "seed is 1.5; it must be an int"),
+        ({"proj_type": "middle"}, "proj_type is 'middle'; valid values are 'std', 'reverse_std', 'left', 'right', 'full'"),
+        ({"on_refresh": "drop"}, "on_refresh is 'drop'; valid values are 'keep', 'reset', 'rotate'"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore'"),
+        ({"layout": "odd"}, "layout is 'odd'"),
+        ({"stagger": 1}, "stagger is 1; it must be True or False"),
+        ({"state_bits": 8}, "state_bits is 8.*use state_bits=32"),
+        ({"basis_bits": 4}, "basis_bits is 4.*use basis_bits=32"),
+        ({"projector": "randomised_svd"}, "did you mean 'randomized_svd'"),
+        ({"projector": "coordinate", "proj_type": "full"}, 'proj_type is "full", which a coordinate projector cannot do'),
+        ({"differentiable": True}, "differentiable is True.*torch.optim.AdamW"),
+    ],
+)
+def test_values_out_of_range_raise_with_name_value_and_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        lo.GaLoreAdamW([weight()], **options)
+    # The same holds for the same keys in a group, and an optimizer that refuses a group stays as it was.
+    if "projector" not in options:
+        optimizer = lo.GaLoreAdamW([weight()], rank=4)
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [weight()], **options})
+        assert len(optimizer.param_groups) == len(optimizer.state) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta1": 1.0}, "beta1 is 1.0"),
+        ({"eps": 1e-8}, "eps is 1e-08; Adafactor needs two numbers"),
+        ({"clip_threshold": 0.0}, "clip_threshold is 0.0"),
+        ({"decay_rate": 0.8}, "decay_rate is 0.8; it must be at most 0"),
+        ({"lr": 1e-3, "relative_step": True}, "give lr=None for relative steps"),
+        ({"relative_step": False}, "lr is None and relative_step is False"),
+        ({"lr": 1e-3, "warmup_init": True}, "warmup_init is True, which needs relative_step=True"),
+    ],
+)
+def test_adafactor_values_out_of_range_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        lo.GaLoreAdafactor([weight()], **options)
+
+
+def test_an_unknown_option_names_the_nearest_valid_one():
+    with pytest.raises(TypeError, match=r"unknown option 'update_gap' in GaLoreAdamW\(…\): did you mean 'update_proj_gap'"):
+        lo.GaLoreAdamW([weight()], update_gap=10)
+
+
+def test_an_unknown_group_key_names_the_nearest_valid_one():
+    with pytest.raises(TypeError, match=r"unknown option 'weigth_decay' in a param group: did you mean 'weight_decay'"):
+        lo.GaLoreAdamW([{"params": [weight()], "weigth_decay": 0.1}])
+
+
+def test_keys_of_torch_schedulers_and_trainers_are_carried_along():
+    keys = {"fused": True, "foreach": None, "capturable": False, "initial_lr": 0.1, "name": "decay"}
+    optimizer = lo.GaLoreAdamW([{"params": [weight()], "rank": 4, **keys}])
+    assert {key: optimizer.param_groups[0][key] for key in keys} == keys
+    assert lo.GaLoreAdamW([weight()], fused=True).param_groups[0]["fused"] is True
+
+
+def test_a_projector_object_in_a_group_is_refused():
+    with pytest.raises(ValueError, match="pass Projector objects to the constructor"):
+        lo.GaLoreAdamW([{"params": [weight()], "rank": 4, "projector": lo.SVD()}])
+
+
+def test_a_complex_parameter_is_named():
+    params = [("layer.weight", nn.Parameter(torch.randn(6, 4, dtype=torch.complex64)))]
+    with pytest.raises(ValueError, match=r"parameter layer.weight \(6, 4\) is torch.complex64.*view_as_real"):
+        lo.GaLoreAdamW(params, rank=2)
+
+
+def test_an_integer_parameter_is_named():
+    with pytest.raises(ValueError, match=r"parameter 0.0 \(3,\) is torch.int64"):
+        lo.GaLoreAdamW([torch.ones(3, dtype=torch.int64)])
+
+
+def test_stochastic_rounding_of_float16_is_refused():
+    with pytest.raises(ValueError, match="float16; stochastic rounding is for bfloat16"):
+        lo.GaLoreAdamW([weight(dtype=torch.float16)], stochastic_rounding=True)
+
+
+def test_a_sparse_gradient_is_named_and_nothing_changes():
+    embedding = nn.Embedding(10, 4, sparse=True)
+    optimizer = lo.GaLoreAdamW([("emb.weight", embedding.weight)])
+    before = embedding.weight.detach().clone()
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"gradient of emb.weight is sparse.*SparseAdam"):
+        optimizer.step()
+    assert torch.equal(embedding.weight, before)
+    assert optimizer.state[embedding.weight]["step"] == 0
+
+
+def test_the_same_parameter_in_two_groups_is_refused_and_the_first_group_stays():
+    param = weight()
+    optimizer = lo.GaLoreAdamW([param], rank=4)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [param]})
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.state[param]["exp_avg"].shape == (12, 4)
+
+
+def test_rank_above_the_short_side_trains_densely_and_is_logged_once(caplog):
+    ours, theirs = [weight(6, 20), weight(5, 9)], []
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    with caplog.at_level(logging.INFO, logger="lowrank_optim"):
+        optimizer = lo.GaLoreAdamW(ours, rank=8, lr=1e-2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "0.0 (6, 20) is trained densely: its short side is below rank 8"
+    ]
+    reference = torch.optim.AdamW(theirs, lr=1e-2)
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_without_gradient_is_skipped_and_its_state_untouched():
+    used, unused = weight(), weight()
+    optimizer = lo.GaLoreAdamW([used, unused], rank=4)
+    before = unused.detach().clone()
+    used.grad = torch.ones_like(used)
+    optimizer.step()
+    assert torch.equal(unused, before)
+    assert optimizer.state[unused]["step"] == 0
+    assert optimizer.state[unused]["last_refresh"] == -1
+    assert optimizer.state[used]["step"] == 1
+
+
+def test_an_unknown_method_name_lists_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'galore'"):
+        lo.by_name("galor")
