@@ -1,7 +1,10 @@
 """Memory-efficient optimizers for PyTorch: the public names, nothing else."""
 
+from typing import Any
+
 from lowrank_optim._version import __version__
 from lowrank_optim.optimizers import METHODS, GaLoreAdafactor, GaLoreAdamW, LowRankOptimizer, by_name, state_bytes
+from lowrank_optim.param_groups import describe, param_groups
 from lowrank_optim.projectors import SVD, Coordinate, Projector, Random, RandomizedSVD
 from lowrank_optim.rules import Adafactor, Adam, Rule
 
@@ -20,5 +23,16 @@ __all__ = [
     "Rule",
     "__version__",
     "by_name",
+    "describe",
+    "param_groups",
     "state_bytes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`lowrank_optim.integrations`, imported when it is first asked for."""
+    if name == "integrations":
+        from importlib import import_module
+
+        return import_module("lowrank_optim.integrations")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

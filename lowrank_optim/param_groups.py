@@ -6,27 +6,27 @@ groups in every process. What a group's keys mean is the optimizers' business; h
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import prod
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from lowrank_optim.projectors.base import choose_side
+from lowrank_optim.optimizers.layout import matrix_shape, resolve_rank
+from lowrank_optim.optimizers.options import DEFAULTS, check_values
+from lowrank_optim.projectors import Projector, from_name
 
 ParamGroup: TypeAlias = dict[str, Any]
 Pattern: TypeAlias = str | re.Pattern[str]
 
-HEAD_NAMES = frozenset(
-    {
-        *("lm_head", "embed_out", "output_projection", "output_layer", "to_logits", "unembed", "output"),  # language models
-        *("classifier", "score", "qa_outputs", "head", "heads", "fc"),  # classification, reward, vision
-    }
-)
+_LANGUAGE_HEADS = ("lm_head", "embed_out", "output_projection", "output_layer", "to_logits", "unembed", "output")
+_OTHER_HEADS = ("classifier", "score", "qa_outputs", "head", "heads", "fc")
+HEAD_NAMES = frozenset(_LANGUAGE_HEADS + _OTHER_HEADS)
 """Module names that mean an output head, as long as no repeated layer (a number in the path) contains the module."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -68,20 +68,20 @@ def param_groups(
         rank: number of directions (int ≥ 1), or fraction of each matrix's short side (float in (0, 1]). A matrix whose short side is
             smaller than an int rank stays in the low-rank group, where the optimizer trains it dense. None makes every group dense
             and leaves only the weight decay split.
-        include: one pattern or several: only matrices that match one are low-rank, the other matrices are dense. A pattern that names
-            the tensor or its module itself (`"lm_head"`, `"embed"`, not just a parent such as `"model"` or a bare `"*"`) also takes in
-            what is dense by default. None takes all that the table says.
+        include: one pattern or several, such as `["attn", "mlp"]`: only matrices that match one are low-rank, the others dense. A
+            pattern that names the tensor or its module itself (`"lm_head"`, `"embed"`; not a parent such as `"model"`, nor a bare
+            `"*"`) also takes in what is dense by default. None takes what the table says.
         exclude: one pattern or several: matrices that match one are dense (still trained). Wins over `include`.
         weight_decay: decay of all groups but the no-decay one. Not given, the optimizer's default holds there.
         **options: further keys of the low-rank groups: `scale`, `update_proj_gap`, `proj_type`, `projector`, `lr`, …
 
     Returns:
         Up to five groups with `params` and `param_names`, empty ones left out: low-rank (one for each layout: as stored, transposed,
-        convolution), dense, and dense without decay. Only low-rank groups have the key `rank`.
+        convolution), dense, and dense without decay. Groups that are dense have `rank=None`.
 
     Raises:
         ValueError: a pattern matches nothing (the message has the nearest names) or cannot make anything low-rank; nothing is left to
-            train or to make low-rank; rank out of range.
+            train or to make low-rank; a value is out of range.
         TypeError: `model` is not a module, or a key in `options` is set here or looks like a misspelt argument.
 
     Examples:
@@ -92,7 +92,7 @@ def param_groups(
         >>> groups[0]["rank"], groups[0]["scale"], [group["weight_decay"] for group in groups]
         (8, 0.25, [0.1, 0.1, 0.0])
     """
-    _check_arguments(model, rank, include, options)
+    _check_arguments(model, rank, include, weight_decay, options)
     include_list, exclude_list = _pattern_list("include", include), _pattern_list("exclude", exclude) or []
     found = _find_parameters(model)
     for argument, patterns in (("include", include_list or []), ("exclude", exclude_list)):
@@ -115,8 +115,8 @@ def param_groups(
     if rank is not None and not any(low_rank.values()):
         candidates = [entry for entry in found if entry.kind != "no_decay"]
         raise ValueError(
-            f"no parameter is low-rank with include={include!r}, exclude={exclude!r}; "
-            f"the model's matrices (frozen ones included) are: {_listing(candidates) or 'none'}"
+            f"no parameter is low-rank with include={include!r}, exclude={exclude!r}; embeddings, output heads and matrices outside "
+            f"of known layers are only if include names them. Frozen or not, there are: {_listing(candidates) or 'no matrices'}"
         )
 
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
@@ -124,7 +124,8 @@ def param_groups(
         _group(entries, {"rank": rank} | ({} if layout == "auto" else {"layout": layout}) | options | decay)
         for layout, entries in low_rank.items()
     ]
-    groups += [_group(dense, decay), _group(no_decay, {"weight_decay": 0.0})]
+    # An explicit None, so that a `rank` given to the optimizer itself does not reach these.
+    groups += [_group(dense, {"rank": None} | decay), _group(no_decay, {"rank": None, "weight_decay": 0.0})]
     return [group for group in groups if group["params"]]
 
 
@@ -272,7 +273,9 @@ def _check_pattern(argument: str, pattern: Pattern, found: list[_Found]) -> None
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     matching = [entry for entry in found if entry.matches(pattern)]
     if not matching:
-        words = dict.fromkeys(part for entry in found for name in entry.names for part in [*name.split("."), _star(name)])
+        words = dict.fromkeys(
+            part for entry in found for name in entry.names for part in [*name.split("."), _star(name)]
+        )
         near = difflib.get_close_matches(text, [word for word in words if not word.isdigit()], n=4, cutoff=0.5)
         hint = f"nearest names: {', '.join(near)}" if near else f"the parameters are: {_listing(found)}"
         raise ValueError(f"{argument} pattern {text!r} matches no parameter; {hint}")
@@ -283,21 +286,23 @@ def _check_pattern(argument: str, pattern: Pattern, found: list[_Found]) -> None
         )
 
 
-def _check_arguments(model: object, rank: object, include: object, options: Mapping[str, Any]) -> None:
+def _check_arguments(
+    model: object, rank: object, include: object, weight_decay: float | None, options: Mapping[str, Any]
+) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module (names and modules decide what is low-rank), got {type(model).__name__}")
+        raise TypeError(
+            f"model must be an nn.Module (names and modules decide what is low-rank), got {type(model).__name__}"
+        )
     for key in options:
         if key in ("params", "param_names", "layout"):
             raise TypeError(f"{key} is set by param_groups for each group; build the groups by hand to choose it")
         if near := difflib.get_close_matches(key, ["include", "exclude", "weight_decay", "rank"], n=1, cutoff=0.8):
             raise TypeError(f"unknown option {key!r}; did you mean {near[0]!r}?")
-    if rank is None:
-        if include is not None or options:
-            raise ValueError(f"rank is None, so every group is dense and {', '.join(options) or 'include'} would have no effect")
-    elif isinstance(rank, bool) or not isinstance(rank, int | float):
-        raise TypeError(f"rank must be an int, a float or None, got {rank!r}")
-    elif not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
-        raise ValueError(f"rank is {rank!r}; it must be an int ≥ 1, or a float in (0, 1]: a fraction of the short side")
+    if rank is None and (include is not None or options):
+        raise ValueError(
+            f"rank is None, so every group is dense and {', '.join(options) or 'include'} would have no effect"
+        )
+    check_values({**DEFAULTS, "lr": 0.0, **options, "weight_decay": weight_decay or 0.0, "rank": rank})
 
 
 # The table ----------------------------------------------------------------------------------------------------------------------
@@ -336,31 +341,39 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
         >>> print(describe(param_groups(model, rank=16, weight_decay=0.1)))
         group 0: low-rank, rank 16, weight_decay 0.1
-          parameters  shape   side   rank  layout  treatment         count       %
-          0.weight    256×64  right  16    auto    low-rank         16,384   49.52
-          2.weight    64×256  left   16    auto    low-rank         16,384   49.52
+          parameters  shape   side   rank  layout  treatment   count       %
+          0.weight    256×64  right  16    auto    low-rank   16,384   49.52
+          2.weight    64×256  left   16    auto    low-rank   16,384   49.52
         group 1: dense, weight_decay 0.0
-          0.bias      256     -      -     -       dense, no decay     256    0.77
-          2.bias      64      -      -     -       dense, no decay      64    0.19
+          0.bias      256     -      -     -       no decay      256    0.77
+          2.bias      64      -      -     -       no decay       64    0.19
         total
-          low-rank              2 tensors         32,768   99.03
-          dense, no decay       2 tensors            320    0.97
-          all                   4 tensors         33,088  100.00
+          low-rank     2 tensors                              32,768   99.03
+          no decay     2 tensors                                 320    0.97
+          all          4 tensors                              33,088  100.00
     """
     group_list = list(groups.param_groups if isinstance(groups, Optimizer) else groups)
+    for item in group_list:
+        if not isinstance(item, Mapping):
+            raise TypeError(
+                f"describe takes param groups (dicts) or an optimizer, got an iterable of {type(item).__name__}"
+            )
     tensors = [list(_named_tensors(group)) for group in group_list]
     total = sum(tensor.numel() for group in tensors for _, tensor in group)
 
     lines: list[tuple[str, ...] | str] = []
     sums: dict[str, tuple[int, int]] = {}
     for index, (group, members) in enumerate(zip(group_list, tensors, strict=True)):
-        lines.append(f"group {index}: {_summary(group)}")
+        lines += textwrap.wrap(
+            f"group {index}: {_summary(group)}", LINE_WIDTH, subsequent_indent=" " * len(f"group {index}: ")
+        )
         rows: dict[tuple[str, _Row], list[tuple[str, int]]] = {}
         for name, tensor in members:
             row = _row(group, tuple(tensor.shape))
             rows.setdefault((_star(name), row), []).append((name, tensor.numel()))
-            count, size = sums.get(row.treatment, (0, 0))
-            sums[row.treatment] = count + 1, size + tensor.numel()
+            kind = row.treatment.partition(" (")[0]
+            count, size = sums.get(kind, (0, 0))
+            sums[kind] = count + 1, size + tensor.numel()
         if index == 0:
             lines.append(_HEADER)
         for (_, row), named in rows.items():
@@ -376,23 +389,20 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
 def _row(group: Mapping[str, Any], shape: tuple[int, ...]) -> _Row:
     rank, layout = group.get("rank"), group.get("layout", "auto")
     if rank is None:
-        return _Row(shape, "-", "-", "-", "dense, no decay" if group.get("weight_decay") == 0 else "dense")
-    if len(shape) < 2:
+        return _Row(shape, "-", "-", "-", "no decay" if group.get("weight_decay") == 0 else "dense")
+    matrix = matrix_shape(shape, layout)
+    if matrix is None:
         return _Row(shape, "-", "-", "-", f"dense ({len(shape)}-D)")
-    rows, cols = _matrix_shape(shape, layout)
-    short = min(rows, cols)
-    used = max(1, round(rank * short)) if isinstance(rank, float) else int(rank)
+    short = min(matrix[-2:])
+    used = resolve_rank(rank, short)
+    if group.get("match_reference"):
+        used = min(used, short)
     if short < used:
         return _Row(shape, "-", "-", layout, f"dense ({short} < {used})")
-    return _Row(shape, choose_side(group.get("proj_type", "std"), rows, cols), str(used), layout, "low-rank")
-
-
-def _matrix_shape(shape: tuple[int, ...], layout: str) -> tuple[int, int]:
-    """(m, n) of the matrix, or of each matrix of a stack, that a tensor of two or more dimensions stands for."""
-    if layout == "conv" or len(shape) > 3:
-        return shape[0], prod(shape[1:])
-    rows, cols = shape[-2:]
-    return (cols, rows) if layout == "transposed" else (rows, cols)
+    projector = group.get("projector", DEFAULTS["projector"])
+    projector = projector if isinstance(projector, Projector) else from_name(projector)
+    side = projector.space(matrix, used, group.get("proj_type", DEFAULTS["proj_type"]), torch.float32).side
+    return _Row(shape, side, str(used), layout, "low-rank")
 
 
 def _named_tensors(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -412,7 +422,9 @@ def _named_tensors(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 def _summary(group: Mapping[str, Any]) -> str:
     kind = "dense" if group.get("rank") is None else "low-rank"
-    keys = [key for key in _GROUP_KEYS if group.get(key) is not None and (kind == "low-rank" or key not in _GROUP_KEYS[:5])]
+    keys = [
+        key for key in _GROUP_KEYS if group.get(key) is not None and (kind == "low-rank" or key not in _GROUP_KEYS[:5])
+    ]
     return ", ".join([kind, *(f"{key} {group[key]}" for key in keys)])
 
 
@@ -447,7 +459,7 @@ def _render(lines: list[tuple[str, ...] | str], totals: list[tuple[str, str, str
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[-2:] = [max(widths[-2 + i], *(len(line[2 + i]) for line in totals)) for i in (0, 1)]
     widths[0] = min(widths[0], LINE_WIDTH - sum(widths[1:]) - 2 * len(widths))
-    aligned: list[Callable[[str, int], str]] = [str.ljust] * 6 + [str.rjust] * 2
+    aligned: Sequence[Callable[[str, int], str]] = [str.ljust] * 6 + [str.rjust] * 2
 
     def line_of(cells: tuple[str, ...]) -> str:
         cells = (_shorten(cells[0], widths[0]), *cells[1:])
@@ -456,7 +468,7 @@ def _render(lines: list[tuple[str, ...] | str], totals: list[tuple[str, str, str
     left = sum(widths[:6]) + 2 * 5
     out = [line if isinstance(line, str) else line_of(line) for line in lines]
     for kind, count, size, percent in totals:
-        middle = f"{kind:<18}  {count:>12}".ljust(left)
+        middle = f"{kind:<10}{count:>12}".ljust(left)
         out.append(f"  {middle}  {size.rjust(widths[-2])}  {percent.rjust(widths[-1])}")
     return "\n".join(out)
 

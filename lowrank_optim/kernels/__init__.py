@@ -5,24 +5,28 @@ reference, in torch ops, for every device.
 """
 
 from lowrank_optim.kernels.reference import (
+    ResidualTerm,
     adam_direct_,
     apply_,
     apply_dense_,
     compute_dtype,
     decay_,
     project,
+    project_with_norms,
     row_chunks,
     stochastic_round,
     store_,
 )
 
 __all__ = [
+    "ResidualTerm",
     "adam_direct_",
     "apply_",
     "apply_dense_",
     "compute_dtype",
     "decay_",
     "project",
+    "project_with_norms",
     "row_chunks",
     "stochastic_round",
     "store_",

@@ -4,13 +4,14 @@ Three stages make a step (`W` m×n, gradient `G` m×n, low-rank matrices "tall":
 
     project    R = G B  (right)  or  Gᵀ B  (left)
     direct     moments and direction N from R, elementwise on small matrices
-    apply      W ← keep·W − α·(left @ right)
+    apply      W ← keep·W − α·(left @ right + φ ⊙ E)
 
 Arithmetic is float32 (float64 for float64 parameters) whatever the storage type. Low-precision operands are converted by chunks of
 rows, so no operation allocates a float32 copy of a whole large matrix.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -97,8 +98,9 @@ def apply_(
     keep: float | Tensor,
     ok: Tensor | None = None,
     rounding_key: int | None = None,
+    residual: "ResidualTerm | None" = None,
 ) -> None:
-    """W ← keep·W − α·(left @ right), one pass over W.
+    """W ← keep·W − α·(left @ right + φ ⊙ E), one pass over W and one over the gradient that E is made of.
 
     Args:
         weight: (…, m, n) matrix view of the parameter, any floating type.
@@ -106,12 +108,13 @@ def apply_(
         right: (…, r, n) in the compute type.
         alpha: the step size.
         keep: 1 − ηλ, the factor of decoupled weight decay; a 0-d tensor costs another pass over W.
-        ok: 0-d bool on the device; where it is false, W stays as it is (`left @ right` must then be 0).
+        ok: 0-d bool on the device; where it is false, W stays as it is (`left @ right` and φ must then be 0, and G finite).
         rounding_key: round bfloat16 weights stochastically with this key; None rounds to nearest.
+        residual: the part of the update that is not low-rank; None leaves it out.
     """
     if ok is not None and not (isinstance(keep, float) and keep == 1.0):
         keep = torch.where(ok, keep, 1.0)
-    if weight.dtype == left.dtype:
+    if weight.dtype == left.dtype and residual is None:
         if isinstance(keep, Tensor):
             weight.mul_(keep)
             keep = 1.0
@@ -121,9 +124,72 @@ def apply_(
     stack = (weight, left, right) if weight.dim() > 2 else (weight[None], left[None], right[None])
     for i, (w, a, b) in enumerate(zip(*stack, strict=True)):
         rows, cols = w.shape
+        extra = None if residual is None else residual.matrix(i)
         for chunk in row_chunks(rows, cols):
-            updated = w[chunk].to(a.dtype).mul_(keep).addmm_(a[chunk], b, alpha=-alpha)
-            store_(w[chunk], updated, rounding_key, i * w.numel() + chunk.start * cols)
+            updated = w[chunk].to(a.dtype)  # the weight itself where the types are equal
+            decay_(updated, keep)
+            updated.addmm_(a[chunk], b, alpha=-alpha)
+            if extra is not None:
+                value, scale = extra.rows(chunk, a.dtype)
+                updated.addcmul_(value, scale, value=-alpha)
+            if w.dtype != a.dtype:
+                store_(w[chunk], updated, rounding_key, i * w.numel() + chunk.start * cols)
+
+
+@dataclass(frozen=True)
+class ResidualTerm:
+    """φ ⊙ E for `apply_`: E is the gradient G, sign(G), or sign(G − left @ right).
+
+    Args:
+        grad: (…, m, n), any floating type.
+        scale: φ, broadcastable to it: (…, m, 1) for rows, (…, 1, n) for columns, (…, 1, 1) for the whole matrix; compute type.
+        sign: take the sign.
+        left: (…, m, r) and `right` (…, r, n): what is subtracted before the sign is taken; None subtracts nothing.
+    """
+
+    grad: Tensor
+    scale: Tensor
+    sign: bool = False
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def matrix(self, index: int) -> "ResidualTerm":
+        """The term of one matrix of the stack."""
+        if self.grad.dim() == 2:
+            return self
+        left, right = (None if t is None else t[index] for t in (self.left, self.right))
+        return ResidualTerm(self.grad[index], self.scale[index], self.sign, left, right)
+
+    def rows(self, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """E and φ for some rows of a matrix."""
+        value = self.grad[chunk].to(dtype)
+        if self.left is not None and self.right is not None:
+            value = torch.addmm(value, self.left[chunk], self.right, alpha=-1.0)
+        scale = self.scale[chunk] if self.scale.shape[-2] > 1 else self.scale
+        return (value.sign() if self.sign else value), scale
+
+
+def project_with_norms(grad: Tensor, basis: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """R as in `project`, and ‖g_j‖² of every row ("right") or column ("left") of G, in one pass over G.
+
+    Returns:
+        R (…, d, r), and the squared norms (…, d, 1), d = m for "right" and n for "left".
+    """
+    if grad.dim() > 2:
+        pairs = [project_with_norms(g, b, side) for g, b in zip(grad, basis, strict=True)]
+        return torch.stack([r for r, _ in pairs]), torch.stack([n for _, n in pairs])
+    rows, cols = grad.shape
+    lines = rows if side == "right" else cols
+    out, squares = basis.new_zeros(lines, basis.shape[-1]), basis.new_zeros(lines, 1)
+    for chunk in row_chunks(rows, cols):  # the second read of a chunk comes from the cache
+        part = grad[chunk].to(basis.dtype)
+        if side == "right":
+            torch.matmul(part, basis, out=out[chunk])
+            squares[chunk] = torch.linalg.vector_norm(part, dim=1, keepdim=True).square_()
+        else:
+            out.addmm_(part.mT, basis[chunk])
+            squares += torch.linalg.vector_norm(part, dim=0).square_().unsqueeze(1)
+    return out, squares
 
 
 def decay_(weight: Tensor, keep: float | Tensor, ok: Tensor | None = None) -> None:
@@ -145,7 +211,8 @@ def apply_dense_(
     if ok is not None:
         keep = torch.where(ok, keep, 1.0)
     if weight.dtype == direction.dtype:
-        weight.mul_(keep).add_(direction, alpha=-alpha)
+        decay_(weight, keep)
+        weight.add_(direction, alpha=-alpha)
         return
     flat = weight.reshape(-1)  # a copy where the weight is not contiguous
     change = direction.reshape(-1)

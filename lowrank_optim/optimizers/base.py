@@ -16,15 +16,13 @@ from torch.optim import Optimizer
 from lowrank_optim import kernels, projectors
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, make_key
 from lowrank_optim.optimizers import checkpoint
+from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.layout import Layout, check_parameter, make_layout, matrix_view
 from lowrank_optim.optimizers.nonfinite import SkippedUpdates
 from lowrank_optim.optimizers.options import DEFAULTS, check_names, check_values
 from lowrank_optim.optimizers.schedule import latest_refresh, stagger_offset
 from lowrank_optim.projectors import SVD, Basis, Projector
 from lowrank_optim.rules import Rule
-
-HOST_STATE = ("step", "last_refresh")
-"""State that the host reads in every step, kept on the CPU wherever the parameter lives."""
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 

@@ -16,6 +16,10 @@ from torch.optim import Optimizer
 from lowrank_optim.optimizers.options import STRUCTURAL
 
 
+HOST_STATE = ("step", "last_refresh")
+"""State that the host reads in every step, kept on the CPU wherever the parameter lives."""
+
+
 def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Put `state_dict` into the optimizer, or raise ValueError and leave it as it was."""
     state_dict = state_dict.copy()
@@ -34,7 +38,10 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     for key, param in _saved_ids(optimizer, state_dict).items():
         saved = state_dict["state"].get(key, {})
         own = optimizer.state[param]
-        state[param] = {name: _like(saved[name], tensor) if saved else tensor for name, tensor in own.items()}
+        state[param] = {
+            name: _like(saved[name], tensor, torch.device("cpu") if name in HOST_STATE else param.device) if saved else tensor
+            for name, tensor in own.items()
+        }
 
     optimizer.state.clear()
     optimizer.state.update(state)
@@ -56,9 +63,9 @@ def _merge(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **kept, "params": own["params"]}
 
 
-def _like(value: Any, template: Tensor) -> Tensor:
-    """A copy of `value` with the template's type and device."""
-    return torch.as_tensor(value).detach().to(dtype=template.dtype, device=template.device, copy=True)
+def _like(value: Any, template: Tensor, device: torch.device) -> Tensor:
+    """A copy of `value` with the template's type, on `device`."""
+    return torch.as_tensor(value).detach().to(dtype=template.dtype, device=device, copy=True)
 
 
 def _fits(value: Tensor, template: Tensor) -> bool:

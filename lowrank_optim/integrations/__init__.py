@@ -1,0 +1,5 @@
+"""Thin adapters to training frameworks, `lowrank_optim.integrations.<name>`. None of them imports its framework."""
+
+from lowrank_optim.integrations import transformers
+
+__all__ = ["transformers"]

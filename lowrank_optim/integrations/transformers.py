@@ -1,0 +1,155 @@
+"""The Trainer of transformers: `LowRank` builds an optimizer from a model and its TrainingArguments.
+
+Nothing of transformers is imported: a model is an `nn.Module`, and TrainingArguments are read by the names of their fields.
+"""
+
+import inspect
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lowrank_optim.optimizers import LowRankOptimizer, by_name
+from lowrank_optim.param_groups import Pattern, describe, param_groups
+
+_log = logging.getLogger("lowrank_optim")
+
+_FIELDS = {
+    "lr": ("learning_rate",),
+    "weight_decay": ("weight_decay",),
+    "betas": ("adam_beta1", "adam_beta2"),
+    "eps": ("adam_epsilon",),
+}
+"""Optimizer options and the fields of TrainingArguments that they come from."""
+
+
+class LowRank:
+    """Makes a low-rank optimizer for `transformers.Trainer`, with the settings of its TrainingArguments.
+
+    Given to the Trainer as the class in `optimizer_cls_and_kwargs` (transformers ≥ 5.2), it is called with the model when training
+    starts, so names and modules decide what is low-rank (`lowrank_optim.param_groups`):
+
+        Trainer(
+            model=model, args=args, train_dataset=data,
+            optimizer_cls_and_kwargs=(LowRank, dict(method="galore", rank=128, include=["attn", "mlp"])),
+        )
+
+    Older versions of transformers give an optimizer class groups without names; there, and with trainers that have no
+    `optimizer_cls_and_kwargs`, build the optimizer first (works in every version, but not with DeepSpeed or FSDP):
+
+        Trainer(..., optimizers=(LowRank()(model.to(args.device), args, method="galore", rank=128), None))
+
+    Learning rate, weight decay, betas and epsilon are those of the TrainingArguments; norms, biases and other vectors have no decay.
+    `lr`, `weight_decay`, `betas` or `eps` among the options win. `optim_target_modules`, if set, is used as `include`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs:
+            raise RuntimeError(
+                "LowRank takes no arguments: it is called with the model. If a Trainer raised this, its version of transformers "
+                "(below 5.2) knows no optimizer factories: build the optimizer first and pass "
+                "Trainer(..., optimizers=(LowRank()(model.to(args.device), args, method=..., rank=...), None)), or upgrade"
+            )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        training_args: Any = None,
+        *,
+        method: str | type[LowRankOptimizer] = "galore",
+        rank: int | float,
+        include: Pattern | Iterable[Pattern] | None = None,
+        exclude: Pattern | Iterable[Pattern] | None = None,
+        **options: Any,
+    ) -> LowRankOptimizer:
+        """The optimizer for a model.
+
+        Args:
+            model: the model that is trained.
+            training_args: TrainingArguments. May stand among the kwargs given to the Trainer; not given, those of the Trainer that
+                makes this call are used.
+            method: short name (`lowrank_optim.METHODS`) or class of the optimizer.
+            rank: see `lowrank_optim.param_groups`.
+            include: which matrices are low-rank, see `lowrank_optim.param_groups`.
+            exclude: which are not.
+            **options: options of the optimizer.
+
+        Raises:
+            ValueError: there are no TrainingArguments and `lr`, `weight_decay`, `betas` or `eps` is not among the options either;
+                or the TrainingArguments have `optim_args`, which belong into the kwargs here.
+        """
+        optimizer_class = by_name(method) if isinstance(method, str) else method
+        args = training_args if training_args is not None else _arguments_of_calling_trainer()
+        settings = _settings(optimizer_class, args, options)
+        if include is None:
+            include = _target_modules(args)
+        groups = param_groups(model, rank, include=include, exclude=exclude)
+        optimizer = optimizer_class(groups, **settings)
+        _log.info("%s for %s:\n%s", optimizer_class.__name__, type(model).__name__, describe(optimizer))
+        return optimizer
+
+
+def _settings(optimizer_class: type[Optimizer], args: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, and what they leave open from TrainingArguments. Nothing set there is dropped without a word."""
+    parameters = inspect.signature(optimizer_class).parameters
+    # Adafactor's eps is a pair of other quantities and it has no betas: only what means the same is taken over.
+    takes = {
+        "lr": True,
+        "weight_decay": True,
+        "betas": "betas" in parameters,
+        "eps": "eps" in parameters and isinstance(parameters["eps"].default, float),
+    }
+    missing = [name for name in _FIELDS if takes[name] and name not in options]
+    if args is None:
+        if missing:
+            raise ValueError(
+                f"LowRank cannot reach the TrainingArguments, so {', '.join(missing)} would be lost: add training_args=args to the "
+                f"kwargs in optimizer_cls_and_kwargs, or call LowRank()(model, args, ...)"
+            )
+        return options
+    if getattr(args, "optim_args", None):
+        raise ValueError(
+            f"TrainingArguments.optim_args is {args.optim_args!r}, which LowRank does not read; put these options into the kwargs "
+            "in optimizer_cls_and_kwargs"
+        )
+    unused = [
+        field
+        for name, fields in _FIELDS.items()
+        for field in fields
+        if not takes[name] and getattr(args, field) != getattr(type(args), field, getattr(args, field))
+    ]
+    if unused:
+        names = ", ".join(f"TrainingArguments.{field}" for field in unused)
+        warnings.warn(f"{optimizer_class.__name__} does not use {names}", stacklevel=3)
+    values = {name: tuple(getattr(args, field) for field in _FIELDS[name]) for name in missing}
+    return options | {name: value if len(value) > 1 else value[0] for name, value in values.items()}
+
+
+def _arguments_of_calling_trainer() -> Any:
+    """TrainingArguments of the Trainer whose method called the factory, or None.
+
+    `Trainer.create_optimizer` calls a factory with the model and the user's kwargs only, so its arguments can be reached only
+    through the calling frame. (axolotl passes them; then this is not used.)
+    """
+    caller = sys._getframe(2)  # 1: LowRank.__call__
+    args = getattr(caller.f_locals.get("self"), "args", None)
+    return args if all(hasattr(args, field) for fields in _FIELDS.values() for field in fields) else None
+
+
+def _target_modules(args: Any) -> list[Pattern] | None:
+    """`TrainingArguments.optim_target_modules` as `include`, with the meaning that transformers gives it.
+
+    There, a string is a regular expression for whole module names, or "all-linear"; each item of a list is a part of a module name
+    or a regular expression for all of it.
+    """
+    targets = getattr(args, "optim_target_modules", None)
+    if targets is None or (isinstance(targets, str) and targets.replace("_", "-") == "all-linear"):
+        return None
+    if isinstance(targets, str):
+        return [re.compile(rf"^(?:{targets})\.\w+$")]
+    return [re.compile(rf"{re.escape(target)}|^(?:{target})\.\w+$") for target in targets]
