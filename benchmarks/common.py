@@ -20,7 +20,8 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         cpu = names[0] if names else cpu
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

@@ -11,7 +11,7 @@ from common import interleaved, write
 from torch import Tensor
 
 from lowrank_optim.projectors import SVD, RandomizedSVD
-from lowrank_optim.projectors.base import Projector, Space
+from lowrank_optim.projectors.base import Projector
 
 SHAPES = ((1024, 2736), (4096, 4096))
 
@@ -32,7 +32,9 @@ def gradient(factors: tuple[Tensor, Tensor, Tensor], generator: torch.Generator,
     return signal + extra * (noise * signal.norm() / extra.norm())
 
 
-def drift(factors: tuple[Tensor, Tensor, Tensor], generator: torch.Generator, amount: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
+def drift(
+    factors: tuple[Tensor, Tensor, Tensor], generator: torch.Generator, amount: float = 0.3
+) -> tuple[Tensor, Tensor, Tensor]:
     """The factors after their singular vectors were turned: each is mixed with `amount` times a random direction."""
     u, sigma, v = factors
 

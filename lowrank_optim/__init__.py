@@ -3,24 +3,54 @@
 from typing import Any
 
 from lowrank_optim._version import __version__
-from lowrank_optim.optimizers import METHODS, GaLoreAdafactor, GaLoreAdamW, LowRankOptimizer, by_name, state_bytes
+from lowrank_optim.optimizers import (
+    METHODS,
+    APOLLOAdamW,
+    APOLLOMiniAdamW,
+    FiraAdamW,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    LowRankOptimizer,
+    by_name,
+    state_bytes,
+)
+from lowrank_optim.optimizers.residuals import (
+    GradientScaled,
+    NoResidual,
+    NormScaled,
+    Residual,
+    SGDResidual,
+    SignResidual,
+)
 from lowrank_optim.param_groups import describe, param_groups
 from lowrank_optim.projectors import SVD, Coordinate, Projector, Random, RandomizedSVD
-from lowrank_optim.rules import Adafactor, Adam, Rule
+from lowrank_optim.rules import SGD, Adafactor, Adam, Lion, RMSprop, Rule
 
 __all__ = [
     "METHODS",
+    "SGD",
     "SVD",
+    "APOLLOAdamW",
+    "APOLLOMiniAdamW",
     "Adafactor",
     "Adam",
     "Coordinate",
+    "FiraAdamW",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GradientScaled",
+    "Lion",
     "LowRankOptimizer",
+    "NoResidual",
+    "NormScaled",
     "Projector",
+    "RMSprop",
     "Random",
     "RandomizedSVD",
+    "Residual",
     "Rule",
+    "SGDResidual",
+    "SignResidual",
     "__version__",
     "by_name",
     "describe",

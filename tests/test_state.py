@@ -22,6 +22,13 @@ PROJECTORS = [
     "coordinate:rows",
     "coordinate:entries",
 ]
+# Single entries have no rows or columns that a norm-scaled method could scale: construction refuses them.
+COMBINATIONS = [
+    (name, projector)
+    for name in lo.METHODS
+    for projector in PROJECTORS
+    if not (projector == "coordinate:entries" and name in ("fira", "apollo", "apollo_mini"))
+]
 SHAPES = ((40, 24), (24, 40), (32, 32), (3, 20, 16), (24,))
 
 
@@ -44,7 +51,7 @@ def run(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], start: int
 
 
 def build(name: str, params: list[nn.Parameter], **options: object) -> lo.LowRankOptimizer:
-    extra = {"betas": (0.9, 0.95)} if name == "galore" else {"beta1": 0.9}
+    extra = {"beta1": 0.9} if name == "galore_adafactor" else {"betas": (0.9, 0.95)}
     return lo.by_name(name)(params, lr=1e-2, rank=6, update_proj_gap=5, **extra, **options)
 
 
@@ -68,8 +75,7 @@ def assert_same_state(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("policy", ["keep", "reset", "rotate"])
-@pytest.mark.parametrize("projector", PROJECTORS)
-@pytest.mark.parametrize("name", list(lo.METHODS))
+@pytest.mark.parametrize(("name", "projector"), COMBINATIONS)
 def test_resume_is_exact_across_refreshes(name, projector, policy, dtype, tmp_path):
     options = {
         "projector": projector,
@@ -309,7 +315,9 @@ def test_hooks_of_torch_run_around_a_load():
     calls = []
     fresh = build("galore", parameters(torch.float32))
     fresh.register_load_state_dict_pre_hook(lambda o, d: calls.append("pre"))
-    fresh.register_load_state_dict_post_hook(lambda o: calls.append(float(o.state[o.param_groups[0]["params"][0]]["step"])))
+    fresh.register_load_state_dict_post_hook(
+        lambda o: calls.append(float(o.state[o.param_groups[0]["params"][0]]["step"]))
+    )
     fresh.load_state_dict(state_dict=optimizer.state_dict())
     assert calls == ["pre", 2.0]
 

@@ -1,6 +1,7 @@
 """The shared step: closures, non-finite gradients, refresh schedule, stochastic rounding, no waiting for the device."""
 
 import contextlib
+import itertools
 import warnings
 
 import pytest
@@ -62,7 +63,9 @@ def test_a_nonfinite_gradient_never_enters_weights_moments_or_basis(name, poison
         optimizer.step()
     assert torch.equal(param, before)
     for key, value in optimizer.state[param].items():
-        assert key == "step" or torch.equal(value, state[key]), key
+        # A random basis is drawn anew when it is due, whatever the gradient.
+        moves_anyway = key == "step" or (key == "last_refresh" and name.startswith("apollo"))
+        assert moves_anyway or torch.equal(value, state[key]), key
     assert optimizer.skipped_updates() == {"w": 1}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # warned of once
@@ -167,7 +170,7 @@ def test_a_refresh_is_scheduled_once_a_gap_for_every_offset():
             assert 0 <= offset < gap
             scheduled = sorted({latest_refresh(step, gap, offset) for step in range(4 * gap)})
             assert scheduled[0] == 0
-            assert all(b - a == gap for a, b in zip(scheduled[1:], scheduled[2:], strict=False))
+            assert all(b - a == gap for a, b in itertools.pairwise(scheduled[1:]))
             assert len(scheduled) == 1 or scheduled[1] <= gap
 
 
@@ -244,8 +247,11 @@ class ReadsOfDeviceValues(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("projector", ["randomized_svd", "random", "coordinate", "coordinate:entries"])
-@pytest.mark.parametrize("name", list(lo.METHODS))
+@pytest.mark.parametrize(
+    ("name", "projector"),
+    [(name, projector) for name in lo.METHODS for projector in ("randomized_svd", "random", "coordinate")]
+    + [("galore", "coordinate:entries")],
+)
 def test_a_steady_step_never_waits_for_the_device(name, projector, dtype, monkeypatch):
     monkeypatch.setattr(lo.LowRankOptimizer, "_mask_on_device", True)
     params = [problem(dtype), problem(dtype, (7,))]

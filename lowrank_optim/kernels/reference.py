@@ -143,12 +143,14 @@ class ResidualTerm:
     Args:
         grad: (…, m, n), any floating type.
         scale: φ, broadcastable to it: (…, m, 1) for rows, (…, 1, n) for columns, (…, 1, 1) for the whole matrix; compute type.
+        ok: 0-d bool on the device; where it is false, E is 0 (φ must be, too). None means true.
         sign: take the sign.
         left: (…, m, r) and `right` (…, r, n): what is subtracted before the sign is taken; None subtracts nothing.
     """
 
     grad: Tensor
     scale: Tensor
+    ok: Tensor | None = None
     sign: bool = False
     left: Tensor | None = None
     right: Tensor | None = None
@@ -158,11 +160,13 @@ class ResidualTerm:
         if self.grad.dim() == 2:
             return self
         left, right = (None if t is None else t[index] for t in (self.left, self.right))
-        return ResidualTerm(self.grad[index], self.scale[index], self.sign, left, right)
+        return ResidualTerm(self.grad[index], self.scale[index], self.ok, self.sign, left, right)
 
     def rows(self, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """E and φ for some rows of a matrix."""
         value = self.grad[chunk].to(dtype)
+        if self.ok is not None:
+            value = torch.where(self.ok, value, 0.0)
         if self.left is not None and self.right is not None:
             value = torch.addmm(value, self.left[chunk], self.right, alpha=-1.0)
         scale = self.scale[chunk] if self.scale.shape[-2] > 1 else self.scale

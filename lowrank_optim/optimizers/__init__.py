@@ -2,14 +2,29 @@
 
 from difflib import get_close_matches
 
+from lowrank_optim.optimizers.apollo import APOLLOAdamW, APOLLOMiniAdamW
 from lowrank_optim.optimizers.base import LowRankOptimizer, state_bytes
+from lowrank_optim.optimizers.fira import FiraAdamW
 from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW
 
-__all__ = ["METHODS", "GaLoreAdafactor", "GaLoreAdamW", "LowRankOptimizer", "by_name", "state_bytes"]
+__all__ = [
+    "METHODS",
+    "APOLLOAdamW",
+    "APOLLOMiniAdamW",
+    "FiraAdamW",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "LowRankOptimizer",
+    "by_name",
+    "state_bytes",
+]
 
 METHODS: dict[str, type[LowRankOptimizer]] = {
     "galore": GaLoreAdamW,
     "galore_adafactor": GaLoreAdafactor,
+    "fira": FiraAdamW,
+    "apollo": APOLLOAdamW,
+    "apollo_mini": APOLLOMiniAdamW,
 }
 """Short names, as command lines and trainers use them."""
 

@@ -1,13 +1,14 @@
 """The step that all methods share: groups → project → direct → apply.
 
-    W ← (1 − ηλ) W − η·lift(C)        lift(C) = C Bᵀ (right), B Cᵀ (left), A C Bᵀ (full)
+    W ← (1 − ηλ) W − η (lift(C) + φ ⊙ E)        lift(C) = C Bᵀ (right), B Cᵀ (left), A C Bᵀ (full)
 
-`LowRankOptimizer` composes a rule (moments and direction), a projector (the subspace) and the options of each param group. It owns
+`LowRankOptimizer` composes a rule (moments and direction), a projector (the subspace), a residual (C, φ and E) and the options of
+each param group. It owns
 the life of the state: made with the optimizer, plain tensors only, exact through a checkpoint.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.layout import Layout, check_parameter, make_layout, matrix_view
 from lowrank_optim.optimizers.nonfinite import SkippedUpdates
 from lowrank_optim.optimizers.options import DEFAULTS, check_names, check_values
+from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
 from lowrank_optim.optimizers.schedule import latest_refresh, stagger_offset
 from lowrank_optim.projectors import SVD, Basis, Projector
-from lowrank_optim.rules import Rule
+from lowrank_optim.rules import Direction, Rule
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -33,11 +35,13 @@ class LowRankOptimizer(Optimizer):
     A param group with a `rank` is trained in a subspace of each matrix's gradients; other groups, matrices whose short side is below
     the rank, and tensors that are no matrices are trained by the rule directly. One step of a low-rank matrix:
 
-        R = Gᵀ B or G B,   N = rule(R),   W ← (1 − ηλ) W − η α lift(N)
+        R = G B or Gᵀ B,   N = rule(R),   W ← (1 − ηλ) W − η (lift(C) + φ ⊙ E)
 
     Args:
         params: tensors, (name, tensor) pairs, or param groups such as `lowrank_optim.param_groups` makes.
         rule: the update rule, such as `Adam(betas=(0.9, 0.999))`. Its fields become options of the groups.
+        residual: what becomes of the gradient outside the subspace: a `Residual`, or its name: "none", "sgd", "sign", "norm_scaled",
+            "gradient_scaled". Its fields become options of the groups.
         lr: learning rate η.
         weight_decay: decoupled weight decay λ.
         **options: see `Options`.
@@ -68,17 +72,21 @@ class LowRankOptimizer(Optimizer):
         params: Params,
         *,
         rule: Rule,
+        residual: str | Residual = "none",
         lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
         self._rule = rule
-        valid = {**DEFAULTS, **rule.options(), "lr": lr, "weight_decay": weight_decay}
+        self._residual = residual if isinstance(residual, Residual) else residual_from_name(residual)
+        parts = {**rule.options(), **self._residual.options()}
+        valid = {**DEFAULTS, **parts, "lr": lr, "weight_decay": weight_decay}
         check_names(options, valid, f"{type(self).__name__}(…)")
         # The released code takes the exact subspace; a cheaper one has to be asked for.
         projector = options.get("projector", "svd" if options.get("match_reference") else DEFAULTS["projector"])
         self._projector = projector if isinstance(projector, Projector) else projectors.from_name(projector)
-        defaults = {**valid, **options, "projector": self._projector.name, "rule": rule.name}
+        defaults = {**valid, **options, "projector": self._projector.name}
+        defaults |= {"rule": rule.name, "residual": self._residual.name}
         self._layouts: dict[Tensor, Layout] = {}
         self._offsets: dict[Tensor, int] = {}
         self._warned: set[str] = set()
@@ -114,7 +122,12 @@ class LowRankOptimizer(Optimizer):
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         check_values(options)
-        self._rule.check(options)
+        for part, name in ((self._rule, "rule"), (self._residual, "residual")):
+            if options[name] != part.name:
+                raise ValueError(
+                    f"{name} is {options[name]!r} in a param group, {part.name!r} in the optimizer; it cannot differ"
+                )
+            part.check(options)
         self._projector_of(options).check(options["proj_type"])
 
     def _projector_of(self, options: Mapping[str, Any]) -> Projector:
@@ -130,6 +143,7 @@ class LowRankOptimizer(Optimizer):
             return state | self._rule.init(tuple(param.shape), group, dtype, device)
         state["last_refresh"] = torch.full((), -1, dtype=torch.int64)
         state |= layout.projector.init(layout.space, self._key(group, layout, 0), device)
+        state |= self._residual.init(layout.space, device)
         return state | self._rule.init(layout.projector.reduced_shape(layout.space), group, dtype, device)
 
     @staticmethod
@@ -164,38 +178,36 @@ class LowRankOptimizer(Optimizer):
                 "torch.optim.SparseAdam"
             )
         state = self.state[param]
-        weight: Tensor = param
-        basis = None
         if layout.space is None:
-            reduced = grad.to(kernels.compute_dtype(param.dtype))
-        else:
-            weight, grad = matrix_view(param, layout.layout), matrix_view(grad, layout.layout)
-            self._refresh_if_due(param, grad, group, layout)
-            basis = self._basis(layout, group, state, int(state["last_refresh"]))
-            reduced = basis.project(grad)
-        ok = self._finite(reduced, param, group, layout)
+            dense = grad.to(kernels.compute_dtype(param.dtype))
+            finite = self._finite(dense, param, group, layout)
+            state["step"] += 1
+            if finite is not False:
+                self._update_dense(param, dense, group, layout, finite)
+            return
+        weight, grad = matrix_view(param, layout.layout), matrix_view(grad, layout.layout)
+        self._refresh_if_due(param, grad, group, layout)
+        basis = self._basis(layout, group, state, int(state["last_refresh"]))
+        reduced, squares = basis.project_with_norms(grad) if self._residual.uses_norms else (basis.project(grad), None)
+        # R and the norms show any NaN that a step would use; a residual outside of coordinates uses all of G.
+        seen = reduced if layout.projector.sees_all or not self._residual.uses_gradient else grad
+        finite = self._finite(seen if squares is None else squares.sqrt(), param, group, layout)
         state["step"] += 1
-        if ok is not None and self._readable(ok):
-            if not ok:
-                return
-            ok = None
-        elif ok is not None:
-            reduced = torch.where(ok, reduced, 0.0)
-        if group["maximize"]:
-            reduced = -reduced
-        self._update(param, weight, reduced, basis, group, layout, ok)
+        if finite is False:
+            return
+        self._update(param, weight, grad, (basis, reduced, squares), group, layout, finite)
+        if weight.data_ptr() != param.data_ptr():  # a convolution whose strides allow no matrix view
+            param.copy_(weight.view(param.shape))
 
     _mask_on_device = False  # tests set it, to run on the CPU what accelerators run
 
-    def _readable(self, flag: Tensor) -> bool:
-        """Whether the host can read this flag without waiting for a device."""
-        return flag.device.type == "cpu" and not self._mask_on_device
-
-    def _finite(self, reduced: Tensor, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Tensor | None:
-        """0-d bool, whether this gradient may be used, or None where it is not to be asked. Read off R: no pass over G."""
+    def _finite(
+        self, reduced: Tensor, param: Tensor, group: Mapping[str, Any], layout: Layout
+    ) -> Literal[False] | Tensor | None:
+        """Whether this gradient may be used: None for yes, False for no, or, where the host would have to wait, a 0-d bool."""
         if group["on_nonfinite"] == "propagate":
             return None
-        ok = torch.isfinite(torch.linalg.vector_norm(reduced))
+        ok = torch.isfinite(torch.linalg.vector_norm(reduced, dtype=kernels.compute_dtype(reduced.dtype)))
         if group["on_nonfinite"] == "raise":
             if not bool(ok):
                 raise RuntimeError(
@@ -203,41 +215,74 @@ class LowRankOptimizer(Optimizer):
                     '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
                 )
             return None
-        if not self._readable(ok):
+        if ok.device.type != "cpu" or self._mask_on_device:
             self._skipped.add(layout.name, ~ok)
-        elif not ok:
-            self._skipped.add(layout.name, ~ok)
-            self._skipped.warn()
-        return ok
+            return ok
+        if ok:
+            return None
+        self._skipped.add(layout.name, ~ok)
+        self._skipped.warn()
+        return False
 
     def _update(
         self,
         param: Tensor,
         weight: Tensor,
-        reduced: Tensor,
-        basis: Basis | None,
+        grad: Tensor,
+        projected: tuple[Basis, Tensor, Tensor | None],
         group: Mapping[str, Any],
         layout: Layout,
         ok: Tensor | None,
     ) -> None:
-        """Direction and weight update from a reduced gradient that is finite, or zero where `ok` is false."""
+        """One low-rank matrix from its projected gradient: direction, residual, weights."""
         state = self.state[param]
-        steps = float(state["step"])
-        if basis is not None and group["on_refresh"] == "reset":
+        basis, reduced, squares = projected
+        if ok is not None:
+            reduced = torch.where(ok, reduced, 0.0)
+            squares = None if squares is None else torch.where(ok, squares, 0.0)
+        steps = age = float(state["step"])
+        if group["on_refresh"] == "reset":
             steps -= max(int(state["last_refresh"]), 0)  # bias correction starts again with the moments
-        move = self._rule.direction(reduced, state, group, steps, weight, ok)
-        alpha, keep = move.step, 1.0 - move.decay * group["weight_decay"]
+        move = self._rule.direction(reduced, state, group, steps, age, weight, ok)
+        reduced_step = Reduced(grad, reduced, squares, move.matrix, move.correction, basis, ok)
+        update = self._residual.update(reduced_step, state, group)
+        alpha, keep = self._sizes(move, group)
+        basis.apply_(
+            weight,
+            update.core,
+            alpha=alpha * update.factor,
+            keep=keep,
+            ok=ok,
+            rounding_key=self._rounding_key(param, group, layout),
+            term=update.term,
+        )
+
+    def _update_dense(
+        self, param: Tensor, grad: Tensor, group: Mapping[str, Any], layout: Layout, ok: Tensor | None
+    ) -> None:
+        """One parameter that is trained directly."""
+        state = self.state[param]
+        if ok is not None:
+            grad = torch.where(ok, grad, 0.0)
+        age = float(state["step"])
+        move = self._rule.direction(grad, state, group, age, age, param, ok)
+        alpha, keep = self._sizes(move, group)
+        key = self._rounding_key(param, group, layout)
+        kernels.apply_dense_(param, move.matrix, alpha=alpha, keep=keep, ok=ok, rounding_key=key)
+
+    def _sizes(self, move: Direction, group: Mapping[str, Any]) -> tuple[float, float | Tensor]:
+        """Step size and what is kept of the weights."""
+        # Rules and residuals are odd functions of the gradient: to ascend is to descend with the sign turned.
+        alpha = -move.step if group["maximize"] else move.step
+        keep = 1.0 - move.decay * group["weight_decay"]
         if group["match_reference"] and self._rule.decays_last:
             alpha *= float(keep)  # decay after the update: (1 − ηλ)(W − ηU)
-        key = None
-        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            key = self._key(group, layout, int(state["step"]), PURPOSE_ROUNDING)
-        if basis is None:
-            kernels.apply_dense_(weight, move.matrix, alpha=alpha, keep=keep, ok=ok, rounding_key=key)
-            return
-        basis.apply_(weight, move.matrix, alpha=alpha * group["scale"], keep=keep, ok=ok, rounding_key=key)
-        if weight.data_ptr() != param.data_ptr():  # a convolution whose strides allow no matrix view
-            param.copy_(weight.view(param.shape))
+        return alpha, keep
+
+    def _rounding_key(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> int | None:
+        if not group["stochastic_rounding"] or param.dtype != torch.bfloat16:
+            return None
+        return self._key(group, layout, int(self.state[param]["step"]), PURPOSE_ROUNDING)
 
     def skipped_updates(self) -> dict[str, int]:
         """How many updates were left out because a gradient was not finite, by parameter name; waits for the device."""
@@ -262,7 +307,7 @@ class LowRankOptimizer(Optimizer):
         if new is None:
             return  # zero or non-finite: keep the old basis and try again on the next step
         if group["on_refresh"] == "reset":
-            for name in state.keys() - new.keys() - set(HOST_STATE):
+            for name in state.keys() - new.keys() - {*HOST_STATE, "limiter_norm"}:
                 state[name].zero_()
         elif group["on_refresh"] == "rotate":
             old = self._basis(layout, group, state, last)
@@ -297,7 +342,7 @@ class LowRankOptimizer(Optimizer):
         self._rebuild_layouts()
 
     def __getstate__(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name) for name in ("_rule", "_projector")}
+        parts = {name: getattr(self, name) for name in ("_rule", "_residual", "_projector")}
         return {**super().__getstate__(), **parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

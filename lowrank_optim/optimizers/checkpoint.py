@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from lowrank_optim.optimizers.options import STRUCTURAL
 
-
 HOST_STATE = ("step", "last_refresh")
 """State that the host reads in every step, kept on the CPU wherever the parameter lives."""
 
@@ -39,7 +38,9 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         saved = state_dict["state"].get(key, {})
         own = optimizer.state[param]
         state[param] = {
-            name: _like(saved[name], tensor, torch.device("cpu") if name in HOST_STATE else param.device) if saved else tensor
+            name: _like(saved[name], tensor, torch.device("cpu") if name in HOST_STATE else param.device)
+            if saved
+            else tensor
             for name, tensor in own.items()
         }
 
@@ -85,10 +86,12 @@ def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[st
     for number, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         if len(saved["params"]) != len(own["params"]):
             found.append(f"group {number}: {len(saved['params'])} parameters saved, {len(own['params'])} here")
-        for name in STRUCTURAL:
-            # A checkpoint of torch.optim.AdamW names none of these; its tensors are compared below.
-            if name in saved and saved[name] != own[name]:
-                found.append(f"group {number}: {name} is {saved[name]!r} in the checkpoint, {own[name]!r} here")
+        # A checkpoint of torch.optim.AdamW names none of these; its tensors are compared below.
+        found += [
+            f"group {number}: {name} is {saved[name]!r} in the checkpoint, {own[name]!r} here"
+            for name in STRUCTURAL
+            if name in saved and saved[name] != own[name]
+        ]
     if found:
         return found
     layouts = optimizer._layouts  # type: ignore[attr-defined]

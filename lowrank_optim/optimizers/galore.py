@@ -18,7 +18,11 @@ class GaLoreAdamW(LowRankOptimizer):
 
     Differences from the released code, each undone by `match_reference=True`: weight decay comes before the update and ε after bias
     correction, as in torch (there: after, and before); refreshes are staggered; with `projector="svd"`, signs of new basis vectors
-    are aligned with the old ones. The default projector is randomized; `projector="svd"` is the exact one.
+    are aligned with the old ones. The default projector is randomized; `projector="svd"` is the exact one. The values of `eps` and
+    `weight_decay` stay as given: the released defaults are 1e-6 and 0.
+
+    With `proj_type="full"`, R is diagonal on a refresh step but for rounding errors, which Adam scales up to full size; take `eps` of
+    1e-6 or more, or `on_refresh="rotate"`.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups; lists written for galore_torch work unchanged.

@@ -78,7 +78,7 @@ DEFAULTS: dict[str, Any] = {
     "layout": "auto",
 }
 
-STRUCTURAL = ("rule", "rank", "proj_type", "projector", "layout", "state_bits", "basis_bits")
+STRUCTURAL = ("rule", "residual", "rank", "proj_type", "projector", "layout", "state_bits", "basis_bits")
 """Group keys that decide what the state tensors are and mean; a checkpoint must agree on them."""
 
 CARRIED = frozenset(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from lowrank_optim.projectors.base import PROJ_TYPES, Basis, Projector, Space
+from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, Space
 from lowrank_optim.projectors.coordinate import Coordinate
 from lowrank_optim.projectors.random import Random
 from lowrank_optim.projectors.randomized import RandomizedSVD
@@ -14,6 +14,7 @@ __all__ = [
     "SVD",
     "Basis",
     "Coordinate",
+    "GradientTerm",
     "Projector",
     "Random",
     "RandomizedSVD",

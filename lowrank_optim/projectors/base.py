@@ -67,23 +67,48 @@ class Space:
         return self.rows if self.side == "left" else self.cols
 
 
+@dataclass(frozen=True)
+class GradientTerm:
+    """The part φ ⊙ E of an update that is not low-rank.
+
+    grad: G, the gradient's matrix view.
+    scale: φ, one number for every row of R, (…, d, 1), or for the whole matrix, (…, 1, 1); compute type.
+    ok: 0-d bool, false where G may hold NaN and is to be ignored; None means true.
+    subtract: R, to take E = G − lift R; None takes E = G.
+    sign: take the sign of E.
+    """
+
+    grad: Tensor
+    scale: Tensor
+    ok: Tensor | None = None
+    subtract: Tensor | None = None
+    sign: bool = False
+
+
 class Basis(Protocol):
     """A subspace at one moment: what the step needs of it."""
 
     def project(self, grad: Tensor) -> Tensor:
         """R for a gradient's matrix view, in the compute type."""
 
+    def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """R, and ‖g_j‖² of the row or column of G behind each row of R, (…, d, 1)."""
+
+    def lifted_squares(self, reduced: Tensor) -> Tensor:
+        """‖P r_j‖² for every row r_j of R, (…, d, 1): ‖r_j‖² where P is orthonormal, r_jᵀPᵀP r_j elsewhere."""
+
     def apply_(
         self,
         weight: Tensor,
-        core: Tensor,
+        core: Tensor | None,
         *,
         alpha: float,
         keep: float | Tensor,
         ok: Tensor | None,
         rounding_key: int | None,
+        term: GradientTerm | None = None,
     ) -> None:
-        """W ← keep·W − α·lift(core), in place; the arguments are those of `kernels.apply_`."""
+        """W ← keep·W − α·(lift(core) + term), in place; the arguments are those of `kernels.apply_`. No core lifts to nothing."""
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         """A matrix in the coordinates of `old`, expressed in those of this basis: M C with C = P_oldᵀ P_new.
@@ -97,6 +122,8 @@ class Projector(ABC):
 
     needs_gradient: ClassVar[bool] = True
     """False where a refresh does not look at the gradient, and so cannot fail."""
+    sees_all: ClassVar[bool] = True
+    """Whether every entry of the gradient has a part in R, so that R is finite only where the whole gradient is."""
 
     @property
     @abstractmethod
@@ -138,7 +165,14 @@ class Projector(ABC):
 def usable(grad: Tensor) -> Tensor:
     """For each matrix of the stack, whether it is finite and not all zero: (…, 1, 1) bool."""
     norm = torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True)
-    return torch.isfinite(norm) & (norm > 0)
+    flag: Tensor = torch.isfinite(norm) & (norm > 0)
+    return flag
+
+
+def row_squares(matrix: Tensor) -> Tensor:
+    """‖row‖² of every row, (…, d, 1)."""
+    norm: Tensor = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
+    return norm.square_()
 
 
 def align_signs(new: Tensor, old: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Coordinate(Projector):
 
     coordinates: str | None = None
     needs_gradient: ClassVar[bool] = False
+    sees_all: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.coordinates not in (None, *COORDINATES):

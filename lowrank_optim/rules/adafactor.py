@@ -11,7 +11,8 @@ from lowrank_optim.rules.base import Direction, Rule, Transport
 
 
 def _rms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) / max(x.numel(), 1) ** 0.5
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.div_(max(x.numel(), 1) ** 0.5)
 
 
 def _inverse_root(row: Tensor, col: Tensor) -> Tensor:
@@ -70,11 +71,12 @@ class Adafactor(Rule):
         state: Mapping[str, Tensor],
         options: Mapping[str, Any],
         step: float,
+        age: float,
         weight: Tensor,
         ok: Tensor | None,
     ) -> Direction:
         eps1, eps2 = options["eps"]
-        size = _step_size(options, step, weight, eps2)
+        size = _step_size(options, age, weight, eps2)
         # 1 − β̂, and 0 where the gradient is to be ignored.
         fresh = torch.as_tensor(step ** options["decay_rate"], dtype=grad.dtype, device=grad.device)
         fresh = fresh if ok is None else fresh * ok
@@ -105,11 +107,11 @@ class Adafactor(Rule):
         col.copy_(moved.mean(-2)).clamp_min_(options["eps"][0])
 
 
-def _step_size(options: Mapping[str, Any], step: float, weight: Tensor, eps2: float) -> Tensor:
+def _step_size(options: Mapping[str, Any], age: float, weight: Tensor, eps2: float) -> Tensor:
     """The step size as a 0-d tensor on the weight's device."""
     size = float(options["lr"])
     if options["relative_step"]:
-        size *= min(1e-6 * step if options["warmup_init"] else 1e-2, step**-0.5)
+        size *= min(1e-6 * age if options["warmup_init"] else 1e-2, age**-0.5)
     if options["scale_parameter"]:
         return _rms(weight).clamp_min(eps2) * size
     return torch.as_tensor(size, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)

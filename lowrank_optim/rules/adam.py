@@ -11,6 +11,12 @@ from lowrank_optim import kernels
 from lowrank_optim.rules.base import Direction, Rule, Transport
 
 
+def check_betas(betas: Any) -> None:
+    """Raise ValueError unless `betas` is two numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+        raise ValueError(f"betas is {betas!r}; it must be two numbers in [0, 1)")
+
+
 @dataclass(frozen=True)
 class Adam(Rule):
     """N = (m/bc₁) / (√(v/bc₂) + ε) with m ← β₁m + (1−β₁)R, v ← β₂v + (1−β₂)R², bcᵢ = 1 − βᵢᵗ.
@@ -26,9 +32,7 @@ class Adam(Rule):
     eps: float = 1e-8
 
     def check(self, options: Mapping[str, Any]) -> None:
-        betas = options["betas"]
-        if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
-            raise ValueError(f"betas is {betas!r}; it must be two numbers in [0, 1)")
+        check_betas(options["betas"])
         if not float(options["eps"]) >= 0.0:
             raise ValueError(f"eps is {options['eps']!r}; it must be at least 0")
 
@@ -43,19 +47,21 @@ class Adam(Rule):
         state: Mapping[str, Tensor],
         options: Mapping[str, Any],
         step: float,
+        age: float,
         weight: Tensor,
         ok: Tensor | None,
     ) -> Direction:
         lr = float(options["lr"])
         beta1, beta2 = map(float, options["betas"])
-        eps = float(options["eps"])
+        eps, correction = float(options["eps"]), 1.0
         if options["match_reference"]:
             # m/(√v + ε) with step η√bc₂/bc₁ is the corrected form with ε/√bc₂ in place of ε.
-            eps /= (1.0 - beta2**step) ** 0.5
+            root = (1.0 - beta2**step) ** 0.5
+            eps, correction = eps / root, root / (1.0 - beta1**step)
         direction = kernels.adam_direct_(
             grad, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2, eps=eps, step=step, ok=ok
         )
-        return Direction(direction, lr, lr)
+        return Direction(direction, lr, lr, correction)
 
     def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
         """m ← m C; v ← |(1−β₂ᵗ) [(v̂ − m̂²)(C∘C) + (m̂ C)²]|, hats bias-corrected: LDAdam's rule (Robert et al., 2025)."""

@@ -19,11 +19,15 @@ Transport = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Direction:
-    """W ← (1 − decay·λ) W − step·lift(matrix)."""
+    """W ← (1 − decay·λ) W − step·lift(matrix).
+
+    `correction` is the factor that bias correction has in `matrix`, 1 for rules without.
+    """
 
     matrix: Tensor
     step: float
     decay: float | Tensor
+    correction: float = 1.0
 
 
 class Rule(ABC):
@@ -54,6 +58,7 @@ class Rule(ABC):
         state: Mapping[str, Tensor],  # modified in place
         options: Mapping[str, Any],
         step: float,
+        age: float,
         weight: Tensor,
         ok: Tensor | None,
     ) -> Direction:
@@ -61,6 +66,7 @@ class Rule(ABC):
 
         Args:
             step: t ≥ 1, the steps that the moments have seen with this one.
+            age: the steps that the parameter has seen with this one, also across resets of the moments.
             weight: the parameter, for rules whose step depends on its size; not modified.
             ok: 0-d bool on the device; where false, the moments stay and the direction is 0. None means true.
         """
@@ -74,3 +80,16 @@ class Rule(ABC):
         step: float,
     ) -> None:
         """Express the moments in the coordinates of a new basis; `step` is the number of steps they have seen so far."""
+
+
+class MomentumRule(Rule):
+    """A rule whose only moment is linear in the gradients: `exp_avg`, of R's shape."""
+
+    def init(
+        self, shape: tuple[int, ...], options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        return {"exp_avg": torch.zeros(shape, dtype=dtype, device=device)}
+
+    def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
+        """m ← m C."""
+        state["exp_avg"].copy_(move(state["exp_avg"], 1))

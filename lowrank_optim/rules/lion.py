@@ -1,0 +1,45 @@
+"""Lion (Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023): the sign of an interpolated momentum."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.rules.adam import check_betas
+from lowrank_optim.rules.base import Direction, MomentumRule
+
+
+@dataclass(frozen=True)
+class Lion(MomentumRule):
+    """N = sign(β₁m + (1−β₁)R), then m ← β₂m + (1−β₂)R.
+
+    Memory: 4 bytes for each element of R (8 in float64).
+    """
+
+    name: ClassVar[str] = "lion"
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        check_betas(options["betas"])
+
+    def direction(
+        self,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        step: float,
+        age: float,
+        weight: Tensor,
+        ok: Tensor | None,
+    ) -> Direction:
+        beta1, beta2 = map(float, options["betas"])
+        lr, exp_avg = float(options["lr"]), state["exp_avg"]
+        direction = torch.lerp(exp_avg, grad, 1.0 - beta1).sign_()
+        if ok is None:
+            exp_avg.lerp_(grad, 1.0 - beta2)
+        else:
+            direction.masked_fill_(~ok, 0.0)
+            exp_avg.lerp_(grad, ok.to(grad.dtype) * (1.0 - beta2))
+        return Direction(direction, lr, lr)

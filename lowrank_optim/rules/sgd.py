@@ -1,0 +1,46 @@
+"""Stochastic gradient descent with momentum, plain or Nesterov's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.rules.base import Direction, MomentumRule
+
+
+@dataclass(frozen=True)
+class SGD(MomentumRule):
+    """b ← μb + R, N = b, or R + μb with `nesterov`; b starts at 0, so the first step is R itself (torch's convention).
+
+    Memory: 4 bytes for each element of R (8 in float64), also with momentum 0.
+    """
+
+    name: ClassVar[str] = "sgd"
+    momentum: float = 0.0
+    nesterov: bool = False
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        if not 0.0 <= options["momentum"] < 1.0:
+            raise ValueError(f"momentum is {options['momentum']!r}; it must be in [0, 1)")
+        if options["nesterov"] and options["momentum"] == 0.0:
+            raise ValueError("nesterov is True with momentum 0; give a momentum above 0")
+
+    def direction(
+        self,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        step: float,
+        age: float,
+        weight: Tensor,
+        ok: Tensor | None,
+    ) -> Direction:
+        lr, momentum, buffer = float(options["lr"]), float(options["momentum"]), state["exp_avg"]
+        if ok is None:
+            buffer.mul_(momentum).add_(grad)
+        else:
+            buffer.mul_(torch.where(ok, momentum, 1.0)).add_(grad)
+        direction = grad.add(buffer, alpha=momentum) if options["nesterov"] else buffer
+        return Direction(direction if ok is None else direction.masked_fill(~ok, 0.0), lr, lr)
