@@ -23,7 +23,7 @@ lint: $(READY)   ## style and types
 	$(BIN)/mypy
 
 pretrain: $(READY)   ## the main job: a small LLaMA on real text, GaLoreAdamW beside AdamW
-	$(BIN)/python examples/pretrain.py --compare adamw,galore --out runs/pretrain $(ARGS)
+	$(BIN)/python examples/pretrain.py --compare adamw,galore --out runs/pretrain --resume $(ARGS)
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

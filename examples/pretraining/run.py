@@ -1,0 +1,283 @@
+"""One training run: model, optimizer, schedule, loop, checkpoints, metrics."""
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+import lowrank_optim as lo
+from pretraining import checkpoint
+from pretraining.configs import build_model
+from pretraining.data import FileBatches, StreamedBatches
+
+Batches = FileBatches | StreamedBatches
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
+
+
+class RunError(Exception):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the numbers of a run; a resume must agree on all of it."""
+
+    model: str
+    optimizer: str
+    lr: float
+    steps: int
+    warmup: int
+    batch: int
+    accumulate: int
+    length: int
+    clip: float
+    weight_decay: float
+    betas: tuple[float, float]
+    dtype: str
+    seed: int
+    corpus: str
+    bpe: int | None
+    rank: int | float | None
+    validate_every: int
+    validation_batches: int
+    grad_checkpointing: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def comparable(self) -> dict[str, Any]:
+        """As JSON reads it back."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass
+class Result:
+    """What a finished run reports."""
+
+    optimizer: str
+    lr: float
+    steps: int
+    tokens: int
+    train_loss: float
+    val_loss: float
+    seconds: float
+    bytes: dict[str, int]
+    peak: dict[str, int]
+
+
+def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
+    """torch's AdamW, or a low-rank optimizer by its short name; matrices of the layers are low-rank, the rest is dense."""
+    if config.optimizer == "adamw":
+        groups = lo.param_groups(model, rank=None, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    method = lo.by_name(config.optimizer)
+    options = dict(config.options)
+    if config.optimizer != "galore_adafactor":
+        options.setdefault("betas", config.betas)
+    rank = config.rank if config.rank is not None else (1 if config.optimizer == "apollo_mini" else 0.25)
+    groups = lo.param_groups(model, rank=rank, weight_decay=config.weight_decay)
+    return method(groups, lr=config.lr, weight_decay=config.weight_decay, seed=config.seed, **options)
+
+
+def schedule(config: Config) -> Callable[[int], float]:
+    """Linear warm-up, then a cosine to a tenth."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
+        return 0.1 + 0.45 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+    return factor
+
+
+def exact_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state by kind, counted from the tensors."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    sizes = {"weights": sum(p.numel() * p.element_size() for p in params)}
+    sizes["gradients"] = sum(p.grad.numel() * p.grad.element_size() for p in params if p.grad is not None)
+    return sizes | {f"state: {name}": size for name, size in lo.state_bytes(optimizer).items()}
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The largest use of memory so far, named as what it is."""
+    if device.type == "cuda":
+        return {"torch.cuda.max_memory_allocated": torch.cuda.max_memory_allocated(device)}
+    return {"peak resident memory of this process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+class Run:
+    """A run in a folder: `metrics.jsonl`, `checkpoint.pt`, `config.json`, and `result.json` at the end."""
+
+    def __init__(self, config: Config, folder: Path, batches: Batches, vocabulary: int, device: torch.device) -> None:
+        self.config, self.folder, self.batches, self.device = config, folder, batches, device
+        self.vocabulary = vocabulary
+        self.step = 0
+        self.seconds = 0.0
+
+    @property
+    def result_file(self) -> Path:
+        return self.folder / "result.json"
+
+    def finished(self) -> Result | None:
+        """The result of an earlier, finished run with this configuration."""
+        if not self.result_file.exists():
+            return None
+        self._check_config()
+        return Result(**json.loads(self.result_file.read_text()))
+
+    def _check_config(self) -> None:
+        """Refuse to continue a run that was started with other settings."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            return
+        saved, now = json.loads(path.read_text()), self.config.comparable()
+        differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
+        if differing:
+            lines = [f"{key}: {saved.get(key)!r} there, {now.get(key)!r} now" for key in differing]
+            raise RunError(
+                f"{self.folder} holds a run with other settings:\n  " + "\n  ".join(lines) + "\n"
+                "continue with those, or choose another --out, or --overwrite"
+            )
+
+    def train(self, save_every: int, report: Callable[["Run", dict[str, Any]], None]) -> Result:
+        """Train to the last step, from the checkpoint if there is one; `report` is called after every step."""
+        config = self.config
+        self._check_config()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(config.comparable(), indent=2))
+        model = build_model(
+            config.model,
+            self.vocabulary,
+            config.length,
+            self.device,
+            DTYPES[config.dtype],
+            config.grad_checkpointing,
+            config.seed,
+        )
+        self.model = model
+        self.optimizer = optimizer = make_optimizer(config, model)
+        scheduler = LambdaLR(optimizer, schedule(config))
+        metrics = self._resume(model, optimizer, scheduler)
+        bytes_at_start: dict[str, int] = {}
+        losses: list[float] = []
+        row: dict[str, Any] = {}
+        with metrics:
+            while self.step < config.steps:
+                began = time.perf_counter()
+                lr = scheduler.get_last_lr()[0]
+                loss, norm = self._gradients(model)
+                optimizer.step()
+                scheduler.step()
+                if not bytes_at_start:
+                    bytes_at_start = exact_bytes(model, optimizer)
+                optimizer.zero_grad()
+                self.step += 1
+                losses.append(loss)
+                row = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
+                row["tokens"] = self.step * config.batch * config.accumulate * config.length
+                if self.step % config.validate_every == 0 or self.step == config.steps:
+                    row["val_loss"] = self.validate(model)
+                self.seconds += time.perf_counter() - began
+                row["seconds"] = round(self.seconds, 3)
+                metrics.write(json.dumps(row) + "\n")
+                report(self, row)
+                if self.step % save_every == 0 or self.step == config.steps:
+                    self._save(model, optimizer, scheduler, metrics)
+        if not losses:  # killed between the last checkpoint and the result
+            row = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        bytes_at_start = bytes_at_start or exact_bytes(model, optimizer)
+        bytes_at_start["gradients"] = bytes_at_start["gradients"] or bytes_at_start["weights"]
+        recent = [r["loss"] for r in read_metrics(self.folder)[-20:]]
+        result = Result(
+            config.optimizer,
+            config.lr,
+            config.steps,
+            row["tokens"],
+            sum(recent) / len(recent),
+            row["val_loss"],
+            self.seconds,
+            bytes_at_start,
+            peak_memory(self.device),
+        )
+        temporary = self.result_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(result), indent=2))
+        os.replace(temporary, self.result_file)
+        return result
+
+    def _gradients(self, model: nn.Module) -> tuple[float, float]:
+        """Accumulate the gradients of one step; returns the mean loss and the norm before clipping."""
+        config = self.config
+        total = torch.zeros((), device=self.device)
+        windows = self.batches.batch(self.step, config.batch * config.accumulate).to(self.device)
+        for part in windows.split(config.batch):
+            loss = self._loss(model, part) / config.accumulate
+            loss.backward()
+            total += loss.detach()
+        if not math.isfinite(value := float(total)):
+            raise RunError(f"the loss is {value} at step {self.step + 1}; try a lower --lr")
+        limit = config.clip if config.clip > 0 else math.inf
+        return value, float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+
+    def _loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        enabled = self.config.dtype == "autocast"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            return model(input_ids=tokens, labels=tokens).loss
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> float:
+        """Mean loss over the validation windows."""
+        model.eval()
+        batches = self.batches.validation_batches(self.config.validation_batches, self.config.batch)
+        losses = [float(self._loss(model, tokens.to(self.device))) for tokens in batches]
+        model.train()
+        return sum(losses) / len(losses)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR, metrics: Any) -> None:
+        metrics.flush()
+        os.fsync(metrics.fileno())
+        content = {
+            "config": self.config.comparable(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "metrics_bytes": metrics.tell(),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "random": checkpoint.random_state(),
+        }
+        checkpoint.save(self.folder / "checkpoint.pt", content)
+
+    def _resume(self, model: nn.Module, optimizer: Optimizer, scheduler: LambdaLR) -> Any:
+        """Restore the last checkpoint, if any; returns the metrics file, cut to the step of the checkpoint."""
+        path, kept = self.folder / "checkpoint.pt", 0
+        if path.exists():
+            content = checkpoint.load(path)
+            if content["config"] != self.config.comparable():
+                raise RunError(
+                    f"{path} was written with other settings than config.json beside it; choose another --out"
+                )
+            model.load_state_dict(content["model"])
+            optimizer.load_state_dict(content["optimizer"])
+            scheduler.load_state_dict(content["scheduler"])
+            checkpoint.restore_random_state(content["random"])
+            self.step, self.seconds, kept = content["step"], content["seconds"], content["metrics_bytes"]
+        metrics = (self.folder / "metrics.jsonl").open("a+")
+        metrics.truncate(kept)
+        metrics.seek(kept)
+        return metrics
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
