@@ -32,7 +32,10 @@ def weight(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"scale": float("inf")}, "scale is inf; it must be a finite number"),
         ({"seed": 1.5}, "seed is 1.5; it must be an int"),
-        ({"proj_type": "middle"}, "proj_type is 'middle'; valid values are 'std', 'reverse_std', 'left', 'right', 'full'"),
+        (
+            {"proj_type": "middle"},
+            "proj_type is 'middle'; valid values are 'std', 'reverse_std', 'left', 'right', 'full'",
+        ),
         ({"on_refresh": "drop"}, "on_refresh is 'drop'; valid values are 'keep', 'reset', 'rotate'"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore'"),
         ({"layout": "odd"}, "layout is 'odd'"),
@@ -40,7 +43,10 @@ def weight(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"state_bits": 8}, "state_bits is 8.*use state_bits=32"),
         ({"basis_bits": 4}, "basis_bits is 4.*use basis_bits=32"),
         ({"projector": "randomised_svd"}, "did you mean 'randomized_svd'"),
-        ({"projector": "coordinate", "proj_type": "full"}, 'proj_type is "full", which a coordinate projector cannot do'),
+        (
+            {"projector": "coordinate", "proj_type": "full"},
+            'proj_type is "full", which a coordinate projector cannot do',
+        ),
         ({"differentiable": True}, "differentiable is True.*torch.optim.AdamW"),
     ],
 )
@@ -73,7 +79,9 @@ def test_adafactor_values_out_of_range_raise(options, message):
 
 
 def test_an_unknown_option_names_the_nearest_valid_one():
-    with pytest.raises(TypeError, match=r"unknown option 'update_gap' in GaLoreAdamW\(…\): did you mean 'update_proj_gap'"):
+    with pytest.raises(
+        TypeError, match=r"unknown option 'update_gap' in GaLoreAdamW\(…\): did you mean 'update_proj_gap'"
+    ):
         lo.GaLoreAdamW([weight()], update_gap=10)
 
 

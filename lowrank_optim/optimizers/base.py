@@ -244,7 +244,9 @@ class LowRankOptimizer(Optimizer):
         if group["on_refresh"] == "reset":
             steps -= max(int(state["last_refresh"]), 0)  # bias correction starts again with the moments
         move = self._rule.direction(reduced, state, group, steps, age, weight, ok)
-        reduced_step = Reduced(grad, reduced, squares, move.matrix, move.correction, basis, ok)
+        same = isinstance(move.decay, float) and move.decay == move.step
+        unit = 1.0 if same else move.decay / move.step
+        reduced_step = Reduced(grad, reduced, squares, move.matrix, move.correction, unit, basis, ok)
         update = self._residual.update(reduced_step, state, group)
         alpha, keep = self._sizes(move, group)
         basis.apply_(

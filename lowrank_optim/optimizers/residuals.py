@@ -34,6 +34,7 @@ class Reduced:
     squares: ‖g_j‖² of every line, (…, d, 1); None unless asked for.
     direction: N.
     correction: the factor of N that is Adam's bias correction; 1 for other rules.
+    unit: the learning rate as a multiple of the step size that N is applied with: 1, or η where N holds η already (Adafactor).
     basis: the subspace.
     ok: 0-d bool on the device, false where this gradient is to be ignored (R and N are then 0); None means true.
     """
@@ -43,6 +44,7 @@ class Reduced:
     squares: Tensor | None
     direction: Tensor
     correction: float
+    unit: float | Tensor
     basis: Basis
     ok: Tensor | None
 
@@ -114,9 +116,9 @@ class SGDResidual(Residual):
             raise ValueError(f"residual_lr_scale is {options['residual_lr_scale']!r}; it must be at least 0")
 
     def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
-        kappa = float(options["residual_lr_scale"])
-        core = torch.sub(step.direction, step.projected, alpha=kappa)
-        return Update(core, options["scale"], GradientTerm(step.grad, _uniform(step, kappa), step.ok))
+        kappa = _uniform(step, float(options["residual_lr_scale"]))
+        core = torch.addcmul(step.direction, step.projected, kappa, value=-1.0)
+        return Update(core, options["scale"], GradientTerm(step.grad, kappa, step.ok))
 
 
 @dataclass(frozen=True)
@@ -204,10 +206,11 @@ class GradientScaled(Limited):
 
 
 def _uniform(step: Reduced, value: float) -> Tensor:
-    """A scale that is the same for the whole matrix, (…, 1, 1)."""
+    """A step size κη that is the same for the whole matrix, (…, 1, 1), in units of the direction's."""
     scale = torch.full(
         (*step.projected.shape[:-2], 1, 1), value, dtype=step.projected.dtype, device=step.projected.device
     )
+    scale = scale * step.unit
     return scale if step.ok is None else scale * step.ok
 
 

@@ -1,0 +1,37 @@
+"""The README's code runs as it stands."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import lowrank_optim as lo
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_complete_loop_runs_and_learns():
+    code = next(block for block in BLOCKS if "manual_seed" in block)
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["loss"].item() < 0.5
+    assert "low-rank" in lo.describe(scope["groups"])
+
+
+def test_the_one_line_and_the_composed_method_run():
+    codes = [block for block in BLOCKS if "param_groups(model" in block and "manual_seed" not in block]
+    assert len(codes) == 2
+    for code in codes:
+        model = torch.nn.Sequential(torch.nn.Linear(256, 64), torch.nn.Linear(64, 256))
+        scope = {"lo": lo, "model": model}
+        exec(code, scope)
+        model(torch.randn(8, 256)).square().mean().backward()
+        before = model[0].weight.detach().clone()
+        scope["optimizer"].step()
+        assert not torch.equal(model[0].weight, before)
+
+
+def test_every_name_of_the_readme_exists():
+    for name in re.findall(r"\blo\.(\w+)", README):
+        assert hasattr(lo, name), name
