@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 
+from pretraining.folder import TEMPORARY
+
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write the file beside its place, push it to the disk, then put it in place in one step."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     with temporary.open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    if os.name == "nt":  # folders cannot be opened there
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

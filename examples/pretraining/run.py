@@ -2,8 +2,9 @@
 
 import json
 import math
-import os
-import resource
+import pickle
+import random
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ import lowrank_optim as lo
 from pretraining import checkpoint
 from pretraining.configs import build_model
 from pretraining.data import FileBatches, StreamedBatches
+from pretraining.folder import write_atomically
 
 Batches = FileBatches | StreamedBatches
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
@@ -26,6 +28,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torc
 
 class RunError(Exception):
     """A run cannot start or go on; the message says why and what to do."""
+
+
+class DivergedError(RunError):
+    """The loss is not finite any more."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Config:
     dtype: str
     seed: int
     corpus: str
+    text_digest: str | None  # None for a stream
     bpe: int | None
     rank: int | float | None
     validate_every: int
@@ -60,31 +67,38 @@ class Config:
 
 @dataclass
 class Result:
-    """What a finished run reports."""
+    """What a finished run reports; a run that diverged has no losses."""
 
     optimizer: str
     lr: float
     steps: int
     tokens: int
-    train_loss: float
-    val_loss: float
+    train_loss: float | None
+    val_loss: float | None
     seconds: float
     bytes: dict[str, int]
     peak: dict[str, int]
 
 
 def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    """torch's AdamW, or a low-rank optimizer by its short name; matrices of the layers are low-rank, the rest is dense."""
-    if config.optimizer == "adamw":
-        groups = lo.param_groups(model, rank=None, weight_decay=config.weight_decay)
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-    method = lo.by_name(config.optimizer)
-    options = dict(config.options)
-    if config.optimizer != "galore_adafactor":
-        options.setdefault("betas", config.betas)
-    rank = config.rank if config.rank is not None else (1 if config.optimizer == "apollo_mini" else 0.25)
-    groups = lo.param_groups(model, rank=rank, weight_decay=config.weight_decay)
-    return method(groups, lr=config.lr, weight_decay=config.weight_decay, seed=config.seed, **options)
+    """torch's AdamW, or a low-rank optimizer by its short name; matrices of the layers are low-rank, the rest is dense.
+
+    Raises:
+        RunError: the optimizer refuses an option.
+    """
+    try:
+        if config.optimizer == "adamw":
+            groups = lo.param_groups(model, rank=None, weight_decay=config.weight_decay)
+            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        method = lo.by_name(config.optimizer)
+        options = dict(config.options)
+        if config.optimizer != "galore_adafactor":
+            options["betas"] = config.betas
+        rank = config.rank if config.rank is not None else (1 if config.optimizer == "apollo_mini" else 0.25)
+        groups = lo.param_groups(model, rank=rank, weight_decay=config.weight_decay)
+        return method(groups, lr=config.lr, weight_decay=config.weight_decay, seed=config.seed, **options)
+    except (TypeError, ValueError) as error:
+        raise RunError(str(error)) from error
 
 
 def schedule(config: Config) -> Callable[[int], float]:
@@ -100,18 +114,25 @@ def schedule(config: Config) -> Callable[[int], float]:
 
 
 def exact_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state by kind, counted from the tensors."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    sizes = {"weights": sum(p.numel() * p.element_size() for p in params)}
-    sizes["gradients"] = sum(p.grad.numel() * p.grad.element_size() for p in params if p.grad is not None)
-    return sizes | {f"state: {name}": size for name, size in lo.state_bytes(optimizer).items()}
+    """Bytes of weights, of their gradients (same shape and type) and of optimizer state by kind, counted from the tensors."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    state = {f"state: {name}": size for name, size in lo.state_bytes(optimizer).items()}
+    return {"weights": weights, "gradients": weights} | state
+
+
+CUDA_PEAK = "torch.cuda.max_memory_allocated"
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """The largest use of memory so far, named as what it is."""
     if device.type == "cuda":
-        return {"torch.cuda.max_memory_allocated": torch.cuda.max_memory_allocated(device)}
-    return {"peak resident memory of this process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        return {CUDA_PEAK: torch.cuda.max_memory_allocated(device)}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak resident memory of this process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 class Run:
@@ -122,6 +143,7 @@ class Run:
         self.vocabulary = vocabulary
         self.step = 0
         self.seconds = 0.0
+        self.bytes: dict[str, int] = {}
 
     @property
     def result_file(self) -> Path:
@@ -131,10 +153,10 @@ class Run:
         """The result of an earlier, finished run with this configuration."""
         if not self.result_file.exists():
             return None
-        self._check_config()
+        self.check_config()
         return Result(**json.loads(self.result_file.read_text()))
 
-    def _check_config(self) -> None:
+    def check_config(self) -> None:
         """Refuse to continue a run that was started with other settings."""
         path = self.folder / "config.json"
         if not path.exists():
@@ -151,9 +173,12 @@ class Run:
     def train(self, save_every: int, report: Callable[["Run", dict[str, Any]], None]) -> Result:
         """Train to the last step, from the checkpoint if there is one; `report` is called after every step."""
         config = self.config
-        self._check_config()
+        self.check_config()
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(json.dumps(config.comparable(), indent=2))
+        write_atomically(self.folder / "config.json", json.dumps(config.comparable(), indent=2))
+        if self.device.type == "cuda":  # the peak is this run's, not an earlier one's
+            torch.cuda.reset_peak_memory_stats(self.device)
+        random.seed(config.seed)
         model = build_model(
             config.model,
             self.vocabulary,
@@ -163,54 +188,56 @@ class Run:
             config.grad_checkpointing,
             config.seed,
         )
-        self.model = model
-        self.optimizer = optimizer = make_optimizer(config, model)
+        optimizer = make_optimizer(config, model)
         scheduler = LambdaLR(optimizer, schedule(config))
-        metrics = self._resume(model, optimizer, scheduler)
-        bytes_at_start: dict[str, int] = {}
-        losses: list[float] = []
-        row: dict[str, Any] = {}
-        with metrics:
+        with self._resume(model, optimizer, scheduler) as metrics:
             while self.step < config.steps:
                 began = time.perf_counter()
                 lr = scheduler.get_last_lr()[0]
                 loss, norm = self._gradients(model)
                 optimizer.step()
                 scheduler.step()
-                if not bytes_at_start:
-                    bytes_at_start = exact_bytes(model, optimizer)
                 optimizer.zero_grad()
                 self.step += 1
-                losses.append(loss)
-                row = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
-                row["tokens"] = self.step * config.batch * config.accumulate * config.length
+                row: dict[str, Any] = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": self.tokens}
                 if self.step % config.validate_every == 0 or self.step == config.steps:
                     row["val_loss"] = self.validate(model)
                 self.seconds += time.perf_counter() - began
                 row["seconds"] = round(self.seconds, 3)
                 metrics.write(json.dumps(row) + "\n")
+                # torch.optim.AdamW makes its state in the first step; before that there is nothing to count.
+                self.bytes = self.bytes or exact_bytes(model, optimizer)
                 report(self, row)
                 if self.step % save_every == 0 or self.step == config.steps:
                     self._save(model, optimizer, scheduler, metrics)
-        if not losses:  # killed between the last checkpoint and the result
-            row = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
-        bytes_at_start = bytes_at_start or exact_bytes(model, optimizer)
-        bytes_at_start["gradients"] = bytes_at_start["gradients"] or bytes_at_start["weights"]
-        recent = [r["loss"] for r in read_metrics(self.folder)[-20:]]
+        self.bytes = self.bytes or exact_bytes(model, optimizer)  # killed between the last checkpoint and the result
+        rows = read_metrics(self.folder)
+        recent = [row["loss"] for row in rows[-20:]]
+        return self._finish(sum(recent) / len(recent), rows[-1]["val_loss"])
+
+    def diverged(self) -> Result:
+        """The result of a run whose loss is not finite any more."""
+        return self._finish(None, None)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.config.batch * self.config.accumulate * self.config.length
+
+    def _finish(self, train_loss: float | None, val_loss: float | None) -> Result:
+        config = self.config
         result = Result(
             config.optimizer,
             config.lr,
-            config.steps,
-            row["tokens"],
-            sum(recent) / len(recent),
-            row["val_loss"],
+            self.step,
+            self.tokens,
+            train_loss,
+            val_loss,
             self.seconds,
-            bytes_at_start,
+            self.bytes,
             peak_memory(self.device),
         )
-        temporary = self.result_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(result), indent=2))
-        os.replace(temporary, self.result_file)
+        write_atomically(self.result_file, json.dumps(asdict(result), indent=2))
         return result
 
     def _gradients(self, model: nn.Module) -> tuple[float, float]:
@@ -223,7 +250,7 @@ class Run:
             loss.backward()
             total += loss.detach()
         if not math.isfinite(value := float(total)):
-            raise RunError(f"the loss is {value} at step {self.step + 1}; try a lower --lr")
+            raise DivergedError(f"the loss is {value} at step {self.step + 1}; try a lower --lr")
         limit = config.clip if config.clip > 0 else math.inf
         return value, float(nn.utils.clip_grad_norm_(model.parameters(), limit))
 
@@ -262,7 +289,10 @@ class Run:
         """Restore the last checkpoint, if any; returns the metrics file, cut to the step of the checkpoint."""
         path, kept = self.folder / "checkpoint.pt", 0
         if path.exists():
-            content = checkpoint.load(path)
+            try:
+                content = checkpoint.load(path)
+            except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+                raise RunError(f"{path} is damaged; delete it, and --resume starts this run again") from error
             if content["config"] != self.config.comparable():
                 raise RunError(
                     f"{path} was written with other settings than config.json beside it; choose another --out"

@@ -11,9 +11,11 @@ from lowrank_optim.kernels.reference import (
     apply_dense_,
     compute_dtype,
     decay_,
+    masked_scalar,
     project,
     project_with_norms,
     row_chunks,
+    scalar,
     stochastic_round,
     store_,
 )
@@ -25,9 +27,11 @@ __all__ = [
     "apply_dense_",
     "compute_dtype",
     "decay_",
+    "masked_scalar",
     "project",
     "project_with_norms",
     "row_chunks",
+    "scalar",
     "stochastic_round",
     "store_",
 ]

@@ -56,9 +56,10 @@ def random_bits(key: int, positions: Tensor) -> Tensor:
 
 
 def uniform(key: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uniform numbers in (0, 1), never 0 or 1: (24 random bits + 1/2) / 2**24."""
-    bits = random_bits(key, torch.arange(math.prod(shape), device=device)) >> 8
-    return bits.to(torch.float64).add_(0.5).mul_(2.0**-24).to(dtype).view(shape)
+    """Uniform numbers in (0, 1), never 0 or 1: (b random bits + 1/2) / 2ᵇ, b as many as the type holds exactly (32 in float64)."""
+    bits = 32 if dtype == torch.float64 else 23
+    words = random_bits(key, torch.arange(math.prod(shape), device=device)) >> (32 - bits)
+    return words.to(torch.float64).add_(0.5).mul_(2.0**-bits).to(dtype).view(shape)
 
 
 def gaussian(key: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -27,6 +27,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def masked_scalar(ok: Tensor, value: float | Tensor, otherwise: float, dtype: torch.dtype) -> Tensor:
+    """0-d tensor on the device: `value` where `ok` holds, else `otherwise`; in `dtype`, which torch.where on two numbers is not."""
+    return torch.where(ok, scalar(value, dtype, ok.device), scalar(otherwise, dtype, ok.device))
+
+
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-d tensor on the device, made there: a copy from the host would wait."""
+    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+
+
 def row_chunks(rows: int, cols: int) -> Iterator[slice]:
     """Slices of rows that together cover a rows×cols matrix, each of at most CHUNK_ELEMENTS elements (at least one row)."""
     size = max(1, CHUNK_ELEMENTS // max(cols, 1))
@@ -82,7 +92,7 @@ def adam_direct_(
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
     else:
         exp_avg.lerp_(grad, ok.to(grad.dtype) * (1.0 - beta1))
-        exp_avg_sq.mul_(torch.where(ok, beta2, 1.0)).addcmul_(grad, grad, value=1.0 - beta2)
+        exp_avg_sq.mul_(masked_scalar(ok, beta2, 1.0, grad.dtype)).addcmul_(grad, grad, value=1.0 - beta2)
     # m / (bc₁/√bc₂ · √v + bc₁·ε): both corrections in the denominator, so that N takes one pass.
     direction = exp_avg_sq.sqrt().mul_(bc1 / bc2**0.5).add_(bc1 * eps)
     torch.div(exp_avg, direction, out=direction)
@@ -113,7 +123,7 @@ def apply_(
         residual: the part of the update that is not low-rank; None leaves it out.
     """
     if ok is not None and not (isinstance(keep, float) and keep == 1.0):
-        keep = torch.where(ok, keep, 1.0)
+        keep = masked_scalar(ok, keep, 1.0, left.dtype)
     if weight.dtype == left.dtype and residual is None:
         if isinstance(keep, Tensor):
             weight.mul_(keep)
@@ -199,7 +209,7 @@ def project_with_norms(grad: Tensor, basis: Tensor, side: str) -> tuple[Tensor, 
 def decay_(weight: Tensor, keep: float | Tensor, ok: Tensor | None = None) -> None:
     """W ← keep·W where `ok` holds (or is None), in place; free for keep = 1."""
     if isinstance(keep, Tensor) or keep != 1.0:
-        weight.mul_(keep if ok is None else torch.where(ok, keep, 1.0))
+        weight.mul_(keep if ok is None else masked_scalar(ok, keep, 1.0, compute_dtype(weight.dtype)))
 
 
 def apply_dense_(
@@ -213,7 +223,7 @@ def apply_dense_(
 ) -> None:
     """W ← keep·W − α·N for a direction of the weight's own shape; the other arguments are those of `apply_`."""
     if ok is not None:
-        keep = torch.where(ok, keep, 1.0)
+        keep = masked_scalar(ok, keep, 1.0, direction.dtype)
     if weight.dtype == direction.dtype:
         decay_(weight, keep)
         weight.add_(direction, alpha=-alpha)

@@ -23,8 +23,8 @@ from lowrank_optim.optimizers.nonfinite import SkippedUpdates
 from lowrank_optim.optimizers.options import DEFAULTS, check_names, check_values
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
 from lowrank_optim.optimizers.schedule import latest_refresh, stagger_offset
-from lowrank_optim.projectors import SVD, Basis, Projector
-from lowrank_optim.rules import Direction, Rule
+from lowrank_optim.projectors import SVD, Basis, Projector, Write
+from lowrank_optim.rules import Context, Direction, Rule
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -243,21 +243,12 @@ class LowRankOptimizer(Optimizer):
         steps = age = float(state["step"])
         if group["on_refresh"] == "reset":
             steps -= max(int(state["last_refresh"]), 0)  # bias correction starts again with the moments
-        move = self._rule.direction(reduced, state, group, steps, age, weight, ok)
+        move = self._rule.direction(reduced, state, group, Context(steps, age, weight, ok))
         same = isinstance(move.decay, float) and move.decay == move.step
         unit = 1.0 if same else move.decay / move.step
         reduced_step = Reduced(grad, reduced, squares, move.matrix, move.correction, unit, basis, ok)
         update = self._residual.update(reduced_step, state, group)
-        alpha, keep = self._sizes(move, group)
-        basis.apply_(
-            weight,
-            update.core,
-            alpha=alpha * update.factor,
-            keep=keep,
-            ok=ok,
-            rounding_key=self._rounding_key(param, group, layout),
-            term=update.term,
-        )
+        basis.apply_(weight, update.core, self._write(param, group, layout, move, update.factor, ok), update.term)
 
     def _update_dense(
         self, param: Tensor, grad: Tensor, group: Mapping[str, Any], layout: Layout, ok: Tensor | None
@@ -267,24 +258,28 @@ class LowRankOptimizer(Optimizer):
         if ok is not None:
             grad = torch.where(ok, grad, 0.0)
         age = float(state["step"])
-        move = self._rule.direction(grad, state, group, age, age, param, ok)
-        alpha, keep = self._sizes(move, group)
-        key = self._rounding_key(param, group, layout)
-        kernels.apply_dense_(param, move.matrix, alpha=alpha, keep=keep, ok=ok, rounding_key=key)
+        move = self._rule.direction(grad, state, group, Context(age, age, param, ok))
+        kernels.apply_dense_(param, move.matrix, **vars(self._write(param, group, layout, move, 1.0, ok)))
 
-    def _sizes(self, move: Direction, group: Mapping[str, Any]) -> tuple[float, float | Tensor]:
-        """Step size and what is kept of the weights."""
+    def _write(
+        self,
+        param: Tensor,
+        group: Mapping[str, Any],
+        layout: Layout,
+        move: Direction,
+        factor: float,
+        ok: Tensor | None,
+    ) -> Write:
+        """Step size, what is kept of the weights, and how they are rounded."""
         # Rules and residuals are odd functions of the gradient: to ascend is to descend with the sign turned.
-        alpha = -move.step if group["maximize"] else move.step
+        alpha = -move.step * factor if group["maximize"] else move.step * factor
         keep = 1.0 - move.decay * group["weight_decay"]
         if group["match_reference"] and self._rule.decays_last:
             alpha *= float(keep)  # decay after the update: (1 − ηλ)(W − ηU)
-        return alpha, keep
-
-    def _rounding_key(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> int | None:
-        if not group["stochastic_rounding"] or param.dtype != torch.bfloat16:
-            return None
-        return self._key(group, layout, int(self.state[param]["step"]), PURPOSE_ROUNDING)
+        key = None
+        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+            key = self._key(group, layout, int(self.state[param]["step"]), PURPOSE_ROUNDING)
+        return Write(alpha, keep, ok, key)
 
     def skipped_updates(self) -> dict[str, int]:
         """How many updates were left out because a gradient was not finite, by parameter name; waits for the device."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, Space
+from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, Space, Write
 from lowrank_optim.projectors.coordinate import Coordinate
 from lowrank_optim.projectors.random import Random
 from lowrank_optim.projectors.randomized import RandomizedSVD
@@ -19,6 +19,7 @@ __all__ = [
     "Random",
     "RandomizedSVD",
     "Space",
+    "Write",
     "from_name",
 ]
 

@@ -85,6 +85,16 @@ class GradientTerm:
     sign: bool = False
 
 
+@dataclass(frozen=True)
+class Write:
+    """How an update goes into the weights; the fields are arguments of `kernels.apply_`."""
+
+    alpha: float
+    keep: float | Tensor
+    ok: Tensor | None = None
+    rounding_key: int | None = None
+
+
 class Basis(Protocol):
     """A subspace at one moment: what the step needs of it."""
 
@@ -97,18 +107,8 @@ class Basis(Protocol):
     def lifted_squares(self, reduced: Tensor) -> Tensor:
         """‖P r_j‖² for every row r_j of R, (…, d, 1): ‖r_j‖² where P is orthonormal, r_jᵀPᵀP r_j elsewhere."""
 
-    def apply_(
-        self,
-        weight: Tensor,
-        core: Tensor | None,
-        *,
-        alpha: float,
-        keep: float | Tensor,
-        ok: Tensor | None,
-        rounding_key: int | None,
-        term: GradientTerm | None = None,
-    ) -> None:
-        """W ← keep·W − α·(lift(core) + term), in place; the arguments are those of `kernels.apply_`. No core lifts to nothing."""
+    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
+        """W ← keep·W − α·(lift(core) + term), in place. No core lifts to nothing."""
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         """A matrix in the coordinates of `old`, expressed in those of this basis: M C with C = P_oldᵀ P_new.

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_optim import kernels
-from lowrank_optim.projectors.base import GradientTerm, row_squares
+from lowrank_optim.projectors.base import GradientTerm, Write, row_squares
 
 
 def _overlap(new: Tensor, old: Tensor, orthonormal: bool) -> Tensor:
@@ -51,24 +51,14 @@ class DenseBasis:
             return _nothing(like, self.matrix.dtype)
         return (core, self.matrix.mT) if self.side == "right" else (self.matrix, core.mT)
 
-    def apply_(
-        self,
-        weight: Tensor,
-        core: Tensor | None,
-        *,
-        alpha: float,
-        keep: float | Tensor,
-        ok: Tensor | None,
-        rounding_key: int | None,
-        term: GradientTerm | None = None,
-    ) -> None:
+    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
         residual = None
         if term is not None:
             scale = term.scale if self.side == "right" else term.scale.mT
             left, right = (None, None) if term.subtract is None else self._factors(term.subtract, weight)
             residual = kernels.ResidualTerm(term.grad, scale, term.ok, term.sign, left, right)
         left, right = self._factors(core, weight)
-        kernels.apply_(weight, left, right, alpha=alpha, keep=keep, ok=ok, rounding_key=rounding_key, residual=residual)
+        kernels.apply_(weight, left, right, residual=residual, **vars(write))
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         return moment @ _overlap(self.matrix, old.matrix, self.orthonormal).pow(power)
@@ -98,21 +88,11 @@ class TwoSidedBasis:
     def _one_sided(self) -> DenseBasis:
         return DenseBasis(self.right, "right", self.orthonormal)
 
-    def apply_(
-        self,
-        weight: Tensor,
-        core: Tensor | None,
-        *,
-        alpha: float,
-        keep: float | Tensor,
-        ok: Tensor | None,
-        rounding_key: int | None,
-        term: GradientTerm | None = None,
-    ) -> None:
+    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
         if term is not None and term.subtract is not None:
             term = replace(term, subtract=self.left @ term.subtract)
         core = None if core is None else self.left @ core
-        self._one_sided().apply_(weight, core, alpha=alpha, keep=keep, ok=ok, rounding_key=rounding_key, term=term)
+        self._one_sided().apply_(weight, core, write, term)
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         left = _overlap(self.left, old.left, self.orthonormal).pow(power)
@@ -148,38 +128,26 @@ class _SelectedEntries:
     def lifted_squares(self, reduced: Tensor) -> Tensor:
         return row_squares(reduced)
 
-    def apply_(
-        self,
-        weight: Tensor,
-        core: Tensor | None,
-        *,
-        alpha: float,
-        keep: float | Tensor,
-        ok: Tensor | None,
-        rounding_key: int | None,
-        term: GradientTerm | None = None,
-    ) -> None:
+    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
         dtype = kernels.compute_dtype(weight.dtype)
         selected = None if core is None else self._get(weight).to(dtype)
         residual = None
         if term is not None:
             # E = G − lift R is 0 on the selected entries and G elsewhere, where nothing has to be subtracted.
             residual = kernels.ResidualTerm(term.grad, self._line_scale(term.scale), term.ok, term.sign)
-        if residual is not None or isinstance(keep, Tensor) or keep != 1.0:
+        if residual is not None or isinstance(write.keep, Tensor) or write.keep != 1.0:
             left, right = _nothing(weight, dtype)
-            kernels.apply_(
-                weight, left, right, alpha=alpha, keep=keep, ok=ok, rounding_key=rounding_key, residual=residual
-            )
+            kernels.apply_(weight, left, right, residual=residual, **vars(write))
         if core is None or selected is None:
             return
-        kernels.decay_(selected, keep, ok)
-        selected.add_(core, alpha=-alpha)
+        kernels.decay_(selected, write.keep, write.ok)
+        selected.add_(core, alpha=-write.alpha)
         if term is not None and term.subtract is None:
             gradient = self.project(term.grad)
             gradient = gradient if term.ok is None else torch.where(term.ok, gradient, 0.0)
-            selected.addcmul_(gradient.sign() if term.sign else gradient, term.scale, value=-alpha)
-        if rounding_key is not None:
-            selected = kernels.stochastic_round(selected, rounding_key, self._positions(weight))
+            selected.addcmul_(gradient.sign() if term.sign else gradient, term.scale, value=-write.alpha)
+        if write.rounding_key is not None:
+            selected = kernels.stochastic_round(selected, write.rounding_key, self._positions(weight))
         self._set(weight, selected.to(weight.dtype))
 
 

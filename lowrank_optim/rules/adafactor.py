@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.rules.base import Direction, Rule, Transport
+from lowrank_optim import kernels
+from lowrank_optim.rules.base import Context, Direction, Rule, Transport
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -66,20 +67,13 @@ class Adafactor(Rule):
         return {name: torch.zeros(size, dtype=dtype, device=device) for name, size in shapes.items()}
 
     def direction(
-        self,
-        grad: Tensor,
-        state: Mapping[str, Tensor],
-        options: Mapping[str, Any],
-        step: float,
-        age: float,
-        weight: Tensor,
-        ok: Tensor | None,
+        self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         eps1, eps2 = options["eps"]
-        size = _step_size(options, age, weight, eps2)
+        size = _step_size(options, context.age, context.weight, eps2)
         # 1 − β̂, and 0 where the gradient is to be ignored.
-        fresh = torch.as_tensor(step ** options["decay_rate"], dtype=grad.dtype, device=grad.device)
-        fresh = fresh if ok is None else fresh * ok
+        fresh = kernels.scalar(context.step ** options["decay_rate"], grad.dtype, grad.device)
+        fresh = fresh if context.ok is None else fresh * context.ok
         square = grad.square().add_(eps1)
         if "exp_avg_sq" in state:
             update = state["exp_avg_sq"].lerp_(square, fresh).rsqrt().mul_(grad)
@@ -89,10 +83,10 @@ class Adafactor(Rule):
             update = _inverse_root(row, col).mul_(grad)
         update.mul_(size / (_rms(update) / options["clip_threshold"]).clamp_min(1.0))
         if options["beta1"] is not None:
-            weight_of_new = torch.as_tensor(1.0 - options["beta1"], dtype=grad.dtype, device=grad.device)
-            update = state["exp_avg"].lerp_(update, weight_of_new if ok is None else weight_of_new * ok)
-        if ok is not None:
-            update, size = update.masked_fill(~ok, 0.0), size * ok
+            weight_of_new = kernels.scalar(1.0 - options["beta1"], grad.dtype, grad.device)
+            update = state["exp_avg"].lerp_(update, weight_of_new if context.ok is None else weight_of_new * context.ok)
+        if context.ok is not None:
+            update, size = update.masked_fill(~context.ok, 0.0), size * context.ok
         return Direction(update, 1.0, size)
 
     def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
@@ -114,4 +108,4 @@ def _step_size(options: Mapping[str, Any], age: float, weight: Tensor, eps2: flo
         size *= min(1e-6 * age if options["warmup_init"] else 1e-2, age**-0.5)
     if options["scale_parameter"]:
         return _rms(weight).clamp_min(eps2) * size
-    return torch.as_tensor(size, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+    return kernels.scalar(size, kernels.compute_dtype(weight.dtype), weight.device)

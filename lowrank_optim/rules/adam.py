@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.rules.base import Direction, Rule, Transport
+from lowrank_optim.rules.base import Context, Direction, Rule, Transport
 
 
 def check_betas(betas: Any) -> None:
@@ -42,24 +42,24 @@ class Adam(Rule):
         return {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")}
 
     def direction(
-        self,
-        grad: Tensor,
-        state: Mapping[str, Tensor],
-        options: Mapping[str, Any],
-        step: float,
-        age: float,
-        weight: Tensor,
-        ok: Tensor | None,
+        self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         lr = float(options["lr"])
         beta1, beta2 = map(float, options["betas"])
         eps, correction = float(options["eps"]), 1.0
         if options["match_reference"]:
             # m/(√v + ε) with step η√bc₂/bc₁ is the corrected form with ε/√bc₂ in place of ε.
-            root = (1.0 - beta2**step) ** 0.5
-            eps, correction = eps / root, root / (1.0 - beta1**step)
+            root = (1.0 - beta2**context.step) ** 0.5
+            eps, correction = eps / root, root / (1.0 - beta1**context.step)
         direction = kernels.adam_direct_(
-            grad, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2, eps=eps, step=step, ok=ok
+            grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            step=context.step,
+            ok=context.ok,
         )
         return Direction(direction, lr, lr, correction)
 

@@ -30,6 +30,22 @@ class Direction:
     correction: float = 1.0
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a rule may need to know besides the gradient.
+
+    step: t ≥ 1, the steps that the moments have seen with this one.
+    age: the steps that the parameter has seen with this one, also across resets of the moments.
+    weight: the parameter, for rules whose step depends on its size; not modified.
+    ok: 0-d bool on the device; where false, the moments stay and the direction is 0. None means true.
+    """
+
+    step: float
+    age: float
+    weight: Tensor
+    ok: Tensor | None
+
+
 class Rule(ABC):
     """An update rule; subclasses are frozen dataclasses whose fields are the group options they read."""
 
@@ -53,23 +69,9 @@ class Rule(ABC):
 
     @abstractmethod
     def direction(
-        self,
-        grad: Tensor,
-        state: Mapping[str, Tensor],  # modified in place
-        options: Mapping[str, Any],
-        step: float,
-        age: float,
-        weight: Tensor,
-        ok: Tensor | None,
+        self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
-        """Update the moments with `grad` and return what to apply.
-
-        Args:
-            step: t ≥ 1, the steps that the moments have seen with this one.
-            age: the steps that the parameter has seen with this one, also across resets of the moments.
-            weight: the parameter, for rules whose step depends on its size; not modified.
-            ok: 0-d bool on the device; where false, the moments stay and the direction is 0. None means true.
-        """
+        """Update the moments in `state` with `grad`, in place, and return what to apply."""
 
     @abstractmethod
     def transport(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.rules.adam import check_betas
-from lowrank_optim.rules.base import Direction, MomentumRule
+from lowrank_optim.rules.base import Context, Direction, MomentumRule
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,14 @@ class Lion(MomentumRule):
         check_betas(options["betas"])
 
     def direction(
-        self,
-        grad: Tensor,
-        state: Mapping[str, Tensor],
-        options: Mapping[str, Any],
-        step: float,
-        age: float,
-        weight: Tensor,
-        ok: Tensor | None,
+        self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         beta1, beta2 = map(float, options["betas"])
         lr, exp_avg = float(options["lr"]), state["exp_avg"]
         direction = torch.lerp(exp_avg, grad, 1.0 - beta1).sign_()
-        if ok is None:
+        if context.ok is None:
             exp_avg.lerp_(grad, 1.0 - beta2)
         else:
-            direction.masked_fill_(~ok, 0.0)
-            exp_avg.lerp_(grad, ok.to(grad.dtype) * (1.0 - beta2))
+            direction.masked_fill_(~context.ok, 0.0)
+            exp_avg.lerp_(grad, context.ok.to(grad.dtype) * (1.0 - beta2))
         return Direction(direction, lr, lr)

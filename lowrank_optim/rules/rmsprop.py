@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.rules.base import Direction, Rule, Transport
+from lowrank_optim import kernels
+from lowrank_optim.rules.base import Context, Direction, Rule, Transport
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,12 @@ class RMSprop(Rule):
         return {"exp_avg_sq": torch.zeros(shape, dtype=dtype, device=device)}
 
     def direction(
-        self,
-        grad: Tensor,
-        state: Mapping[str, Tensor],
-        options: Mapping[str, Any],
-        step: float,
-        age: float,
-        weight: Tensor,
-        ok: Tensor | None,
+        self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         lr, alpha, square = float(options["lr"]), float(options["alpha"]), state["exp_avg_sq"]
-        square.mul_(alpha if ok is None else torch.where(ok, alpha, 1.0)).addcmul_(grad, grad, value=1.0 - alpha)
+        square.mul_(
+            alpha if context.ok is None else kernels.masked_scalar(context.ok, alpha, 1.0, grad.dtype)
+        ).addcmul_(grad, grad, value=1.0 - alpha)
         direction = square.sqrt().add_(float(options["eps"]))
         return Direction(torch.div(grad, direction, out=direction), lr, lr)
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from lowrank_optim.rules.base import Direction, MomentumRule
+from lowrank_optim import kernels
+from lowrank_optim.rules.base import Context, Direction, MomentumRule
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,12 @@ class SGD(MomentumRule):
             raise ValueError("nesterov is True with momentum 0; give a momentum above 0")
 
     def direction(
-        self,
-        grad: Tensor,
-        state: Mapping[str, Tensor],
-        options: Mapping[str, Any],
-        step: float,
-        age: float,
-        weight: Tensor,
-        ok: Tensor | None,
+        self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         lr, momentum, buffer = float(options["lr"]), float(options["momentum"]), state["exp_avg"]
-        if ok is None:
+        if context.ok is None:
             buffer.mul_(momentum).add_(grad)
         else:
-            buffer.mul_(torch.where(ok, momentum, 1.0)).add_(grad)
+            buffer.mul_(kernels.masked_scalar(context.ok, momentum, 1.0, grad.dtype)).add_(grad)
         direction = grad.add(buffer, alpha=momentum) if options["nesterov"] else buffer
-        return Direction(direction if ok is None else direction.masked_fill(~ok, 0.0), lr, lr)
+        return Direction(direction if context.ok is None else direction.masked_fill(~context.ok, 0.0), lr, lr)
