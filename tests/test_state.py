@@ -121,37 +121,42 @@ def test_resume_is_exact_for_every_proj_type(proj_type):
 
 
 SCRIPT = """
-import sys, torch
+import sys, itertools, torch
 sys.path.insert(0, {tests!r})
-import lowrank_optim as lo
-from test_state import build, parameters, run
+from test_state import COMBINATIONS, build, parameters, run
 torch.set_num_threads(1)
-mode, path = sys.argv[1:]
-params = parameters(torch.bfloat16)
-optimizer = build("galore", params, stochastic_rounding=True, on_refresh="rotate")
-start = 0
-if mode == "second":
-    saved = torch.load(path, weights_only=True)
-    with torch.no_grad():
-        for p, value in zip(params, saved["params"]):
-            p.copy_(value)
-    optimizer.load_state_dict(saved["optimizer"])
-    start = 9
-stop = 9 if mode == "first" else 18
-run(optimizer, params, start, stop)
-if mode == "first":
-    torch.save({{"optimizer": optimizer.state_dict(), "params": [p.detach() for p in params]}}, path)
-else:
-    torch.save([p.detach() for p in params], path + "." + mode)
+mode, folder = sys.argv[1:]
+everything = itertools.product(COMBINATIONS, ("keep", "reset", "rotate"), (torch.float32, torch.bfloat16, torch.float64))
+for i, ((name, projector), policy, dtype) in enumerate(everything):
+    params = parameters(dtype)
+    options = dict(projector=projector, on_refresh=policy, stochastic_rounding=dtype == torch.bfloat16)
+    optimizer = build(name, params, **options)
+    start = 0
+    if mode == "second":
+        saved = torch.load(f"{{folder}}/first-{{i}}", weights_only=True)
+        with torch.no_grad():
+            for p, value in zip(params, saved["params"]):
+                p.copy_(value)
+        optimizer.load_state_dict(saved["optimizer"])
+        start = 7
+    run(optimizer, params, start, 7 if mode == "first" else 14)
+    torch.save({{"optimizer": optimizer.state_dict(), "params": [p.detach() for p in params]}}, f"{{folder}}/{{mode}}-{{i}}")
+print(i + 1)
 """
 
 
-def test_resume_is_exact_in_a_fresh_process(tmp_path):
+def test_resume_is_exact_in_a_fresh_process_for_every_projector_policy_and_dtype(tmp_path):
     script = SCRIPT.format(tests=str(Path(__file__).parent))
-    path = str(tmp_path / "checkpoint.pt")
     for mode in ("first", "second", "whole"):
-        subprocess.run([sys.executable, "-c", script, mode, path], check=True)
-    assert_same(torch.load(path + ".second"), torch.load(path + ".whole"))
+        command = [sys.executable, "-c", script, mode, str(tmp_path)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    count = int(done.stdout)
+    assert count == len(COMBINATIONS) * 9
+    for i in range(count):
+        resumed, whole = (torch.load(tmp_path / f"{mode}-{i}", weights_only=True) for mode in ("second", "whole"))
+        assert_same(resumed["params"], whole["params"])
+        for a, b in zip(resumed["optimizer"]["state"].values(), whole["optimizer"]["state"].values(), strict=True):
+            assert all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in b)
 
 
 def test_state_is_made_with_the_optimizer_and_holds_tensors_only():
