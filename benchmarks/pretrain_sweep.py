@@ -23,7 +23,7 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     pretrain.main(["--sweep", args.optimizers, "--out", str(args.out), "--resume", *rest])
     results = json.loads((args.out / "comparison.json").read_text())
-    keys = ("optimizer", "lr", "val_loss", "train_loss", "steps", "tokens", "seconds", "bytes")
+    keys = ("optimizer", "lr", "val_loss", "train_loss", "steps", "tokens", "bytes")
     rows = [{key: result[key] for key in keys} for result in results]
     best = {}
     for name in args.optimizers.split(","):
