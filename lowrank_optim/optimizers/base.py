@@ -7,6 +7,7 @@ each param group. It owns
 the life of the state: made with the optimizer, plain tensors only, exact through a checkpoint.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -207,20 +208,19 @@ class LowRankOptimizer(Optimizer):
         """Whether this gradient may be used: None for yes, False for no, or, where the host would have to wait, a 0-d bool."""
         if group["on_nonfinite"] == "propagate":
             return None
-        ok = torch.isfinite(torch.linalg.vector_norm(reduced, dtype=kernels.compute_dtype(reduced.dtype)))
-        if group["on_nonfinite"] == "raise":
-            if not bool(ok):
-                raise RuntimeError(
-                    f"the gradient of {layout.name} {tuple(param.shape)} holds NaN or infinity; the parameter is unchanged "
-                    '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
-                )
-            return None
-        if ok.device.type != "cpu" or self._mask_on_device:
+        norm = torch.linalg.vector_norm(reduced, dtype=kernels.compute_dtype(reduced.dtype))
+        if group["on_nonfinite"] == "skip" and (norm.device.type != "cpu" or self._mask_on_device):
+            ok = torch.isfinite(norm)
             self._skipped.add(layout.name, ~ok)
             return ok
-        if ok:
+        if math.isfinite(norm):
             return None
-        self._skipped.add(layout.name, ~ok)
+        if group["on_nonfinite"] == "raise":
+            raise RuntimeError(
+                f"the gradient of {layout.name} {tuple(param.shape)} holds NaN or infinity; the parameter is unchanged "
+                '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
+            )
+        self._skipped.add(layout.name, torch.ones((), dtype=torch.bool))
         self._skipped.warn()
         return False
 
