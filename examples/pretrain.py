@@ -7,46 +7,73 @@
     python examples/pretrain.py --model 60m --dataset allenai/c4 --bpe 32000 --dtype bfloat16 --steps 10000
 
 The default text is the source code of Python's standard library, which is on every machine. A run writes metrics.jsonl,
-checkpoint.pt, loss.png and result.json to its folder; killed at any moment, it continues with --resume to the same numbers.
+checkpoint.pt, loss.png and result.json to its folder; killed at any moment, it continues with --resume to the same numbers
+(on a GPU with --deterministic).
 """
 
 import argparse
 import ast
-import shutil
+import os
 import sys
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from pretraining.configs import SIZES
+
+try:
+    from pretraining.configs import SIZES, build_model
+    from pretraining.report import (
+        Reporter,
+        best_of_each,
+        console,
+        plot,
+        results_table,
+        write_comparison,
+    )
+except ModuleNotFoundError as error:
+    sys.exit(f"pretrain.py: {error}; install what the example needs: pip install 'lowrank-optim[hf,plot]'")
+
 from pretraining.data import (
     BYTE_VOCABULARY,
     DataError,
     FileBatches,
     StreamedBatches,
+    Text,
     Tokenizer,
-    split,
+    as_lines,
+    read_text,
     standard_library,
     stream_text,
     text_files,
 )
-from pretraining.report import Reporter, console, plot, results_table, write_comparison
-from pretraining.run import Config, Result, Run, RunError
+from pretraining.folder import FolderError, check_folder, delete_runs, only_process
+from pretraining.run import Config, DivergedError, Result, Run, RunError, make_optimizer
 
 import lowrank_optim as lo
 
-# What benchmarks/results/pretrain_sweep.json found best for the default model; others start from these.
+# The learning rates of a sweep are 1, 2, 4 and 8 times these: as many for each optimizer.
+SWEEP_FROM = {
+    "adamw": 1e-3,
+    "galore": 4e-3,
+    "galore_adafactor": 4e-3,
+    "fira": 2e-3,
+    "apollo": 2e-3,
+    "apollo_mini": 2e-3,
+}
+SWEEP_FACTORS = (1, 2, 4, 8)
+# For adamw and galore: what benchmarks/results/pretrain_sweep.json found best for the default model. Others are starting points.
 LEARNING_RATES = {
-    "adamw": 4e-3,
+    "adamw": 2e-3,
     "galore": 1.6e-2,
     "galore_adafactor": 1.6e-2,
     "fira": 8e-3,
     "apollo": 8e-3,
     "apollo_mini": 8e-3,
 }
-# Relative to these, each optimizer of a sweep gets the same number of points.
-SWEEP = (0.25, 0.5, 1.0, 2.0)
+# For methods that are in neither table.
+ANY_SWEEP_FROM, ANY_LEARNING_RATE = 2e-3, 8e-3
 LOW_RANK_OPTIONS = ("update_proj_gap", "scale", "proj_type", "projector", "on_refresh")
 
 
@@ -57,7 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     what.add_argument("--model", default="cpu", choices=SIZES, help="size (default cpu, under a million parameters)")
     what.add_argument("--optimizer", default="galore", help=f"one of {methods} (default galore)")
     what.add_argument("--compare", metavar="A,B,…", help="train with several optimizers, write one table and one plot")
-    what.add_argument("--sweep", metavar="A,B,…", help="train with several learning rates for each optimizer")
+    what.add_argument("--sweep", metavar="A,B,…", help="train with four learning rates for each optimizer")
     text = parser.add_argument_group("text")
     text.add_argument(
         "--text", nargs="+", type=Path, metavar="PATH", help="files or folders (default: the standard library)"
@@ -71,24 +98,37 @@ def arguments() -> argparse.ArgumentParser:
     how.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step (default 1)")
     how.add_argument("--lr", type=float, help="peak learning rate (default: by optimizer)")
     how.add_argument("--warmup", type=int, help="steps of linear warm-up (default: a tenth); then a cosine to a tenth")
-    how.add_argument("--weight-decay", type=float, default=0.1)
-    how.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), metavar=("B1", "B2"))
+    how.add_argument("--weight-decay", type=float, default=0.1, help="decoupled (default 0.1)")
+    how.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), metavar=("B1", "B2"), help="default 0.9 0.95")
     how.add_argument(
         "--clip", type=float, default=1.0, help="largest norm of the gradient; 0 does not clip (default 1)"
     )
-    how.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "autocast"))
+    how.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "autocast"),
+        help="of weights and arithmetic; autocast: float32 weights, bfloat16 arithmetic (default float32)",
+    )
     how.add_argument("--device", help="default: cuda if there is one, else cpu")
-    how.add_argument("--grad-checkpointing", action="store_true")
-    how.add_argument("--seed", type=int, default=0)
+    how.add_argument(
+        "--grad-checkpointing", action="store_true", help="compute activations again instead of keeping them"
+    )
+    how.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
+    how.add_argument("--seed", type=int, default=0, help="of weights and data order (default 0)")
     low = parser.add_argument_group("low-rank optimizers")
     low.add_argument(
         "--rank", type=number, help="an int, or a fraction of the short side (default 0.25; apollo_mini: 1)"
     )
     low.add_argument("--update-proj-gap", type=int, default=50, help="steps between refreshes (default 50)")
-    low.add_argument("--scale", type=float)
-    low.add_argument("--proj-type", default="std")
-    low.add_argument("--projector")
-    low.add_argument("--on-refresh", default="keep", choices=("keep", "reset", "rotate"))
+    low.add_argument("--scale", type=float, help="multiplies the low-rank update (default: by optimizer)")
+    low.add_argument("--proj-type", default="std", help="std, reverse_std, left, right or full (default std)")
+    low.add_argument("--projector", help="randomized_svd, svd, random or coordinate (default: by optimizer)")
+    low.add_argument(
+        "--on-refresh",
+        default="keep",
+        choices=("keep", "reset", "rotate"),
+        help="what happens to the moments when the subspace changes (default keep)",
+    )
     low.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="any other option; may be repeated"
     )
@@ -97,8 +137,8 @@ def arguments() -> argparse.ArgumentParser:
     files.add_argument("--resume", action="store_true", help="continue where a run in the folder was stopped")
     files.add_argument("--overwrite", action="store_true", help="delete the run in the folder and start again")
     files.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
-    files.add_argument("--validate-every", type=int, default=100)
-    files.add_argument("--validation-batches", type=int, default=8)
+    files.add_argument("--validate-every", type=int, default=100, help="steps between validations (default 100)")
+    files.add_argument("--validation-batches", type=int, default=8, help="batches of a validation (default 8)")
     files.add_argument("--log-every", type=int, default=100, help="steps between lines where there is no terminal")
     return parser
 
@@ -113,6 +153,8 @@ def option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise RunError(f"--option {text}: write KEY=VALUE")
+    if key in (*LOW_RANK_OPTIONS, "rank", "lr", "betas", "weight_decay", "seed"):
+        raise RunError(f"--option {text}: use --{key.replace('_', '-')} {value}")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -122,17 +164,20 @@ def option(text: str) -> tuple[str, Any]:
 def check(args: argparse.Namespace) -> list[str]:
     """Raise RunError for arguments that cannot work; returns the optimizers to run."""
     names = (args.compare or args.sweep or args.optimizer).split(",")
+    valid = ["adamw", *lo.METHODS]
     for name in names:
-        if name != "adamw":
-            lo.by_name(name)
+        if name not in valid:
+            near = get_close_matches(name, valid, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise RunError(f"there is no optimizer {name!r}: {hint}valid names are {', '.join(valid)}")
     if len(set(names)) < len(names):
         raise RunError(f"{','.join(names)} names an optimizer twice")
     for name in ("steps", "batch", "accumulate", "save_every", "validate_every", "validation_batches", "log_every"):
         if getattr(args, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("length", "bpe"):
-        value, least = getattr(args, name), {"length": 2, "bpe": BYTE_VOCABULARY + 1}[name]
-        if value is not None and value < least:
+    for name, least in (("length", 2), ("bpe", BYTE_VOCABULARY + 1), ("warmup", 0), ("clip", 0.0)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
             raise RunError(f"--{name} is {value}; it must be at least {least}")
     if args.compare and args.sweep:
         raise RunError("--compare and --sweep cannot be combined; --sweep writes a table of its own")
@@ -140,8 +185,12 @@ def check(args: argparse.Namespace) -> list[str]:
         raise RunError("--text and --dataset cannot be combined; choose one")
     if args.resume and args.overwrite:
         raise RunError("--resume continues a run and --overwrite deletes it; choose one")
+    if args.lr is not None and args.sweep:
+        raise RunError("--lr and --sweep cannot be combined; a sweep chooses the learning rates")
     if args.lr is not None and len(names) > 1:
         raise RunError("--lr with several optimizers would be unfair to some; leave it out, or run them one by one")
+    if args.option and names == ["adamw"]:
+        raise RunError(f"--option {args.option[0]}: adamw has no further options")
     return names
 
 
@@ -154,7 +203,7 @@ def configuration(args: argparse.Namespace, name: str) -> Config:
     return Config(
         model=args.model,
         optimizer=name,
-        lr=args.lr if args.lr is not None else LEARNING_RATES.get(name, 1e-2),
+        lr=args.lr if args.lr is not None else LEARNING_RATES.get(name, ANY_LEARNING_RATE),
         steps=args.steps,
         warmup=warmup,
         batch=args.batch,
@@ -166,6 +215,7 @@ def configuration(args: argparse.Namespace, name: str) -> Config:
         dtype=args.dtype,
         seed=args.seed,
         corpus=args.dataset or (" ".join(map(str, args.text)) if args.text else "standard library"),
+        text_digest=None,
         bpe=args.bpe,
         rank=args.rank if name != "adamw" else None,
         validate_every=args.validate_every,
@@ -175,80 +225,151 @@ def configuration(args: argparse.Namespace, name: str) -> Config:
     )
 
 
-def make_batches(args: argparse.Namespace, config: Config) -> tuple[FileBatches | StreamedBatches, int]:
-    """The text as batches, and the size of its vocabulary."""
-    cache = args.out / f"bpe-{args.bpe}.json"
-    if args.dataset:
-        sample = (text for text, _ in zip(stream_text(args.dataset), range(10_000), strict=False)) if args.bpe else None
-        tokenizer = Tokenizer(args.bpe, sample, cache)
-        held_out = config.validation_batches * config.batch
-        return StreamedBatches(args.dataset, tokenizer, config.length, held_out), tokenizer.vocabulary
-    train, held_out_text = split(text_files(args.text) if args.text else standard_library())
-    tokenizer = Tokenizer(args.bpe, iter(train.decode("utf-8", "replace").splitlines(keepends=True)), cache)
-    batches = FileBatches(tokenizer.encode(train), tokenizer.encode(held_out_text), config.length, config.seed)
-    console.print(
-        f"text: {config.corpus}, {len(batches.train):,} training and {len(batches.validation):,} validation tokens, "
-        f"vocabulary {tokenizer.vocabulary}"
+def check_optimizer(config: Config) -> None:
+    """Raise RunError for options that the optimizer refuses, now and not after an hour of another optimizer's run."""
+    meta = torch.device("meta")  # shapes without numbers: no memory, no time
+    make_optimizer(
+        config, build_model(config.model, BYTE_VOCABULARY, config.length, meta, torch.float32, False, config.seed)
     )
-    return batches, tokenizer.vocabulary
 
 
-def prepare_folder(args: argparse.Namespace) -> None:
-    """Start in an empty folder, or as the user said."""
-    if args.overwrite and args.out.exists():
-        shutil.rmtree(args.out)
-    if args.out.exists() and any(args.out.iterdir()) and not args.resume:
-        raise RunError(
-            f"{args.out} holds a run already; continue it with --resume, delete it with --overwrite, or give another --out"
-        )
-    args.out.mkdir(parents=True, exist_ok=True)
+def choose_device(args: argparse.Namespace) -> torch.device:
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"--device {args.device} cannot be used: {reason}") from error
+    if device.type == "meta":
+        raise RunError("--device meta holds no numbers; there is nothing to train")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
+    return device
 
 
-def train(args: argparse.Namespace, config: Config, folder: Path, shared: dict[str, Any]) -> Result:
+class Source:
+    """The text of all runs, as batches."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.text: Text | None = None
+        self.batches: FileBatches | None = None
+        if not args.dataset:
+            self.text = read_text(text_files(args.text) if args.text else standard_library())
+        self.digest = self.text.digest if self.text else None
+
+    def tokenizer(self) -> Tokenizer:
+        args = self.args
+        if self.text:
+            return Tokenizer(args.bpe, iter(as_lines(self.text.train)), args.out / f"bpe-{args.bpe}-{self.digest}.json")
+        name = "".join(c if c.isalnum() else "-" for c in args.dataset)
+        sample = (text for text, _ in zip(stream_text(args.dataset), range(10_000), strict=False))
+        return Tokenizer(args.bpe, sample, args.out / f"bpe-{args.bpe}-{name}.json")
+
+    def open(self, config: Config) -> tuple[FileBatches | StreamedBatches, int]:
+        """The batches for one run, and the size of the vocabulary."""
+        if self.text is None:  # a stream starts anew for each run
+            tokenizer = self.tokenizer()
+            held_out = config.validation_batches * config.batch
+            return StreamedBatches(self.args.dataset, tokenizer, config.length, held_out), tokenizer.vocabulary
+        if self.batches is None:
+            tokenizer = self.tokenizer()
+            self.vocabulary = tokenizer.vocabulary
+            train, validation = tokenizer.encode(self.text.train), tokenizer.encode(self.text.validation)
+            self.batches = FileBatches(train, validation, config.length, config.seed)
+            console.print(
+                f"text: {config.corpus}, {len(train):,} training and {len(validation):,} validation tokens, "
+                f"vocabulary {self.vocabulary}"
+            )
+        return self.batches, self.vocabulary
+
+
+def train(args: argparse.Namespace, run: Run) -> Result:
     """One run, or its result if it is finished."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if args.dataset or not shared:  # a stream starts anew for each run
-        shared["batches"], shared["vocabulary"] = make_batches(args, config)
-    run = Run(config, folder, shared["batches"], shared["vocabulary"], device)
+    config = run.config
     if (result := run.finished()) is not None:
         console.print(f"{config.optimizer}, lr {config.lr:g}: finished before")
         return result
     label = f"{config.optimizer}, lr {config.lr:g}" if args.sweep else config.optimizer
-    with Reporter(label, config.steps, args.log_every) as reporter:
-        return run.train(args.save_every, reporter)
+    try:
+        with Reporter(label, config.steps, args.log_every) as reporter:
+            return run.train(args.save_every, reporter)
+    except DivergedError as error:
+        if not args.sweep:
+            raise
+        console.print(f"{label}: {error}")
+        return run.diverged()
+
+
+def train_all(args: argparse.Namespace) -> list[tuple[Result, Path]]:
+    """Every run that was asked for, with its folder; whatever can be refused is refused before the first one starts."""
+    names = check(args)
+    device = choose_device(args)
+    check_folder(args.out, args.resume, args.overwrite)
+    configs = [configuration(args, name) for name in names]
+    for config in configs:
+        check_optimizer(config)
+    source = Source(args)
+    configs = [replace(config, text_digest=source.digest) for config in configs]
+    if args.sweep:
+        grid = {name: [SWEEP_FROM.get(name, ANY_SWEEP_FROM) * factor for factor in SWEEP_FACTORS] for name in names}
+        configs = [replace(config, lr=lr) for config in configs for lr in grid[config.optimizer]]
+    folders = [args.out]
+    if args.sweep:
+        folders = [args.out / f"{config.optimizer}-{config.lr:g}" for config in configs]
+    elif args.compare:
+        folders = [args.out / config.optimizer for config in configs]
+    with only_process(args.out):
+        if not args.overwrite:
+            for config, folder in zip(configs, folders, strict=True):
+                Run.check_config(config, folder)
+        done = []
+        for config, folder in zip(configs, folders, strict=True):
+            batches, vocabulary = source.open(config)
+            if args.overwrite and not done:  # only now is it certain that the new run can start
+                delete_runs(args.out)
+            done.append((train(args, Run(config, folder, batches, vocabulary, device)), folder))
+        report(args, done)
+    return done
+
+
+def report(args: argparse.Namespace, runs: list[tuple[Result, Path]]) -> None:
+    """Tables, files and the plot of finished runs."""
+    results = [result for result, _ in runs]
+    console.print(results_table(results))
+    for what, amount in runs[-1][0].peak.items():
+        console.print(f"{what}: {amount / 2**20:,.0f} MiB")
+    written = [args.out / "loss.png"]
+    if args.compare or args.sweep:
+        write_comparison(results, args.out)
+        written += [args.out / "comparison.md", args.out / "comparison.json"]
+    if args.sweep:
+        best = best_of_each(results)
+        for name, r in best.items():
+            rates = [other.lr for other in results if other.optimizer == name]
+            edge = " (at the edge of the grid)" if r.lr in (rates[0], rates[-1]) else ""
+            console.print(f"best: {name}, lr {r.lr:g}{edge}, validation loss {r.val_loss:.4f}")
+        runs = [(result, folder) for result, folder in runs if result is best.get(result.optimizer)]
+    if runs := [(result, folder) for result, folder in runs if result.val_loss is not None]:
+        plot(runs, written[0])
+        console.print("wrote " + ", ".join(map(str, written)))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
+
+    def refuse(message: object) -> NoReturn:
+        parser.exit(2, f"{parser.prog}: {message}\n")
+
     try:
-        names = check(args)
-        configs = [configuration(args, name) for name in names]
-        if args.sweep:
-            configs = [replace(c, lr=c.lr * factor) for c in configs for factor in SWEEP]
-        prepare_folder(args)
-        shared: dict[str, Any] = {}
-        several = len(configs) > 1
-        runs = []
-        for config in configs:
-            part = f"{config.optimizer}-{config.lr:g}" if args.sweep else config.optimizer
-            folder = args.out / part if several else args.out
-            runs.append((train(args, config, folder, shared), folder))
-    except (RunError, DataError, ValueError, TypeError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    results = [result for result, _ in runs]
-    console.print(results_table(results))
-    for what, amount in runs[-1][0].peak.items():
-        console.print(f"{what}: {amount / 2**20:,.0f} MiB")
-    if several:
-        write_comparison(results, args.out / "comparison.json")
-    if args.sweep:
-        best = {name: min((r for r in results if r.optimizer == name), key=lambda r: r.val_loss) for name in names}
-        runs = [(result, folder) for result, folder in runs if result is best[result.optimizer]]
-        console.print("best: " + ", ".join(f"{name} {r.lr:g} ({r.val_loss:.4f})" for name, r in best.items()))
-    plot(runs, args.out / "loss.png")
-    console.print(f"wrote {args.out}/loss.png" + (f" and {args.out}/comparison.json" if several else ""))
+        train_all(args)
+    except (DataError, FolderError, RunError) as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: stopped; the same command with --resume continues\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

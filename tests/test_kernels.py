@@ -424,6 +424,10 @@ def test_stochastic_rounding_leaves_bfloat16_numbers_infinities_and_nans_alone()
         assert torch.equal(out[:2], special[:2])
         assert torch.isnan(out[2])
         assert torch.equal(out[3:].signbit(), torch.tensor([False, True]))
+        # Adding noise to these NaNs would carry into the sign, or take their last bit away and leave an infinity.
+        payloads = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
+        rounded = kernels.stochastic_round(payloads, make_key(0, 0, key, 2), torch.arange(4))
+        assert torch.isnan(rounded.to(BF16)).all()
 
 
 def test_rounding_keys_decide_the_noise():

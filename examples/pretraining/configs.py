@@ -55,6 +55,8 @@ def build_model(
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if checkpointing and hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    elif checkpointing:  # its older name
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()

@@ -1,8 +1,10 @@
 """What a person sees: progress, tables, a plot."""
 
 import json
+import math
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pretraining.run import Result, Run, read_metrics
+from pretraining.folder import TEMPORARY, write_atomically
+from pretraining.run import CUDA_PEAK, Result, Run, read_metrics
 
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
@@ -32,17 +35,17 @@ class Reporter:
 
     def __init__(self, name: str, steps: int, every: int) -> None:
         self.name, self.steps, self.every = name, steps, every
-        self.shown_bytes = False
+        self.first: int | None = None  # step after which this process began
+        self.began, self.began_seconds, self.began_tokens = time.perf_counter(), 0.0, 0
         self.smooth: float | None = None
-        self.began, self.first = time.perf_counter(), 0
         self.val = ""
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[info]}"),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
@@ -57,26 +60,25 @@ class Reporter:
 
     def __call__(self, run: Run, row: dict[str, Any]) -> None:
         step = row["step"]
-        if not self.shown_bytes:
-            from pretraining.run import exact_bytes
-
-            self.shown_bytes, self.first, self.began = True, step - 1, time.perf_counter()
-            console.print(bytes_table(self.name, exact_bytes(run.model, run.optimizer) | _gradient_bytes(run)))
+        if self.first is None:
+            self.first = step - 1
+            console.print(bytes_table(self.name, run.bytes))
             if self.first:
                 console.print(f"{self.name}: continuing after step {self.first}")
+            # The steps of an earlier process say nothing about the speed of this one.
+            self.progress.reset(self.task, completed=self.first)
+            self.began, self.began_seconds, self.began_tokens = time.perf_counter(), row["seconds"], row["tokens"]
         self.smooth = row["loss"] if self.smooth is None else 0.95 * self.smooth + 0.05 * row["loss"]
-        rate = row["tokens"] / row["seconds"]
         if "val_loss" in row:
-            self.val = f", validation {row['val_loss']:.4f}"
-        info = f"loss {self.smooth:.4f}{self.val}, {rate:,.0f} tokens/s"
+            self.val = f", val {row['val_loss']:.4f}"
+        info = f"loss {self.smooth:.4f}{self.val}"
+        if row["seconds"] > self.began_seconds:
+            rate = (row["tokens"] - self.began_tokens) / (row["seconds"] - self.began_seconds)
+            info += f", {rate:,.0f} tokens/s"
         self.progress.update(self.task, completed=step, info=info)
         if not console.is_terminal and (step % self.every == 0 or step == self.steps):
-            left = (time.perf_counter() - self.began) / (step - self.first) * (self.steps - step)
+            left = (time.perf_counter() - self.began) / max(step - self.first - 1, 1) * (self.steps - step)
             console.print(f"{self.name} {step}/{self.steps}: {info}, {left:.0f} s left")
-
-
-def _gradient_bytes(run: Run) -> dict[str, int]:
-    return {"gradients": sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad)}
 
 
 def bytes_table(name: str, sizes: dict[str, int]) -> Table:
@@ -96,28 +98,53 @@ def state_bytes(result: Result) -> int:
     return sum(count for kind, count in result.bytes.items() if kind.startswith("state"))
 
 
-def results_table(results: list[Result], baseline: str | None = None) -> Table:
-    """One row a run."""
-    table = Table(title="Results", title_justify="left")
-    for column in ("optimizer", "lr", "validation loss", "train loss", "optimizer state", "ms/step"):
-        table.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
-    reference = next((r for r in results if r.optimizer == "adamw"), None)
+def best_of_each(results: list[Result]) -> dict[str, Result]:
+    """Of each optimizer, the run with the lowest validation loss; optimizers that always diverged are left out."""
+    best: dict[str, Result] = {}
+    for result in results:
+        loss = math.inf if result.val_loss is None else result.val_loss
+        if loss < (best[result.optimizer].val_loss if result.optimizer in best else math.inf):
+            best[result.optimizer] = result
+    return best
+
+
+def results_rows(results: list[Result]) -> list[list[str]]:
+    """The header, then one row a run; percentages are relative to the best run of AdamW."""
+    reference = best_of_each(results).get("adamw")
+    on_cuda = all(CUDA_PEAK in r.peak for r in results)
+    rows = [["optimizer", "lr", "validation loss", "train loss", "optimizer state", "ms/step"]]
+    rows[0] += ["peak GPU memory"] if on_cuda else []
     for r in results:
-        versus = ""
-        if reference is not None and r is not reference:
-            versus = f" ({100 * (r.val_loss / reference.val_loss - 1):+.1f} %)"
-        share = ""
-        if reference is not None and r is not reference:
-            share = f" ({100 * state_bytes(r) / state_bytes(reference):.0f} %)"
-        table.add_row(
-            r.optimizer,
-            f"{r.lr:g}",
-            f"{r.val_loss:.4f}{versus}",
-            f"{r.train_loss:.4f}",
-            f"{size(state_bytes(r))}{share}",
-            f"{1000 * r.seconds / r.steps:.0f}",
+        compared = reference is not None and r.optimizer != "adamw"
+        loss = "diverged" if r.val_loss is None else f"{r.val_loss:.4f}"
+        if compared and r.val_loss is not None:
+            loss += f" ({100 * (r.val_loss / reference.val_loss - 1):+.1f} %)"
+        state = size(state_bytes(r)) + (f" ({100 * state_bytes(r) / state_bytes(reference):.0f} %)" if compared else "")
+        train = "" if r.train_loss is None else f"{r.train_loss:.4f}"
+        pace = f"{1000 * r.seconds / r.steps:.0f}" if r.steps else ""
+        rows.append(
+            [r.optimizer, f"{r.lr:g}", loss, train, state, pace] + ([size(r.peak[CUDA_PEAK])] if on_cuda else [])
         )
+    return rows
+
+
+def results_table(results: list[Result]) -> Table:
+    header, *rows = results_rows(results)
+    table = Table(title="Results", title_justify="left")
+    for column in header:
+        table.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def write_comparison(results: list[Result], folder: Path) -> None:
+    """The results as JSON and as a Markdown table."""
+    write_atomically(folder / "comparison.json", json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    header, *rows = results_rows(results)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    write_atomically(folder / "comparison.md", text)
 
 
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
@@ -141,28 +168,22 @@ def plot(runs: list[tuple[Result, Path]], path: Path) -> None:
     for i, (result, folder) in enumerate(runs):
         colour = COLOURS[i % len(COLOURS)]
         rows = read_metrics(folder)
-        tokens = [row["tokens"] / 1e6 for row in rows]
         curve = smoothed([row["loss"] for row in rows])
-        axes.plot(tokens, curve, color=colour, linewidth=1.0, alpha=0.45)
+        axes.plot([row["tokens"] / 1e6 for row in rows], curve, color=colour, linewidth=1.0, alpha=0.45)
         held_out = [(row["tokens"] / 1e6, row["val_loss"]) for row in rows if "val_loss" in row]
         label = f"{result.optimizer}, lr {result.lr:g}: {result.val_loss:.3f} ({size(state_bytes(result))} of state)"
         axes.plot(*zip(*held_out, strict=True), color=colour, linewidth=2, marker="o", markersize=4, label=label)
         tops.append(max(value for _, value in held_out))
         bottoms.append(min(min(value for _, value in held_out), min(curve)))
     axes.set_ylim(min(bottoms) - 0.1, max(tops) + 0.35)
+    axes.set_xlim(left=0)
     axes.set_xlabel("tokens (millions)")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Validation loss (dots) and training loss (thin, smoothed)", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, title="final validation loss", title_fontsize=9, fontsize=9)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary)
+    temporary = path.with_name(path.name + TEMPORARY)
+    figure.savefig(temporary, format="png")
     plt.close(figure)
     temporary.replace(path)
-
-
-def write_comparison(results: list[Result], path: Path) -> None:
-    """The results as JSON."""
-    from dataclasses import asdict
-
-    path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")

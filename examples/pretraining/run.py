@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import random
 import sys
@@ -153,27 +154,28 @@ class Run:
         """The result of an earlier, finished run with this configuration."""
         if not self.result_file.exists():
             return None
-        self.check_config()
+        self.check_config(self.config, self.folder)
         return Result(**json.loads(self.result_file.read_text()))
 
-    def check_config(self) -> None:
+    @staticmethod
+    def check_config(config: Config, folder: Path) -> None:
         """Refuse to continue a run that was started with other settings."""
-        path = self.folder / "config.json"
+        path = folder / "config.json"
         if not path.exists():
             return
-        saved, now = json.loads(path.read_text()), self.config.comparable()
+        saved, now = json.loads(path.read_text()), config.comparable()
         differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
         if differing:
             lines = [f"{key}: {saved.get(key)!r} there, {now.get(key)!r} now" for key in differing]
             raise RunError(
-                f"{self.folder} holds a run with other settings:\n  " + "\n  ".join(lines) + "\n"
+                f"{folder} holds a run with other settings:\n  " + "\n  ".join(lines) + "\n"
                 "continue with those, or choose another --out, or --overwrite"
             )
 
     def train(self, save_every: int, report: Callable[["Run", dict[str, Any]], None]) -> Result:
         """Train to the last step, from the checkpoint if there is one; `report` is called after every step."""
         config = self.config
-        self.check_config()
+        self.check_config(self.config, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.json", json.dumps(config.comparable(), indent=2))
         if self.device.type == "cuda":  # the peak is this run's, not an earlier one's
@@ -199,7 +201,13 @@ class Run:
                 scheduler.step()
                 optimizer.zero_grad()
                 self.step += 1
-                row: dict[str, Any] = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": self.tokens}
+                row: dict[str, Any] = {
+                    "step": self.step,
+                    "loss": loss,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "tokens": self.tokens,
+                }
                 if self.step % config.validate_every == 0 or self.step == config.steps:
                     row["val_loss"] = self.validate(model)
                 self.seconds += time.perf_counter() - began
@@ -297,8 +305,11 @@ class Run:
                 raise RunError(
                     f"{path} was written with other settings than config.json beside it; choose another --out"
                 )
-            model.load_state_dict(content["model"])
-            optimizer.load_state_dict(content["optimizer"])
+            try:
+                model.load_state_dict(content["model"])
+                optimizer.load_state_dict(content["optimizer"])
+            except (RuntimeError, ValueError) as error:
+                raise RunError(f"{path} is of another version of this program: {error}") from error
             scheduler.load_state_dict(content["scheduler"])
             checkpoint.restore_random_state(content["random"])
             self.step, self.seconds, kept = content["step"], content["seconds"], content["metrics_bytes"]

@@ -24,11 +24,19 @@ def make_key(seed: int, index: int, step: int, purpose: int) -> int:
     """A 64-bit key for one stream of random numbers (splitmix64 over the four integers)."""
     key = 0
     for word in (seed, index, step, purpose):
-        key = (key + (word & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
-        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK64
-        key ^= key >> 31
+        key = derive_key(key, word)
     return key
+
+
+def derive_key(key: int, word: int) -> int:
+    """The key of stream number `word` below `key`: of one expert of a stack, or one of two bases.
+
+    Neighbouring keys would not do: their streams are permutations of each other.
+    """
+    key = (key + (word & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
+    key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return key ^ (key >> 31)
 
 
 def _mix32_(x: Tensor) -> Tensor:

@@ -23,9 +23,20 @@ __all__ = [
     "from_name",
 ]
 
+
+def _randomized(variant: str) -> Projector:
+    return RandomizedSVD(*map(int, variant.split(","))) if variant else RandomizedSVD()
+
+
+def _svd(variant: str) -> Projector:
+    if variant not in ("", "unaligned"):
+        raise ValueError(f"the only variant is 'unaligned', not {variant!r}")
+    return SVD(align=not variant)
+
+
 _BUILDERS: dict[str, Callable[[str], Projector]] = {
-    "randomized_svd": lambda variant: RandomizedSVD(*map(int, variant.split(","))) if variant else RandomizedSVD(),
-    "svd": lambda variant: SVD(align=variant != "unaligned"),
+    "randomized_svd": _randomized,
+    "svd": _svd,
     "random": lambda variant: Random(variant) if variant else Random(),
     "coordinate": lambda variant: Coordinate(variant or None),
 }
@@ -37,9 +48,12 @@ def from_name(name: str) -> Projector:
     Raises:
         ValueError: for an unknown name; the message names the nearest valid one.
     """
-    kind, _, variant = name.partition(":")
+    kind, _, variant = str(name).partition(":")
     if kind not in _BUILDERS:
         near = get_close_matches(kind, _BUILDERS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"projector is {name!r}: {hint}valid names are {', '.join(_BUILDERS)}, or pass a Projector")
-    return _BUILDERS[kind](variant)
+    try:
+        return _BUILDERS[kind](variant)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"projector is {name!r}, of which {variant!r} is no variant of {kind}: {error}") from error

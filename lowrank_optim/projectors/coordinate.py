@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.counter_rng import choose, choose_stratified
+from lowrank_optim.kernels.counter_rng import choose, choose_stratified, derive_key
 from lowrank_optim.projectors.base import Basis, Projector, Space
 from lowrank_optim.projectors.bases import CoordinateBasis, EntryBasis
 
@@ -65,7 +65,9 @@ class Coordinate(Projector):
         dtype = torch.int32 if population < 2**31 else torch.int64
         if not space.batch:
             return draw(key, population, count, device).to(dtype)
-        return torch.stack([draw(key + i, population, count, device).to(dtype) for i in range(space.batch[0])])
+        return torch.stack(
+            [draw(derive_key(key, i), population, count, device).to(dtype) for i in range(space.batch[0])]
+        )
 
     def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
         return {"indices": self._draw(space, key, device)}

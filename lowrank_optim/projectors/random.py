@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.counter_rng import gaussian
+from lowrank_optim.kernels.counter_rng import derive_key, gaussian
 from lowrank_optim.projectors.base import Basis, Projector, Space
 from lowrank_optim.projectors.bases import DenseBasis, TwoSidedBasis
 from lowrank_optim.projectors.randomized import cholesky_qr, orthonormalize
@@ -47,8 +47,8 @@ class Random(Projector):
     def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
         orthonormal = self.kind == "orthonormal"
         if space.side == "full":
-            left, right = self._matrix(space, space.rows, key, device), self._matrix(space, space.cols, key + 1, device)
-            return TwoSidedBasis(left, right, orthonormal)
+            left = self._matrix(space, space.rows, derive_key(key, 1), device)
+            return TwoSidedBasis(left, self._matrix(space, space.cols, key, device), orthonormal)
         return DenseBasis(self._matrix(space, space.basis_rows, key, device), space.side, orthonormal)
 
     def _matrix(self, space: Space, size: int, key: int, device: torch.device) -> Tensor:

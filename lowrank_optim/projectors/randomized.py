@@ -25,32 +25,53 @@ from lowrank_optim.projectors.svd import StoredProjector
 def cholesky_qr(matrix: Tensor, passes: int) -> tuple[Tensor, Tensor]:
     """Orthonormal columns with the span of `matrix` (…, d, k), by `passes` rounds of Q ← Q L⁻ᵀ with QᵀQ = L Lᵀ.
 
-    One pass leaves an error of about cond²·ε, which is enough between power iterations; a second one brings it to ε.
+    The columns are scaled to unit length first: in a warm start those of GᵀGV differ by σ² in length and in little else. The error of
+    one pass is about ε over the smallest squared pivot, which is enough between power iterations; a second pass brings it to ε.
 
     Returns:
-        The columns, and a 0-d bool: whether they can be trusted (each Cholesky factor exists, and a second pass started from columns
-        that were already close to orthonormal).
+        The columns, and a 0-d bool: whether they can be trusted, which is where every squared pivot is above 100·ε.
     """
-    # Unit columns first: in a warm start the columns of GᵀGV differ by σ² in length and in little else.
-    q = matrix / torch.linalg.vector_norm(matrix, dim=-2, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    eps = torch.finfo(matrix.dtype).eps
+    q = unit_columns(matrix)
     ok = torch.ones((), dtype=torch.bool, device=matrix.device)
-    for i in range(passes):
-        gram = q.mT @ q
-        if i > 0:
-            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-            ok = ok & ((gram - identity).abs().amax() < 0.25)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        ok = ok & (info == 0).all()
+    for _ in range(passes):
+        factor, info = torch.linalg.cholesky_ex(q.mT @ q)
+        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+        ok = ok & (info == 0).all() & (pivots > 100.0 * eps).all()
         q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
-    return q, ok & torch.isfinite(q).all()
+    return q, ok
+
+
+def unit_columns(matrix: Tensor) -> Tensor:
+    """The columns at unit length; those that are rounding errors beside the longest one become exactly 0.
+
+    (Householder QR of denormal columns gives NaN on some processors, and such columns have nothing to say.)
+    """
+    norms = torch.linalg.vector_norm(matrix, dim=-2, keepdim=True)
+    limits = torch.finfo(matrix.dtype)
+    floor = norms.amax(-1, keepdim=True).mul_(limits.eps).clamp_min_(limits.tiny)
+    return torch.where(norms > floor, matrix / norms, 0.0)
 
 
 def orthonormalize(matrix: Tensor, passes: int = 2) -> Tensor:
     """Orthonormal columns whose span contains that of `matrix` (…, d, k), d ≥ k: Cholesky-QR, or Householder QR where it fails."""
     q, ok = cholesky_qr(matrix, passes)
     if not bool(ok):
-        q = torch.linalg.qr(matrix)[0]
+        q = torch.linalg.qr(unit_columns(matrix))[0]
     return q
+
+
+def eigenvectors(gram: Tensor) -> Tensor:
+    """Eigenvectors of a symmetric matrix (…, k, k), by ascending eigenvalue.
+
+    LAPACK's float32 divide and conquer does not converge for some matrices of low rank; float64 does.
+    """
+    vectors: Tensor
+    try:
+        _, vectors = torch.linalg.eigh(gram)
+    except RuntimeError:  # torch.linalg.LinAlgError
+        _, vectors = torch.linalg.eigh(gram.double())
+    return vectors.to(gram.dtype)
 
 
 def range_finder(grad: Tensor, sketch: Tensor, rank: int, iterations: int) -> Tensor:
@@ -59,12 +80,16 @@ def range_finder(grad: Tensor, sketch: Tensor, rank: int, iterations: int) -> Te
     Columns are orthonormal and ordered by singular value. With one iteration the sketch must have orthonormal columns already.
     Cost: 4·m·n·k flops an iteration.
     """
+    # Products of a gradient of any size must neither overflow nor vanish.
+    unit = (
+        torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(grad.dtype).tiny).reciprocal()
+    )
     v = sketch
     for _ in range(iterations - 1):
-        v = orthonormalize(grad.mT @ orthonormalize(grad @ v, passes=1), passes=1)
-    y = grad @ v
-    leading = torch.linalg.eigh(y.mT @ y)[1][..., -rank:].flip(-1)  # eigenvalues come in ascending order
-    return orthonormalize(grad.mT @ (y @ leading))
+        v = orthonormalize(grad.mT @ orthonormalize((grad @ v).mul_(unit), passes=1), passes=1)
+    y = (grad @ v).mul_(unit)
+    leading = eigenvectors(y.mT @ y)[..., -rank:].flip(-1)
+    return orthonormalize((grad.mT @ (y @ leading)).mul_(unit))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.counter_rng import choose
+from lowrank_optim.kernels.counter_rng import choose, derive_key
 from lowrank_optim.projectors.base import Basis, Projector, Space, align_signs, usable
 from lowrank_optim.projectors.bases import DenseBasis, TwoSidedBasis
 
@@ -23,7 +23,7 @@ def unit_vectors(space: Space, size: int, key: int, device: torch.device) -> Ten
     basis = torch.zeros(*space.batch, size, space.rank, dtype=space.dtype, device=device)
     matrices = basis.view(-1, size, space.rank)
     for i, matrix in enumerate(matrices):
-        matrix[choose(key + i, size, space.rank, device), torch.arange(space.rank, device=device)] = 1.0
+        matrix[choose(derive_key(key, i), size, space.rank, device), torch.arange(space.rank, device=device)] = 1.0
     return basis
 
 
@@ -32,7 +32,7 @@ class StoredProjector(Projector):
 
     def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
         if space.side == "full":
-            left = unit_vectors(space, space.rows, key, device)
+            left = unit_vectors(space, space.rows, derive_key(key, 1), device)
             return {"basis": left, "basis_right": unit_vectors(space, space.cols, key, device)}
         return {"basis": unit_vectors(space, space.basis_rows, key, device)}
 
