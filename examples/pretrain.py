@@ -20,9 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-try:
+try:  # before torch, see pretraining/__init__.py
     from pretraining.configs import SIZES, build_model
     from pretraining.report import (
         Reporter,
@@ -35,6 +33,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"pretrain.py: {error}; install what the example needs: pip install 'lowrank-optim[hf,plot]'")
 
+import torch
 from pretraining.data import (
     BYTE_VOCABULARY,
     DataError,
