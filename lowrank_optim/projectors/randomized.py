@@ -64,13 +64,9 @@ def orthonormalize(matrix: Tensor, passes: int = 2) -> Tensor:
 def eigenvectors(gram: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix (…, k, k), by ascending eigenvalue.
 
-    LAPACK's float32 divide and conquer does not converge for some matrices of low rank; float64 does.
+    In float64: the float32 divide and conquer fails, sometimes silently, on Gram matrices of low rank.
     """
-    vectors: Tensor
-    try:
-        _, vectors = torch.linalg.eigh(gram)
-    except RuntimeError:  # torch.linalg.LinAlgError
-        _, vectors = torch.linalg.eigh(gram.double())
+    _, vectors = torch.linalg.eigh(gram.double())
     return vectors.to(gram.dtype)
 
 
