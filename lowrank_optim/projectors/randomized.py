@@ -66,7 +66,7 @@ def eigenvectors(gram: Tensor) -> Tensor:
 
     In float64: the float32 divide and conquer fails, sometimes silently, on Gram matrices of low rank.
     """
-    _, vectors = torch.linalg.eigh(gram.double())
+    vectors: Tensor = torch.linalg.eigh(gram.double())[1]
     return vectors.to(gram.dtype)
 
 
