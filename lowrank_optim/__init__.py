@@ -8,13 +8,18 @@ from lowrank_optim.optimizers import (
     APOLLOAdamW,
     APOLLOMiniAdamW,
     FiraAdamW,
+    FrugalAdamW,
+    FrugalLion,
+    FrugalSGD,
     GaLoreAdafactor,
     GaLoreAdamW,
+    LDAdamW,
     LowRankOptimizer,
     by_name,
     state_bytes,
 )
 from lowrank_optim.optimizers.residuals import (
+    ErrorFeedback,
     GradientScaled,
     NoResidual,
     NormScaled,
@@ -23,7 +28,7 @@ from lowrank_optim.optimizers.residuals import (
     SignResidual,
 )
 from lowrank_optim.param_groups import describe, param_groups
-from lowrank_optim.projectors import SVD, Coordinate, Projector, Random, RandomizedSVD
+from lowrank_optim.projectors import SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
 from lowrank_optim.rules import SGD, Adafactor, Adam, Lion, RMSprop, Rule
 
 __all__ = [
@@ -34,15 +39,22 @@ __all__ = [
     "APOLLOMiniAdamW",
     "Adafactor",
     "Adam",
+    "Blocks",
     "Coordinate",
+    "ErrorFeedback",
     "FiraAdamW",
+    "FrugalAdamW",
+    "FrugalLion",
+    "FrugalSGD",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GradientScaled",
+    "LDAdamW",
     "Lion",
     "LowRankOptimizer",
     "NoResidual",
     "NormScaled",
+    "PowerIteration",
     "Projector",
     "RMSprop",
     "Random",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from lowrank_optim.optimizers.layout import matrix_shape, resolve_rank
-from lowrank_optim.optimizers.options import DEFAULTS, check_values
+from lowrank_optim.optimizers.layout import is_low_rank, make_space, matrix_shape, resolve_rank
+from lowrank_optim.optimizers.options import DEFAULTS, check_values, expand_shorthands
 from lowrank_optim.projectors import Projector, from_name
 
 ParamGroup: TypeAlias = dict[str, Any]
@@ -33,10 +33,14 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 _MATRIX_MODULES = (nn.Linear, *_CONVOLUTIONS)
 
 
+_UNSET: Any = object()
+
+
 def param_groups(
     model: nn.Module,
-    rank: int | float | None,
+    rank: int | float | None = _UNSET,
     *,
+    density: float | None = None,
     include: Pattern | Iterable[Pattern] | None = None,
     exclude: Pattern | Iterable[Pattern] | None = None,
     weight_decay: float | None = None,
@@ -68,6 +72,8 @@ def param_groups(
         rank: number of directions (int ≥ 1), or fraction of each matrix's short side (float in (0, 1]). A matrix whose short side is
             smaller than an int rank stays in the low-rank group, where the optimizer trains it dense. None makes every group dense
             and leaves only the weight decay split.
+        density: in place of `rank`, the fraction of the projected side (or of the columns, entries or tensors, as the projector
+            says) that has moments, in [0, 1]: FRUGAL's way to say it.
         include: one pattern or several, such as `["attn", "mlp"]`: only matrices that match one are low-rank, the others dense. A
             pattern that names the tensor or its module itself (`"lm_head"`, `"embed"`; not a parent such as `"model"`, nor a bare
             `"*"`) also takes in what is dense by default. None takes what the table says.
@@ -92,7 +98,12 @@ def param_groups(
         >>> groups[0]["rank"], groups[0]["scale"], [group["weight_decay"] for group in groups]
         (8, 0.25, [0.1, 0.1, 0.0])
     """
-    _check_arguments(model, rank, include, weight_decay, options)
+    if rank is _UNSET and density is None:
+        raise TypeError("param_groups needs a rank (rank=None makes every group dense) or a density")
+    rank = None if rank is _UNSET else rank
+    _check_arguments(model, rank, density, include, weight_decay, options)
+    low_rank_by = {"rank": rank} if density is None else {"density": density}
+    train_low_rank = rank is not None or density is not None
     include_list, exclude_list = _pattern_list("include", include), _pattern_list("exclude", exclude) or []
     found = _find_parameters(model)
     for argument, patterns in (("include", include_list or []), ("exclude", exclude_list)):
@@ -105,14 +116,14 @@ def param_groups(
     for entry in (entry for entry in found if entry.param.requires_grad):
         if entry.kind == "no_decay":
             no_decay.append(entry)
-        elif rank is not None and _is_low_rank(entry, include_list, exclude_list):
+        elif train_low_rank and _is_low_rank(entry, include_list, exclude_list):
             low_rank[entry.layout].append(entry)
         else:
             dense.append(entry)
 
     if not (dense or no_decay or any(low_rank.values())):
         raise ValueError("the model has no trainable parameters (requires_grad is False for all, or there are none)")
-    if rank is not None and not any(low_rank.values()):
+    if train_low_rank and not any(low_rank.values()):
         candidates = [entry for entry in found if entry.kind != "no_decay"]
         raise ValueError(
             f"no parameter is low-rank with include={include!r}, exclude={exclude!r}; embeddings, output heads and matrices outside "
@@ -121,7 +132,7 @@ def param_groups(
 
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups = [
-        _group(entries, {"rank": rank} | ({} if layout == "auto" else {"layout": layout}) | options | decay)
+        _group(entries, low_rank_by | ({} if layout == "auto" else {"layout": layout}) | options | decay)
         for layout, entries in low_rank.items()
     ]
     # An explicit None, so that a `rank` given to the optimizer itself does not reach these.
@@ -287,7 +298,12 @@ def _check_pattern(argument: str, pattern: Pattern, found: list[_Found]) -> None
 
 
 def _check_arguments(
-    model: object, rank: object, include: object, weight_decay: float | None, options: Mapping[str, Any]
+    model: object,
+    rank: object,
+    density: float | None,
+    include: object,
+    weight_decay: float | None,
+    options: Mapping[str, Any],
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -298,18 +314,31 @@ def _check_arguments(
             raise TypeError(f"{key} is set by param_groups for each group; build the groups by hand to choose it")
         if near := difflib.get_close_matches(key, ["include", "exclude", "weight_decay", "rank"], n=1, cutoff=0.8):
             raise TypeError(f"unknown option {key!r}; did you mean {near[0]!r}?")
-    if rank is None and (include is not None or options):
+    if rank is None and density is None and (include is not None or options):
         raise ValueError(
             f"rank is None, so every group is dense and {', '.join(options) or 'include'} would have no effect"
         )
-    check_values({**DEFAULTS, "lr": 0.0, **options, "weight_decay": weight_decay or 0.0, "rank": rank})
+    given = {**options, "weight_decay": weight_decay or 0.0, "rank": rank, "density": density}
+    # What becomes of the gradient outside is the optimizer's business, so any density may do.
+    check_values({**DEFAULTS, "lr": 0.0, "residual": "sign", **expand_shorthands(given)})
 
 
 # The table ----------------------------------------------------------------------------------------------------------------------
 
 LINE_WIDTH = 120
 _HEADER = ("parameters", "shape", "side", "rank", "layout", "treatment", "count", "%")
-_GROUP_KEYS = ("rank", "update_proj_gap", "scale", "proj_type", "projector", "lr", "betas", "eps", "weight_decay")
+_GROUP_KEYS = (
+    "rank",
+    "density",
+    "update_proj_gap",
+    "scale",
+    "proj_type",
+    "projector",
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+)
 
 
 @dataclass(frozen=True)
@@ -387,22 +416,22 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
 
 
 def _row(group: Mapping[str, Any], shape: tuple[int, ...]) -> _Row:
-    rank, layout = group.get("rank"), group.get("layout", "auto")
-    if rank is None:
+    group = {**DEFAULTS, **expand_shorthands(dict(group))}
+    layout = group["layout"]
+    if not is_low_rank(group):
         return _Row(shape, "-", "-", "-", "no decay" if group.get("weight_decay") == 0 else "dense")
     matrix = matrix_shape(shape, layout)
     if matrix is None:
         return _Row(shape, "-", "-", "-", f"dense ({len(shape)}-D)")
-    short = min(matrix[-2:])
-    used = resolve_rank(rank, short)
-    if group.get("match_reference"):
-        used = min(used, short)
-    if short < used:
-        return _Row(shape, "-", "-", layout, f"dense ({short} < {used})")
-    projector = group.get("projector", DEFAULTS["projector"])
+    projector = group["projector"]
     projector = projector if isinstance(projector, Projector) else from_name(projector)
-    side = projector.space(matrix, used, group.get("proj_type", DEFAULTS["proj_type"]), torch.float32).side
-    return _Row(shape, side, str(used), layout, "low-rank")
+    space = make_space(matrix, group, projector, torch.float32)
+    if space is None:
+        short = min(matrix[-2:])
+        return _Row(shape, "-", "-", layout, f"dense ({short} < {resolve_rank(group['rank'], short)})")
+    if projector.resizes:
+        return _Row(shape, "-", "-", layout, "in turn")
+    return _Row(shape, space.side, str(space.rank), layout, "low-rank")
 
 
 def _named_tensors(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -421,9 +450,9 @@ def _named_tensors(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _summary(group: Mapping[str, Any]) -> str:
-    kind = "dense" if group.get("rank") is None else "low-rank"
+    kind = "low-rank" if is_low_rank(group) else "dense"
     keys = [
-        key for key in _GROUP_KEYS if group.get(key) is not None and (kind == "low-rank" or key not in _GROUP_KEYS[:5])
+        key for key in _GROUP_KEYS if group.get(key) is not None and (kind == "low-rank" or key not in _GROUP_KEYS[:6])
     ]
     return ", ".join([kind, *(f"{key} {group[key]}" for key in keys)])
 

@@ -21,14 +21,20 @@ PROJECTORS = [
     "coordinate",
     "coordinate:rows",
     "coordinate:entries",
+    "blocks:random",
+    "power_iteration",
 ]
-# Single entries have no rows or columns that a norm-scaled method could scale: construction refuses them.
-COMBINATIONS = [
-    (name, projector)
-    for name in lo.METHODS
-    for projector in PROJECTORS
-    if not (projector == "coordinate:entries" and name in ("fira", "apollo", "apollo_mini"))
-]
+SCALED_BY_NORMS = ("fira", "apollo", "apollo_mini")
+
+
+def is_refused(name: str, projector: str) -> bool:
+    """Single entries and blocks have no rows or columns that norms could scale; a Gaussian basis is not orthonormal."""
+    if name in SCALED_BY_NORMS:
+        return projector == "coordinate:entries" or projector.startswith("blocks")
+    return projector == "random:gaussian" and (name.startswith("frugal") or name == "ldadam")
+
+
+COMBINATIONS = [(name, projector) for name in lo.METHODS for projector in PROJECTORS if not is_refused(name, projector)]
 SHAPES = ((40, 24), (24, 40), (32, 32), (3, 20, 16), (24,))
 
 
@@ -51,8 +57,13 @@ def run(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], start: int
 
 
 def build(name: str, params: list[nn.Parameter], **options: object) -> lo.LowRankOptimizer:
-    extra = {"beta1": 0.9} if name == "galore_adafactor" else {"betas": (0.9, 0.95)}
-    return lo.by_name(name)(params, lr=1e-2, rank=6, update_proj_gap=5, **extra, **options)
+    own = {"galore_adafactor": {"beta1": 0.9}, "frugal_sgd": {"momentum": 0.9, "lr": 1e-4}}
+    extra = {"lr": 1e-2, **own.get(name, {"betas": (0.9, 0.95)})}
+    if str(options.get("projector")).startswith("blocks"):
+        extra |= {"density": 0.5, "on_refresh": "reset"}
+    else:
+        extra |= {"rank": 6}
+    return lo.by_name(name)(params, update_proj_gap=5, **{**options, **extra})
 
 
 def through_file(state_dict: dict, path: Path) -> dict:

@@ -62,7 +62,8 @@ class LowRank:
         training_args: Any = None,
         *,
         method: str | type[LowRankOptimizer] = "galore",
-        rank: int | float,
+        rank: int | float | None = None,
+        density: float | None = None,
         include: Pattern | Iterable[Pattern] | None = None,
         exclude: Pattern | Iterable[Pattern] | None = None,
         **options: Any,
@@ -74,7 +75,7 @@ class LowRank:
             training_args: TrainingArguments. May stand among the kwargs given to the Trainer; not given, those of the Trainer that
                 makes this call are used.
             method: short name (`lowrank_optim.METHODS`) or class of the optimizer.
-            rank: see `lowrank_optim.param_groups`.
+            rank: see `lowrank_optim.param_groups`; so for `density`.
             include: which matrices are low-rank, see `lowrank_optim.param_groups`.
             exclude: which are not.
             **options: options of the optimizer.
@@ -88,7 +89,9 @@ class LowRank:
         settings = _settings(optimizer_class, args, options)
         if include is None:
             include = _target_modules(args)
-        groups = param_groups(model, rank, include=include, exclude=exclude)
+        if rank is None and density is None:
+            raise ValueError("LowRank needs rank=… or density=… among the kwargs in optimizer_cls_and_kwargs")
+        groups = param_groups(model, rank, density=density, include=include, exclude=exclude)
         optimizer = optimizer_class(groups, **settings)
         _log.info("%s for %s:\n%s", optimizer_class.__name__, type(model).__name__, describe(optimizer))
         return optimizer

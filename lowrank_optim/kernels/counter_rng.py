@@ -18,6 +18,7 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 # Separate streams for separate purposes, so that no two draws of one step are ever correlated.
 PURPOSE_BASIS = 1
 PURPOSE_ROUNDING = 2
+PURPOSE_BLOCKS = 3
 
 
 def make_key(seed: int, index: int, step: int, purpose: int) -> int:

@@ -5,15 +5,21 @@ from difflib import get_close_matches
 from lowrank_optim.optimizers.apollo import APOLLOAdamW, APOLLOMiniAdamW
 from lowrank_optim.optimizers.base import LowRankOptimizer, state_bytes
 from lowrank_optim.optimizers.fira import FiraAdamW
+from lowrank_optim.optimizers.frugal import FrugalAdamW, FrugalLion, FrugalSGD
 from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW
+from lowrank_optim.optimizers.ldadam import LDAdamW
 
 __all__ = [
     "METHODS",
     "APOLLOAdamW",
     "APOLLOMiniAdamW",
     "FiraAdamW",
+    "FrugalAdamW",
+    "FrugalLion",
+    "FrugalSGD",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "LDAdamW",
     "LowRankOptimizer",
     "by_name",
     "state_bytes",
@@ -25,6 +31,10 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "fira": FiraAdamW,
     "apollo": APOLLOAdamW,
     "apollo_mini": APOLLOMiniAdamW,
+    "frugal": FrugalAdamW,
+    "frugal_lion": FrugalLion,
+    "frugal_sgd": FrugalSGD,
+    "ldadam": LDAdamW,
 }
 """Short names, as command lines and trainers use them."""
 

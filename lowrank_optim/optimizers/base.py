@@ -19,12 +19,12 @@ from lowrank_optim import kernels, projectors
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, make_key
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
-from lowrank_optim.optimizers.layout import Layout, check_parameter, make_layout, matrix_view
+from lowrank_optim.optimizers.layout import Layout, make_layouts, matrix_view
 from lowrank_optim.optimizers.nonfinite import SkippedUpdates
-from lowrank_optim.optimizers.options import DEFAULTS, check_names, check_values
+from lowrank_optim.optimizers.options import DEFAULTS, SHORTHANDS, check_names, check_values, expand_shorthands
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
-from lowrank_optim.optimizers.schedule import latest_refresh, stagger_offset
-from lowrank_optim.projectors import SVD, Basis, Projector, Write
+from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, stagger_offset
+from lowrank_optim.projectors import Basis, Projector, Write
 from lowrank_optim.rules import Context, Direction, Rule
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -82,7 +82,8 @@ class LowRankOptimizer(Optimizer):
         self._residual = residual if isinstance(residual, Residual) else residual_from_name(residual)
         parts = {**rule.options(), **self._residual.options()}
         valid = {**DEFAULTS, **parts, "lr": lr, "weight_decay": weight_decay}
-        check_names(options, valid, f"{type(self).__name__}(…)")
+        check_names(options, (*valid, *SHORTHANDS), f"{type(self).__name__}(…)")
+        options = expand_shorthands(options)
         # The released code takes the exact subspace; a cheaper one has to be asked for.
         projector = options.get("projector", "svd" if options.get("match_reference") else DEFAULTS["projector"])
         self._projector = projector if isinstance(projector, Projector) else projectors.from_name(projector)
@@ -101,7 +102,8 @@ class LowRankOptimizer(Optimizer):
         group = dict(param_group)
         if isinstance(group.get("projector"), Projector):
             raise ValueError("projector in a param group must be a name; pass Projector objects to the constructor")
-        check_names(group, self.defaults, "a param group")
+        check_names(group, (*self.defaults, *SHORTHANDS), "a param group")
+        group = expand_shorthands(group)
         merged = {**self.defaults, **group}
         self._check_options(merged)
         params = merged.pop("params", [])
@@ -129,13 +131,32 @@ class LowRankOptimizer(Optimizer):
                     f"{name} is {options[name]!r} in a param group, {part.name!r} in the optimizer; it cannot differ"
                 )
             part.check(options)
-        self._projector_of(options).check(options["proj_type"])
+        projector = self._projector_of(options)
+        projector.check(options["proj_type"])
+        self._check_combination(projector, options)
+
+    def _check_combination(self, projector: Projector, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for options that make no sense together with this projector."""
+        if projector.resizes and options["on_refresh"] != "reset":
+            raise ValueError(
+                f"on_refresh is {options['on_refresh']!r}, but projector={projector.name!r} frees the moments of a tensor when its "
+                'turn ends; use on_refresh="reset"'
+            )
+        if not projector.stores_basis and options["basis_bits"] != 32:
+            raise ValueError(
+                f"basis_bits is {options['basis_bits']}, but projector={projector.name!r} stores no basis; leave it at 32, or use "
+                'projector "randomized_svd" or "svd"'
+            )
+        if not projector.stores_basis and options["overlap_threshold"] is not None:
+            raise ValueError(
+                f"overlap_threshold is {options['overlap_threshold']!r}, but projector={projector.name!r} draws its subspaces at "
+                'random, so that they never stand still; use None, or projector "randomized_svd" or "svd"'
+            )
 
     def _projector_of(self, options: Mapping[str, Any]) -> Projector:
         name = options["projector"]
-        if name == "svd" and options["match_reference"]:
-            return SVD(align=False)
-        return self._projector if name == self._projector.name else projectors.from_name(name)
+        projector = self._projector if name == self._projector.name else projectors.from_name(name)
+        return projector.released() if options["match_reference"] else projector
 
     def _init_state(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
         state = {"step": torch.zeros((), dtype=torch.float32)}
@@ -143,9 +164,29 @@ class LowRankOptimizer(Optimizer):
         if layout.space is None:
             return state | self._rule.init(tuple(param.shape), group, dtype, device)
         state["last_refresh"] = torch.full((), -1, dtype=torch.int64)
+        if group["overlap_threshold"] is not None:
+            state["gap"] = torch.full((), group["update_proj_gap"], dtype=torch.int64)
+            state["overlaps"] = torch.full((group["queue_size"],), math.nan)
         state |= layout.projector.init(layout.space, self._key(group, layout, 0), device)
         state |= self._residual.init(layout.space, device)
-        return state | self._rule.init(layout.projector.reduced_shape(layout.space), group, dtype, device)
+        return state | self._init_moments(layout, group, state, device)
+
+    def _init_moments(
+        self, layout: Layout, group: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device
+    ) -> dict[str, Tensor]:
+        """The rule's state for the subspace that `state` describes, all zero."""
+        assert layout.space is not None
+        shape = layout.projector.reduced_shape(layout.space, state)
+        return self._rule.init(shape, group, layout.space.dtype, device)
+
+    def state_template(self, param: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Types and shapes of the state that this optimizer has at the step at which `saved` was written."""
+        own: dict[str, Tensor] = self.state[param]
+        layout = self._layouts[param]
+        if layout.space is None or not layout.projector.resizes or "turn" not in saved:
+            return own
+        (group,) = [group for group in self.param_groups if any(param is other for other in group["params"])]
+        return own | self._init_moments(layout, group, saved, torch.device("meta"))
 
     @staticmethod
     def _key(group: Mapping[str, Any], layout: Layout, step: int, purpose: int = PURPOSE_BASIS) -> int:
@@ -179,6 +220,7 @@ class LowRankOptimizer(Optimizer):
                 "torch.optim.SparseAdam"
             )
         state = self.state[param]
+        finite: Literal[False] | Tensor | None
         if layout.space is None:
             dense = grad.to(kernels.compute_dtype(param.dtype))
             finite = self._finite(dense, param, group, layout)
@@ -187,12 +229,22 @@ class LowRankOptimizer(Optimizer):
                 self._update_dense(param, dense, group, layout, finite)
             return
         weight, grad = matrix_view(param, layout.layout), matrix_view(grad, layout.layout)
-        self._refresh_if_due(param, grad, group, layout)
+        if self._residual.feeds_back:
+            finite = self._finite(grad, param, group, layout)
+            if finite is False:
+                state["step"] += 1
+                return
+            grad = self._residual.absorb(grad, state, finite)
+            self._refresh_if_due(param, grad, group, layout, finite)
+        else:
+            self._refresh_if_due(param, grad, group, layout)
         basis = self._basis(layout, group, state, int(state["last_refresh"]))
         reduced, squares = basis.project_with_norms(grad) if self._residual.uses_norms else (basis.project(grad), None)
-        # R and the norms show any NaN that a step would use; a residual outside of coordinates uses all of G.
-        seen = reduced if layout.projector.sees_all or not self._residual.uses_gradient else grad
-        finite = self._finite(seen if squares is None else squares.sqrt(), param, group, layout)
+        if not self._residual.feeds_back:
+            # R and the norms show any NaN that a step would use; a residual outside of coordinates uses all of G.
+            shows_all = layout.projector.sees_all and reduced.numel() > 0
+            seen = reduced if shows_all or not self._residual.uses_gradient else grad
+            finite = self._finite(seen if squares is None else squares.sqrt(), param, group, layout)
         state["step"] += 1
         if finite is False:
             return
@@ -240,9 +292,7 @@ class LowRankOptimizer(Optimizer):
         if ok is not None:
             reduced = torch.where(ok, reduced, 0.0)
             squares = None if squares is None else torch.where(ok, squares, 0.0)
-        steps = age = float(state["step"])
-        if group["on_refresh"] == "reset":
-            steps -= max(int(state["last_refresh"]), 0)  # bias correction starts again with the moments
+        steps, age = self._moment_steps(state, group), float(state["step"])
         move = self._rule.direction(reduced, state, group, Context(steps, age, weight, ok))
         same = isinstance(move.decay, float) and move.decay == move.step
         unit = 1.0 if same else move.decay / move.step
@@ -258,7 +308,7 @@ class LowRankOptimizer(Optimizer):
         if ok is not None:
             grad = torch.where(ok, grad, 0.0)
         age = float(state["step"])
-        move = self._rule.direction(grad, state, group, Context(age, age, param, ok))
+        move = self._rule.direction(grad, state, group, Context(age, age, param, ok, dense=True))
         kernels.apply_dense_(param, move.matrix, **vars(self._write(param, group, layout, move, 1.0, ok)))
 
     def _write(
@@ -293,33 +343,60 @@ class LowRankOptimizer(Optimizer):
         key = self._key(group, layout, max(refreshed, 0))
         return layout.projector.basis(layout.space, state, key, layout.device)
 
-    def _refresh_if_due(self, param: Tensor, grad: Tensor, group: Mapping[str, Any], layout: Layout) -> None:
-        """Give the parameter a new subspace from this gradient if one is due and the gradient allows it."""
+    def _refresh_if_due(
+        self, param: Tensor, grad: Tensor, group: Mapping[str, Any], layout: Layout, ok: Tensor | None = None
+    ) -> None:
+        """Give the parameter a new subspace from this gradient if one is due and the gradient (or the 0-d bool `ok`) allows it."""
         assert layout.space is not None
         state = self.state[param]
         now, last = int(state["step"]), int(state["last_refresh"])
-        if last >= latest_refresh(now, group["update_proj_gap"], self._offset(param)):
+        gap = int(state["gap"]) if "gap" in state else group["update_proj_gap"]
+        if layout.space.rank == 0 or last >= latest_refresh(now, gap, self._offset(param)):
             return
-        new = layout.projector.refresh(grad, layout.space, state, self._key(group, layout, now), first=last < 0)
+        momentum = None
+        if layout.projector.uses_momentum:
+            momentum = self._rule.mean_gradient(state, group, self._moment_steps(state, group))
+        key = self._key(group, layout, now)
+        new = layout.projector.refresh(grad, layout.space, state, key, first=last < 0, momentum=momentum)
         if new is None:
             return  # zero or non-finite: keep the old basis and try again on the next step
-        if group["on_refresh"] == "reset":
-            for name in state.keys() - new.keys() - {*HOST_STATE, "limiter_norm"}:
-                state[name].zero_()
-        elif group["on_refresh"] == "rotate":
-            old = self._basis(layout, group, state, last)
-            basis = self._basis(layout, group, new, now)
-            self._rule.transport(state, lambda moment, power: basis.transport(moment, old, power), group, now)
+        if ok is not None:
+            new = {n: t if n in HOST_STATE else torch.where(ok, t, state[n]) for n, t in new.items()}
+        if last >= 0 and (group["on_refresh"] == "rotate" or "gap" in state):
+            old, basis = self._basis(layout, group, state, last), self._basis(layout, group, {**state, **new}, now)
+            if "gap" in state:
+                lengthen_gap(state, float(basis.overlap(old)), group)
+            if group["on_refresh"] == "rotate":
+                self._rotate(state, old, basis, group, now)
         for name, tensor in new.items():
             state[name].copy_(tensor)
+        if group["on_refresh"] == "reset":
+            for name, fresh in self._init_moments(layout, group, state, layout.device).items():
+                state[name] = state[name].copy_(fresh) if state[name].shape == fresh.shape else fresh
         state["last_refresh"].fill_(now)
+
+    def _rotate(self, state: dict[str, Tensor], old: Basis, new: Basis, group: Mapping[str, Any], steps: float) -> None:
+        """Express the moments in a new basis, and hand what momentum loses by it to a residual that feeds back."""
+        weight = self._rule.memory(group) if self._residual.feeds_back else 0.0
+        if weight:
+            old.apply_(state["error"], state["exp_avg"], Write(-weight, 1.0))
+        self._rule.transport(state, lambda moment, power: new.transport(moment, old, power), group, steps)
+        if weight:
+            new.apply_(state["error"], state["exp_avg"], Write(weight, 1.0))
+
+    @staticmethod
+    def _moment_steps(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> float:
+        """The steps that the moments have seen; a reset starts them, and so their bias correction, again."""
+        since = max(int(state["last_refresh"]), 0) if group["on_refresh"] == "reset" else 0
+        return float(state["step"]) - since
 
     def _offset(self, param: Tensor) -> int:
         """How many steps before a multiple of its gap this parameter is refreshed."""
         if not self._offsets:
             low_rank = [(p, g) for g in self.param_groups for p in g["params"] if self._layouts[p].space is not None]
             for ordinal, (p, group) in enumerate(low_rank):
-                staggered = group["stagger"] and not group["match_reference"]
+                together = group["match_reference"] or not self._layouts[p].projector.staggers
+                staggered = group["stagger"] and not together
                 self._offsets[p] = stagger_offset(ordinal, len(low_rank), group["update_proj_gap"]) if staggered else 0
         return self._offsets[param]
 
@@ -365,13 +442,10 @@ class LowRankOptimizer(Optimizer):
         self, group: Mapping[str, Any], params: Iterable[Tensor], number: int, first: int
     ) -> dict[Tensor, Layout]:
         """Layouts of one group's parameters; `number` is the group's, `first` the position of its first parameter."""
+        params = list(params)
         names = group.get("param_names") or [f"{number}.{i}" for i, _ in enumerate(params)]
-        projector = self._projector_of(group)
-        layouts = {}
-        for i, (param, name) in enumerate(zip(params, names, strict=True)):
-            check_parameter(param, name, group)
-            layouts[param] = make_layout(param, name, first + i, group, projector, self._warned)
-        return layouts
+        named = zip(names, params, strict=True)
+        return make_layouts(named, first, group, self._projector_of(group), self._warned)
 
 
 def state_bytes(optimizer: Optimizer) -> dict[str, int]:

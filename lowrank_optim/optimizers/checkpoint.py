@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.optimizers.options import STRUCTURAL
 
-HOST_STATE = ("step", "last_refresh")
+HOST_STATE = ("step", "last_refresh", "gap", "overlaps", "turn")
 """State that the host reads in every step, kept on the CPU wherever the parameter lives."""
 
 
@@ -36,7 +36,7 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     state = dict(optimizer.state)
     for key, param in _saved_ids(optimizer, state_dict).items():
         saved = state_dict["state"].get(key, {})
-        own = optimizer.state[param]
+        own = optimizer.state_template(param, saved)  # type: ignore[attr-defined]
         state[param] = {
             name: _like(saved[name], tensor, torch.device("cpu") if name in HOST_STATE else param.device)
             if saved
@@ -97,8 +97,8 @@ def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[st
     layouts = optimizer._layouts  # type: ignore[attr-defined]
     for key, param in _saved_ids(optimizer, state_dict).items():
         name = f"{layouts[param].name} {tuple(param.shape)}"
-        own_state = optimizer.state[param]
         saved_state = state_dict["state"].get(key, {})
+        own_state = optimizer.state_template(param, saved_state)  # type: ignore[attr-defined]
         if not saved_state and layouts[param].space is None and "rule" not in saved_groups[0]:
             continue  # torch.optim keeps no state for a parameter that never had a gradient
         missing, extra = own_state.keys() - saved_state.keys(), saved_state.keys() - own_state.keys()

@@ -5,14 +5,15 @@ devices or the number of processes.
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.kernels.counter_rng import PURPOSE_BLOCKS, make_key
 from lowrank_optim.projectors import Projector, Space
 
 _log = logging.getLogger("lowrank_optim")
@@ -28,10 +29,6 @@ class Layout:
     space: Space | None  # None: dense
     projector: Projector
     device: torch.device
-
-    @property
-    def low_rank(self) -> bool:
-        return self.space is not None
 
 
 def matrix_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
@@ -59,23 +56,58 @@ def resolve_rank(rank: int | float, short_side: int) -> int:
     return max(1, round(rank * short_side)) if isinstance(rank, float) else rank
 
 
-def make_layout(
-    param: Tensor, name: str, index: int, group: Mapping[str, Any], projector: Projector, warned: set[str]
-) -> Layout:
-    """The layout of one parameter. Logs once for each reason why a matrix of a low-rank group is dense."""
-    space = None
-    shape = matrix_shape(param.shape, group["layout"])
-    if group["rank"] is not None and shape is not None:
+def is_low_rank(group: Mapping[str, Any]) -> bool:
+    """Whether the matrices of a group are trained in subspaces."""
+    return group.get("rank") is not None or group.get("density") is not None
+
+
+def make_space(
+    shape: tuple[int, ...], group: Mapping[str, Any], projector: Projector, dtype: torch.dtype
+) -> Space | None:
+    """The low-rank problem of a matrix in a low-rank group; None where the rank exceeds its short side, so that it is dense."""
+    if group["density"] is not None:
+        space = projector.space_of_density(shape, float(group["density"]), group["proj_type"], dtype)
+    else:
         short = min(shape[-2:])
         rank = resolve_rank(group["rank"], short)
         if group["match_reference"]:
             rank = min(rank, short)  # as the released code: a slice that ends early
-        if 1 <= rank <= short:
-            space = projector.space(shape, rank, group["proj_type"], kernels.compute_dtype(param.dtype))
-        elif "rank" not in warned:
-            warned.add("rank")
-            _log.info("%s %s is trained densely: its short side is below rank %d", name, tuple(param.shape), rank)
-    return Layout(name, index, group["layout"], space, projector, param.device)
+        if not 1 <= rank <= short:
+            return None
+        space = projector.space(shape, rank, group["proj_type"], dtype)
+    return replace(space, basis_bits=group["basis_bits"])
+
+
+def make_layouts(
+    named: Iterable[tuple[str, Tensor]],
+    first: int,
+    group: Mapping[str, Any],
+    projector: Projector,
+    warned: set[str],
+) -> dict[Tensor, Layout]:
+    """The layouts of a group's parameters, the first of which has position `first` in the optimizer.
+
+    Logs once for each reason why a matrix of a low-rank group is dense.
+    """
+    layouts: dict[Tensor, Layout] = {}
+    for index, (name, param) in enumerate(named, first):
+        check_parameter(param, name, group)
+        space = None
+        shape = matrix_shape(param.shape, group["layout"])
+        if is_low_rank(group) and shape is not None:
+            space = make_space(shape, group, projector, kernels.compute_dtype(param.dtype))
+            if space is None and "rank" not in warned:
+                warned.add("rank")
+                _log.info(
+                    "%s %s is trained densely: its short side is below rank %s", name, tuple(param.shape), group["rank"]
+                )
+        layouts[param] = Layout(name, index, group["layout"], space, projector, param.device)
+    low_rank = {param: layout.space for param, layout in layouts.items() if layout.space is not None}
+    key = make_key(group["seed"], first, 0, PURPOSE_BLOCKS)
+    arranged = projector.arrange(list(low_rank.values()), group["density"], key)
+    for param, space in zip(low_rank, arranged, strict=True):
+        layouts[param] = replace(layouts[param], space=space)
+    return layouts
 
 
 def check_parameter(param: Tensor, name: str, group: Mapping[str, Any]) -> None:

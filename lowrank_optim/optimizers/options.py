@@ -16,36 +16,49 @@ from lowrank_optim.projectors import PROJ_TYPES, Projector
 LAYOUTS = ("auto", "conv", "transposed")
 ON_REFRESH = ("keep", "reset", "rotate")
 ON_NONFINITE = ("skip", "propagate", "raise")
+BASIS_BITS = (32, 16, 8, 4)
 
 
 class Options(TypedDict, total=False):
     """Keyword-only options of every optimizer.
 
     rank: columns of the basis; an int, or a float in (0, 1] as a fraction of the short side; None trains densely.
+    density: in place of rank, the fraction of the projected side (of all entries, of all tensors) that has moments, in [0, 1].
     update_proj_gap: steps between two refreshes of the subspace.
     scale: α, multiplies the lifted update.
     proj_type: which side is projected: "std", "reverse_std", "left", "right" or "full".
     projector: "randomized_svd", "svd", "random", "coordinate", or a `Projector`.
+    coordinates: "columns", "rows" or "entries", for `projector="coordinate"`.
+    blocks: "random", "ascending", "descending" or "mirror": whole tensors in turn, in place of a subspace of each.
     on_refresh: what happens to the moments when the subspace changes: "keep", "reset" or "rotate".
     stagger: spread the refreshes of the parameters over the gap.
+    overlap_threshold: refresh a matrix less often once its subspace stands still: where ‖P_oldᵀP_new‖²/r over the last `queue_size`
+        refreshes averages at least this, its gap is multiplied by `gap_factor`. None keeps the gap.
+    queue_size, gap_factor: see `overlap_threshold`.
     stochastic_rounding: round bfloat16 weights stochastically.
     maximize: ascend instead of descend.
     seed: of all random choices.
     on_nonfinite: "skip" a parameter's update when its gradient is not finite, "propagate" it, or "raise".
     match_reference: reproduce the authors' released code with its quirks; also turns `stagger` off.
     state_bits: bits of an element of the moments; 32.
-    basis_bits: bits of an element of a stored basis; 32.
+    basis_bits: bits of an element of a stored basis: 32, 16 (bfloat16), 8 or 4 (packed codes).
     layout: how a tensor is seen as a matrix: "auto", "conv" (first dimension × the rest) or "transposed" (stored (in, out)).
     fused, foreach, capturable, differentiable: accepted for the sake of loops written for torch.optim, and without effect.
     """
 
     rank: int | float | None
+    density: float | None
     update_proj_gap: int
     scale: float
     proj_type: str
     projector: str | Projector
+    coordinates: str | None
+    blocks: str | None
     on_refresh: str
     stagger: bool
+    overlap_threshold: float | None
+    queue_size: int
+    gap_factor: float
     stochastic_rounding: bool
     maximize: bool
     seed: int
@@ -62,12 +75,16 @@ class Options(TypedDict, total=False):
 
 DEFAULTS: dict[str, Any] = {
     "rank": None,
+    "density": None,
     "update_proj_gap": 200,
     "scale": 1.0,
     "proj_type": "std",
     "projector": "randomized_svd",
     "on_refresh": "keep",
     "stagger": True,
+    "overlap_threshold": None,
+    "queue_size": 5,
+    "gap_factor": 2.0,
     "stochastic_rounding": False,
     "maximize": False,
     "seed": 0,
@@ -78,8 +95,11 @@ DEFAULTS: dict[str, Any] = {
     "layout": "auto",
 }
 
-STRUCTURAL = ("rule", "residual", "rank", "proj_type", "projector", "layout", "state_bits", "basis_bits")
+STRUCTURAL = ("rule", "residual", "rank", "density", "proj_type", "projector", "layout", "state_bits", "basis_bits")
 """Group keys that decide what the state tensors are and mean; a checkpoint must agree on them."""
+
+SHORTHANDS = ("coordinates", "blocks")
+"""Options that say which projector is meant; they become part of its name and are not kept."""
 
 CARRIED = frozenset(
     [
@@ -121,6 +141,7 @@ def check_values(options: Mapping[str, Any]) -> None:
         if not _is_number(value) or not float(value) >= 0.0:
             raise ValueError(f"{name} is {value!r}; it must be a number of at least 0")
     _check_rank(options["rank"])
+    _check_density(options)
     gap = options["update_proj_gap"]
     if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
         raise ValueError(f"update_proj_gap is {gap!r}; it must be an int of at least 1")
@@ -140,9 +161,13 @@ def check_values(options: Mapping[str, Any]) -> None:
     for name in ("stagger", "stochastic_rounding", "maximize", "match_reference"):
         if not isinstance(options[name], bool):
             raise ValueError(f"{name} is {options[name]!r}; it must be True or False")
-    for name in ("state_bits", "basis_bits"):
-        if options[name] != 32:
-            raise ValueError(f"{name} is {options[name]!r}; this version keeps 32-bit state only, use {name}=32")
+    if options["state_bits"] != 32:
+        raise ValueError(
+            f"state_bits is {options['state_bits']!r}; this version keeps 32-bit moments only, use state_bits=32"
+        )
+    if options["basis_bits"] not in BASIS_BITS:
+        raise ValueError(f"basis_bits is {options['basis_bits']!r}; valid values are {', '.join(map(str, BASIS_BITS))}")
+    _check_lazy_refresh(options)
     for name in ("differentiable", "amsgrad"):
         if options.get(name):
             raise ValueError(
@@ -165,3 +190,50 @@ def _check_rank(rank: Any) -> None:
         )
     if isinstance(rank, int) and rank < 1:
         raise ValueError(f"rank is {rank!r}; it must be at least 1 (None trains densely)")
+
+
+def _check_density(options: Mapping[str, Any]) -> None:
+    density = options["density"]
+    if density is None:
+        return
+    if not _is_number(density) or not 0.0 <= float(density) <= 1.0:
+        raise ValueError(f"density is {density!r}; it must be a number in [0, 1]")
+    if options["rank"] is not None:
+        raise ValueError(f"rank is {options['rank']!r} and density {density!r}; give one of them, the other None")
+    if float(density) == 0.0 and options.get("residual", "none") not in ("sgd", "sign"):
+        raise ValueError(
+            'density is 0 and nothing outside of the subspace is trained either: use residual "sgd" or "sign", or more density'
+        )
+
+
+def _check_lazy_refresh(options: Mapping[str, Any]) -> None:
+    threshold, size, factor = (options[name] for name in ("overlap_threshold", "queue_size", "gap_factor"))
+    if threshold is not None and (not _is_number(threshold) or not 0.0 <= float(threshold) <= 1.0):
+        raise ValueError(f"overlap_threshold is {threshold!r}; it must be None or a number in [0, 1]")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"queue_size is {size!r}; it must be an int of at least 1")
+    if not _is_number(factor) or not 1.0 <= float(factor) < float("inf"):
+        raise ValueError(f"gap_factor is {factor!r}; it must be a finite number of at least 1")
+
+
+def expand_shorthands(given: dict[str, Any]) -> dict[str, Any]:
+    """The options with `coordinates` and `blocks` written into the projector's name, and of `rank` and `density` only one.
+
+    Whoever names one of `rank` and `density` (or `rank=None`, which makes a group dense) means the other to be None.
+    """
+    short = {name: given.pop(name) for name in SHORTHANDS if name in given}
+    short = {name: value for name, value in short.items() if value is not None}
+    if short:
+        kind = {"coordinates": "coordinate", "blocks": "blocks"}
+        name, value = next(iter(short.items()))
+        projector = given.get("projector", kind[name])
+        if len(short) > 1 or projector != kind[name]:
+            others = [f"{key}={value!r}" for key, value in {"projector": projector, **short}.items()]
+            raise ValueError(
+                f"{', '.join(others)} do not go together; blocks, coordinates and a projector exclude each other"
+            )
+        given["projector"] = f"{kind[name]}:{value}"
+    for name, other in (("rank", "density"), ("density", "rank")):
+        if name in given and other not in given:
+            given[other] = None
+    return given

@@ -5,6 +5,7 @@ With R the projected gradient, N the rule's direction and α the option `scale`,
     none              C = αN
     sgd               C = α(N − κR)             φ = ακ, E = G                 FRUGAL
     sign              C = αN                    φ = ακ, E = sign(G − lift R)  FRUGAL
+    error_feedback    C = αN                    E = 0; G − lift R is added to the next gradient    LDAdam
     norm_scaled       C = αN − φ∘R              φ = (‖N_j‖/‖R_j‖)/ℓ, E = G    Fira
     gradient_scaled   –                         φ = √α (‖N_j‖/‖R_j‖)/ℓ, E = G APOLLO
 
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors import Basis, GradientTerm, Space
+from lowrank_optim.projectors import Basis, GradientTerm, Space, Write
 from lowrank_optim.projectors.base import row_squares
 
 
@@ -64,6 +65,8 @@ class Residual(ABC):
     name: ClassVar[str]
     uses_gradient: ClassVar[bool] = True
     uses_norms: ClassVar[bool] = False
+    feeds_back: ClassVar[bool] = False
+    """Whether the gradient that the step sees is `absorb(grad)` and not the gradient itself."""
 
     def options(self) -> dict[str, Any]:
         """Default hyperparameters by name, as they go into the param groups."""
@@ -71,8 +74,9 @@ class Residual(ABC):
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise ValueError for hyperparameters out of range, or a projection that the residual cannot use."""
-        if self.uses_norms and (options["proj_type"] == "full" or "entries" in options["projector"]):
-            what = 'proj_type="full"' if options["proj_type"] == "full" else f"projector={options['projector']!r}"
+        lineless = options["projector"] == "coordinate:entries" or options["projector"].startswith("blocks")
+        if self.uses_norms and (options["proj_type"] == "full" or lineless):
+            what = f"projector={options['projector']!r}" if lineless else 'proj_type="full"'
             raise ValueError(
                 f"{what} has no rows or columns for residual={self.name!r} to scale; use proj_type std, reverse_std, left or "
                 'right, or residual "none", "sgd" or "sign"'
@@ -81,6 +85,10 @@ class Residual(ABC):
     def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
         """State tensors of the residual."""
         return {}
+
+    def absorb(self, grad: Tensor, state: Mapping[str, Tensor], ok: Tensor | None) -> Tensor:
+        """The gradient that the step works with, where `feeds_back`; `state` is modified in place, `ok` as in `Reduced`."""
+        return grad
 
     @abstractmethod
     def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
@@ -117,6 +125,10 @@ class SGDResidual(Residual):
 
     def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         kappa = _uniform(step, float(options["residual_lr_scale"]))
+        if step.basis.disjoint:  # nothing to subtract, and so nothing that rounds
+            return Update(
+                step.direction, options["scale"], GradientTerm(step.grad, kappa, step.ok, subtract=step.projected)
+            )
         core = torch.addcmul(step.direction, step.projected, kappa, value=-1.0)
         return Update(core, options["scale"], GradientTerm(step.grad, kappa, step.ok))
 
@@ -134,6 +146,42 @@ class SignResidual(SGDResidual):
             options["scale"],
             GradientTerm(step.grad, scale, step.ok, subtract=step.projected, sign=True),
         )
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Residual):
+    """The gradient outside the subspace is kept and added to the next one: A = G + e, e ← A − lift R.
+
+    Where the moments are rotated into a new basis, what the momentum loses by that is added to e, too.
+
+    Memory: `error`, 4 bytes for each entry of the matrix (8 in float64).
+    """
+
+    name: ClassVar[str] = "error_feedback"
+    feeds_back: ClassVar[bool] = True
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        if options["projector"] == "random:gaussian":
+            raise ValueError(
+                'projector="random:gaussian" is not orthonormal, so that the error fed back would grow without bound; use '
+                'projector="random", or residual "norm_scaled" or "gradient_scaled"'
+            )
+        if options["rule"] == "adafactor" and options["beta1"] is not None and options["on_refresh"] == "rotate":
+            raise ValueError(
+                "Adafactor averages updates, not gradients, so what a rotation loses cannot be fed back; use beta1=None, or "
+                'on_refresh "keep"'
+            )
+
+    def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
+        return {"error": torch.zeros(space.shape, dtype=space.dtype, device=device)}
+
+    def absorb(self, grad: Tensor, state: Mapping[str, Tensor], ok: Tensor | None) -> Tensor:
+        return state["error"].add_(grad if ok is None else torch.where(ok, grad, 0.0))
+
+    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+        step.basis.apply_(step.grad, step.projected, Write(1.0, 1.0))  # step.grad is state["error"]
+        return Update(step.direction, options["scale"])
 
 
 @dataclass(frozen=True)
@@ -239,7 +287,7 @@ def _growth(norm: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any
 
 
 RESIDUALS: dict[str, type[Residual]] = {
-    kind.name: kind for kind in (NoResidual, SGDResidual, SignResidual, NormScaled, GradientScaled)
+    kind.name: kind for kind in (NoResidual, SGDResidual, SignResidual, ErrorFeedback, NormScaled, GradientScaled)
 }
 
 

@@ -1,4 +1,9 @@
-"""When a subspace is refreshed: a pure function of the step, so that nothing but the step has to be saved."""
+"""When a subspace is refreshed: a pure function of the step and the gap, so that nothing else has to be saved."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
 
 
 def stagger_offset(ordinal: int, count: int, gap: int) -> int:
@@ -14,3 +19,18 @@ def latest_refresh(step: int, gap: int, offset: int) -> int:
     is tried again on the next step.
     """
     return max(step - (step + offset) % gap, 0)
+
+
+def lengthen_gap(state: Mapping[str, Tensor], overlap: float, options: Mapping[str, Any]) -> None:
+    """Q-GaLore's lazy refresh: remember how much of the old subspace the new one holds; refresh less often where it is much.
+
+    Args:
+        state: `overlaps`, the last ones, oldest first, NaN where there were none yet, and `gap`; both modified in place.
+        overlap: ‖P_oldᵀP_new‖²/r, in [0, 1].
+        options: `overlap_threshold` and `gap_factor`.
+    """
+    overlaps = state["overlaps"]
+    overlaps.copy_(overlaps.roll(-1))
+    overlaps[-1] = overlap
+    if float(overlaps.mean()) >= options["overlap_threshold"]:
+        state["gap"].fill_(int(int(state["gap"]) * options["gap_factor"]))

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, Space, Write
+from lowrank_optim.projectors.blocks import Blocks
 from lowrank_optim.projectors.coordinate import Coordinate
+from lowrank_optim.projectors.power import PowerIteration
 from lowrank_optim.projectors.random import Random
 from lowrank_optim.projectors.randomized import RandomizedSVD
 from lowrank_optim.projectors.svd import SVD
@@ -13,8 +15,10 @@ __all__ = [
     "PROJ_TYPES",
     "SVD",
     "Basis",
+    "Blocks",
     "Coordinate",
     "GradientTerm",
+    "PowerIteration",
     "Projector",
     "Random",
     "RandomizedSVD",
@@ -39,6 +43,8 @@ _BUILDERS: dict[str, Callable[[str], Projector]] = {
     "svd": _svd,
     "random": lambda variant: Random(variant) if variant else Random(),
     "coordinate": lambda variant: Coordinate(variant or None),
+    "power_iteration": lambda variant: PowerIteration(float(variant)) if variant else PowerIteration(),
+    "blocks": lambda variant: Blocks(variant) if variant else Blocks(),
 }
 
 

@@ -12,9 +12,10 @@ Side logic (m×n gradient, basis B with orthonormal columns, low-rank matrix R a
     full     A: m×r, B: n×r   AᵀG B (r×r)    A N Bᵀ
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -37,6 +38,19 @@ def choose_side(proj_type: str, rows: int, cols: int) -> str:
 
 
 @dataclass(frozen=True)
+class Place:
+    """The place of a tensor among the tensors of its group, for projectors that take turns with whole tensors.
+
+    position of count; `active` of them are trained with moments at a time; `key` is the group's stream of random numbers.
+    """
+
+    position: int
+    count: int
+    active: int
+    key: int
+
+
+@dataclass(frozen=True)
 class Space:
     """The shape of a low-rank problem: one matrix, or a stack of them, and the subspace it is projected to.
 
@@ -46,9 +60,11 @@ class Space:
     batch: tuple[int, ...]  # () for a matrix, (experts,) for a stack
     rows: int
     cols: int
-    rank: int
+    rank: int  # of single entries, their number
     side: str
     dtype: torch.dtype  # compute type: float32, or float64 for float64 parameters
+    basis_bits: int = 32
+    place: Place | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,6 +81,11 @@ class Space:
     def basis_rows(self) -> int:
         """Length of the basis vectors (of the right basis when both sides are projected)."""
         return self.rows if self.side == "left" else self.cols
+
+    def share(self, density: float) -> int:
+        """The fraction `density` of the basis vectors that there can be, at least one where it is above 0."""
+        side = {"left": self.rows, "right": self.cols, "full": min(self.rows, self.cols)}[self.side]
+        return min(round(density * side), self.rows, self.cols) or math.ceil(density)
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,9 @@ class Write:
 class Basis(Protocol):
     """A subspace at one moment: what the step needs of it."""
 
+    disjoint: ClassVar[bool]
+    """Whether the subspace is made of entries of the matrix, so that G − lift R is 0 on them and G elsewhere."""
+
     def project(self, grad: Tensor) -> Tensor:
         """R for a gradient's matrix view, in the compute type."""
 
@@ -116,6 +140,9 @@ class Basis(Protocol):
         With `power=2` the entries of C are squared, as second moments need (LDAdam's rule).
         """
 
+    def overlap(self, old: Self) -> Tensor:
+        """How much of the subspace `old` this one holds, ‖P_oldᵀP_new‖²/r in [0, 1], as a 0-d tensor; the mean over a stack."""
+
 
 class Projector(ABC):
     """How a subspace is chosen. Subclasses are frozen dataclasses, shared by all parameters."""
@@ -123,7 +150,15 @@ class Projector(ABC):
     needs_gradient: ClassVar[bool] = True
     """False where a refresh does not look at the gradient, and so cannot fail."""
     sees_all: ClassVar[bool] = True
-    """Whether every entry of the gradient has a part in R, so that R is finite only where the whole gradient is."""
+    """Whether every entry of the gradient has a part in R (if R has entries), so that it is finite only where all of G is."""
+    staggers: ClassVar[bool] = True
+    """False where all tensors of a group have to be refreshed on the same step."""
+    stores_basis: ClassVar[bool] = False
+    """Whether a basis is part of the state, so that `basis_bits` has a meaning, and comes from gradients, so that it can stand still."""
+    uses_momentum: ClassVar[bool] = False
+    """Whether `refresh` wants the rule's momentum."""
+    resizes: ClassVar[bool] = False
+    """Whether R and the moments have another shape after a refresh; such moments can only be reset."""
 
     @property
     @abstractmethod
@@ -140,7 +175,16 @@ class Projector(ABC):
         *batch, rows, cols = shape
         return Space(tuple(batch), rows, cols, rank, choose_side(proj_type, rows, cols), dtype)
 
-    def reduced_shape(self, space: Space) -> tuple[int, ...]:
+    def space_of_density(self, shape: tuple[int, ...], density: float, proj_type: str, dtype: torch.dtype) -> Space:
+        """As `space`, with the fraction `density` in [0, 1] of the projected side as rank."""
+        space = self.space(shape, 0, proj_type, dtype)
+        return replace(space, rank=space.share(density))
+
+    def arrange(self, spaces: list[Space], density: float | None, key: int) -> list[Space]:
+        """The spaces of one group, told of each other."""
+        return spaces
+
+    def reduced_shape(self, space: Space, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
         """Shape of R and of the moments."""
         return space.reduced_shape
 
@@ -150,12 +194,23 @@ class Projector(ABC):
 
     @abstractmethod
     def refresh(
-        self, grad: Tensor, space: Space, state: Mapping[str, Tensor], key: int, first: bool
+        self,
+        grad: Tensor,
+        space: Space,
+        state: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None = None,
     ) -> dict[str, Tensor] | None:
         """New values for the tensors that `init` made, or None where this gradient cannot give a basis (zero or non-finite).
 
-        `first` says that the state holds no basis of a gradient yet. Nothing is modified.
+        `first` says that the state holds no basis of a gradient yet; `momentum` is the rule's, in the old basis, for projectors that
+        use it. Nothing is modified.
         """
+
+    def released(self) -> "Projector":
+        """The projector as the released code of its method has it (`match_reference`)."""
+        return self
 
     @abstractmethod
     def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:

@@ -1,10 +1,11 @@
-"""Subspaces as the step uses them: dense, two-sided, coordinate columns or rows, and single entries.
+"""Subspaces as the step uses them: dense, two-sided, coordinate columns or rows, single entries, and the whole matrix.
 
 Each projects a gradient, applies an update to the weight, and carries moments over from an older basis. All products go through
 `lowrank_optim.kernels`.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,10 +15,15 @@ from lowrank_optim import kernels
 from lowrank_optim.projectors.base import GradientTerm, Write, row_squares
 
 
-def _overlap(new: Tensor, old: Tensor, orthonormal: bool) -> Tensor:
+def _change_of_basis(new: Tensor, old: Tensor, orthonormal: bool) -> Tensor:
     """C with coordinates_new = coordinates_old C: P_oldᵀ P_new, with the pseudo-inverse of P_old where it is not orthonormal."""
     overlap = old.mT @ new
     return overlap if orthonormal else torch.linalg.solve(old.mT @ old, overlap)
+
+
+def _overlap(new: Tensor, old: Tensor) -> Tensor:
+    """‖P_oldᵀP_new‖²/r, at most 1, the mean over a stack. Unlike the angle of single vectors, it knows no signs and no order."""
+    return (old.mT @ new).square().sum((-2, -1)).div(max(new.shape[-1], 1)).clamp_max(1.0).mean()
 
 
 def _nothing(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -33,6 +39,7 @@ class DenseBasis:
     matrix: Tensor
     side: str
     orthonormal: bool = True
+    disjoint: ClassVar[bool] = False
 
     def project(self, grad: Tensor) -> Tensor:
         return kernels.project(grad, self.matrix, self.side)
@@ -61,7 +68,10 @@ class DenseBasis:
         kernels.apply_(weight, left, right, residual=residual, **vars(write))
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
-        return moment @ _overlap(self.matrix, old.matrix, self.orthonormal).pow(power)
+        return moment @ _change_of_basis(self.matrix, old.matrix, self.orthonormal).pow(power)
+
+    def overlap(self, old: Self) -> Tensor:
+        return _overlap(self.matrix, old.matrix)
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class TwoSidedBasis:
     left: Tensor
     right: Tensor
     orthonormal: bool = True
+    disjoint: ClassVar[bool] = False
 
     def project(self, grad: Tensor) -> Tensor:
         # (AᵀG)B and not Aᵀ(GB): on a refresh step R is diagonal but for rounding, which Adam blows up to full size, so that only the
@@ -95,9 +106,12 @@ class TwoSidedBasis:
         self._one_sided().apply_(weight, core, write, term)
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
-        left = _overlap(self.left, old.left, self.orthonormal).pow(power)
-        right = _overlap(self.right, old.right, self.orthonormal).pow(power)
+        left = _change_of_basis(self.left, old.left, self.orthonormal).pow(power)
+        right = _change_of_basis(self.right, old.right, self.orthonormal).pow(power)
         return left.mT @ moment @ right
+
+    def overlap(self, old: Self) -> Tensor:
+        return (_overlap(self.left, old.left) + _overlap(self.right, old.right)) / 2.0
 
 
 class _SelectedEntries:
@@ -105,6 +119,8 @@ class _SelectedEntries:
 
     The entries are read in the compute type before anything changes and stored, rounded once, after everything else was updated.
     """
+
+    disjoint: ClassVar[bool] = True
 
     def _get(self, matrix: Tensor) -> Tensor:
         """The selected entries, in the shape of R."""
@@ -117,6 +133,9 @@ class _SelectedEntries:
     def _positions(self, matrix: Tensor) -> Tensor:
         """Their row-major positions, in the shape of R."""
         raise NotImplementedError
+
+    def overlap(self, old: Self) -> Tensor:
+        raise ValueError("coordinates are drawn at random; their overlap says nothing")
 
     def _line_scale(self, scale: Tensor) -> Tensor:
         """φ for a whole matrix (or its rows), from φ for the rows of R."""
@@ -234,3 +253,34 @@ class EntryBasis(_SelectedEntries):
         shared = old.indices.gather(-1, position) == self.indices
         carried = moment.squeeze(-1).gather(-1, position)
         return torch.where(shared, carried, 0.0).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class WholeBasis:
+    """The whole matrix: R is G itself, and nothing lies outside."""
+
+    disjoint: ClassVar[bool] = True
+
+    def project(self, grad: Tensor) -> Tensor:
+        return grad.to(kernels.compute_dtype(grad.dtype))
+
+    def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = self.project(grad)
+        return reduced, row_squares(reduced)
+
+    def lifted_squares(self, reduced: Tensor) -> Tensor:
+        return row_squares(reduced)
+
+    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
+        update = torch.zeros_like(weight, dtype=kernels.compute_dtype(weight.dtype)) if core is None else core
+        if term is not None and term.subtract is None:  # else E = G − lift R, which is 0
+            gradient = self.project(term.grad)
+            gradient = gradient if term.ok is None else torch.where(term.ok, gradient, 0.0)
+            update = torch.addcmul(update, gradient.sign() if term.sign else gradient, term.scale)
+        kernels.apply_dense_(weight, update, **vars(write))
+
+    def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
+        return moment
+
+    def overlap(self, old: Self) -> Tensor:
+        return torch.ones(())

@@ -1,7 +1,8 @@
 """Coordinate subspaces: some columns, some rows, or some single entries of the matrix, drawn anew at every refresh."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -22,8 +23,8 @@ class Coordinate(Projector):
     Args:
         coordinates: "columns", "rows" or "entries"; None takes columns or rows as `proj_type` says.
 
-    `rank` columns (rows) are taken; of entries, as many as those have together: rank times the long side. Entries are drawn one from
-    each of that many equal strata, in ascending order.
+    `rank` columns (rows) are taken; of entries, as many as those have together: rank times the long side. A density is the fraction
+    of the columns, rows or entries, rounded down. Entries are drawn one from each of that many equal strata, in ascending order.
 
     Memory: 4 bytes for each index (`indices`, int32; int64 for matrices of 2³¹ entries and more).
     """
@@ -50,30 +51,41 @@ class Coordinate(Projector):
 
     def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
         side = _SIDE_OF[self.coordinates] if self.coordinates else proj_type
-        return super().space(shape, rank, side, dtype)
+        count = rank * max(shape[-2:]) if self.coordinates == "entries" else rank
+        return super().space(shape, count, side, dtype)
 
-    def reduced_shape(self, space: Space) -> tuple[int, ...]:
-        if self.coordinates == "entries":
-            return (*space.batch, space.rank * max(space.rows, space.cols), 1)
-        return space.reduced_shape
+    def space_of_density(self, shape: tuple[int, ...], density: float, proj_type: str, dtype: torch.dtype) -> Space:
+        space = self.space(shape, 0, proj_type, dtype)
+        population = space.rows * space.cols if self.coordinates == "entries" else space.basis_rows
+        # Rounded down; 0.29 of 100 is 29, whatever floating-point numbers say.
+        return replace(space, rank=int(density * population + 1e-6) or math.ceil(density))
+
+    def reduced_shape(self, space: Space, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
+        return (*space.batch, space.rank, 1) if self.coordinates == "entries" else space.reduced_shape
 
     def _draw(self, space: Space, key: int, device: torch.device) -> Tensor:
         if self.coordinates == "entries":
-            draw, population, count = choose_stratified, space.rows * space.cols, self.reduced_shape(space)[-2]
+            draw, population = choose_stratified, space.rows * space.cols
         else:
-            draw, population, count = choose, space.basis_rows, space.rank
+            draw, population = choose, space.basis_rows
         dtype = torch.int32 if population < 2**31 else torch.int64
         if not space.batch:
-            return draw(key, population, count, device).to(dtype)
+            return draw(key, population, space.rank, device).to(dtype)
         return torch.stack(
-            [draw(derive_key(key, i), population, count, device).to(dtype) for i in range(space.batch[0])]
+            [draw(derive_key(key, i), population, space.rank, device).to(dtype) for i in range(space.batch[0])]
         )
 
     def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
         return {"indices": self._draw(space, key, device)}
 
     def refresh(
-        self, grad: Tensor, space: Space, state: Mapping[str, Tensor], key: int, first: bool
+        self,
+        grad: Tensor,
+        space: Space,
+        state: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None = None,
     ) -> dict[str, Tensor] | None:
         return {"indices": self._draw(space, key, grad.device)}
 

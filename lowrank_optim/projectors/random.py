@@ -40,7 +40,13 @@ class Random(Projector):
         return {}
 
     def refresh(
-        self, grad: Tensor, space: Space, state: Mapping[str, Tensor], key: int, first: bool
+        self,
+        grad: Tensor,
+        space: Space,
+        state: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None = None,
     ) -> dict[str, Tensor] | None:
         return {}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import gaussian
 from lowrank_optim.projectors.base import Space, align_signs
-from lowrank_optim.projectors.svd import StoredProjector
+from lowrank_optim.projectors.stored import StoredProjector
 
 
 def cholesky_qr(matrix: Tensor, passes: int) -> tuple[Tensor, Tensor]:
@@ -118,16 +118,24 @@ class RandomizedSVD(StoredProjector):
         return "randomized_svd" if chosen == default else "randomized_svd:" + ",".join(map(str, chosen))
 
     def compute(
-        self, grad: Tensor, space: Space, state: Mapping[str, Tensor], key: int, first: bool
+        self,
+        grad: Tensor,
+        space: Space,
+        old: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None = None,
     ) -> dict[str, Tensor]:
+        if space.basis_bits != 32 and not first:  # rounded vectors are not orthonormal, which a warm start needs
+            old = {name: orthonormalize(basis) for name, basis in old.items()}
         if space.side == "left":
-            return {"basis": self._vectors(grad.mT, state["basis"], space.rank, key, first)}
+            return {"basis": self._vectors(grad.mT, old["basis"], space.rank, key, first)}
         if space.side == "right":
-            return {"basis": self._vectors(grad, state["basis"], space.rank, key, first)}
-        right = self._vectors(grad, state["basis_right"], space.rank, key, first)
+            return {"basis": self._vectors(grad, old["basis"], space.rank, key, first)}
+        right = self._vectors(grad, old["basis_right"], space.rank, key, first)
         # G B has orthogonal columns after Rayleigh-Ritz: made orthonormal, they are the left singular vectors.
         left = orthonormalize(grad @ right)
-        return {"basis": left if first else align_signs(left, state["basis"]), "basis_right": right}
+        return {"basis": left if first else align_signs(left, old["basis"]), "basis_right": right}
 
     def _vectors(self, grad: Tensor, old: Tensor, rank: int, key: int, first: bool) -> Tensor:
         *batch, rows, cols = grad.shape

@@ -28,6 +28,7 @@ class Adam(Rule):
     """
 
     name: ClassVar[str] = "adam"
+    released_form: ClassVar[bool] = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -47,7 +48,7 @@ class Adam(Rule):
         lr = float(options["lr"])
         beta1, beta2 = map(float, options["betas"])
         eps, correction = float(options["eps"]), 1.0
-        if options["match_reference"]:
+        if options["match_reference"] and self.released_form:
             # m/(√v + ε) with step η√bc₂/bc₁ is the corrected form with ε/√bc₂ in place of ε.
             root = (1.0 - beta2**context.step) ** 0.5
             eps, correction = eps / root, root / (1.0 - beta1**context.step)
@@ -63,6 +64,13 @@ class Adam(Rule):
         )
         return Direction(direction, lr, lr, correction)
 
+    def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
+        return state["exp_avg"] / (1.0 - float(options["betas"][0]) ** step) if step >= 1 else None
+
+    def memory(self, options: Mapping[str, Any]) -> float:
+        beta1 = float(options["betas"][0])
+        return beta1 / (1.0 - beta1)
+
     def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
         """m ← m C; v ← |(1−β₂ᵗ) [(v̂ − m̂²)(C∘C) + (m̂ C)²]|, hats bias-corrected: LDAdam's rule (Robert et al., 2025)."""
         if step < 1:
@@ -74,3 +82,11 @@ class Adam(Rule):
         variance = move(exp_avg_sq / bc2 - (exp_avg / bc1).square(), 2)
         exp_avg_sq.copy_(variance.add_((moved / bc1).square()).mul_(bc2).abs_())
         exp_avg.copy_(moved)
+
+
+@dataclass(frozen=True)
+class TorchAdam(Adam):
+    """Adam for methods whose released code has torch's form of ε and decay, so that `match_reference` changes neither."""
+
+    released_form: ClassVar[bool] = False
+    decays_last: ClassVar[bool] = False

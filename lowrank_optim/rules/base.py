@@ -38,12 +38,14 @@ class Context:
     age: the steps that the parameter has seen with this one, also across resets of the moments.
     weight: the parameter, for rules whose step depends on its size; not modified.
     ok: 0-d bool on the device; where false, the moments stay and the direction is 0. None means true.
+    dense: whether the gradient is the parameter's own, and no projection of it.
     """
 
     step: float
     age: float
     weight: Tensor
     ok: Tensor | None
+    dense: bool = False
 
 
 class Rule(ABC):
@@ -72,6 +74,14 @@ class Rule(ABC):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         """Update the moments in `state` with `grad`, in place, and return what to apply."""
+
+    def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
+        """An estimate of the mean gradient from the moments of `step` steps, in R's coordinates; None where there is none."""
+        return None
+
+    def memory(self, options: Mapping[str, Any]) -> float:
+        """c: in the next moments, `exp_avg` weighs as much as a new gradient of c·exp_avg. 0 for rules without momentum."""
+        return 0.0
 
     @abstractmethod
     def transport(

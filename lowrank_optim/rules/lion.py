@@ -19,6 +19,7 @@ class Lion(MomentumRule):
     """
 
     name: ClassVar[str] = "lion"
+    decays_last: ClassVar[bool] = False
     betas: tuple[float, float] = (0.9, 0.99)
 
     def check(self, options: Mapping[str, Any]) -> None:
@@ -36,3 +37,10 @@ class Lion(MomentumRule):
             direction.masked_fill_(~context.ok, 0.0)
             exp_avg.lerp_(grad, context.ok.to(grad.dtype) * (1.0 - beta2))
         return Direction(direction, lr, lr)
+
+    def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
+        return state["exp_avg"] / (1.0 - float(options["betas"][1]) ** step) if step >= 1 else None
+
+    def memory(self, options: Mapping[str, Any]) -> float:
+        beta2 = float(options["betas"][1])
+        return beta2 / (1.0 - beta2)

@@ -14,10 +14,13 @@ from lowrank_optim.rules.base import Context, Direction, MomentumRule
 class SGD(MomentumRule):
     """b ← μb + R, N = b, or R + μb with `nesterov`; b starts at 0, so the first step is R itself (torch's convention).
 
+    With `match_reference` as FRUGAL's released code: b starts at the first R, or, of a dense parameter, at its weights.
+
     Memory: 4 bytes for each element of R (8 in float64), also with momentum 0.
     """
 
     name: ClassVar[str] = "sgd"
+    decays_last: ClassVar[bool] = False
     momentum: float = 0.0
     nesterov: bool = False
 
@@ -31,9 +34,18 @@ class SGD(MomentumRule):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         lr, momentum, buffer = float(options["lr"]), float(options["momentum"]), state["exp_avg"]
+        if options["match_reference"] and context.age == 1:
+            buffer.copy_(context.weight if context.dense else grad)
         if context.ok is None:
             buffer.mul_(momentum).add_(grad)
         else:
             buffer.mul_(kernels.masked_scalar(context.ok, momentum, 1.0, grad.dtype)).add_(grad)
         direction = grad.add(buffer, alpha=momentum) if options["nesterov"] else buffer
         return Direction(direction if context.ok is None else direction.masked_fill(~context.ok, 0.0), lr, lr)
+
+    def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
+        momentum = float(options["momentum"])
+        return state["exp_avg"] * ((1.0 - momentum) / (1.0 - momentum**step)) if step >= 1 else None
+
+    def memory(self, options: Mapping[str, Any]) -> float:
+        return float(options["momentum"])

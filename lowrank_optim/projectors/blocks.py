@@ -1,0 +1,95 @@
+"""Whole tensors in turn: at any time some tensors of a group are trained with moments and the others without (FRUGAL's blocks)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.counter_rng import choose, derive_key
+from lowrank_optim.projectors.base import Basis, Place, Projector, Space
+from lowrank_optim.projectors.bases import DenseBasis, WholeBasis
+
+ORDERS = ("random", "ascending", "descending", "mirror")
+
+
+@dataclass(frozen=True)
+class Blocks(Projector):
+    """A subspace that is the whole matrix while it is the tensor's turn, and nothing otherwise.
+
+    Args:
+        order: which tensors come next at a refresh: "random"; "ascending" or "descending" through the group, beginning again at its
+            end; "mirror", as many from the front as, mirrored, from the back.
+
+    round(density · tensors) of a group's tensors have their turn at a time. Moments are made when it begins and freed when it ends.
+    A tensor counts its own steps: one that gets no gradient for a while changes turns later than the others.
+
+    Memory: the rule's moments of the whole tensor during its turn, 8 bytes (`turn`) otherwise.
+    """
+
+    order: str = "descending"
+    needs_gradient: ClassVar[bool] = False
+    staggers: ClassVar[bool] = False
+    resizes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"blocks is {self.order!r}; valid values are {', '.join(map(repr, ORDERS))}")
+
+    @property
+    def name(self) -> str:
+        return f"blocks:{self.order}"
+
+    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
+        raise ValueError(
+            f"blocks={self.order!r} trains whole tensors, which have no rank; use density=… in place of rank={rank}"
+        )
+
+    def space_of_density(self, shape: tuple[int, ...], density: float, proj_type: str, dtype: torch.dtype) -> Space:
+        return super().space(shape, shape[-1], "right", dtype)
+
+    def arrange(self, spaces: list[Space], density: float | None, key: int) -> list[Space]:
+        count = len(spaces)
+        active = round((density or 0.0) * count)
+        if self.order == "mirror" and (count % 2 or active % 2):
+            raise ValueError(
+                f'blocks="mirror" pairs the tensors of a group, but density {density} takes {active} of {count}; both numbers must be '
+                'even: change the density, or use blocks="ascending" or "random"'
+            )
+        return [replace(space, place=Place(i, count, active, key)) for i, space in enumerate(spaces)]
+
+    def reduced_shape(self, space: Space, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
+        if state is None or self._is_active(space, int(state["turn"])):
+            return space.reduced_shape
+        return (*space.batch, space.rows, 0)
+
+    def _is_active(self, space: Space, turn: int) -> bool:
+        assert space.place is not None
+        position, count, active = space.place.position, space.place.count, space.place.active
+        if self.order == "random":
+            return position in choose(derive_key(space.place.key, turn), count, active, torch.device("cpu")).tolist()
+        if self.order == "mirror":  # pairs of a tensor and its mirror image
+            position, count, active = min(position, count - 1 - position), count // 2, active // 2
+        elif self.order == "descending":
+            position = count - 1 - position
+        return (position - turn * active) % count < active
+
+    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
+        return {"turn": torch.zeros((), dtype=torch.int64)}
+
+    def refresh(
+        self,
+        grad: Tensor,
+        space: Space,
+        state: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None = None,
+    ) -> dict[str, Tensor] | None:
+        return {"turn": state["turn"] + (not first)}
+
+    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+        if self._is_active(space, int(state["turn"])):
+            return WholeBasis()
+        return DenseBasis(torch.empty((*space.batch, space.cols, 0), dtype=space.dtype, device=device), "right")

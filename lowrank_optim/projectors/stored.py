@@ -1,0 +1,100 @@
+"""Bases that are computed from gradients and kept in the state, in 32 or 16 bits or as packed 8- or 4-bit codes."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.counter_rng import choose, derive_key
+from lowrank_optim.projectors.base import Basis, Projector, Space, usable
+from lowrank_optim.projectors.bases import DenseBasis, TwoSidedBasis
+from lowrank_optim.quantization import pack_basis, unpack_basis
+
+
+def unit_vectors(space: Space, size: int, key: int, device: torch.device) -> Tensor:
+    """`rank` distinct unit vectors of length `size`, drawn by the key, as a (…, size, rank) basis.
+
+    The basis of a parameter that has not had a usable gradient yet: orthonormal, and free to make.
+    """
+    basis = torch.zeros(*space.batch, size, space.rank, dtype=space.dtype, device=device)
+    matrices = basis.view(-1, size, space.rank)
+    for i, matrix in enumerate(matrices):
+        matrix[choose(derive_key(key, i), size, space.rank, device), torch.arange(space.rank, device=device)] = 1.0
+    return basis
+
+
+def store(bases: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+    """State tensors for bases in the compute type: themselves, in bfloat16, or `name`, `name_scale` and `name_zero` when packed."""
+    if space.basis_bits == 32:
+        return dict(bases)
+    if space.basis_bits == 16:
+        return {name: basis.to(torch.bfloat16) for name, basis in bases.items()}
+    state = {}
+    for name, basis in bases.items():
+        state[name], state[f"{name}_scale"], state[f"{name}_zero"] = pack_basis(basis, space.basis_bits)
+    return state
+
+
+def load(state: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+    """The bases that `store` put into the state, in the compute type."""
+    names = [name for name in ("basis", "basis_right") if name in state]
+    if space.basis_bits == 32:
+        return {name: state[name] for name in names}
+    if space.basis_bits == 16:
+        return {name: state[name].to(space.dtype) for name in names}
+    unpacked = {}
+    for name in names:
+        codes, scale, zero = (state[f"{name}{part}"] for part in ("", "_scale", "_zero"))
+        unpacked[name] = unpack_basis(codes, scale, zero, space.basis_bits, cols=space.rank, dtype=space.dtype)
+    return unpacked
+
+
+class StoredProjector(Projector):
+    """A projector whose basis is computed from a gradient and stored: `basis`, and `basis_right` when both sides are projected."""
+
+    stores_basis: ClassVar[bool] = True
+
+    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
+        if space.side == "full":
+            left = unit_vectors(space, space.rows, derive_key(key, 1), device)
+            return store({"basis": left, "basis_right": unit_vectors(space, space.cols, key, device)}, space)
+        return store({"basis": unit_vectors(space, space.basis_rows, key, device)}, space)
+
+    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+        bases, exact = load(state, space), space.basis_bits == 32
+        if space.side == "full":
+            return TwoSidedBasis(bases["basis"], bases["basis_right"], exact)
+        return DenseBasis(bases["basis"], space.side, exact)
+
+    def refresh(
+        self,
+        grad: Tensor,
+        space: Space,
+        state: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None = None,
+    ) -> dict[str, Tensor] | None:
+        ok = usable(grad)
+        # The one place of a step where the host waits for the device, on refresh steps only.
+        if not bool(ok.any()):
+            return None
+        grad, old = grad.to(space.dtype), load(state, space)
+        if not space.batch:
+            return store(self.compute(grad, space, old, key, first, momentum), space)
+        # Matrices of a stack without a usable gradient (experts without tokens) keep their basis.
+        new = self.compute(torch.where(ok, grad, 0.0), space, old, key, first, momentum)
+        return store({name: torch.where(ok, tensor, old[name]) for name, tensor in new.items()}, space)
+
+    def compute(
+        self,
+        grad: Tensor,
+        space: Space,
+        old: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The new bases for finite gradients in the compute type, compact in memory; `old` are the ones before."""
+        raise NotImplementedError

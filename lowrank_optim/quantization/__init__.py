@@ -1,0 +1,37 @@
+"""Optimizer state in few bits: moments by blocks of a row, and packed bases. Functions on plain tensors, in torch ops.
+
+They are the definition of the format; compiled kernels are tested against them.
+"""
+
+from lowrank_optim.quantization.basis import (
+    GROUP,
+    pack_basis,
+    packed_basis_bytes,
+    packed_basis_shapes,
+    unpack_basis,
+)
+from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
+from lowrank_optim.quantization.rows import (
+    BLOCK,
+    dequantize_rows,
+    quantize_rows,
+    quantized_bytes,
+    quantized_shapes,
+    zero_rows,
+)
+
+__all__ = [
+    "BLOCK",
+    "GROUP",
+    "dequantize_rows",
+    "pack_basis",
+    "pack_nibbles",
+    "packed_basis_bytes",
+    "packed_basis_shapes",
+    "quantize_rows",
+    "quantized_bytes",
+    "quantized_shapes",
+    "unpack_basis",
+    "unpack_nibbles",
+    "zero_rows",
+]

@@ -1,0 +1,123 @@
+"""Bases of subspaces in 8 or 4 bits, as Q-GaLore stores them.
+
+Groups are up to `group` consecutive columns of one row, each between its own least and greatest element:
+
+    zero = min,   scale = (max − min)/(2ᵇ − 1),   code = round((x − zero)/scale),   decoded = zero + code · scale
+
+The zero point is a float and not a code: the released quantiser rounds it to an integer and clamps it to the code range, which
+destroys groups that do not straddle 0 (values from 0.9 to 1.1 all come back as 0.2).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
+
+GROUP = 256
+"""Columns that share a scale and a zero point."""
+
+
+def pack_basis(basis: Tensor, bits: int = 4, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zero points of a basis; |decoded − x| ≤ scale/2 but for rounding errors.
+
+    A group of equal elements is exact. A group that holds NaN or infinity, or whose span overflows, decodes to NaN throughout.
+
+    Args:
+        basis: (…, d, r), floating.
+        bits: 8 or 4.
+        group: columns that share a scale and a zero point; rows of fewer columns are one group each.
+
+    Returns:
+        codes: uint8, (…, d, r) for 8 bits, (…, d, ⌈r/2⌉) for 4 (see `pack_nibbles`).
+        scale: float32 (…, d, ⌈r/group⌉).
+        zero: float32, as `scale`.
+
+    Raises:
+        ValueError: bits other than 8 and 4, group < 1, or a tensor that is no matrix.
+
+    Memory: bits/8 + 8/min(group, r) bytes per element, see `packed_basis_bytes`.
+    """
+    _, scale_shape = packed_basis_shapes(tuple(basis.shape), bits, group)
+    *rows, cols = basis.shape
+    top = 2**bits - 1
+    if basis.numel() == 0:
+        scale = torch.zeros(scale_shape, device=basis.device)
+        codes = basis.to(torch.uint8).contiguous()
+        return (codes if bits == 8 else pack_nibbles(codes)), scale, scale.clone()
+    width = min(group, cols)
+    x = basis.to(torch.float32)
+    # The last column once more is in no group's way.
+    padded = torch.cat([x, x[..., -1:].expand(*rows, -cols % width)], -1) if cols % width else x
+    groups = padded.reshape(*rows, -1, width)
+    zero, greatest = groups.aminmax(dim=-1)
+    scale = (greatest - zero) / top
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    ok = torch.isfinite(scale)
+    zero, scale = torch.where(ok, zero, torch.nan), torch.where(ok, scale, torch.nan)
+    step = scale.unsqueeze(-1)
+    y = torch.where(step > 0.0, (groups - zero.unsqueeze(-1)) / step, 0.0)
+    codes = y.round_().clamp_(0, top).to(torch.uint8).reshape(*rows, -1)[..., :cols]
+    return (codes.contiguous() if bits == 8 else pack_nibbles(codes)), scale, zero
+
+
+def unpack_basis(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int = 4,
+    group: int = GROUP,
+    *,
+    cols: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The basis (…, d, r) that `pack_basis` stored: zero + code · scale.
+
+    It is close to orthonormal, not orthonormal.
+
+    Args:
+        codes: from `pack_basis`; so are `scale` and `zero`.
+        bits: as in `pack_basis`; so is `group`.
+        cols: r; needed for 4 bits where it is odd.
+        dtype: of the result; the arithmetic is float32.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if cols is None:
+        cols = codes.shape[-1] * (1 if bits == 8 else 2)
+    expected = packed_basis_shapes((*codes.shape[:-1], cols), bits, group)
+    if (codes.shape, scale.shape) != expected or zero.shape != scale.shape:
+        raise ValueError(
+            f"codes {tuple(codes.shape)}, scale {tuple(scale.shape)} and zero {tuple(zero.shape)} do not hold {cols} columns in "
+            f"{bits} bits; expected {expected[0]}, {expected[1]} and {expected[1]}"
+        )
+    code = (codes if bits == 8 else unpack_nibbles(codes, cols)).to(torch.float32)
+    steps, offset = (t.repeat_interleave(group, -1)[..., :cols] for t in (scale, zero))
+    return code.mul_(steps).add_(offset).to(dtype)
+
+
+def packed_basis_shapes(
+    shape: tuple[int, ...], bits: int = 4, group: int = GROUP
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the codes and of the scales (and zero points) of a (…, d, r) basis."""
+    if bits not in (8, 4):
+        raise ValueError(f"bits is {bits!r}; valid values are 8 and 4")
+    if group < 1:
+        raise ValueError(f"group is {group!r}; it must be at least 1")
+    if len(shape) < 2:
+        raise ValueError(f"a basis is a (…, d, r) matrix; got shape {shape}")
+    *rows, cols = shape
+    return (*rows, cols if bits == 8 else (cols + 1) // 2), (*rows, -(-cols // group))
+
+
+def packed_basis_bytes(shape: tuple[int, ...], bits: int = 4, group: int = GROUP) -> int:
+    """Exact bytes of a packed (…, d, r) basis: d · (⌈r·bits/8⌉ + 8·⌈r/group⌉).
+
+    Example:
+        >>> packed_basis_bytes((4096, 1024), 4) / (4096 * 1024)
+        0.53125
+    """
+    codes, scale = packed_basis_shapes(shape, bits, group)
+    return math.prod(codes) + 8 * math.prod(scale)

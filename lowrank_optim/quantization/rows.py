@@ -1,0 +1,218 @@
+"""Optimizer moments in 8 or 4 bits: codes of the matrix's own shape and one scale per block of a row.
+
+A block is `block` consecutive columns of one row (the last one of a row may be shorter), so any split of the rows, even or not,
+splits codes and scales alike: a shard holds what it would hold had it been coded alone. With the largest magnitude s of the block,
+an element x = level/levels · s, where
+
+    signed (first moment, m)                   level ∈ {−L, …, L},  L = 127 or 7
+    unsigned (second moment, stored as √v)     level ∈ {1, …, L},   L = 256 or 16
+
+Unsigned levels have no 0, which would make m/√v explode: nothing is stored as less than s/L. Only a block that is zero throughout
+decodes to zero (s = 0). Elements are divided by a scale of their column first, where there is one.
+
+    |decoded − x| ≤ s/(2L), below s/L for unsigned elements under s/(2L); twice that for stochastic rounding
+
+All arithmetic is float32 and every operation is rounded once, in the order written here, so that compiled kernels can give the same
+bits (without contraction to fused multiply-adds).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels import row_chunks
+from lowrank_optim.kernels.counter_rng import random_bits
+from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
+
+BLOCK = 256
+"""Columns that share a scale."""
+
+MIN_SCALE = 2.0**-100
+"""Blocks of smaller magnitude are stored as zeros, so that no division overflows and denormal numbers play no part."""
+
+_LEVELS = {(8, True): 127, (4, True): 7, (8, False): 256, (4, False): 16}
+
+
+def quantize_rows(
+    x: Tensor,
+    bits: int = 8,
+    signed: bool = True,
+    *,
+    block: int = BLOCK,
+    col_scale: Tensor | None = None,
+    key: int | None = None,
+    start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix.
+
+        s = max |x/c| over a block,   y = (x/c)·(L/s),   level = round(y)
+
+    Encoding a decoded matrix gives the same codes and scales (the same up to the last bit of the scale, where `col_scale` is not a
+    power of two). NaN and infinity are for the caller to mask: a block that holds one decodes to NaN throughout.
+
+    Args:
+        x: (…, cols), floating; one row for a 1-D tensor.
+        bits: 8 or 4.
+        signed: False for elements that are all ≥ 0.
+        block: columns that share a scale.
+        col_scale: c, (cols,) or broadcastable (…, 1, cols), positive; None means 1.
+        key: round stochastically with this key (`counter_rng.make_key`): up with a probability equal to the distance from the lower
+            level, so that the decoded value is x in expectation (between the lowest and the highest level). None rounds to nearest.
+        start: row-major index of the first element in the whole matrix, so that the noise does not depend on shards.
+
+    Returns:
+        codes: bits = 8: (…, cols), int8 (signed) or uint8; bits = 4: (…, ⌈cols/2⌉) uint8, see `pack_nibbles`.
+        scale: s, (…, ⌈cols/block⌉) float32.
+
+    Raises:
+        ValueError: a 0-d tensor, bits other than 8 and 4, or block < 1.
+
+    Memory: bits/8 + 4/block bytes per element, see `quantized_bytes`.
+    """
+    codes, scale = zero_rows(tuple(x.shape), bits, signed, block=block, device=x.device)
+    cols = x.shape[-1]
+    if x.numel() == 0:
+        return codes, scale
+    matrix, divisor = x.reshape(-1, cols), _per_row(col_scale, x)
+    flat_codes, flat_scale = codes.view(-1, codes.shape[-1]), scale.view(-1, scale.shape[-1])
+    for chunk in row_chunks(len(matrix), cols):
+        part = matrix[chunk].to(torch.float32)
+        if divisor is not None:
+            part = part / (divisor if divisor.dim() == 1 else divisor[chunk])
+        first = start + chunk.start * cols
+        flat_codes[chunk], flat_scale[chunk] = _encode(part, bits, signed, block, key, first)
+    return codes, scale
+
+
+def dequantize_rows(
+    codes: Tensor,
+    scale: Tensor,
+    bits: int = 8,
+    signed: bool = True,
+    *,
+    cols: int | None = None,
+    block: int = BLOCK,
+    col_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The matrix that codes and scales stand for: x = ((level · (1/L)) · s) · c.
+
+    Args:
+        codes: from `quantize_rows`.
+        scale: from `quantize_rows`.
+        bits: as in `quantize_rows`; so are `signed`, `block` and `col_scale`.
+        cols: columns of the matrix; needed for 4 bits where it is odd.
+        dtype: of the result; the arithmetic is float32.
+
+    Returns:
+        (…, cols) tensor.
+
+    Raises:
+        ValueError: shapes or types that do not belong together.
+    """
+    _check(bits, block)
+    if cols is None:
+        cols = codes.shape[-1] * (1 if bits == 8 else 2)
+    expected, kind = quantized_shapes((*codes.shape[:-1], cols), bits, block), _code_dtype(bits, signed)
+    if (codes.shape, scale.shape) != expected or codes.dtype != kind:
+        raise ValueError(
+            f"codes {tuple(codes.shape)} {codes.dtype} and scale {tuple(scale.shape)} do not hold {cols} columns in {bits} bits; "
+            f"expected {expected[0]} {kind} and {expected[1]}"
+        )
+    levels = _LEVELS[bits, signed]
+    level = (codes if bits == 8 else unpack_nibbles(codes, cols)).to(torch.float32)
+    if not signed:
+        level += 1.0
+    elif bits == 4:
+        level -= 8.0
+    # In float32, L · (1/L) is exactly 1 for each of the L: the largest element decodes to s.
+    x = level.mul_(1.0 / levels).mul_(scale.repeat_interleave(block, -1)[..., :cols])
+    return (x if col_scale is None else x.mul_(col_scale)).to(dtype)
+
+
+def zero_rows(
+    shape: tuple[int, ...],
+    bits: int = 8,
+    signed: bool = True,
+    *,
+    block: int = BLOCK,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a zero matrix (…, cols): moments before the first step."""
+    codes, scale = quantized_shapes(shape, bits, block)
+    zero = 0x88 if signed and bits == 4 else 0
+    return (
+        torch.full(codes, zero, dtype=_code_dtype(bits, signed), device=device),
+        torch.zeros(scale, dtype=torch.float32, device=device),
+    )
+
+
+def quantized_shapes(
+    shape: tuple[int, ...], bits: int = 8, block: int = BLOCK
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of codes and scales of a (…, cols) matrix."""
+    _check(bits, block)
+    if not shape:
+        raise ValueError("a 0-d tensor has no rows; keep it in float32")
+    *rows, cols = shape
+    return (*rows, cols if bits == 8 else (cols + 1) // 2), (*rows, -(-cols // block))
+
+
+def quantized_bytes(shape: tuple[int, ...], bits: int = 8, block: int = BLOCK) -> int:
+    """Exact bytes of codes and scales of a (…, cols) matrix: rows · (⌈cols·bits/8⌉ + 4·⌈cols/block⌉).
+
+    Example:
+        >>> quantized_bytes((4096, 256), 8), quantized_bytes((4096, 256), 4)
+        (1064960, 540672)
+    """
+    codes, scale = quantized_shapes(shape, bits, block)
+    return math.prod(codes) + 4 * math.prod(scale)
+
+
+def _check(bits: int, block: int) -> None:
+    if bits not in (8, 4):
+        raise ValueError(f"bits is {bits!r}; valid values are 8 and 4")
+    if block < 1:
+        raise ValueError(f"block is {block!r}; it must be at least 1")
+
+
+def _code_dtype(bits: int, signed: bool) -> torch.dtype:
+    return torch.int8 if bits == 8 and signed else torch.uint8
+
+
+def _per_row(col_scale: Tensor | None, x: Tensor) -> Tensor | None:
+    """The column scales of each row of x seen as a matrix, or of all of them, (cols,)."""
+    if col_scale is None or col_scale.dim() == 1:
+        return col_scale
+    return col_scale.expand(x.shape).reshape(-1, x.shape[-1])
+
+
+def _encode(x: Tensor, bits: int, signed: bool, block: int, key: int | None, start: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a float32 (rows, cols) matrix."""
+    rows, cols = x.shape
+    width = min(block, cols)
+    blocks = torch.nn.functional.pad(x, (0, -cols % width)).view(rows, -1, width)
+    scale = blocks.abs().amax(-1)
+    scale = torch.where(scale < MIN_SCALE, 0.0, scale)
+    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+    levels = _LEVELS[bits, signed]
+    factor = torch.where(scale > 0.0, levels / scale, 0.0)
+    y = (blocks * factor.unsqueeze(-1)).view(rows, -1)[:, :cols].nan_to_num_(nan=0.0)
+    level = y.round() if key is None else _round_stochastically(y, key, start)
+    if signed:
+        level.clamp_(-levels, levels)
+        return (level.to(torch.int8) if bits == 8 else pack_nibbles(level.add_(8.0))), scale
+    level.clamp_(1, levels).sub_(1.0)
+    return (level.to(torch.uint8) if bits == 8 else pack_nibbles(level)), scale
+
+
+def _round_stochastically(y: Tensor, key: int, start: int) -> Tensor:
+    """⌊y⌋ or ⌊y⌋ + 1, the latter with probability y − ⌊y⌋ (in multiples of 2⁻²⁴)."""
+    nearest = y.round()
+    lower = y.floor()
+    positions = torch.arange(start, start + y.numel(), device=y.device).view(y.shape)
+    noise = (random_bits(key, positions) >> 8).to(torch.float32).mul_(2.0**-24)
+    rounded = lower + (noise < y - lower)
+    # A decoded level comes back as y within four roundings of it, 2⁻²² y, and has to stay what it was.
+    return torch.where((y - nearest).abs() <= nearest.abs() * 2.0**-21, nearest, rounded)
