@@ -40,7 +40,7 @@ def weight(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore'"),
         ({"layout": "odd"}, "layout is 'odd'"),
         ({"stagger": 1}, "stagger is 1; it must be True or False"),
-        ({"state_bits": 8}, "state_bits is 8.*use state_bits=32"),
+        ({"state_bits": 12}, "state_bits is 12; valid values are 32, 16, 8, 4"),
         ({"basis_bits": 5}, "basis_bits is 5; valid values are 32, 16, 8, 4"),
         ({"projector": "randomised_svd"}, "did you mean 'randomized_svd'"),
         (

@@ -19,6 +19,7 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 PURPOSE_BASIS = 1
 PURPOSE_ROUNDING = 2
 PURPOSE_BLOCKS = 3
+PURPOSE_STATE = 4
 
 
 def make_key(seed: int, index: int, step: int, purpose: int) -> int:

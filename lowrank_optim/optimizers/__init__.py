@@ -6,8 +6,9 @@ from lowrank_optim.optimizers.apollo import APOLLOAdamW, APOLLOMiniAdamW
 from lowrank_optim.optimizers.base import LowRankOptimizer, state_bytes
 from lowrank_optim.optimizers.fira import FiraAdamW
 from lowrank_optim.optimizers.frugal import FrugalAdamW, FrugalLion, FrugalSGD
-from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW
+from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optimizers.ldadam import LDAdamW
+from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 
 __all__ = [
     "METHODS",
@@ -19,14 +20,17 @@ __all__ = [
     "FrugalSGD",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GaLoreAdamW8bit",
     "LDAdamW",
     "LowRankOptimizer",
+    "QGaLoreAdamW8bit",
     "by_name",
     "state_bytes",
 ]
 
 METHODS: dict[str, type[LowRankOptimizer]] = {
     "galore": GaLoreAdamW,
+    "galore_8bit": GaLoreAdamW8bit,
     "galore_adafactor": GaLoreAdafactor,
     "fira": FiraAdamW,
     "apollo": APOLLOAdamW,
@@ -35,6 +39,7 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "frugal_lion": FrugalLion,
     "frugal_sgd": FrugalSGD,
     "ldadam": LDAdamW,
+    "qgalore": QGaLoreAdamW8bit,
 }
 """Short names, as command lines and trainers use them."""
 

@@ -8,7 +8,8 @@ the life of the state: made with the optimizer, plain tensors only, exact throug
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim import kernels, projectors
-from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, make_key
+from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, PURPOSE_STATE, make_key
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
+from lowrank_optim.optimizers.job import Job
 from lowrank_optim.optimizers.layout import Layout, make_layouts, matrix_view
 from lowrank_optim.optimizers.nonfinite import SkippedUpdates
 from lowrank_optim.optimizers.options import DEFAULTS, SHORTHANDS, check_names, check_values, expand_shorthands
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
 from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, stagger_offset
-from lowrank_optim.projectors import Basis, Projector, Write
+from lowrank_optim.projectors import Basis, Projector, Space, Write
+from lowrank_optim.quantization import moments as coding
 from lowrank_optim.rules import Context, Direction, Rule
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -160,24 +163,41 @@ class LowRankOptimizer(Optimizer):
 
     def _init_state(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
         state = {"step": torch.zeros((), dtype=torch.float32)}
-        dtype, device = kernels.compute_dtype(param.dtype), param.device
+        device = param.device
         if layout.space is None:
-            return state | self._rule.init(tuple(param.shape), group, dtype, device)
+            return state | self._init_moments(param, layout, group, state, device)
         state["last_refresh"] = torch.full((), -1, dtype=torch.int64)
         if group["overlap_threshold"] is not None:
             state["gap"] = torch.full((), group["update_proj_gap"], dtype=torch.int64)
             state["overlaps"] = torch.full((group["queue_size"],), math.nan)
         state |= layout.projector.init(layout.space, self._key(group, layout, 0), device)
         state |= self._residual.init(layout.space, device)
-        return state | self._init_moments(layout, group, state, device)
+        return state | self._init_moments(param, layout, group, state, device)
 
     def _init_moments(
-        self, layout: Layout, group: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device
+        self,
+        param: Tensor,
+        layout: Layout,
+        group: Mapping[str, Any],
+        state: Mapping[str, Tensor],
+        device: torch.device,
     ) -> dict[str, Tensor]:
-        """The rule's state for the subspace that `state` describes, all zero."""
-        assert layout.space is not None
-        shape = layout.projector.reduced_shape(layout.space, state)
-        return self._rule.init(shape, group, layout.space.dtype, device)
+        """The rule's state for the subspace that `state` describes, as it is stored, all zero."""
+        shape, dtype = self._moment_shape(param, layout, state), kernels.compute_dtype(param.dtype)
+        if not self._is_coded(param, layout, group["state_bits"]):
+            return self._rule.init(shape, group, dtype, device)
+        return coding.zeros(self._rule.init(shape, group, dtype, torch.device("meta")), group["state_bits"], device)
+
+    @staticmethod
+    def _moment_shape(param: Tensor, layout: Layout, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
+        """The shape of the gradient that the rule sees: now, or, without a state, at its largest."""
+        if layout.space is None:
+            return tuple(param.shape)
+        return layout.projector.reduced_shape(layout.space, state)
+
+    def _is_coded(self, param: Tensor, layout: Layout, bits: int) -> bool:
+        """Whether the moments are stored in few bits; decided from the global shape only."""
+        return coding.is_coded(bits, math.prod(self._moment_shape(param, layout, None)))
 
     def state_template(self, param: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Types and shapes of the state that this optimizer has at the step at which `saved` was written."""
@@ -186,7 +206,7 @@ class LowRankOptimizer(Optimizer):
         if layout.space is None or not layout.projector.resizes or "turn" not in saved:
             return own
         (group,) = [group for group in self.param_groups if any(param is other for other in group["params"])]
-        return own | self._init_moments(layout, group, saved, torch.device("meta"))
+        return own | self._init_moments(param, layout, group, saved, torch.device("meta"))
 
     @staticmethod
     def _key(group: Mapping[str, Any], layout: Layout, step: int, purpose: int = PURPOSE_BASIS) -> int:
@@ -219,116 +239,119 @@ class LowRankOptimizer(Optimizer):
                 f"the gradient of {layout.name} is sparse; make it dense (nn.Embedding(sparse=False)), or give the parameter to "
                 "torch.optim.SparseAdam"
             )
+        with self._job(param, group, layout) as job:
+            if layout.space is None:
+                self._step_dense(job, grad.to(kernels.compute_dtype(param.dtype)))
+            else:
+                self._step_low_rank(
+                    job, layout.space, matrix_view(param, layout.layout), matrix_view(grad, layout.layout)
+                )
+
+    @contextmanager
+    def _job(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Iterator[Job]:
+        """What one parameter's step works on; moments that are stored in few bits are decoded, and coded again at the end."""
         state = self.state[param]
-        finite: Literal[False] | Tensor | None
-        if layout.space is None:
-            dense = grad.to(kernels.compute_dtype(param.dtype))
-            finite = self._finite(dense, param, group, layout)
-            state["step"] += 1
-            if finite is not False:
-                self._update_dense(param, dense, group, layout, finite)
+        bits = group["state_bits"]
+        if not self._is_coded(param, layout, bits):
+            yield Job(param, group, layout, state, state)
             return
-        weight, grad = matrix_view(param, layout.layout), matrix_view(grad, layout.layout)
+        shape, dtype = self._moment_shape(param, layout, state), kernels.compute_dtype(param.dtype)
+        moments = coding.decode(state, shape, bits, dtype)
+        yield Job(param, group, layout, state, moments)
+        coding.encode_(state, moments, bits, self._key(group, layout, int(state["step"]), PURPOSE_STATE))
+
+    def _step_dense(self, job: Job, grad: Tensor) -> None:
+        """One parameter that is trained directly."""
+        ok = self._finite(grad, job)
+        job.state["step"] += 1
+        if ok is False:
+            return
+        if ok is not None:
+            grad = torch.where(ok, grad, 0.0)
+        age = float(job.state["step"])
+        move = self._rule.direction(grad, job.moments, job.group, Context(age, age, job.param, ok, dense=True))
+        kernels.apply_dense_(job.param, move.matrix, **vars(self._write(job, move, 1.0, ok)))
+
+    def _step_low_rank(self, job: Job, space: Space, weight: Tensor, grad: Tensor) -> None:
+        """One matrix in its subspace: refresh, project, update."""
+        ok: Literal[False] | Tensor | None = None
         if self._residual.feeds_back:
-            finite = self._finite(grad, param, group, layout)
-            if finite is False:
-                state["step"] += 1
+            ok = self._finite(grad, job)
+            if ok is False:
+                job.state["step"] += 1
                 return
-            grad = self._residual.absorb(grad, state, finite)
-            self._refresh_if_due(param, grad, group, layout, finite)
-        else:
-            self._refresh_if_due(param, grad, group, layout)
-        basis = self._basis(layout, group, state, int(state["last_refresh"]))
+            grad = self._residual.absorb(grad, job.state, ok)
+        self._refresh_if_due(job, space, grad, ok if isinstance(ok, Tensor) else None)
+        basis = self._basis(job.layout, job.group, job.state, int(job.state["last_refresh"]))
         reduced, squares = basis.project_with_norms(grad) if self._residual.uses_norms else (basis.project(grad), None)
         if not self._residual.feeds_back:
             # R and the norms show any NaN that a step would use; a residual outside of coordinates uses all of G.
-            shows_all = layout.projector.sees_all and reduced.numel() > 0
+            shows_all = job.layout.projector.sees_all and reduced.numel() > 0
             seen = reduced if shows_all or not self._residual.uses_gradient else grad
-            finite = self._finite(seen if squares is None else squares.sqrt(), param, group, layout)
-        state["step"] += 1
-        if finite is False:
+            ok = self._finite(seen if squares is None else squares.sqrt(), job)
+        job.state["step"] += 1
+        if ok is False:
             return
-        self._update(param, weight, grad, (basis, reduced, squares), group, layout, finite)
-        if weight.data_ptr() != param.data_ptr():  # a convolution whose strides allow no matrix view
-            param.copy_(weight.view(param.shape))
+        self._update(job, weight, grad, basis, reduced, squares, ok)
+        if weight.data_ptr() != job.param.data_ptr():  # a convolution whose strides allow no matrix view
+            job.param.copy_(weight.view(job.param.shape))
 
     _mask_on_device = False  # tests set it, to run on the CPU what accelerators run
 
-    def _finite(
-        self, reduced: Tensor, param: Tensor, group: Mapping[str, Any], layout: Layout
-    ) -> Literal[False] | Tensor | None:
+    def _finite(self, seen: Tensor, job: Job) -> Literal[False] | Tensor | None:
         """Whether this gradient may be used: None for yes, False for no, or, where the host would have to wait, a 0-d bool."""
-        if group["on_nonfinite"] == "propagate":
+        policy, name = job.group["on_nonfinite"], job.layout.name
+        if policy == "propagate":
             return None
-        norm = torch.linalg.vector_norm(reduced, dtype=kernels.compute_dtype(reduced.dtype))
-        if group["on_nonfinite"] == "skip" and (norm.device.type != "cpu" or self._mask_on_device):
+        norm = torch.linalg.vector_norm(seen, dtype=kernels.compute_dtype(seen.dtype))
+        if policy == "skip" and (norm.device.type != "cpu" or self._mask_on_device):
             ok = torch.isfinite(norm)
-            self._skipped.add(layout.name, ~ok)
+            self._skipped.add(name, ~ok)
             return ok
         if math.isfinite(norm):
             return None
-        if group["on_nonfinite"] == "raise":
+        if policy == "raise":
             raise RuntimeError(
-                f"the gradient of {layout.name} {tuple(param.shape)} holds NaN or infinity; the parameter is unchanged "
+                f"the gradient of {name} {tuple(job.param.shape)} holds NaN or infinity; the parameter is unchanged "
                 '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
             )
-        self._skipped.add(layout.name, torch.ones((), dtype=torch.bool))
+        self._skipped.add(name, torch.ones((), dtype=torch.bool))
         self._skipped.warn()
         return False
 
     def _update(
         self,
-        param: Tensor,
+        job: Job,
         weight: Tensor,
         grad: Tensor,
-        projected: tuple[Basis, Tensor, Tensor | None],
-        group: Mapping[str, Any],
-        layout: Layout,
+        basis: Basis,
+        reduced: Tensor,
+        squares: Tensor | None,
         ok: Tensor | None,
     ) -> None:
         """One low-rank matrix from its projected gradient: direction, residual, weights."""
-        state = self.state[param]
-        basis, reduced, squares = projected
         if ok is not None:
             reduced = torch.where(ok, reduced, 0.0)
             squares = None if squares is None else torch.where(ok, squares, 0.0)
-        steps, age = self._moment_steps(state, group), float(state["step"])
-        move = self._rule.direction(reduced, state, group, Context(steps, age, weight, ok))
+        steps, age = self._moment_steps(job.state, job.group), float(job.state["step"])
+        move = self._rule.direction(reduced, job.moments, job.group, Context(steps, age, weight, ok))
         same = isinstance(move.decay, float) and move.decay == move.step
         unit = 1.0 if same else move.decay / move.step
         reduced_step = Reduced(grad, reduced, squares, move.matrix, move.correction, unit, basis, ok)
-        update = self._residual.update(reduced_step, state, group)
-        basis.apply_(weight, update.core, self._write(param, group, layout, move, update.factor, ok), update.term)
+        update = self._residual.update(reduced_step, job.state, job.group)
+        basis.apply_(weight, update.core, self._write(job, move, update.factor, ok), update.term)
 
-    def _update_dense(
-        self, param: Tensor, grad: Tensor, group: Mapping[str, Any], layout: Layout, ok: Tensor | None
-    ) -> None:
-        """One parameter that is trained directly."""
-        state = self.state[param]
-        if ok is not None:
-            grad = torch.where(ok, grad, 0.0)
-        age = float(state["step"])
-        move = self._rule.direction(grad, state, group, Context(age, age, param, ok, dense=True))
-        kernels.apply_dense_(param, move.matrix, **vars(self._write(param, group, layout, move, 1.0, ok)))
-
-    def _write(
-        self,
-        param: Tensor,
-        group: Mapping[str, Any],
-        layout: Layout,
-        move: Direction,
-        factor: float,
-        ok: Tensor | None,
-    ) -> Write:
+    def _write(self, job: Job, move: Direction, factor: float, ok: Tensor | None) -> Write:
         """Step size, what is kept of the weights, and how they are rounded."""
+        group = job.group
         # Rules and residuals are odd functions of the gradient: to ascend is to descend with the sign turned.
         alpha = -move.step * factor if group["maximize"] else move.step * factor
         keep = 1.0 - move.decay * group["weight_decay"]
         if group["match_reference"] and self._rule.decays_last:
             alpha *= float(keep)  # decay after the update: (1 − ηλ)(W − ηU)
         key = None
-        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            key = self._key(group, layout, int(self.state[param]["step"]), PURPOSE_ROUNDING)
+        if group["stochastic_rounding"] and job.param.dtype == torch.bfloat16:
+            key = self._key(group, job.layout, int(job.state["step"]), PURPOSE_ROUNDING)
         return Write(alpha, keep, ok, key)
 
     def skipped_updates(self) -> dict[str, int]:
@@ -343,21 +366,17 @@ class LowRankOptimizer(Optimizer):
         key = self._key(group, layout, max(refreshed, 0))
         return layout.projector.basis(layout.space, state, key, layout.device)
 
-    def _refresh_if_due(
-        self, param: Tensor, grad: Tensor, group: Mapping[str, Any], layout: Layout, ok: Tensor | None = None
-    ) -> None:
-        """Give the parameter a new subspace from this gradient if one is due and the gradient (or the 0-d bool `ok`) allows it."""
-        assert layout.space is not None
-        state = self.state[param]
+    def _refresh_if_due(self, job: Job, space: Space, grad: Tensor, ok: Tensor | None) -> None:
+        """Give a matrix a new subspace from this gradient if one is due and the gradient (and the 0-d bool `ok`) allows it."""
+        state, group, layout = job.state, job.group, job.layout
         now, last = int(state["step"]), int(state["last_refresh"])
-        gap = int(state["gap"]) if "gap" in state else group["update_proj_gap"]
-        if layout.space.rank == 0 or last >= latest_refresh(now, gap, self._offset(param)):
+        if space.rank == 0 or last >= latest_refresh(now, self._gap(state, group), self._offset(job.param)):
             return
         momentum = None
         if layout.projector.uses_momentum:
-            momentum = self._rule.mean_gradient(state, group, self._moment_steps(state, group))
+            momentum = self._rule.mean_gradient(job.moments, group, self._moment_steps(state, group))
         key = self._key(group, layout, now)
-        new = layout.projector.refresh(grad, layout.space, state, key, first=last < 0, momentum=momentum)
+        new = layout.projector.refresh(grad, space, state, key, first=last < 0, momentum=momentum)
         if new is None:
             return  # zero or non-finite: keep the old basis and try again on the next step
         if ok is not None:
@@ -367,22 +386,38 @@ class LowRankOptimizer(Optimizer):
             if "gap" in state:
                 lengthen_gap(state, float(basis.overlap(old)), group)
             if group["on_refresh"] == "rotate":
-                self._rotate(state, old, basis, group, now)
+                self._rotate(job, old, basis, now)
         for name, tensor in new.items():
             state[name].copy_(tensor)
-        if group["on_refresh"] == "reset":
-            for name, fresh in self._init_moments(layout, group, state, layout.device).items():
-                state[name] = state[name].copy_(fresh) if state[name].shape == fresh.shape else fresh
         state["last_refresh"].fill_(now)
+        if group["on_refresh"] == "reset":
+            self._reset(job)
 
-    def _rotate(self, state: dict[str, Tensor], old: Basis, new: Basis, group: Mapping[str, Any], steps: float) -> None:
+    def _reset(self, job: Job) -> None:
+        """Zero moments, of the shape that the new subspace needs."""
+        fresh = self._init_moments(job.param, job.layout, job.group, job.state, job.layout.device)
+        for name, tensor in fresh.items():
+            same = job.state[name].shape == tensor.shape
+            job.state[name] = job.state[name].copy_(tensor) if same else tensor
+        if job.moments is not job.state:
+            shape = self._moment_shape(job.param, job.layout, job.state)
+            job.moments.update(
+                coding.decode(job.state, shape, job.group["state_bits"], kernels.compute_dtype(job.param.dtype))
+            )
+
+    def _rotate(self, job: Job, old: Basis, new: Basis, steps: float) -> None:
         """Express the moments in a new basis, and hand what momentum loses by it to a residual that feeds back."""
-        weight = self._rule.memory(group) if self._residual.feeds_back else 0.0
+        weight = self._rule.memory(job.group) if self._residual.feeds_back else 0.0
         if weight:
-            old.apply_(state["error"], state["exp_avg"], Write(-weight, 1.0))
-        self._rule.transport(state, lambda moment, power: new.transport(moment, old, power), group, steps)
+            old.apply_(job.state["error"], job.moments["exp_avg"], Write(-weight, 1.0))
+        self._rule.transport(job.moments, lambda moment, power: new.transport(moment, old, power), job.group, steps)
         if weight:
-            new.apply_(state["error"], state["exp_avg"], Write(weight, 1.0))
+            new.apply_(job.state["error"], job.moments["exp_avg"], Write(weight, 1.0))
+
+    @staticmethod
+    def _gap(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
+        """Steps between two refreshes of a matrix: its own number where refreshes are lazy, else the group's."""
+        return int(state["gap"]) if "gap" in state else int(group["update_proj_gap"])
 
     @staticmethod
     def _moment_steps(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> float:

@@ -57,6 +57,30 @@ class GaLoreAdamW(LowRankOptimizer):
         super().__init__(params, rule=Adam(betas, eps), lr=lr, weight_decay=weight_decay, **options)
 
 
+class GaLoreAdamW8bit(GaLoreAdamW):
+    """`GaLoreAdamW` with 8-bit moments, of dense parameters too (those of at least 4096 elements).
+
+    Args:
+        params, lr, betas, eps, weight_decay: as for `GaLoreAdamW`.
+        **options: see `Options`; `state_bits` is 8 here unless given, `scale` 0.25. `basis_bits=16` halves the basis.
+
+    Memory, for an m×n matrix with D = max(m, n), d = min(m, n): 2·D·(r + 4⌈r/256⌉) bytes of moments and 4·d·r of basis; of a dense
+    matrix 2·m·(n + 4⌈n/256⌉).
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **options: Unpack[Options],
+    ) -> None:
+        options.setdefault("state_bits", 8)
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+
+
 class GaLoreAdafactor(LowRankOptimizer):
     """Adafactor on gradients projected to their leading singular subspace: a factored second moment of the small matrix R.
 

@@ -31,7 +31,7 @@ class LDAdamW(LowRankOptimizer):
         **options: see `Options`; `update_proj_gap` is 1 and `on_refresh` "rotate" unless given, `scale` is 1. `proj_type="full"` is
             not possible.
 
-    Memory, for an m×n matrix with D = max(m, n), d = min(m, n): 8·D·r bytes of moments, 4·d·r of basis, and with error feedback 4·m·n.
+    Memory, for an m×n matrix with D = max(m, n), d = min(m, n): 8·D·r bytes of moments, 4·d·r of basis; with error feedback 4·m·n.
 
     Paper: Robert et al., "LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics", ICLR 2025, arXiv:2410.16103.
     """

@@ -16,7 +16,7 @@ from lowrank_optim.projectors import PROJ_TYPES, Projector
 LAYOUTS = ("auto", "conv", "transposed")
 ON_REFRESH = ("keep", "reset", "rotate")
 ON_NONFINITE = ("skip", "propagate", "raise")
-BASIS_BITS = (32, 16, 8, 4)
+BITS = (32, 16, 8, 4)
 
 
 class Options(TypedDict, total=False):
@@ -40,7 +40,8 @@ class Options(TypedDict, total=False):
     seed: of all random choices.
     on_nonfinite: "skip" a parameter's update when its gradient is not finite, "propagate" it, or "raise".
     match_reference: reproduce the authors' released code with its quirks; also turns `stagger` off.
-    state_bits: bits of an element of the moments; 32.
+    state_bits: bits of an element of the moments: 32, 16 (bfloat16), 8 or 4 (codes with a scale per block of a row); tensors of fewer
+        than 4096 elements keep 32.
     basis_bits: bits of an element of a stored basis: 32, 16 (bfloat16), 8 or 4 (packed codes).
     layout: how a tensor is seen as a matrix: "auto", "conv" (first dimension × the rest) or "transposed" (stored (in, out)).
     fused, foreach, capturable, differentiable: accepted for the sake of loops written for torch.optim, and without effect.
@@ -161,12 +162,9 @@ def check_values(options: Mapping[str, Any]) -> None:
     for name in ("stagger", "stochastic_rounding", "maximize", "match_reference"):
         if not isinstance(options[name], bool):
             raise ValueError(f"{name} is {options[name]!r}; it must be True or False")
-    if options["state_bits"] != 32:
-        raise ValueError(
-            f"state_bits is {options['state_bits']!r}; this version keeps 32-bit moments only, use state_bits=32"
-        )
-    if options["basis_bits"] not in BASIS_BITS:
-        raise ValueError(f"basis_bits is {options['basis_bits']!r}; valid values are {', '.join(map(str, BASIS_BITS))}")
+    for name in ("state_bits", "basis_bits"):
+        if options[name] not in BITS:
+            raise ValueError(f"{name} is {options[name]!r}; valid values are {', '.join(map(str, BITS))}")
     _check_lazy_refresh(options)
     for name in ("differentiable", "amsgrad"):
         if options.get(name):

@@ -154,7 +154,7 @@ class Projector(ABC):
     staggers: ClassVar[bool] = True
     """False where all tensors of a group have to be refreshed on the same step."""
     stores_basis: ClassVar[bool] = False
-    """Whether a basis is part of the state, so that `basis_bits` has a meaning, and comes from gradients, so that it can stand still."""
+    """Whether a basis computed from gradients is part of the state: it can be stored in few bits, and it can stand still."""
     uses_momentum: ClassVar[bool] = False
     """Whether `refresh` wants the rule's momentum."""
     resizes: ClassVar[bool] = False

@@ -54,8 +54,8 @@ class Blocks(Projector):
         active = round((density or 0.0) * count)
         if self.order == "mirror" and (count % 2 or active % 2):
             raise ValueError(
-                f'blocks="mirror" pairs the tensors of a group, but density {density} takes {active} of {count}; both numbers must be '
-                'even: change the density, or use blocks="ascending" or "random"'
+                f'blocks="mirror" pairs the tensors of a group, but density {density} takes {active} of {count}; both must be even: '
+                'change the density, or use blocks="ascending" or "random"'
             )
         return [replace(space, place=Place(i, count, active, key)) for i, space in enumerate(spaces)]
 
