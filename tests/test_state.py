@@ -25,12 +25,15 @@ PROJECTORS = [
     "power_iteration",
 ]
 SCALED_BY_NORMS = ("fira", "apollo", "apollo_mini")
+STORED = ("randomized_svd", "svd", "power_iteration")
 
 
 def is_refused(name: str, projector: str) -> bool:
-    """Single entries and blocks have no rows or columns that norms could scale; a Gaussian basis is not orthonormal."""
+    """What construction refuses. Single entries and blocks have no rows or columns that norms could scale; a Gaussian basis is not orthonormal."""
     if name in SCALED_BY_NORMS:
         return projector == "coordinate:entries" or projector.startswith("blocks")
+    if name == "qgalore":  # has a packed basis, which random subspaces have not
+        return projector not in STORED
     return projector == "random:gaussian" and (name.startswith("frugal") or name == "ldadam")
 
 

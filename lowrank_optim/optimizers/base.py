@@ -27,7 +27,7 @@ from lowrank_optim.optimizers.options import DEFAULTS, SHORTHANDS, check_names, 
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
 from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, stagger_offset
 from lowrank_optim.projectors import Basis, Projector, Space, Write
-from lowrank_optim.quantization import moments as coding
+from lowrank_optim.quantization import state as coding
 from lowrank_optim.rules import Context, Direction, Rule
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
