@@ -48,7 +48,7 @@ from pretraining.data import (
     text_files,
 )
 from pretraining.folder import FolderError, check_folder, delete_runs, only_process
-from pretraining.run import Config, DivergedError, Result, Run, RunError, make_optimizer
+from pretraining.run import Config, DivergedError, Result, Run, RunError, attach, make_optimizer
 
 import lowrank_optim as lo
 
@@ -60,6 +60,8 @@ SWEEP_FROM = {
     "fira": 2e-3,
     "apollo": 2e-3,
     "apollo_mini": 2e-3,
+    "lisa": 1e-3,
+    "badam": 1e-3,
 }
 SWEEP_FACTORS = (1, 2, 4, 8)
 # For adamw and galore: what benchmarks/results/pretrain_sweep.json found best for the default model. Others are starting points.
@@ -70,6 +72,8 @@ LEARNING_RATES = {
     "fira": 8e-3,
     "apollo": 8e-3,
     "apollo_mini": 8e-3,
+    "lisa": 2e-3,
+    "badam": 2e-3,
 }
 # For methods that are in neither table.
 ANY_SWEEP_FROM, ANY_LEARNING_RATE = 2e-3, 8e-3
@@ -77,7 +81,7 @@ LOW_RANK_OPTIONS = ("update_proj_gap", "scale", "proj_type", "projector", "on_re
 
 
 def arguments() -> argparse.ArgumentParser:
-    methods = ", ".join(["adamw", *lo.METHODS])
+    methods = ", ".join(["adamw", *lo.METHODS, *lo.LAYERWISE_METHODS])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to train")
     what.add_argument("--model", default="cpu", choices=SIZES, help="size (default cpu, under a million parameters)")
@@ -112,11 +116,16 @@ def arguments() -> argparse.ArgumentParser:
     how.add_argument(
         "--grad-checkpointing", action="store_true", help="compute activations again instead of keeping them"
     )
+    how.add_argument(
+        "--in-backward", action="store_true", help="update each parameter inside backward and free its gradient at once"
+    )
     how.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
     how.add_argument("--seed", type=int, default=0, help="of weights and data order (default 0)")
     low = parser.add_argument_group("low-rank optimizers")
     low.add_argument(
-        "--rank", type=number, help="an int, or a fraction of the short side (default 0.25; apollo_mini: 1)"
+        "--rank",
+        type=number,
+        help="an int, or a fraction of the short side (default 0.25; apollo_mini: 1; lisa, badam: dense)",
     )
     low.add_argument("--update-proj-gap", type=int, default=50, help="steps between refreshes (default 50)")
     low.add_argument("--scale", type=float, help="multiplies the low-rank update (default: by optimizer)")
@@ -163,7 +172,7 @@ def option(text: str) -> tuple[str, Any]:
 def check(args: argparse.Namespace) -> list[str]:
     """Raise RunError for arguments that cannot work; returns the optimizers to run."""
     names = (args.compare or args.sweep or args.optimizer).split(",")
-    valid = ["adamw", *lo.METHODS]
+    valid = ["adamw", *lo.METHODS, *lo.LAYERWISE_METHODS]
     for name in names:
         if name not in valid:
             near = get_close_matches(name, valid, n=1)
@@ -188,6 +197,10 @@ def check(args: argparse.Namespace) -> list[str]:
         raise RunError("--lr and --sweep cannot be combined; a sweep chooses the learning rates")
     if args.lr is not None and len(names) > 1:
         raise RunError("--lr with several optimizers would be unfair to some; leave it out, or run them one by one")
+    if args.in_backward and names == ["adamw"]:
+        raise RunError(
+            "--in-backward: adamw is torch's, which cannot; try --optimizer galore"
+        )
     if args.option and names == ["adamw"]:
         raise RunError(f"--option {args.option[0]}: adamw has no further options")
     return names
@@ -220,6 +233,7 @@ def configuration(args: argparse.Namespace, name: str) -> Config:
         validate_every=args.validate_every,
         validation_batches=args.validation_batches,
         grad_checkpointing=args.grad_checkpointing,
+        in_backward=args.in_backward and name != "adamw",
         options=options,
     )
 
@@ -227,9 +241,8 @@ def configuration(args: argparse.Namespace, name: str) -> Config:
 def check_optimizer(config: Config) -> None:
     """Raise RunError for options that the optimizer refuses, now and not after an hour of another optimizer's run."""
     meta = torch.device("meta")  # shapes without numbers: no memory, no time
-    make_optimizer(
-        config, build_model(config.model, BYTE_VOCABULARY, config.length, meta, torch.float32, False, config.seed)
-    )
+    model = build_model(config.model, BYTE_VOCABULARY, config.length, meta, torch.float32, False, config.seed)
+    attach(config, make_optimizer(config, model))
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:

@@ -3,10 +3,14 @@
 from typing import Any
 
 from lowrank_optim._version import __version__
+from lowrank_optim.layerwise.in_backward import UpdateInBackward, update_in_backward
+from lowrank_optim.layerwise.layers import describe_layers, layer_groups
 from lowrank_optim.optimizers import (
+    LAYERWISE_METHODS,
     METHODS,
     APOLLOAdamW,
     APOLLOMiniAdamW,
+    BAdamW,
     FiraAdamW,
     FrugalAdamW,
     FrugalLion,
@@ -15,6 +19,7 @@ from lowrank_optim.optimizers import (
     GaLoreAdamW,
     GaLoreAdamW8bit,
     LDAdamW,
+    LISAAdamW,
     LowRankOptimizer,
     QGaLoreAdamW8bit,
     by_name,
@@ -34,6 +39,7 @@ from lowrank_optim.projectors import SVD, Blocks, Coordinate, PowerIteration, Pr
 from lowrank_optim.rules import SGD, Adafactor, Adam, Lion, RMSprop, Rule
 
 __all__ = [
+    "LAYERWISE_METHODS",
     "METHODS",
     "SGD",
     "SVD",
@@ -41,6 +47,7 @@ __all__ = [
     "APOLLOMiniAdamW",
     "Adafactor",
     "Adam",
+    "BAdamW",
     "Blocks",
     "Coordinate",
     "ErrorFeedback",
@@ -53,6 +60,7 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GradientScaled",
     "LDAdamW",
+    "LISAAdamW",
     "Lion",
     "LowRankOptimizer",
     "NoResidual",
@@ -67,11 +75,15 @@ __all__ = [
     "Rule",
     "SGDResidual",
     "SignResidual",
+    "UpdateInBackward",
     "__version__",
     "by_name",
     "describe",
+    "describe_layers",
+    "layer_groups",
     "param_groups",
     "state_bytes",
+    "update_in_backward",
 ]
 
 

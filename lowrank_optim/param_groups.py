@@ -164,7 +164,7 @@ class _Found:
 
 def _find_parameters(model: nn.Module) -> list[_Found]:
     """Every parameter once, in the order of `model.named_parameters()`, classified by the modules that own it."""
-    heads = _head_weights(model)
+    heads = head_weights(model)
     found: dict[int, _Found] = {}
     # Duplicates are kept while walking: a tied weight is what its strictest owner says, and it answers to all its names.
     for path, module in model.named_modules(remove_duplicate=False):
@@ -208,7 +208,7 @@ def _classify(module: nn.Module, name: str, param: nn.Parameter) -> tuple[Kind, 
     return "dense", "auto"
 
 
-def _head_weights(model: nn.Module) -> set[int]:
+def head_weights(model: nn.Module) -> set[int]:
     """`id` of the weights of output heads."""
     heads: list[nn.Module] = []
     for path, module in model.named_modules():

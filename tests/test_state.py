@@ -29,7 +29,7 @@ STORED = ("randomized_svd", "svd", "power_iteration")
 
 
 def is_refused(name: str, projector: str) -> bool:
-    """What construction refuses. Single entries and blocks have no rows or columns that norms could scale; a Gaussian basis is not orthonormal."""
+    """What construction refuses: single entries and blocks have no rows or columns to scale, a Gaussian basis is not orthonormal."""
     if name in SCALED_BY_NORMS:
         return projector == "coordinate:entries" or projector.startswith("blocks")
     if name == "qgalore":  # has a packed basis, which random subspaces have not

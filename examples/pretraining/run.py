@@ -1,5 +1,6 @@
 """One training run: model, optimizer, schedule, loop, checkpoints, metrics."""
 
+import inspect
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import lowrank_optim as lo
 from pretraining import checkpoint
+from pretraining.baselines import BASELINES
 from pretraining.configs import build_model
 from pretraining.data import FileBatches, StreamedBatches
 from pretraining.folder import write_atomically
@@ -59,11 +61,13 @@ class Config:
     validate_every: int
     validation_batches: int
     grad_checkpointing: bool = False
+    in_backward: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def comparable(self) -> dict[str, Any]:
-        """As JSON reads it back."""
-        return json.loads(json.dumps(asdict(self)))
+        """As JSON reads it back; without what is off and what runs of earlier versions do not know."""
+        content = json.loads(json.dumps(asdict(self)))
+        return {key: value for key, value in content.items() if key != "in_backward" or value}
 
 
 @dataclass
@@ -82,24 +86,44 @@ class Result:
 
 
 def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    """torch's AdamW, or a low-rank optimizer by its short name; matrices of the layers are low-rank, the rest is dense.
+    """A baseline of torch, or a low-rank optimizer by its short name; matrices of the layers are low-rank, the rest is dense.
+
+    The betas of the configuration go to methods that have some, unless its options name others (Lion's are not Adam's).
 
     Raises:
-        RunError: the optimizer refuses an option.
+        RunError: the optimizer refuses an option, or needs a newer torch.
     """
     try:
-        if config.optimizer == "adamw":
-            groups = lo.param_groups(model, rank=None, weight_decay=config.weight_decay)
-            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        if config.optimizer in BASELINES:
+            return BASELINES[config.optimizer](model, config.lr, config.betas, config.weight_decay)
         method = lo.by_name(config.optimizer)
         options = dict(config.options)
-        if config.optimizer != "galore_adafactor":
-            options["betas"] = config.betas
+        if "betas" in inspect.signature(method).parameters:
+            options.setdefault("betas", config.betas)
         rank = config.rank if config.rank is not None else (1 if config.optimizer == "apollo_mini" else 0.25)
-        groups = lo.param_groups(model, rank=rank, weight_decay=config.weight_decay)
+        # `density` is FRUGAL's word for a fractional rank and, like it, decides which groups there are.
+        size = {"density": options.pop("density")} if "density" in options else {"rank": rank}
+        make_groups = lo.param_groups
+        if config.optimizer in lo.LAYERWISE_METHODS:  # some layers at a time, dense unless a rank was asked for
+            make_groups, size = lo.layer_groups, size if "density" in size else {"rank": config.rank}
+        groups = make_groups(model, **size, weight_decay=config.weight_decay)
         return method(groups, lr=config.lr, weight_decay=config.weight_decay, seed=config.seed, **options)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise RunError(str(error)) from error
+
+
+def attach(config: Config, optimizer: Optimizer) -> lo.UpdateInBackward | None:
+    """Updates inside backward, where the configuration has them: each gradient is freed as soon as it is used.
+
+    Raises:
+        RunError: the optimizer cannot, and why.
+    """
+    if not config.in_backward:
+        return None
+    try:
+        return lo.update_in_backward(optimizer, config.accumulate, config.clip or None)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"--in-backward: {error}") from error
 
 
 def schedule(config: Config) -> Callable[[int], float]:
@@ -114,11 +138,21 @@ def schedule(config: Config) -> Callable[[int], float]:
     return factor
 
 
-def exact_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes of weights, of their gradients (same shape and type) and of optimizer state by kind, counted from the tensors."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+def exact_bytes(
+    model: nn.Module, optimizer: Optimizer, in_backward: lo.UpdateInBackward | None = None
+) -> dict[str, int]:
+    """Bytes of weights, of gradients of those that are trained now, and of optimizer state by kind, counted from the tensors.
+
+    With updates in backward one gradient is alive at a time, and what accumulation keeps of the others.
+    """
+    weights = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     state = {f"state: {name}": size for name, size in lo.state_bytes(optimizer).items()}
-    return {"weights": weights, "gradients": weights} | state
+    gradients = {"gradients": sum(size for size, on in weights if on)}
+    if in_backward is not None:
+        memory = in_backward.memory()
+        gradients = {"gradients, the largest of them": memory["gradient"]}
+        gradients |= {"gradients, accumulated": memory["accumulated"]} if memory["accumulated"] else {}
+    return {"weights": sum(size for size, _ in weights)} | gradients | state
 
 
 CUDA_PEAK = "torch.cuda.max_memory_allocated"
@@ -191,6 +225,7 @@ class Run:
             config.seed,
         )
         optimizer = make_optimizer(config, model)
+        in_backward = attach(config, optimizer)
         scheduler = LambdaLR(optimizer, schedule(config))
         with self._resume(model, optimizer, scheduler) as metrics:
             while self.step < config.steps:
@@ -200,6 +235,8 @@ class Run:
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
+                if in_backward is not None:  # which has clipped, and knows the norm when the step is over
+                    norm = float(optimizer.last_grad_norm)
                 self.step += 1
                 row: dict[str, Any] = {
                     "step": self.step,
@@ -211,14 +248,16 @@ class Run:
                 if self.step % config.validate_every == 0 or self.step == config.steps:
                     row["val_loss"] = self.validate(model)
                 self.seconds += time.perf_counter() - began
-                row["seconds"] = round(self.seconds, 3)
+                row["seconds"] = round(self.seconds, 6)
                 metrics.write(json.dumps(row) + "\n")
                 # torch.optim.AdamW makes its state in the first step; before that there is nothing to count.
-                self.bytes = self.bytes or exact_bytes(model, optimizer)
+                self.bytes = self.bytes or exact_bytes(model, optimizer, in_backward)
                 report(self, row)
                 if self.step % save_every == 0 or self.step == config.steps:
                     self._save(model, optimizer, scheduler, metrics)
-        self.bytes = self.bytes or exact_bytes(model, optimizer)  # killed between the last checkpoint and the result
+        self.bytes = self.bytes or exact_bytes(
+            model, optimizer, in_backward
+        )  # killed between the last checkpoint and the result
         rows = read_metrics(self.folder)
         recent = [row["loss"] for row in rows[-20:]]
         return self._finish(sum(recent) / len(recent), rows[-1]["val_loss"])

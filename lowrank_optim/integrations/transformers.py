@@ -1,4 +1,4 @@
-"""The Trainer of transformers: `LowRank` builds an optimizer from a model and its TrainingArguments.
+"""The Trainer of transformers: `LowRank` builds an optimizer from a model and TrainingArguments, `InBackward` updates in backward.
 
 Nothing of transformers is imported: a model is an `nn.Module`, and TrainingArguments are read by the names of their fields.
 """
@@ -11,10 +11,13 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lowrank_optim.layerwise.in_backward import UpdateInBackward, update_in_backward
+from lowrank_optim.layerwise.layers import layer_groups
 from lowrank_optim.optimizers import LowRankOptimizer, by_name
+from lowrank_optim.optimizers.layer_switching import LayerSwitching
 from lowrank_optim.param_groups import Pattern, describe, param_groups
 
 _log = logging.getLogger("lowrank_optim")
@@ -74,24 +77,29 @@ class LowRank:
             model: the model that is trained.
             training_args: TrainingArguments. May stand among the kwargs given to the Trainer; not given, those of the Trainer that
                 makes this call are used.
-            method: short name (`lowrank_optim.METHODS`) or class of the optimizer.
+            method: short name (`lowrank_optim.METHODS`, `lowrank_optim.LAYERWISE_METHODS`) or class of the optimizer.
             rank: see `lowrank_optim.param_groups`; so for `density`.
             include: which matrices are low-rank, see `lowrank_optim.param_groups`.
             exclude: which are not.
-            **options: options of the optimizer.
+            **options: options of the optimizer; for "lisa" and "badam" also `layers`, `always_on` and `as_layers`, see
+                `lowrank_optim.layer_groups`, and `rank` may be left out.
 
         Raises:
             ValueError: there are no TrainingArguments and `lr`, `weight_decay`, `betas` or `eps` is not among the options either;
                 or the TrainingArguments have `optim_args`, which belong into the kwargs here.
         """
         optimizer_class = by_name(method) if isinstance(method, str) else method
+        layerwise = issubclass(optimizer_class, LayerSwitching)
+        which = ("layers", "always_on", "as_layers") if layerwise else ()
+        layers = {name: options.pop(name) for name in which if name in options}
         args = training_args if training_args is not None else _arguments_of_calling_trainer()
         settings = _settings(optimizer_class, args, options)
         if include is None:
             include = _target_modules(args)
-        if rank is None and density is None:
+        if rank is None and density is None and not layerwise:
             raise ValueError("LowRank needs rank=… or density=… among the kwargs in optimizer_cls_and_kwargs")
-        groups = param_groups(model, rank, density=density, include=include, exclude=exclude)
+        make_groups = layer_groups if layerwise else param_groups
+        groups = make_groups(model, rank, density=density, include=include, exclude=exclude, **layers)
         optimizer = optimizer_class(groups, **settings)
         _log.info("%s for %s:\n%s", optimizer_class.__name__, type(model).__name__, describe(optimizer))
         return optimizer
@@ -156,3 +164,73 @@ def _target_modules(args: Any) -> list[Pattern] | None:
     if isinstance(targets, str):
         return [re.compile(rf"^(?:{targets})\.\w+$")]
     return [re.compile(rf"{re.escape(target)}|^(?:{target})\.\w+$") for target in targets]
+
+
+class InBackward:
+    """A callback for the Trainer: parameters are updated, and their gradients freed, inside backward (`update_in_backward`).
+
+        Trainer(
+            model=model, args=args, train_dataset=data, callbacks=[InBackward()],
+            optimizer_cls_and_kwargs=(LowRank, dict(method="galore", rank=128)),
+        )
+
+    `gradient_accumulation_steps` and `max_grad_norm` are those of the TrainingArguments, and the Trainer says which micro-batch is
+    the last of its step, so that a short step at the end of an epoch is right, too. Learning rates are those of the one optimizer.
+    Of the gradients, none is left when the Trainer measures their norm; what it logs as `grad_norm` is `optimizer.last_grad_norm`.
+
+    From the start of training to its end; it has every event of a `transformers.TrainerCallback`.
+
+    Args:
+        clip: which norm `max_grad_norm` limits: "previous", "tensor" or "subspace", see `update_in_backward`.
+
+    Raises:
+        TypeError, ValueError: when training starts, as `update_in_backward`.
+    """
+
+    def __init__(self, clip: str = "previous") -> None:
+        self.clip = clip
+        self.handle: UpdateInBackward | None = None
+        self._optimizer: LowRankOptimizer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
+        """Attach to the optimizer of the Trainer."""
+        self._detach()  # from a training that an exception has ended
+        inner = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
+        gradients: Any = getattr(optimizer, "gradient_state", None)
+        accumulate, limit = args.gradient_accumulation_steps, args.max_grad_norm
+        self.handle = update_in_backward(
+            inner,
+            accumulate,
+            limit if limit is not None and limit > 0 else None,
+            self.clip,
+            getattr(optimizer, "scaler", None),
+            last_micro_batch=None if accumulate == 1 or gradients is None else lambda: bool(gradients.sync_gradients),
+        )
+        self._optimizer = inner
+        # Loggers see the norm only if this callback comes before them.
+        handler: Any = sys._getframe(1).f_locals.get("self")
+        if self in getattr(handler, "callbacks", ()):
+            handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Put the norm where the Trainer has that of no gradients, 0."""
+        norm = self._optimizer.last_grad_norm if self._optimizer is not None else None
+        history = state.log_history[-1] if state.log_history else {}
+        for entry in (logs or {}, history):
+            if "grad_norm" in entry and isinstance(norm, Tensor):
+                entry["grad_norm"] = float(norm)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Restore ordinary stepping."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self.handle is not None and self.handle.active:
+            self.handle.discard()  # of a step that was broken off
+            self.handle.remove()
+        self.handle = self._optimizer = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("on_"):  # an event that needs nothing
+            return lambda *_, **__: None
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")

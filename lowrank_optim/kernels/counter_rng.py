@@ -20,6 +20,8 @@ PURPOSE_BASIS = 1
 PURPOSE_ROUNDING = 2
 PURPOSE_BLOCKS = 3
 PURPOSE_STATE = 4
+PURPOSE_LAYERS = 5
+PURPOSE_SKETCH = 6
 
 
 def make_key(seed: int, index: int, step: int, purpose: int) -> int:
@@ -95,11 +97,17 @@ def choose(key: int, population: int, count: int, device: torch.device) -> Tenso
 
 
 def choose_stratified(key: int, population: int, count: int, device: torch.device) -> Tensor:
-    """`count` distinct ascending indices below `population`, one from each of `count` equal strata; int64.
+    """`count` distinct ascending indices below `population`, one from each of `count` equal strata of a circle; int64.
 
     Needs memory for `count` indices only, whatever the population: index j is drawn uniformly from
-    [⌊j·population/count⌋, ⌊(j+1)·population/count⌋).
+    [⌊j·population/count⌋, ⌊(j+1)·population/count⌋), and all are turned by the same random offset, without which the members of
+    smaller strata would be favoured.
     """
     edges = torch.arange(count + 1, device=device) * population // max(count, 1)
     width = edges[1:] - edges[:-1]
-    return edges[:-1] + random_bits(key, torch.arange(count, device=device)) * width // 2**32
+    indices = edges[:-1] + random_bits(key, torch.arange(count, device=device)) * width // 2**32
+    # Two words make the offset: one has too few bits for the largest populations.
+    high, low = random_bits(derive_key(key, 1), torch.arange(2, device=device))
+    offset = (high * 2**31 + (low >> 1)) % population
+    turned: Tensor = (indices + offset) % population
+    return turned.sort().values

@@ -43,6 +43,18 @@ def row_chunks(rows: int, cols: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
+def norm(tensor: Tensor) -> Tensor:
+    """‖tensor‖, 0-d, in the compute type and without a copy of a whole large tensor in it."""
+    dtype = compute_dtype(tensor.dtype)
+    if tensor.dtype == dtype or tensor.device.type != "cpu" or tensor.numel() <= CHUNK_ELEMENTS:
+        whole: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+        return whole
+    flat = tensor.reshape(-1)
+    parts = [torch.linalg.vector_norm(flat[chunk].to(dtype)) for chunk in row_chunks(flat.numel(), 1)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    return total
+
+
 def project(grad: Tensor, basis: Tensor, side: str) -> Tensor:
     """R = G B for side "right" (m×r), R = Gᵀ B for side "left" (n×r), with float32 accumulation.
 
@@ -220,8 +232,9 @@ def apply_dense_(
     keep: float | Tensor,
     ok: Tensor | None = None,
     rounding_key: int | None = None,
+    start: int = 0,
 ) -> None:
-    """W ← keep·W − α·N for a direction of the weight's own shape; the other arguments are those of `apply_`."""
+    """W ← keep·W − α·N for a direction of the weight's own shape; the other arguments are those of `apply_` and `store_`."""
     if ok is not None:
         keep = masked_scalar(ok, keep, 1.0, direction.dtype)
     if weight.dtype == direction.dtype:
@@ -232,7 +245,7 @@ def apply_dense_(
     change = direction.reshape(-1)
     for chunk in row_chunks(flat.numel(), 1):
         updated = flat[chunk].to(change.dtype).mul_(keep).add_(change[chunk], alpha=-alpha)
-        store_(flat[chunk], updated, rounding_key, chunk.start)
+        store_(flat[chunk], updated, rounding_key, start + chunk.start)
     if flat.data_ptr() != weight.data_ptr():
         weight.copy_(flat.view(weight.shape))
 

@@ -3,17 +3,21 @@
 from difflib import get_close_matches
 
 from lowrank_optim.optimizers.apollo import APOLLOAdamW, APOLLOMiniAdamW
+from lowrank_optim.optimizers.badam import BAdamW
 from lowrank_optim.optimizers.base import LowRankOptimizer, state_bytes
 from lowrank_optim.optimizers.fira import FiraAdamW
 from lowrank_optim.optimizers.frugal import FrugalAdamW, FrugalLion, FrugalSGD
 from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optimizers.ldadam import LDAdamW
+from lowrank_optim.optimizers.lisa import LISAAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 
 __all__ = [
+    "LAYERWISE_METHODS",
     "METHODS",
     "APOLLOAdamW",
     "APOLLOMiniAdamW",
+    "BAdamW",
     "FiraAdamW",
     "FrugalAdamW",
     "FrugalLion",
@@ -22,6 +26,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "LDAdamW",
+    "LISAAdamW",
     "LowRankOptimizer",
     "QGaLoreAdamW8bit",
     "by_name",
@@ -43,6 +48,9 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
 }
 """Short names, as command lines and trainers use them."""
 
+LAYERWISE_METHODS: dict[str, type[LowRankOptimizer]] = {"lisa": LISAAdamW, "badam": BAdamW}
+"""Short names of those that are built from `layer_groups`."""
+
 
 def by_name(name: str) -> type[LowRankOptimizer]:
     """The optimizer class that a short name stands for.
@@ -50,8 +58,9 @@ def by_name(name: str) -> type[LowRankOptimizer]:
     Raises:
         ValueError: for an unknown name; the message names the nearest and all valid ones.
     """
-    if name not in METHODS:
-        near = get_close_matches(name, METHODS, n=1)
+    methods = METHODS | LAYERWISE_METHODS
+    if name not in methods:
+        near = get_close_matches(name, methods, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"method is {name!r}: {hint}valid names are {', '.join(METHODS)}")
-    return METHODS[name]
+        raise ValueError(f"method is {name!r}: {hint}valid names are {', '.join(methods)}")
+    return methods[name]

@@ -19,8 +19,8 @@ class APOLLOAdamW(LowRankOptimizer):
     matrix has its own. ℓ is Fira's norm-growth limiter on φ ⊙ G.
 
     Differences from the released code, each undone by `match_reference=True`: ε, decay and staggering as in `GaLoreAdamW`, and the
-    limiter works on norms without Adam's bias correction. The random numbers are the package's own in any case; a zero gradient does
-    not enter the limiter's memory.
+    limiter works on norms without Adam's bias correction. In any case the random numbers are the package's own, a zero gradient does
+    not enter the limiter's memory, and a rank above the short side trains densely (with `match_reference`: is cut to it).
 
     Args:
         params, lr, betas, eps, weight_decay: as for `GaLoreAdamW`.

@@ -10,7 +10,7 @@ the life of the state: made with the optimizer, plain tensors only, exact throug
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 
 from lowrank_optim import kernels, projectors
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, PURPOSE_STATE, make_key
+from lowrank_optim.layerwise.accumulation import ACCUMULATORS
+from lowrank_optim.layerwise.clipping import MEASURED
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.job import Job
@@ -27,8 +29,12 @@ from lowrank_optim.optimizers.options import DEFAULTS, SHORTHANDS, check_names, 
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
 from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, stagger_offset
 from lowrank_optim.projectors import Basis, Projector, Space, Write
+from lowrank_optim.quantization import column_scale
 from lowrank_optim.quantization import state as coding
 from lowrank_optim.rules import Context, Direction, Rule
+
+if TYPE_CHECKING:
+    from lowrank_optim.layerwise.in_backward import UpdateInBackward
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -71,6 +77,9 @@ class LowRankOptimizer(Optimizer):
         torch.Size([64, 4])
     """
 
+    _in_backward: "UpdateInBackward | None" = None  # set while `lowrank_optim.update_in_backward` is attached
+    _group_options: ClassVar[Mapping[str, Any]] = {}  # what a subclass keeps in every group besides, with defaults
+
     def __init__(
         self,
         params: Params,
@@ -84,7 +93,7 @@ class LowRankOptimizer(Optimizer):
         self._rule = rule
         self._residual = residual if isinstance(residual, Residual) else residual_from_name(residual)
         parts = {**rule.options(), **self._residual.options()}
-        valid = {**DEFAULTS, **parts, "lr": lr, "weight_decay": weight_decay}
+        valid = {**DEFAULTS, **parts, **self._group_options, "lr": lr, "weight_decay": weight_decay}
         check_names(options, (*valid, *SHORTHANDS), f"{type(self).__name__}(…)")
         options = expand_shorthands(options)
         # The released code takes the exact subspace; a cheaper one has to be asked for.
@@ -125,6 +134,8 @@ class LowRankOptimizer(Optimizer):
         self._offsets.clear()
         for param, layout in layouts.items():
             self.state[param] = self._init_state(param, self.param_groups[-1], layout)
+        if self._in_backward is not None:
+            self._in_backward.refresh_hooks()
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         check_values(options)
@@ -169,7 +180,7 @@ class LowRankOptimizer(Optimizer):
         state["last_refresh"] = torch.full((), -1, dtype=torch.int64)
         if group["overlap_threshold"] is not None:
             state["gap"] = torch.full((), group["update_proj_gap"], dtype=torch.int64)
-            state["overlaps"] = torch.full((group["queue_size"],), math.nan)
+            state["overlaps"] = torch.full((group["queue_size"],), -1.0)
         state |= layout.projector.init(layout.space, self._key(group, layout, 0), device)
         state |= self._residual.init(layout.space, device)
         return state | self._init_moments(param, layout, group, state, device)
@@ -186,7 +197,8 @@ class LowRankOptimizer(Optimizer):
         shape, dtype = self._moment_shape(param, layout, state), kernels.compute_dtype(param.dtype)
         if not self._is_coded(param, layout, group["state_bits"]):
             return self._rule.init(shape, group, dtype, device)
-        return coding.zeros(self._rule.init(shape, group, dtype, torch.device("meta")), group["state_bits"], device)
+        like = self._rule.init(shape, group, dtype, torch.device("meta"))
+        return coding.zeros(like, group["state_bits"], layout.space is not None, device)
 
     @staticmethod
     def _moment_shape(param: Tensor, layout: Layout, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
@@ -199,14 +211,21 @@ class LowRankOptimizer(Optimizer):
         """Whether the moments are stored in few bits; decided from the global shape only."""
         return coding.is_coded(bits, math.prod(self._moment_shape(param, layout, None)))
 
-    def state_template(self, param: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Types and shapes of the state that this optimizer has at the step at which `saved` was written."""
-        own: dict[str, Tensor] = self.state[param]
+    def state_template(self, param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Types and shapes of the state that this optimizer has at the step at which `saved` was written, with that `group`."""
+        state = self.state.get(param) or self._init_state(param, group, self._layouts[param])
+        own: dict[str, Tensor] = {n: t for n, t in state.items() if n not in ACCUMULATORS}
+        if self._in_backward is not None:
+            own |= self._in_backward.template(param, saved)
         layout = self._layouts[param]
         if layout.space is None or not layout.projector.resizes or "turn" not in saved:
             return own
-        (group,) = [group for group in self.param_groups if any(param is other for other in group["params"])]
         return own | self._init_moments(param, layout, group, saved, torch.device("meta"))
+
+    @staticmethod
+    def _state_device(name: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
+        """Where a state tensor of this name belongs."""
+        return torch.device("cpu") if name in HOST_STATE else param.device
 
     @staticmethod
     def _key(group: Mapping[str, Any], layout: Layout, step: int, purpose: int = PURPOSE_BASIS) -> int:
@@ -216,20 +235,44 @@ class LowRankOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns the closure's value. The closure runs with gradients enabled."""
+        """Update every parameter that has a gradient; returns the closure's value. The closure runs with gradients enabled.
+
+        With `lowrank_optim.update_in_backward`, backward has updated them, and only what is left is done here.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                self.step_param(param, group)
+        if self._in_backward is not None:
+            self._in_backward.finish_step()
+        else:
+            self.param_groups[0].pop(MEASURED, None)  # from a checkpoint written with updates in backward
+            for group in self.param_groups:
+                for param in group["params"]:
+                    self.step_param(param, group)
         self._skipped.poll()
+        self._end_step()
         return loss
 
+    def _end_step(self) -> None:
+        """Called when every parameter has been updated, by `step` or inside backward."""
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """Norm of the whole gradient of the last step that had one, before clipping: 0-d, on the device, so that nothing waits.
+
+        Measured with `lowrank_optim.update_in_backward`, whose docstring says how; None before its first step, and in ordinary
+        stepping, where `torch.nn.utils.clip_grad_norm_` measures it.
+        """
+        norms = self.param_groups[0].get(MEASURED)
+        return None if norms is None or self._in_backward is None else norms[0]
+
     @torch.no_grad()
-    def step_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
-        """Update one parameter from its gradient: the single entry that `step` and hooks use. No gradient, no change."""
+    def step_param(self, param: Tensor, group: Mapping[str, Any], norm: Tensor | None = None) -> None:
+        """Update one parameter from its gradient: the single entry that `step` and hooks use. No gradient, no change.
+
+        `norm`, where it is known already, says whether the gradient is finite.
+        """
         grad = param.grad
         if grad is None:
             return
@@ -241,11 +284,38 @@ class LowRankOptimizer(Optimizer):
             )
         with self._job(param, group, layout) as job:
             if layout.space is None:
-                self._step_dense(job, grad.to(kernels.compute_dtype(param.dtype)))
+                self._step_dense(job, grad, norm)
             else:
                 self._step_low_rank(
-                    job, layout.space, matrix_view(param, layout.layout), matrix_view(grad, layout.layout)
+                    job, layout.space, matrix_view(job.weight, layout.layout), matrix_view(grad, layout.layout)
                 )
+
+    @torch.no_grad()
+    def project_param(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Basis, Tensor]:
+        """G, its subspace (the one that stands, or a new one where one is due) and R, for the gradient of a low-rank matrix."""
+        layout = self._layout_of(param)
+        assert param.grad is not None
+        assert layout.space is not None
+        grad = matrix_view(param.grad, layout.layout)
+        if self.refresh_is_due(param, group):
+            with self._job(param, group, layout) as job:
+                self._refresh_if_due(job, layout.space, grad, None)
+        basis = self.subspace(param, group)
+        return grad, basis, basis.project(grad)
+
+    def subspace(self, param: Tensor, group: Mapping[str, Any]) -> Basis:
+        """The subspace of a low-rank matrix that stands."""
+        state = self.state[param]
+        return self._basis(self._layouts[param], group, state, int(state["last_refresh"]))
+
+    @torch.no_grad()
+    def step_projected(self, param: Tensor, group: Mapping[str, Any], reduced: Tensor) -> None:
+        """Update a low-rank matrix from R alone, in the subspace that stands; for residuals that use no more of the gradient."""
+        layout = self._layout_of(param)
+        with self._job(param, group, layout) as job:
+            weight, unused = matrix_view(job.weight, layout.layout), reduced.new_empty(0)
+            basis = self.subspace(param, group)
+            self._update(job, weight, unused, basis, reduced, None, self._finite(reduced, job))
 
     @contextmanager
     def _job(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Iterator[Job]:
@@ -258,19 +328,19 @@ class LowRankOptimizer(Optimizer):
         shape, dtype = self._moment_shape(param, layout, state), kernels.compute_dtype(param.dtype)
         moments = coding.decode(state, shape, bits, dtype)
         yield Job(param, group, layout, state, moments)
-        coding.encode_(state, moments, bits, self._key(group, layout, int(state["step"]), PURPOSE_STATE))
+        coding.encode_(state, moments, bits, self._key(group, layout, 0, PURPOSE_STATE), int(state["step"]))
 
-    def _step_dense(self, job: Job, grad: Tensor) -> None:
-        """One parameter that is trained directly."""
-        ok = self._finite(grad, job)
+    def _step_dense(self, job: Job, grad: Tensor, norm: Tensor | None) -> None:
+        """One parameter that is trained directly, in chunks where the rule allows it: no working copy is as large as an embedding."""
+        ok = self._finite(grad if norm is None else norm, job)
         job.state["step"] += 1
         if ok is False:
             return
-        if ok is not None:
-            grad = torch.where(ok, grad, 0.0)
-        age = float(job.state["step"])
-        move = self._rule.direction(grad, job.moments, job.group, Context(age, age, job.param, ok, dense=True))
-        kernels.apply_dense_(job.param, move.matrix, **vars(self._write(job, move, 1.0, ok)))
+        age, dtype = float(job.state["step"]), kernels.compute_dtype(job.param.dtype)
+        for weight, part, moments, start in job.dense_parts(grad, self._rule.elementwise):
+            part = part.to(dtype) if ok is None else torch.where(ok, part.to(dtype), 0.0)
+            move = self._rule.direction(part, moments, job.group, Context(age, age, weight, ok, True, age == 1))
+            kernels.apply_dense_(weight, move.matrix, start=start, **vars(self._write(job, move, 1.0, ok)))
 
     def _step_low_rank(self, job: Job, space: Space, weight: Tensor, grad: Tensor) -> None:
         """One matrix in its subspace: refresh, project, update."""
@@ -282,19 +352,14 @@ class LowRankOptimizer(Optimizer):
                 return
             grad = self._residual.absorb(grad, job.state, ok)
         self._refresh_if_due(job, space, grad, ok if isinstance(ok, Tensor) else None)
-        basis = self._basis(job.layout, job.group, job.state, int(job.state["last_refresh"]))
+        basis = self.subspace(job.param, job.group)
         reduced, squares = basis.project_with_norms(grad) if self._residual.uses_norms else (basis.project(grad), None)
         if not self._residual.feeds_back:
             # R and the norms show any NaN that a step would use; a residual outside of coordinates uses all of G.
             shows_all = job.layout.projector.sees_all and reduced.numel() > 0
             seen = reduced if shows_all or not self._residual.uses_gradient else grad
             ok = self._finite(seen if squares is None else squares.sqrt(), job)
-        job.state["step"] += 1
-        if ok is False:
-            return
         self._update(job, weight, grad, basis, reduced, squares, ok)
-        if weight.data_ptr() != job.param.data_ptr():  # a convolution whose strides allow no matrix view
-            job.param.copy_(weight.view(job.param.shape))
 
     _mask_on_device = False  # tests set it, to run on the CPU what accelerators run
 
@@ -303,7 +368,7 @@ class LowRankOptimizer(Optimizer):
         policy, name = job.group["on_nonfinite"], job.layout.name
         if policy == "propagate":
             return None
-        norm = torch.linalg.vector_norm(seen, dtype=kernels.compute_dtype(seen.dtype))
+        norm = kernels.norm(seen)
         if policy == "skip" and (norm.device.type != "cpu" or self._mask_on_device):
             ok = torch.isfinite(norm)
             self._skipped.add(name, ~ok)
@@ -327,19 +392,29 @@ class LowRankOptimizer(Optimizer):
         basis: Basis,
         reduced: Tensor,
         squares: Tensor | None,
-        ok: Tensor | None,
+        ok: Literal[False] | Tensor | None,
     ) -> None:
         """One low-rank matrix from its projected gradient: direction, residual, weights."""
+        job.state["step"] += 1
+        if ok is False:
+            return
         if ok is not None:
             reduced = torch.where(ok, reduced, 0.0)
             squares = None if squares is None else torch.where(ok, squares, 0.0)
         steps, age = self._moment_steps(job.state, job.group), float(job.state["step"])
-        move = self._rule.direction(reduced, job.moments, job.group, Context(steps, age, weight, ok))
+        if "col_scale" in job.state and age == int(job.state["last_refresh"]) + 1:  # R is the first in its basis
+            scale = column_scale(reduced)
+            job.state["col_scale"].copy_(scale if ok is None else torch.where(ok, scale, job.state["col_scale"]))
+        fresh = (steps if job.layout.projector.resizes else age) == 1
+        context = Context(steps, age, weight, ok, fresh=fresh)
+        move = self._rule.direction(reduced, job.moments, job.group, context)
         same = isinstance(move.decay, float) and move.decay == move.step
         unit = 1.0 if same else move.decay / move.step
         reduced_step = Reduced(grad, reduced, squares, move.matrix, move.correction, unit, basis, ok)
         update = self._residual.update(reduced_step, job.state, job.group)
         basis.apply_(weight, update.core, self._write(job, move, update.factor, ok), update.term)
+        if weight.data_ptr() != job.weight.data_ptr():  # a convolution whose strides allow no matrix view
+            job.weight.copy_(weight.view(job.weight.shape))
 
     def _write(self, job: Job, move: Direction, factor: float, ok: Tensor | None) -> Write:
         """Step size, what is kept of the weights, and how they are rounded."""
@@ -350,7 +425,7 @@ class LowRankOptimizer(Optimizer):
         if group["match_reference"] and self._rule.decays_last:
             alpha *= float(keep)  # decay after the update: (1 − ηλ)(W − ηU)
         key = None
-        if group["stochastic_rounding"] and job.param.dtype == torch.bfloat16:
+        if group["stochastic_rounding"] and job.weight.dtype == torch.bfloat16:
             key = self._key(group, job.layout, int(job.state["step"]), PURPOSE_ROUNDING)
         return Write(alpha, keep, ok, key)
 
@@ -366,12 +441,20 @@ class LowRankOptimizer(Optimizer):
         key = self._key(group, layout, max(refreshed, 0))
         return layout.projector.basis(layout.space, state, key, layout.device)
 
+    def refresh_is_due(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether this step gives a low-rank matrix a new subspace, if its gradient allows it."""
+        space, state = self._layouts[param].space, self.state[param]
+        if space is None or space.rank == 0:
+            return False
+        scheduled = latest_refresh(int(state["step"]), self._gap(state, group), self._offset(param))
+        return int(state["last_refresh"]) < scheduled
+
     def _refresh_if_due(self, job: Job, space: Space, grad: Tensor, ok: Tensor | None) -> None:
         """Give a matrix a new subspace from this gradient if one is due and the gradient (and the 0-d bool `ok`) allows it."""
         state, group, layout = job.state, job.group, job.layout
-        now, last = int(state["step"]), int(state["last_refresh"])
-        if space.rank == 0 or last >= latest_refresh(now, self._gap(state, group), self._offset(job.param)):
+        if not self.refresh_is_due(job.param, group):
             return
+        now, last = int(state["step"]), int(state["last_refresh"])
         momentum = None
         if layout.projector.uses_momentum:
             momentum = self._rule.mean_gradient(job.moments, group, self._moment_steps(state, group))
@@ -449,6 +532,8 @@ class LowRankOptimizer(Optimizer):
         """
         checkpoint.load(self, state_dict)
         self._rebuild_layouts()
+        if self._in_backward is not None:
+            self._in_backward.restart()
 
     def __getstate__(self) -> dict[str, Any]:
         parts = {name: getattr(self, name) for name in ("_rule", "_residual", "_projector")}

@@ -4,18 +4,18 @@ torch's own `load_state_dict` casts all state but `step` to the parameter's type
 weights, and any integer codes, into bfloat16.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_optim.layerwise.clipping import MEASURED
 from lowrank_optim.optimizers.options import STRUCTURAL
 
-HOST_STATE = ("step", "last_refresh", "gap", "overlaps", "turn")
+HOST_STATE = ("step", "last_refresh", "gap", "overlaps", "turn", "micro_batches")
 """State that the host reads in every step, kept on the CPU wherever the parameter lives."""
 
 
@@ -34,13 +34,15 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         )
     groups = [_merge(saved, own) for saved, own in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)]
     state = dict(optimizer.state)
-    for key, param in _saved_ids(optimizer, state_dict).items():
+    for key, param, group in _saved_params(optimizer, state_dict):
         saved = state_dict["state"].get(key, {})
-        own = optimizer.state_template(param, saved)  # type: ignore[attr-defined]
+        own = optimizer.state_template(param, saved, group)  # type: ignore[attr-defined]
+        if not own:  # a layer that sleeps
+            state.pop(param, None)
+            continue
+        device_of = optimizer._state_device  # type: ignore[attr-defined]
         state[param] = {
-            name: _like(saved[name], tensor, torch.device("cpu") if name in HOST_STATE else param.device)
-            if saved
-            else tensor
+            name: _like(saved[name], tensor, device_of(name, param, group)) if saved else tensor
             for name, tensor in own.items()
         }
 
@@ -51,16 +53,20 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         post_hook(optimizer)
 
 
-def _saved_ids(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Any, Tensor]:
-    """The key of each parameter in the checkpoint; parameters are matched by their order, as in torch."""
-    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    own = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return dict(zip(saved, own, strict=True))
+def _saved_params(
+    optimizer: Optimizer, state_dict: Mapping[str, Any]
+) -> Iterator[tuple[Any, Tensor, Mapping[str, Any]]]:
+    """(key in the checkpoint, parameter, group as it will be) of all parameters, matched by their order, as in torch."""
+    for saved, own in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        group = {**own, **saved}
+        for key, param in zip(saved["params"], own["params"], strict=True):
+            yield key, param, group
 
 
 def _merge(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A group with the saved hyperparameters, our parameters, and our values for options that the checkpoint does not know."""
     kept = {name: deepcopy(value) for name, value in saved.items() if name != "params"}
+    own = {name: value for name, value in own.items() if name != MEASURED}
     return {**own, **kept, "params": own["params"]}
 
 
@@ -88,23 +94,28 @@ def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[st
             found.append(f"group {number}: {len(saved['params'])} parameters saved, {len(own['params'])} here")
         # A checkpoint of torch.optim.AdamW names none of these; its tensors are compared below.
         found += [
-            f"group {number}: {name} is {saved[name]!r} in the checkpoint, {own[name]!r} here"
+            f"group {number}: {name} is {saved[name]!r} in the checkpoint, {own.get(name)!r} here"
             for name in STRUCTURAL
-            if name in saved and saved[name] != own[name]
+            if name in saved and saved[name] != own.get(name)
         ]
     if found:
         return found
     layouts = optimizer._layouts  # type: ignore[attr-defined]
-    for key, param in _saved_ids(optimizer, state_dict).items():
+    for key, param, group in _saved_params(optimizer, state_dict):
         name = f"{layouts[param].name} {tuple(param.shape)}"
         saved_state = state_dict["state"].get(key, {})
-        own_state = optimizer.state_template(param, saved_state)  # type: ignore[attr-defined]
+        own_state = optimizer.state_template(param, saved_state, group)  # type: ignore[attr-defined]
         if not saved_state and layouts[param].space is None and "rule" not in saved_groups[0]:
             continue  # torch.optim keeps no state for a parameter that never had a gradient
         missing, extra = own_state.keys() - saved_state.keys(), saved_state.keys() - own_state.keys()
         if missing or extra:
             parts = [f"lacks {', '.join(sorted(missing))}"] if missing else []
             parts += [f"has {', '.join(sorted(extra))} besides"] if extra else []
+            if "micro_batches" in extra:
+                parts = [
+                    f"was written {int(saved_state['micro_batches'])} micro-batches into a step: call "
+                    "lowrank_optim.update_in_backward(optimizer, accumulate=…) as its run did, then load_state_dict"
+                ]
             found.append(f"{name}: the checkpoint {' and '.join(parts)}")
             continue
         found += [

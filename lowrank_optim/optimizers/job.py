@@ -1,11 +1,12 @@
 """What the step of one parameter works on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.optimizers.layout import Layout
 
 
@@ -22,3 +23,24 @@ class Job:
     layout: Layout
     state: dict[str, Tensor]
     moments: dict[str, Tensor]
+
+    @property
+    def weight(self) -> Tensor:
+        """What is updated: the parameter, or its master copy where the state has one."""
+        return self.state.get("master", self.param)
+
+    def dense_parts(
+        self, grad: Tensor, elementwise: bool
+    ) -> Iterator[tuple[Tensor, Tensor, Mapping[str, Tensor], int]]:
+        """(weights, gradient, moments, position of the first element) of the whole parameter, or of chunks of it in order.
+
+        Chunks where the rule treats every element for itself and all tensors lie in memory in the same order.
+        """
+        weight = self.weight
+        moments = {name: tensor for name, tensor in self.moments.items() if tensor.shape == weight.shape}
+        if not elementwise or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):
+            yield weight, grad, self.moments, 0
+            return
+        for chunk in kernels.row_chunks(weight.numel(), 1):
+            parts = {name: tensor.view(-1)[chunk] for name, tensor in moments.items()}
+            yield weight.view(-1)[chunk], grad.view(-1)[chunk], parts, chunk.start

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.kernels.counter_rng import PURPOSE_BLOCKS, make_key
-from lowrank_optim.projectors import Projector, Space
+from lowrank_optim.projectors import Coordinate, Projector, Space
 
 _log = logging.getLogger("lowrank_optim")
 
@@ -101,7 +101,10 @@ def make_layouts(
                 _log.info(
                     "%s %s is trained densely: its short side is below rank %s", name, tuple(param.shape), group["rank"]
                 )
-        layouts[param] = Layout(name, index, group["layout"], space, projector, param.device)
+        own = projector
+        if space is not None and space.rank == 0 and not projector.resizes:  # density 0: no subspace of any kind
+            own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
+        layouts[param] = Layout(name, index, group["layout"], space, own, param.device)
     low_rank = {param: layout.space for param, layout in layouts.items() if layout.space is not None}
     key = make_key(group["seed"], first, 0, PURPOSE_BLOCKS)
     arranged = projector.arrange(list(low_rank.values()), group["density"], key)

@@ -96,7 +96,10 @@ DEFAULTS: dict[str, Any] = {
     "layout": "auto",
 }
 
-STRUCTURAL = ("rule", "residual", "rank", "density", "proj_type", "projector", "layout", "state_bits", "basis_bits")
+STRUCTURAL = (
+    *("rule", "residual", "rank", "density", "proj_type", "projector", "layout", "state_bits", "basis_bits"),
+    *("layer", "layerwise", "sampling", "sleeping_state", "master_weights"),
+)
 """Group keys that decide what the state tensors are and mean; a checkpoint must agree on them."""
 
 SHORTHANDS = ("coordinates", "blocks")
@@ -120,6 +123,8 @@ CARRIED = frozenset(
         "lr_scale",
         "name",
         "group_name",
+        "layer",
+        "grad_norms",
     ]
 )
 """Group keys of torch, its schedulers and trainers, kept as they are."""

@@ -22,7 +22,7 @@ class QGaLoreAdamW8bit(GaLoreAdamW):
         **options: see `Options`; unless given, `state_bits` is 8, `basis_bits` 4, `overlap_threshold` 0.4, `gap_factor` 2,
             `queue_size` 5 and `scale` 0.25.
 
-    Memory, for an m×n matrix with D = max(m, n), d = min(m, n): 2·D·(r + 4⌈r/256⌉) bytes of moments, d·(r/2 + 8⌈r/256⌉) of basis.
+    Memory, for an m×n matrix with D = max(m, n), d = min(m, n): 2·D·(r + 4⌈r/256⌉) bytes of moments, d·(⌈r/2⌉ + 8⌈r/256⌉) of basis.
 
     Paper: Zhang et al., "Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank Gradients", arXiv:2407.08296.
     """

@@ -25,12 +25,12 @@ def lengthen_gap(state: Mapping[str, Tensor], overlap: float, options: Mapping[s
     """Q-GaLore's lazy refresh: remember how much of the old subspace the new one holds; refresh less often where it is much.
 
     Args:
-        state: `overlaps`, the last ones, oldest first, NaN where there were none yet, and `gap`; both modified in place.
+        state: `overlaps`, the last ones, oldest first, −1 where there were none yet, and `gap`; both modified in place.
         overlap: ‖P_oldᵀP_new‖²/r, in [0, 1].
         options: `overlap_threshold` and `gap_factor`.
     """
     overlaps = state["overlaps"]
     overlaps.copy_(overlaps.roll(-1))
     overlaps[-1] = overlap
-    if float(overlaps.mean()) >= options["overlap_threshold"]:
+    if float(overlaps[0]) >= 0.0 and float(overlaps.mean()) >= options["overlap_threshold"]:
         state["gap"].fill_(int(int(state["gap"]) * options["gap_factor"]))

@@ -1,7 +1,9 @@
 """Whole tensors in turn: at any time some tensors of a group are trained with moments and the others without (FRUGAL's blocks)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -14,6 +16,12 @@ from lowrank_optim.projectors.bases import DenseBasis, WholeBasis
 ORDERS = ("random", "ascending", "descending", "mirror")
 
 
+@lru_cache(maxsize=64)
+def _draw(key: int, count: int, active: int) -> frozenset[int]:
+    """Which of a group's tensors are active; every one of them asks."""
+    return frozenset(choose(key, count, active, torch.device("cpu")).tolist())
+
+
 @dataclass(frozen=True)
 class Blocks(Projector):
     """A subspace that is the whole matrix while it is the tensor's turn, and nothing otherwise.
@@ -22,7 +30,8 @@ class Blocks(Projector):
         order: which tensors come next at a refresh: "random"; "ascending" or "descending" through the group, beginning again at its
             end; "mirror", as many from the front as, mirrored, from the back.
 
-    round(density · tensors) of a group's tensors have their turn at a time. Moments are made when it begins and freed when it ends.
+    round(density · tensors) of a group's tensors have their turn at a time, at least one where the density is above 0; vectors, which
+    are trained densely, do not count. Moments are made when it begins and freed when it ends.
     A tensor counts its own steps: one that gets no gradient for a while changes turns later than the others.
 
     Memory: the rule's moments of the whole tensor during its turn, 8 bytes (`turn`) otherwise.
@@ -51,7 +60,7 @@ class Blocks(Projector):
 
     def arrange(self, spaces: list[Space], density: float | None, key: int) -> list[Space]:
         count = len(spaces)
-        active = round((density or 0.0) * count)
+        active = round((density or 0.0) * count) or math.ceil(density or 0.0)
         if self.order == "mirror" and (count % 2 or active % 2):
             raise ValueError(
                 f'blocks="mirror" pairs the tensors of a group, but density {density} takes {active} of {count}; both must be even: '
@@ -68,7 +77,7 @@ class Blocks(Projector):
         assert space.place is not None
         position, count, active = space.place.position, space.place.count, space.place.active
         if self.order == "random":
-            return position in choose(derive_key(space.place.key, turn), count, active, torch.device("cpu")).tolist()
+            return position in _draw(derive_key(space.place.key, turn), count, active)
         if self.order == "mirror":  # pairs of a tensor and its mirror image
             position, count, active = min(position, count - 1 - position), count // 2, active // 2
         elif self.order == "descending":

@@ -24,7 +24,8 @@ class Coordinate(Projector):
         coordinates: "columns", "rows" or "entries"; None takes columns or rows as `proj_type` says.
 
     `rank` columns (rows) are taken; of entries, as many as those have together: rank times the long side. A density is the fraction
-    of the columns, rows or entries, rounded down. Entries are drawn one from each of that many equal strata, in ascending order.
+    of the columns, rows or entries, rounded down but at least one. Entries are drawn one from each of that
+    many equal strata, in ascending order.
 
     Memory: 4 bytes for each index (`indices`, int32; int64 for matrices of 2³¹ entries and more).
     """

@@ -10,6 +10,7 @@ from lowrank_optim.quantization.basis import (
     packed_basis_shapes,
     unpack_basis,
 )
+from lowrank_optim.quantization.moments import MomentCodes, column_scale, decode_moments, encode_moments
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
 from lowrank_optim.quantization.rows import (
     BLOCK,
@@ -23,7 +24,11 @@ from lowrank_optim.quantization.rows import (
 __all__ = [
     "BLOCK",
     "GROUP",
+    "MomentCodes",
+    "column_scale",
+    "decode_moments",
     "dequantize_rows",
+    "encode_moments",
     "pack_basis",
     "pack_nibbles",
     "packed_basis_bytes",

@@ -1,13 +1,13 @@
-"""Optimizer moments in 8 or 4 bits: codes of the matrix's own shape and one scale per block of a row.
+"""A matrix in 8 or 4 bits: codes of its own shape and one scale per block of a row.
 
 A block is `block` consecutive columns of one row (the last one of a row may be shorter), so any split of the rows, even or not,
 splits codes and scales alike: a shard holds what it would hold had it been coded alone. With the largest magnitude s of the block,
-an element x = level/levels · s, where
+an element is x = level/L · s, with
 
-    signed (first moment, m)                   level ∈ {−L, …, L},  L = 127 or 7
-    unsigned (second moment, stored as √v)     level ∈ {1, …, L},   L = 256 or 16
+    signed      level ∈ {−L, …, L},  L = 127 or 7
+    unsigned    level ∈ {1, …, L},   L = 256 or 16        (for √v)
 
-Unsigned levels have no 0, which would make m/√v explode: nothing is stored as less than s/L. Only a block that is zero throughout
+Unsigned levels have no 0, by which m/√v would explode: nothing is stored as less than s/L. Only a block that is zero throughout
 decodes to zero (s = 0). Elements are divided by a scale of their column first, where there is one.
 
     |decoded − x| ≤ s/(2L), below s/L for unsigned elements under s/(2L); twice that for stochastic rounding
@@ -31,6 +31,10 @@ BLOCK = 256
 MIN_SCALE = 2.0**-100
 """Blocks of smaller magnitude are stored as zeros, so that no division overflows and denormal numbers play no part."""
 
+GOLDEN = 0x9E3779B9
+"""The golden ratio's fraction in units of 2⁻³²: how far the noise of an element moves from one turn to the next."""
+
+_MASK32 = 0xFFFFFFFF
 _LEVELS = {(8, True): 127, (4, True): 7, (8, False): 256, (4, False): 16}
 
 
@@ -42,6 +46,7 @@ def quantize_rows(
     block: int = BLOCK,
     col_scale: Tensor | None = None,
     key: int | None = None,
+    turn: int = 0,
     start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of a matrix.
@@ -59,6 +64,9 @@ def quantize_rows(
         col_scale: c, (cols,) or broadcastable (…, 1, cols), positive; None means 1.
         key: round stochastically with this key (`counter_rng.make_key`): up with a probability equal to the distance from the lower
             level, so that the decoded value is x in expectation (between the lowest and the highest level). None rounds to nearest.
+        turn: number of the draw. Draws with one key and consecutive turns are spread evenly for every element, golden-ratio steps
+            from a random phase: a value that is rounded again and again is rounded up as often as it should be within a few times,
+            not within √turns.
         start: row-major index of the first element in the whole matrix, so that the noise does not depend on shards.
 
     Returns:
@@ -81,7 +89,7 @@ def quantize_rows(
         if divisor is not None:
             part = part / (divisor if divisor.dim() == 1 else divisor[chunk])
         first = start + chunk.start * cols
-        flat_codes[chunk], flat_scale[chunk] = _encode(part, bits, signed, block, key, first)
+        flat_codes[chunk], flat_scale[chunk] = _encode(part, bits, signed, block, (key, turn, first))
     return codes, scale
 
 
@@ -188,7 +196,9 @@ def _per_row(col_scale: Tensor | None, x: Tensor) -> Tensor | None:
     return col_scale.expand(x.shape).reshape(-1, x.shape[-1])
 
 
-def _encode(x: Tensor, bits: int, signed: bool, block: int, key: int | None, start: int) -> tuple[Tensor, Tensor]:
+def _encode(
+    x: Tensor, bits: int, signed: bool, block: int, noise: tuple[int | None, int, int]
+) -> tuple[Tensor, Tensor]:
     """Codes and scales of a float32 (rows, cols) matrix."""
     rows, cols = x.shape
     width = min(block, cols)
@@ -199,7 +209,8 @@ def _encode(x: Tensor, bits: int, signed: bool, block: int, key: int | None, sta
     levels = _LEVELS[bits, signed]
     factor = torch.where(scale > 0.0, levels / scale, 0.0)
     y = (blocks * factor.unsqueeze(-1)).view(rows, -1)[:, :cols].nan_to_num_(nan=0.0)
-    level = y.round() if key is None else _round_stochastically(y, key, start)
+    key, turn, start = noise
+    level = y.round() if key is None else _round_stochastically(y, key, turn, start)
     if signed:
         level.clamp_(-levels, levels)
         return (level.to(torch.int8) if bits == 8 else pack_nibbles(level.add_(8.0))), scale
@@ -207,12 +218,12 @@ def _encode(x: Tensor, bits: int, signed: bool, block: int, key: int | None, sta
     return (level.to(torch.uint8) if bits == 8 else pack_nibbles(level)), scale
 
 
-def _round_stochastically(y: Tensor, key: int, start: int) -> Tensor:
+def _round_stochastically(y: Tensor, key: int, turn: int, start: int) -> Tensor:
     """⌊y⌋ or ⌊y⌋ + 1, the latter with probability y − ⌊y⌋ (in multiples of 2⁻²⁴)."""
-    nearest = y.round()
-    lower = y.floor()
+    nearest, lower = y.round(), y.floor()
     positions = torch.arange(start, start + y.numel(), device=y.device).view(y.shape)
-    noise = (random_bits(key, positions) >> 8).to(torch.float32).mul_(2.0**-24)
+    bits = (random_bits(key, positions) + (turn * GOLDEN & _MASK32)).bitwise_and_(_MASK32)
+    noise = (bits >> 8).to(torch.float32).mul_(2.0**-24)
     rounded = lower + (noise < y - lower)
     # A decoded level comes back as y within four roundings of it, 2⁻²² y, and has to stay what it was.
     return torch.where((y - nearest).abs() <= nearest.abs() * 2.0**-21, nearest, rounded)

@@ -1,11 +1,14 @@
 """The moments of an update rule in 16, 8 or 4 bits: what is stored, and how it is opened for a step and closed again.
 
-    bits    exp_avg                            exp_avg_sq
-    16      bfloat16, to nearest               bfloat16, rounded stochastically: to nearest it could not decay
-    8, 4    signed codes of row blocks         unsigned codes of row blocks, of the square root
+    bits    rules with both moments (Adam)       exp_avg alone (Lion, SGD)     exp_avg_sq alone (RMSprop)
+    16      bfloat16, exp_avg to nearest, exp_avg_sq rounded stochastically: to nearest it could not decay
+    8, 4    codes of m/√v and √v, see `moments`  signed codes of row blocks    unsigned codes of √v
 
 Codes are stored under the moment's own name, scales under `…_scale`. Other moments (Adafactor's rows and columns), and tensors of
 fewer than `MIN_CODED` elements, stay as they are. Arithmetic is done on decoded moments, whatever the storage.
+
+`col_scale` is there where moments of a projected gradient are coded: the columns of R fall off like the singular values of G, so that
+blocks along a row would lose the small ones (see `moments.column_scale`).
 """
 
 from collections.abc import Mapping
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from lowrank_optim.kernels import stochastic_round
 from lowrank_optim.kernels.counter_rng import derive_key
+from lowrank_optim.quantization.moments import MomentCodes, decode_moments, encode_moments
 from lowrank_optim.quantization.rows import dequantize_rows, quantize_rows, zero_rows
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
@@ -39,8 +43,8 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-2]) if len(shape) > 1 and shape[-1] == 1 else shape
 
 
-def zeros(moments: Mapping[str, Tensor], bits: int, device: torch.device) -> dict[str, Tensor]:
-    """Stored form of zero moments of these shapes and types (which may be on the meta device)."""
+def zeros(moments: Mapping[str, Tensor], bits: int, projected: bool, device: torch.device) -> dict[str, Tensor]:
+    """Stored form of zero moments of these shapes and types (which may be on the meta device); `projected`: of an R with columns."""
     stored = {}
     for name, like in moments.items():
         if name not in SIGNED:
@@ -50,33 +54,57 @@ def zeros(moments: Mapping[str, Tensor], bits: int, device: torch.device) -> dic
         else:
             codes = zero_rows(row_shape(tuple(like.shape)), bits, SIGNED[name], device=device)
             stored[name], stored[f"{name}_scale"] = codes
+            if projected and like.shape[-1] != 1:
+                stored["col_scale"] = torch.ones((*like.shape[:-2], 1, like.shape[-1]), device=device)
     return stored
 
 
 def decode(state: Mapping[str, Tensor], shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """The moments in `dtype` and of `shape`; tensors of the state that are not coded are handed on as they are."""
-    opened = dict(state)
-    for name in SIGNED.keys() & state.keys():
-        if bits == 16:
-            opened[name] = state[name].to(dtype)
-            continue
-        cols = row_shape(shape)[-1]
-        value = dequantize_rows(state[name], state[f"{name}_scale"], bits, SIGNED[name], cols=cols, dtype=dtype)
+    opened, names = dict(state), SIGNED.keys() & state.keys()
+    if bits == 16:
+        return opened | {name: state[name].to(dtype) for name in names}
+    cols, col_scale = row_shape(shape)[-1], state.get("col_scale")
+    if len(names) == 2:
+        codes = MomentCodes(*(state[f"{name}{part}"] for name in SIGNED for part in ("", "_scale")))
+        for name, value in zip(SIGNED, decode_moments(codes, bits, cols=cols, col_scale=col_scale), strict=True):
+            opened[name] = value.to(dtype).view(shape)
+        return opened
+    for name in names:
+        value = dequantize_rows(
+            state[name], state[f"{name}_scale"], bits, SIGNED[name], cols=cols, col_scale=col_scale, dtype=dtype
+        )
         opened[name] = (value if SIGNED[name] else value.square_()).view(shape)
     return opened
 
 
-def encode_(state: dict[str, Tensor], moments: Mapping[str, Tensor], bits: int, key: int) -> None:
-    """Store moments in the state, in place. `key` is the stream of random numbers of this parameter and step."""
-    for name in SIGNED.keys() & state.keys():
-        value = moments[name]
-        if bits == 16:
+def encode_(state: dict[str, Tensor], moments: Mapping[str, Tensor], bits: int, key: int, step: int) -> None:
+    """Store moments in the state, in place.
+
+    Args:
+        key: the stream of random numbers of this parameter, the same in every step.
+        step: number of the step.
+    """
+    names = SIGNED.keys() & state.keys()
+    if bits == 16:
+        for name in names:
+            value = moments[name]
             if not SIGNED[name]:
                 positions = torch.arange(value.numel(), device=value.device).view(value.shape)
-                value = stochastic_round(value.to(torch.float32), derive_key(key, 1), positions)
+                value = stochastic_round(value.to(torch.float32), derive_key(key, step), positions)
             state[name].copy_(value)
-            continue
-        rows = (value if SIGNED[name] else value.sqrt()).reshape(row_shape(tuple(value.shape)))
-        codes, scale = quantize_rows(rows, bits, SIGNED[name])
-        state[name].copy_(codes)
-        state[f"{name}_scale"].copy_(scale)
+        return
+    rows = {name: moments[name].reshape(row_shape(tuple(moments[name].shape))) for name in names}
+    col_scale = state.get("col_scale")
+    if len(names) == 2:
+        codes = encode_moments(rows["exp_avg"], rows["exp_avg_sq"], bits, col_scale=col_scale, key=key, turn=step)
+        for name, value in zip((f"{name}{part}" for name in SIGNED for part in ("", "_scale")), codes, strict=True):
+            state[name].copy_(value)
+        return
+    for name in names:
+        signed = SIGNED[name]
+        value = rows[name] if signed else rows[name].sqrt()
+        # A signed moment is replaced by a fraction 1 − β of itself in a step, many levels: to nearest is right.
+        state[name], state[f"{name}_scale"] = quantize_rows(
+            value, bits, signed, col_scale=col_scale, key=None if signed else key, turn=step
+        )

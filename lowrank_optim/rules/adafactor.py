@@ -71,6 +71,8 @@ class Adafactor(Rule):
     ) -> Direction:
         eps1, eps2 = options["eps"]
         size = _step_size(options, context.age, context.weight, eps2)
+        if grad.numel() == 0:  # a tensor whose turn it is not (FRUGAL's blocks): means over nothing are NaN
+            return Direction(grad, 1.0, size)
         # 1 − β̂, and 0 where the gradient is to be ignored.
         fresh = kernels.scalar(context.step ** options["decay_rate"], grad.dtype, grad.device)
         fresh = fresh if context.ok is None else fresh * context.ok

@@ -28,6 +28,7 @@ class Adam(Rule):
     """
 
     name: ClassVar[str] = "adam"
+    elementwise: ClassVar[bool] = True
     released_form: ClassVar[bool] = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -39,6 +39,7 @@ class Context:
     weight: the parameter, for rules whose step depends on its size; not modified.
     ok: 0-d bool on the device; where false, the moments stay and the direction is 0. None means true.
     dense: whether the gradient is the parameter's own, and no projection of it.
+    fresh: whether the moments were made for this step (reset ones were not).
     """
 
     step: float
@@ -46,12 +47,15 @@ class Context:
     weight: Tensor
     ok: Tensor | None
     dense: bool = False
+    fresh: bool = False
 
 
 class Rule(ABC):
     """An update rule; subclasses are frozen dataclasses whose fields are the group options they read."""
 
     name: ClassVar[str]
+    elementwise: ClassVar[bool] = False
+    """Whether every element is treated for itself, so that a large tensor may be given in parts."""
     decays_last: ClassVar[bool] = True
     """Whether the released code decays the weights after the update (`match_reference`)."""
 

@@ -19,6 +19,7 @@ class Lion(MomentumRule):
     """
 
     name: ClassVar[str] = "lion"
+    elementwise: ClassVar[bool] = True
     decays_last: ClassVar[bool] = False
     betas: tuple[float, float] = (0.9, 0.99)
 

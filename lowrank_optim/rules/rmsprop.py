@@ -19,6 +19,7 @@ class RMSprop(Rule):
     """
 
     name: ClassVar[str] = "rmsprop"
+    elementwise: ClassVar[bool] = True
     alpha: float = 0.99
     eps: float = 1e-8
 

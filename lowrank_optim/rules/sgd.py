@@ -20,6 +20,7 @@ class SGD(MomentumRule):
     """
 
     name: ClassVar[str] = "sgd"
+    elementwise: ClassVar[bool] = True
     decays_last: ClassVar[bool] = False
     momentum: float = 0.0
     nesterov: bool = False
@@ -34,7 +35,7 @@ class SGD(MomentumRule):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         lr, momentum, buffer = float(options["lr"]), float(options["momentum"]), state["exp_avg"]
-        if options["match_reference"] and context.age == 1:
+        if options["match_reference"] and context.fresh:
             buffer.copy_(context.weight if context.dense else grad)
         if context.ok is None:
             buffer.mul_(momentum).add_(grad)
