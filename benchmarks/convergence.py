@@ -8,8 +8,9 @@ The same LLaMA, the same text in the same order and the same number of tokens fo
 quarter of the rate for the matrices of the layers (adamw_split), `torch.optim.Muon` on these matrices with AdamW on everything else
 (muon, its updates scaled to AdamW's size so that AdamW's rates fit), and every name in `lowrank_optim.METHODS`. The matrices have a
 quarter of their short side as rank (`SETTINGS` names the exceptions); weight decay, betas, clipping, warm-up and schedule are the
-same. GaLore and Fira scale the update of the matrices by α = 1/4, and APOLLO's is smaller than Adam's, so that embeddings, head and
-norms learn faster than matrices; adamw_split gives AdamW that advantage too, which is large in a short training of a small model.
+same. GaLore, Fira and FRUGAL scale the update of the matrices by α = 1/4, and APOLLO's is smaller than Adam's, so that embeddings,
+head and norms learn faster than matrices; adamw_split gives AdamW that advantage too, which is large in a short training of a small
+model.
 
 The learning rate of each method is chosen by one rule (`next_rungs`): rates are a factor of 2 apart; begin at the method's starting
 rate with seed 0, and extend towards the better side until the best rate has a worse or diverged neighbour on both sides, or the
@@ -142,9 +143,10 @@ SETTINGS = {
     "fira": Setting(8e-3),
     "apollo": Setting(8e-3),
     "apollo_mini": Setting(8e-3, 1),
-    "frugal": Setting(1e-3, None, {"density": 0.25}),
+    # α as GaLore's and Fira's: with 1, the published value, matrices and embeddings would have to share one rate, as in adamw.
+    "frugal": Setting(8e-3, None, {"density": 0.25, "scale": 0.25}),
     # Lion's own betas: 0.95 is no memory for its momentum.
-    "frugal_lion": Setting(5e-4, None, {"density": 0.25, "betas": (0.9, 0.99)}),
+    "frugal_lion": Setting(2e-3, None, {"density": 0.25, "scale": 0.25, "betas": (0.9, 0.99)}),
     # Without momentum it would be plain SGD. SGD's rates are so large that a decay of rate times 0.1 in each step erases the weights.
     "frugal_sgd": Setting(0.256, None, {"density": 0.25, "momentum": 0.9}, weight_decay=0.0),
     "ldadam": Setting(2e-3, refreshes=False),  # a new subspace at every step

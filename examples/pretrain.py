@@ -198,9 +198,7 @@ def check(args: argparse.Namespace) -> list[str]:
     if args.lr is not None and len(names) > 1:
         raise RunError("--lr with several optimizers would be unfair to some; leave it out, or run them one by one")
     if args.in_backward and names == ["adamw"]:
-        raise RunError(
-            "--in-backward: adamw is torch's, which cannot; try --optimizer galore"
-        )
+        raise RunError("--in-backward: adamw is torch's, which cannot; try --optimizer galore")
     if args.option and names == ["adamw"]:
         raise RunError(f"--option {args.option[0]}: adamw has no further options")
     return names

@@ -89,6 +89,27 @@ def test_the_same_micro_batches_in_ordinary_stepping_give_dense_parameters_of_th
     assert_same(*models)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"layout": "transposed"}, {"projector": "coordinate"}, {"proj_type": "left"}], ids=str
+)
+@pytest.mark.parametrize("shape", [(3, 20, 16), (12, 4, 3, 3), (24, 16)], ids=["experts", "convolution", "matrix"])
+def test_stacks_convolutions_and_transposed_matrices_accumulate(shape, options):
+    params = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for _ in range(2)]
+    ordinary, optimizer = (lo.GaLoreAdamW([p], rank=4, update_proj_gap=3, lr=1e-2, **options) for p in params)
+    lo.update_in_backward(optimizer, accumulate=2)
+    for step in range(8):
+        generator = torch.Generator().manual_seed(step)
+        grads = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+        if step == 0:
+            grads[1] = grads[0]
+        for grad in grads:
+            for param in params:
+                (param * grad).sum().backward()
+        ordinary.step(), ordinary.zero_grad(), optimizer.step()
+        torch.testing.assert_close(optimizer.last_grad_norm, grads.sum(0).norm(), rtol=0.25, atol=0)
+    torch.testing.assert_close(params[0], params[1], rtol=1e-10, atol=1e-12)
+
+
 def test_between_micro_batches_only_r_is_kept_and_on_refresh_steps_the_whole_sum():
     model = build_net()
     optimizer = build("galore", model, update_proj_gap=9)
@@ -160,13 +181,21 @@ def test_a_function_may_say_which_micro_batch_is_the_last():
     assert_same(*models)
 
 
-@pytest.mark.parametrize("name", ["fira", "apollo", "apollo_mini", "frugal", "frugal_lion", "ldadam"])
+@pytest.mark.parametrize("name", ["fira", "apollo", "apollo_mini", "frugal", "frugal_lion"])
 def test_methods_that_need_the_whole_gradient_say_so_and_what_to_use(name):
     model = build_net()
     with pytest.raises(
         ValueError, match=r"needs the whole gradient of a step.*use accumulate=1 .*GaLoreAdamW.*ordinary stepping"
     ):
         lo.update_in_backward(build(name, model), accumulate=2)
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_error_feedback_is_refused_and_the_message_says_what_to_use(accumulate):
+    model = build_net()
+    with pytest.raises(ValueError, match=r"keeps the error of each matrix.*use error_feedback=False \(LDAdamW\)"):
+        lo.update_in_backward(build("ldadam", model, error_feedback=True), accumulate=accumulate)
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
 
 

@@ -1,7 +1,6 @@
 """Updates inside backward: clipping, the norm that is reported, GradScaler, and no waiting for the device."""
 
 import contextlib
-import warnings
 
 import pytest
 import torch
@@ -102,28 +101,19 @@ def test_clipping_in_the_subspace(name):
     torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-7)
 
 
-def test_subspace_clipping_and_error_feedback_are_refused_together():
-    with pytest.raises(ValueError, match=r'clip="subspace" cannot scale.*use clip "previous" or'):
-        lo.update_in_backward(build("ldadam", build_net()), max_grad_norm=1.0, clip="subspace")
-    lo.update_in_backward(build("ldadam", build_net()), clip="subspace")  # without a limit nothing is clipped
-
-
-def test_a_nonfinite_step_does_not_become_the_norm_to_clip_by():
-    model = nn.Linear(8, 8)
-    optimizer = lo.GaLoreAdamW(model.parameters(), rank=2)
+@pytest.mark.filterwarnings("ignore:skipped the update")
+def test_a_step_after_a_nonfinite_one_is_clipped_by_the_last_finite_norm():
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = lo.LowRankOptimizer([param], rule=lo.SGD(), lr=1.0)
     lo.update_in_backward(optimizer, max_grad_norm=1.0)
-    for poison in (1.0, torch.inf, 1.0):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            (model(torch.ones(2, 8)).sum() * poison).backward()
-        before = model.weight.detach().clone()
+    steps = []
+    for value in (torch.inf, 2.0, torch.inf, 3.0, 3.0):  # norms are twice that
+        before = param.detach().clone()
+        (param * value).sum().backward()
         optimizer.step()
-        assert torch.isfinite(optimizer.last_grad_norm) == (poison == 1.0)
-    finite = optimizer.param_groups[0]["grad_norms"][1]
-    assert torch.isfinite(finite)
-    assert torch.isfinite(model.weight).all()
-    model(torch.ones(2, 8)).sum().backward()
-    assert not torch.equal(before, model.weight)
+        assert float(optimizer.last_grad_norm) == 2 * value
+        steps.append(float((before - param.detach())[0]))
+    assert steps == pytest.approx([0.0, 2.0, 0.0, 3.0 / 4.0, 3.0 / 6.0])
 
 
 class Deep(nn.Module):
@@ -195,25 +185,29 @@ def test_a_scaled_loop_gives_the_weights_of_ordinary_stepping(accumulate, unscal
         torch.testing.assert_close(p, q, rtol=0, atol=0 if accumulate == 1 else 1e-6)
 
 
-def test_an_infinity_skips_what_comes_after_it_and_lowers_the_scale():
+@pytest.mark.filterwarnings("ignore:skipped the update")
+@pytest.mark.parametrize("on_device", [False, True], ids=["host branch", "device mask"])
+def test_an_infinity_in_one_layer_skips_what_comes_after_it_and_lowers_the_scale(on_device, monkeypatch):
+    monkeypatch.setattr(lo.LowRankOptimizer, "_mask_on_device", on_device)
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
     optimizer = lo.GaLoreAdamW(list(model.named_parameters()), rank=4)
     scale = scaler()
     lo.update_in_backward(optimizer, grad_scaler=scale)
     before = [p.detach().clone() for p in model.parameters()]
-    model[1].register_full_backward_hook(lambda m, inputs, outputs: (inputs[0] * torch.inf,))
-    with pytest.warns(RuntimeWarning, match="skipped the update of 0.bias"):
-        scale.scale(model(torch.randn(4, 16)).square().mean()).backward()
+    for param in model[2].parameters():  # the gradients of the layers below stay finite
+        param.register_hook(lambda grad: grad * torch.inf)
+    scale.scale(model(torch.randn(4, 16)).square().mean()).backward()
     scale.step(optimizer)
     scale.update()
     assert scale.get_scale() == 2.0**13
     changed = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
-    assert changed == [False] * 2 + [True] * 6  # the last layer came first
-    assert sum(optimizer.skipped_updates().values()) == 2
+    assert changed == [False] * 6 + [True] * 2  # the last layer came first
+    assert sum(optimizer.skipped_updates().values()) == 6
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:skipped the update")
 @pytest.mark.parametrize("on_device", [False, True], ids=["host branch", "device mask"])
 def test_an_infinity_in_an_early_micro_batch_skips_the_whole_step(on_device, monkeypatch):
     monkeypatch.setattr(lo.LowRankOptimizer, "_mask_on_device", on_device)
@@ -223,10 +217,12 @@ def test_an_infinity_in_an_early_micro_batch_skips_the_whole_step(on_device, mon
     lo.update_in_backward(optimizer, accumulate=2, grad_scaler=scale)
     for poison in (1.0, torch.inf, 1.0):
         before = [p.detach().clone() for p in model.parameters()]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            scale.scale(model(torch.randn(4, 16)).square().mean() * poison).backward()
-            scale.scale(model(torch.randn(4, 16)).square().mean()).backward()
+        hook = model[0].weight.register_hook(
+            lambda grad, poison=poison: grad * poison
+        )  # of one layer, the last to come
+        scale.scale(model(torch.randn(4, 16)).square().mean()).backward()
+        hook.remove()
+        scale.scale(model(torch.randn(4, 16)).square().mean()).backward()
         scale.step(optimizer)
         scale.update()
         same = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]

@@ -32,6 +32,22 @@ def test_the_one_line_and_the_composed_method_run():
         assert not torch.equal(model[0].weight, before)
 
 
+def test_the_lines_that_save_gradients_run():
+    in_backward, layers = (block for block in BLOCKS if "update_in_backward(" in block or "layer_groups(" in block)
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh()) for _ in range(6)))
+    scope = {"lo": lo, "model": model, "optimizer": lo.GaLoreAdamW(lo.param_groups(model, rank=8), lr=1e-2)}
+    exec(in_backward, scope)
+    before = model[0][0].weight.detach().clone()
+    for _ in range(4):
+        model(torch.randn(8, 64)).square().mean().backward()
+        assert all(p.grad is None for p in model.parameters())
+    scope["optimizer"].step()
+    assert not torch.equal(model[0][0].weight, before)
+    scope["handle"].remove()
+    exec(layers, scope)
+    assert sum(p.requires_grad for p in model.parameters()) == 2 * 2
+
+
 def test_every_name_of_the_readme_exists():
     for name in re.findall(r"\blo\.(\w+)", README):
         assert hasattr(lo, name), name

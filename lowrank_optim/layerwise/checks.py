@@ -36,7 +36,7 @@ def check_arguments(
         raise ValueError("last_micro_batch is given, but accumulate is 1: every backward pass is the last of its step")
 
 
-def check_optimizer(optimizer: "LowRankOptimizer", accumulate: int, clips_subspace: bool) -> None:
+def check_optimizer(optimizer: "LowRankOptimizer", accumulate: int) -> None:
     """Raise TypeError or ValueError for an optimizer whose parameters cannot be updated in backward."""
     if not hasattr(optimizer, "step_projected"):
         inner = getattr(optimizer, "optimizer", None)
@@ -46,16 +46,16 @@ def check_optimizer(optimizer: "LowRankOptimizer", accumulate: int, clips_subspa
         )
     residual = optimizer._residual
     low_rank = any(layout.space is not None for layout in optimizer._layouts.values())
+    if low_rank and residual.feeds_back:
+        raise ValueError(
+            f"residual={residual.name!r} ({type(optimizer).__name__}) keeps the error of each matrix, as large as the gradient that "
+            "updates in backward would free: use error_feedback=False (LDAdamW), another residual, or ordinary stepping"
+        )
     if low_rank and accumulate > 1 and residual.uses_gradient and residual.name != "sgd":
         raise ValueError(
             f"accumulate is {accumulate}, but residual={residual.name!r} ({type(optimizer).__name__}) needs the whole gradient of a "
             "step, of which only the part in the subspace would be kept: use accumulate=1 with a larger batch, GaLoreAdamW (or "
             'residual "none" or "sgd"), or accumulate with ordinary stepping'
-        )
-    if low_rank and clips_subspace and residual.feeds_back:
-        raise ValueError(
-            'clip="subspace" cannot scale the error that residual="error_feedback" adds to a gradient; use clip "previous" or '
-            '"tensor"'
         )
     replicated = _replicated()
     for group in optimizer.param_groups:

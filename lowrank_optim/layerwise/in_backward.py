@@ -81,8 +81,8 @@ def update_in_backward(
     Raises:
         TypeError: the optimizer is not of this package, or its parameters belong to FSDP1, or several processes train: gradients are
             complete only after they were reduced, later than the hooks run.
-        ValueError: an argument out of range; `accumulate` above 1 with a residual that needs the whole gradient; a GradScaler
-            with another `on_nonfinite` than "skip".
+        ValueError: an argument out of range; error feedback; `accumulate` above 1 with a residual that needs the whole gradient; a
+            GradScaler with another `on_nonfinite` than "skip".
         RuntimeError: called twice for one optimizer. In backward: a parameter got more gradients than `accumulate` before `step()`
             (a weight that is used in two segments of reentrant activation checkpointing gets two in one pass).
 
@@ -155,7 +155,7 @@ class UpdateInBackward:
                     param.requires_grad_(not frozen)
 
     def _check(self, optimizer: "LowRankOptimizer") -> None:
-        check_optimizer(optimizer, self.accumulate, self.max_grad_norm is not None and self.clip == "subspace")
+        check_optimizer(optimizer, self.accumulate)
         if self._scaler is not None and any(g["on_nonfinite"] != "skip" for g in optimizer.param_groups):
             raise ValueError(
                 'a GradScaler finds its scale by infinities, which only on_nonfinite="skip" leaves out; use it in every group'
