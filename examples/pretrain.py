@@ -52,31 +52,30 @@ from pretraining.run import Config, DivergedError, Result, Run, RunError, attach
 
 import lowrank_optim as lo
 
-# The learning rates of a sweep are 1, 2, 4 and 8 times these: as many for each optimizer.
-SWEEP_FROM = {
-    "adamw": 1e-3,
-    "galore": 4e-3,
-    "galore_adafactor": 4e-3,
-    "fira": 2e-3,
-    "apollo": 2e-3,
-    "apollo_mini": 2e-3,
-    "lisa": 1e-3,
-    "badam": 1e-3,
-}
-SWEEP_FACTORS = (1, 2, 4, 8)
-# For adamw and galore: what benchmarks/results/pretrain_sweep.json found best for the default model. Others are starting points.
+# For adamw and galore: what benchmarks/results/pretrain_sweep.json found best for the default model. Others: starting points, near
+# what benchmarks/results/convergence-cpu.json found for shorter runs.
 LEARNING_RATES = {
     "adamw": 2e-3,
     "galore": 1.6e-2,
+    "galore_8bit": 1.6e-2,
     "galore_adafactor": 1.6e-2,
-    "fira": 8e-3,
-    "apollo": 8e-3,
-    "apollo_mini": 8e-3,
+    "fira": 1.6e-2,
+    "apollo": 1.6e-2,
+    "apollo_mini": 4e-3,
+    "frugal": 2e-3,
+    "frugal_lion": 1e-3,
+    "frugal_sgd": 0.256,
+    "ldadam": 4e-3,
+    "qgalore": 1.6e-2,
     "lisa": 2e-3,
     "badam": 2e-3,
 }
+# The learning rates of a sweep are 1, 2, 4 and 8 times these: as many for each optimizer.
+SWEEP_FACTORS = (1, 2, 4, 8)
+SWEEP_FROM = {name: rate / 4 for name, rate in LEARNING_RATES.items()} | {"adamw": 1e-3}
 # For methods that are in neither table.
 ANY_SWEEP_FROM, ANY_LEARNING_RATE = 2e-3, 8e-3
+OWN_GAP = ("ldadam",)  # a new subspace at every step is what the method is
 LOW_RANK_OPTIONS = ("update_proj_gap", "scale", "proj_type", "projector", "on_refresh")
 
 
@@ -127,15 +126,14 @@ def arguments() -> argparse.ArgumentParser:
         type=number,
         help="an int, or a fraction of the short side (default 0.25; apollo_mini: 1; lisa, badam: dense)",
     )
-    low.add_argument("--update-proj-gap", type=int, default=50, help="steps between refreshes (default 50)")
+    low.add_argument("--update-proj-gap", type=int, help="steps between refreshes (default 50; ldadam: 1)")
     low.add_argument("--scale", type=float, help="multiplies the low-rank update (default: by optimizer)")
     low.add_argument("--proj-type", default="std", help="std, reverse_std, left, right or full (default std)")
     low.add_argument("--projector", help="randomized_svd, svd, random or coordinate (default: by optimizer)")
     low.add_argument(
         "--on-refresh",
-        default="keep",
         choices=("keep", "reset", "rotate"),
-        help="what happens to the moments when the subspace changes (default keep)",
+        help="what happens to the moments when the subspace changes (default: by optimizer)",
     )
     low.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="any other option; may be repeated"
@@ -207,7 +205,8 @@ def check(args: argparse.Namespace) -> list[str]:
 def configuration(args: argparse.Namespace, name: str) -> Config:
     options: dict[str, Any] = {}
     if name != "adamw":
-        options = {key: getattr(args, key) for key in LOW_RANK_OPTIONS if getattr(args, key) is not None}
+        options = {} if name in OWN_GAP else {"update_proj_gap": 50}
+        options |= {key: getattr(args, key) for key in LOW_RANK_OPTIONS if getattr(args, key) is not None}
         options |= dict(map(option, args.option))
     warmup = args.warmup if args.warmup is not None else max(1, args.steps // 10)
     return Config(

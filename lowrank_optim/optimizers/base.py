@@ -50,8 +50,8 @@ class LowRankOptimizer(Optimizer):
     Args:
         params: tensors, (name, tensor) pairs, or param groups such as `lowrank_optim.param_groups` makes.
         rule: the update rule, such as `Adam(betas=(0.9, 0.999))`. Its fields become options of the groups.
-        residual: what becomes of the gradient outside the subspace: a `Residual`, or its name: "none", "sgd", "sign", "norm_scaled",
-            "gradient_scaled". Its fields become options of the groups.
+        residual: what becomes of the gradient outside the subspace: a `Residual`, or its name: "none", "sgd", "sign",
+            "error_feedback", "norm_scaled", "gradient_scaled". Its fields become options of the groups.
         lr: learning rate η.
         weight_decay: decoupled weight decay λ.
         **options: see `Options`.
@@ -66,6 +66,8 @@ class LowRankOptimizer(Optimizer):
         basis: d×r, orthonormal columns on the projected side d; `basis_right` besides where both sides are projected; `indices` for
             coordinates; nothing for random bases.
         the rule's moments, of R's shape: m×r (right), n×r (left) or r×r (full).
+        with fewer bits, codes in place of basis and moments, and their scales (`lowrank_optim.quantization`); with
+        `overlap_threshold`, `gap` and `overlaps` on the CPU; the residual's `limiter_norm` or `error`.
 
     Example:
         >>> import torch, lowrank_optim as lo
