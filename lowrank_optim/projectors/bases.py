@@ -4,6 +4,7 @@ Each projects a gradient, applies an update to the weight, and carries moments o
 `lowrank_optim.kernels`.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -114,7 +115,7 @@ class TwoSidedBasis:
         return (_overlap(self.left, old.left) + _overlap(self.right, old.right)) / 2.0
 
 
-class _SelectedEntries:
+class _SelectedEntries(ABC):
     """What coordinate bases share: some entries of the matrix get the rule's update, all others at most the residual.
 
     The entries are read in the compute type before anything changes and stored, rounded once, after everything else was updated.
@@ -122,17 +123,17 @@ class _SelectedEntries:
 
     disjoint: ClassVar[bool] = True
 
+    @abstractmethod
     def _get(self, matrix: Tensor) -> Tensor:
         """The selected entries, in the shape of R."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _set(self, matrix: Tensor, values: Tensor) -> None:
         """Write the selected entries, in place."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _positions(self, matrix: Tensor) -> Tensor:
         """Their row-major positions, in the shape of R."""
-        raise NotImplementedError
 
     def overlap(self, old: Self) -> Tensor:
         raise ValueError("coordinates are drawn at random; their overlap says nothing")

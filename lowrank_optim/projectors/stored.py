@@ -1,5 +1,6 @@
 """Bases that are computed from gradients and kept in the state, in 32 or 16 bits or as packed 8- or 4-bit codes."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -87,6 +88,7 @@ class StoredProjector(Projector):
         new = self.compute(torch.where(ok, grad, 0.0), space, old, key, first, momentum)
         return store({name: torch.where(ok, tensor, old[name]) for name, tensor in new.items()}, space)
 
+    @abstractmethod
     def compute(
         self,
         grad: Tensor,
@@ -97,4 +99,3 @@ class StoredProjector(Projector):
         momentum: Tensor | None,
     ) -> dict[str, Tensor]:
         """The new bases for finite gradients in the compute type, compact in memory; `old` are the ones before."""
-        raise NotImplementedError
