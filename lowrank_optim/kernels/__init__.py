@@ -1,39 +1,60 @@
 """Operations of an optimizer step on plain tensors. Imports only torch.
 
-Callers use the names exported here; which backend runs them is decided here and nowhere else. At present there is one: the
-reference, in torch ops, for every device.
+Callers use the names exported here. Each operation is a `torch.ops.lowrank_optim` (`schemas`), whose backend is chosen by the device
+of its tensors (`dispatch`); the definition in torch ops (`reference`) serves every device.
 """
 
-from lowrank_optim.kernels.reference import (
-    ResidualTerm,
+from lowrank_optim.kernels.api import (
+    adam_dense_,
     adam_direct_,
     apply_,
     apply_dense_,
+    lion_direct_,
+    numbers,
+    project,
+    project_with_norms,
+    rmsprop_direct_,
+    sgd_direct_,
+    store_,
+    unsigned_key,
+    words,
+)
+from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition
+from lowrank_optim.kernels.reference import (
+    ResidualTerm,
     compute_dtype,
     decay_,
     masked_scalar,
     norm,
-    project,
-    project_with_norms,
     row_chunks,
     scalar,
     stochastic_round,
-    store_,
 )
 
 __all__ = [
+    "Loaded",
     "ResidualTerm",
+    "Unavailable",
+    "adam_dense_",
     "adam_direct_",
     "apply_",
     "apply_dense_",
+    "backends",
     "compute_dtype",
     "decay_",
+    "definition",
+    "lion_direct_",
     "masked_scalar",
     "norm",
+    "numbers",
     "project",
     "project_with_norms",
+    "rmsprop_direct_",
     "row_chunks",
     "scalar",
+    "sgd_direct_",
     "stochastic_round",
     "store_",
+    "unsigned_key",
+    "words",
 ]

@@ -125,6 +125,53 @@ def adam_direct_(
     return direction if ok is None else direction.masked_fill_(~ok, 0.0)
 
 
+def lion_direct_(
+    grad: Tensor,
+    exp_avg: Tensor,  # modified in place
+    *,
+    beta1: float,
+    beta2: float,
+    ok: Tensor | None = None,
+) -> Tensor:
+    """Lion's direction and momentum: N = sign(β₁m + (1−β₁)g), m ← β₂m + (1−β₂)g; `ok` as in `adam_direct_`."""
+    direction = torch.lerp(exp_avg, grad, 1.0 - beta1).sign_()
+    if ok is None:
+        exp_avg.lerp_(grad, 1.0 - beta2)
+        return direction
+    exp_avg.lerp_(grad, ok.to(grad.dtype) * (1.0 - beta2))
+    return direction.masked_fill_(~ok, 0.0)
+
+
+def sgd_direct_(
+    grad: Tensor,
+    exp_avg: Tensor,  # modified in place
+    *,
+    momentum: float,
+    nesterov: bool = False,
+    ok: Tensor | None = None,
+) -> Tensor:
+    """m ← μm + g; N = m, or g + μm (Nesterov); `ok` as in `adam_direct_`."""
+    exp_avg.mul_(momentum if ok is None else masked_scalar(ok, momentum, 1.0, grad.dtype)).add_(grad)
+    direction = grad.add(exp_avg, alpha=momentum) if nesterov else exp_avg.clone()
+    return direction if ok is None else direction.masked_fill_(~ok, 0.0)
+
+
+def rmsprop_direct_(
+    grad: Tensor,
+    exp_avg_sq: Tensor,  # modified in place
+    *,
+    alpha: float,
+    eps: float,
+    ok: Tensor | None = None,
+) -> Tensor:
+    """v ← αv + (1−α)g²; N = g / (√v + ε); `ok` as in `adam_direct_`."""
+    exp_avg_sq.mul_(alpha if ok is None else masked_scalar(ok, alpha, 1.0, grad.dtype))
+    exp_avg_sq.addcmul_(grad, grad, value=1.0 - alpha)
+    direction = exp_avg_sq.sqrt().add_(eps)
+    torch.div(grad, direction, out=direction)
+    return direction if ok is None else direction.masked_fill_(~ok, 0.0)
+
+
 def apply_(
     weight: Tensor,  # modified in place
     left: Tensor,
@@ -134,6 +181,7 @@ def apply_(
     keep: float | Tensor,
     ok: Tensor | None = None,
     rounding_key: int | None = None,
+    start: int = 0,
     residual: "ResidualTerm | None" = None,
 ) -> None:
     """W ← keep·W − α·(left @ right + φ ⊙ E), one pass over W and one over the gradient that E is made of.
@@ -146,6 +194,7 @@ def apply_(
         keep: 1 − ηλ, the factor of decoupled weight decay; a 0-d tensor costs another pass over W.
         ok: 0-d bool on the device; where it is false, W stays as it is (`left @ right` and φ must then be 0, and G finite).
         rounding_key: round bfloat16 weights stochastically with this key; None rounds to nearest.
+        start: row-major index of the first element in the whole parameter, so that the noise does not depend on shards.
         residual: the part of the update that is not low-rank; None leaves it out.
     """
     if ok is not None and not (isinstance(keep, float) and keep == 1.0):
@@ -169,7 +218,7 @@ def apply_(
                 value, scale = extra.rows(chunk, a.dtype)
                 updated.addcmul_(value, scale, value=-alpha)
             if w.dtype != a.dtype:
-                store_(w[chunk], updated, rounding_key, i * w.numel() + chunk.start * cols)
+                store_(w[chunk], updated, rounding_key, start + i * w.numel() + chunk.start * cols)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,14 @@ from lowrank_optim.quantization.basis import (
     packed_basis_shapes,
     unpack_basis,
 )
-from lowrank_optim.quantization.moments import MomentCodes, column_scale, decode_moments, encode_moments
+from lowrank_optim.quantization.moments import (
+    MomentCodes,
+    coded_adam_dense_,
+    coded_adam_direct_,
+    column_scale,
+    decode_moments,
+    encode_moments,
+)
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
 from lowrank_optim.quantization.rows import (
     BLOCK,
@@ -25,6 +32,8 @@ __all__ = [
     "BLOCK",
     "GROUP",
     "MomentCodes",
+    "coded_adam_dense_",
+    "coded_adam_direct_",
     "column_scale",
     "decode_moments",
     "dequantize_rows",

@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
 
 GROUP = 256
@@ -43,6 +44,12 @@ def pack_basis(basis: Tensor, bits: int = 4, group: int = GROUP) -> tuple[Tensor
 
     Memory: bits/8 + 8/min(group, r) bytes per element, see `packed_basis_bytes`.
     """
+    codes, scale, zero = torch.ops.lowrank_optim.pack_basis(basis, bits, group)
+    return codes, scale, zero
+
+
+@kernels.definition("pack_basis")
+def _pack_basis(basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     _, scale_shape = packed_basis_shapes(tuple(basis.shape), bits, group)
     *rows, cols = basis.shape
     top = 2**bits - 1
@@ -91,12 +98,14 @@ def unpack_basis(
     """
     if cols is None:
         cols = codes.shape[-1] * (1 if bits == 8 else 2)
-    expected = packed_basis_shapes((*codes.shape[:-1], cols), bits, group)
-    if (codes.shape, scale.shape) != expected or zero.shape != scale.shape:
-        raise ValueError(
-            f"codes {tuple(codes.shape)}, scale {tuple(scale.shape)} and zero {tuple(zero.shape)} do not hold {cols} columns in "
-            f"{bits} bits; expected {expected[0]}, {expected[1]} and {expected[1]}"
-        )
+    basis: Tensor = torch.ops.lowrank_optim.unpack_basis(codes, scale, zero, bits, group, cols, dtype)
+    return basis
+
+
+@kernels.definition("unpack_basis")
+def _unpack_basis(
+    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, cols: int, dtype: torch.dtype
+) -> Tensor:
     code = (codes if bits == 8 else unpack_nibbles(codes, cols)).to(torch.float32)
     steps, offset = (t.repeat_interleave(group, -1)[..., :cols] for t in (scale, zero))
     return code.mul_(steps).add_(offset).to(dtype)

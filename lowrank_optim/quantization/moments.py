@@ -39,6 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.quantization.rows import BLOCK, dequantize_rows, quantize_rows
 
 
@@ -104,6 +105,126 @@ def decode_moments(
     root = dequantize_rows(codes.root, codes.root_scale, bits, False, cols=cols, block=block, col_scale=col_scale)
     ratio = dequantize_rows(codes.ratio, codes.ratio_scale, bits, True, cols=cols, block=block)
     return ratio.mul_(root), root.square_()
+
+
+def coded_adam_direct_(
+    grad: Tensor,
+    codes: MomentCodes,  # modified in place
+    bits: int = 8,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: float,
+    block: int = BLOCK,
+    col_scale: Tensor | None = None,
+    key: int | None = None,
+    turn: int = 0,
+    start: int = 0,
+    ok: Tensor | None = None,
+) -> Tensor:
+    """One step of Adam on coded moments: decode, `kernels.adam_direct_`, encode, in one pass where a backend can; returns N.
+
+    N is that of the moments before they are coded again.
+
+    Args:
+        grad: (…, cols), float32 or float64.
+        ok: 0-d bool on the device; where it is false, the codes stay as they are and N is 0. None means true.
+
+    The others are those of `encode_moments` and `kernels.adam_direct_`.
+    """
+    scalars, noise = kernels.numbers(beta1, beta2, eps, step), kernels.words(key, turn, start)
+    op = torch.ops.lowrank_optim.coded_adam_direct_
+    direction: Tensor = op(grad, *codes, col_scale, scalars, noise, ok, bits, block)
+    return direction
+
+
+def coded_adam_dense_(
+    weight: Tensor,  # modified in place
+    grad: Tensor,
+    codes: MomentCodes,  # modified in place
+    bits: int = 8,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: float,
+    alpha: float,
+    keep: float,
+    block: int = BLOCK,
+    key: int | None = None,
+    turn: int = 0,
+    start: int = 0,
+    ok: Tensor | None = None,
+    rounding_key: int | None = None,
+) -> None:
+    """A whole step of Adam with coded moments on a dense parameter (…, cols), contiguous: W ← keep·W − α·N."""
+    scalars = kernels.numbers(beta1, beta2, eps, step, alpha, keep)
+    noise, rounding = kernels.words(key, turn, start), kernels.words(rounding_key, start)
+    torch.ops.lowrank_optim.coded_adam_dense_(weight, grad, *codes, scalars, noise, ok, rounding, bits, block)
+
+
+@kernels.definition("coded_adam_direct_")
+def _coded_adam_direct_(
+    grad: Tensor,
+    ratio: Tensor,
+    ratio_scale: Tensor,
+    root: Tensor,
+    root_scale: Tensor,
+    col_scale: Tensor | None,
+    scalars: Tensor,
+    noise: Tensor | None,
+    ok: Tensor | None,
+    bits: int,
+    block: int,
+) -> Tensor:
+    codes = MomentCodes(ratio, ratio_scale, root, root_scale)
+    beta1, beta2, eps, step = scalars.tolist()
+    key, (turn, start) = kernels.unsigned_key(noise)
+    exp_avg, exp_avg_sq = decode_moments(codes, bits, cols=grad.shape[-1], block=block, col_scale=col_scale)
+    g = grad.to(torch.float32) if ok is None else torch.where(ok, grad.to(torch.float32), 0.0)
+    direction = kernels.adam_direct_(g, exp_avg, exp_avg_sq, beta1=beta1, beta2=beta2, eps=eps, step=step, ok=ok)
+    new = encode_moments(exp_avg, exp_avg_sq, bits, block=block, col_scale=col_scale, key=key, turn=turn, start=start)
+    for old, value in zip(codes, new, strict=True):
+        old.copy_(value if ok is None else torch.where(ok, value, old))
+    return direction.to(grad.dtype)
+
+
+@kernels.definition("coded_adam_dense_")
+def _coded_adam_dense_(
+    weight: Tensor,
+    grad: Tensor,
+    ratio: Tensor,
+    ratio_scale: Tensor,
+    root: Tensor,
+    root_scale: Tensor,
+    scalars: Tensor,
+    noise: Tensor | None,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+    bits: int,
+    block: int,
+) -> None:
+    *adam, alpha, keep = scalars.tolist()
+    key, (turn, start) = kernels.unsigned_key(noise)
+    rounding_key, (first, *_) = kernels.unsigned_key(rounding)
+    cols = weight.shape[-1]
+    flat = [tensor.view(-1, tensor.shape[-1]) for tensor in (weight, grad, ratio, ratio_scale, root, root_scale)]
+    for chunk in kernels.row_chunks(weight.numel() // max(cols, 1), cols):
+        w, g, *codes = (tensor[chunk] for tensor in flat)
+        part = None if noise is None else kernels.words(key, turn, start + chunk.start * cols)
+        direction = _coded_adam_direct_(
+            g.to(torch.float32), *codes, None, torch.tensor(adam, dtype=torch.float64), part, ok, bits, block
+        )
+        kernels.apply_dense_(
+            w,
+            direction.to(kernels.compute_dtype(w.dtype)),
+            alpha=alpha,
+            keep=keep,
+            ok=ok,
+            rounding_key=rounding_key,
+            start=first + chunk.start * cols,
+        )
 
 
 def column_scale(reduced: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.kernels import row_chunks
 from lowrank_optim.kernels.counter_rng import random_bits
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
@@ -78,6 +79,16 @@ def quantize_rows(
 
     Memory: bits/8 + 4/block bytes per element, see `quantized_bytes`.
     """
+    noise = kernels.words(key, turn, start)
+    codes, scale = torch.ops.lowrank_optim.quantize_rows(x, col_scale, noise, bits, signed, block)
+    return codes, scale
+
+
+@kernels.definition("quantize_rows")
+def _quantize_rows(
+    x: Tensor, col_scale: Tensor | None, noise: Tensor | None, bits: int, signed: bool, block: int
+) -> tuple[Tensor, Tensor]:
+    key, (turn, start) = kernels.unsigned_key(noise)
     codes, scale = zero_rows(tuple(x.shape), bits, signed, block=block, device=x.device)
     cols = x.shape[-1]
     if x.numel() == 0:
@@ -119,15 +130,23 @@ def dequantize_rows(
     Raises:
         ValueError: shapes or types that do not belong together.
     """
-    _check(bits, block)
     if cols is None:
         cols = codes.shape[-1] * (1 if bits == 8 else 2)
-    expected, kind = quantized_shapes((*codes.shape[:-1], cols), bits, block), _code_dtype(bits, signed)
-    if (codes.shape, scale.shape) != expected or codes.dtype != kind:
-        raise ValueError(
-            f"codes {tuple(codes.shape)} {codes.dtype} and scale {tuple(scale.shape)} do not hold {cols} columns in {bits} bits; "
-            f"expected {expected[0]} {kind} and {expected[1]}"
-        )
+    x: Tensor = torch.ops.lowrank_optim.dequantize_rows(codes, scale, col_scale, bits, signed, block, cols, dtype)
+    return x
+
+
+@kernels.definition("dequantize_rows")
+def _dequantize_rows(
+    codes: Tensor,
+    scale: Tensor,
+    col_scale: Tensor | None,
+    bits: int,
+    signed: bool,
+    block: int,
+    cols: int,
+    dtype: torch.dtype,
+) -> Tensor:
     levels = _LEVELS[bits, signed]
     level = (codes if bits == 8 else unpack_nibbles(codes, cols)).to(torch.float32)
     if not signed:

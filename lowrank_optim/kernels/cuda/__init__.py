@@ -1,0 +1,7 @@
+"""Backend "cuda"."""
+
+from lowrank_optim.kernels.dispatch import Loaded, Unavailable
+
+
+def load() -> Loaded:
+    raise Unavailable("it is not built.")

@@ -1,0 +1,545 @@
+"""The operations, each defined once: schema, what it checks, and what it returns.
+
+Every operation is `torch.ops.lowrank_optim.<name>`. Its check raises ValueError before anything is computed, with what came and what
+is needed; the same check runs for real tensors, under fake tensors (`torch.compile`, the memory planner) and in every backend.
+
+Numbers that change from step to step (learning rate, bias corrections, keys, step numbers) come as small tensors on the CPU, so that
+a compiled graph never specialises on them:
+
+    scalars    float64, the numbers that the operation names, in its order
+    noise      int64 [key, turn, start] or None: rounding of codes, see `quantization.rows`; None rounds to nearest
+    rounding   int64 [key, start] or None: stochastic rounding of bfloat16 weights, see `reference.stochastic_round`
+    keep       0-d tensor on the device or None: the factor of the weights, in place of the number of that name
+    ok         0-d bool on the device or None: where false, the operation changes nothing (and a direction is 0)
+
+Matrices are (…, rows, cols); `right` says which side of the gradient the basis multiplies.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "lowrank_optim"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+Check = Callable[..., Any]
+CHECKS: dict[str, Check] = {}
+"""By name of the operation, the function that checks its arguments and returns its results, empty."""
+
+SCALARS = {
+    "adam_direct_": ("beta1", "beta2", "eps", "step"),
+    "adam_dense_": ("beta1", "beta2", "eps", "step", "alpha", "keep"),
+    "lion_direct_": ("beta1", "beta2"),
+    "sgd_direct_": ("momentum",),
+    "rmsprop_direct_": ("alpha", "eps"),
+    "apply_": ("alpha", "keep"),
+}
+"""What `scalars` holds, in order; the coded forms of an operation take those of the plain one."""
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COMPUTE = (torch.float64, torch.float32)
+
+
+def operation(schema: str) -> Callable[[Check], Check]:
+    """Define an operation by its schema; the decorated function checks the arguments and makes the (uninitialised) results."""
+
+    def register(check: Check) -> Check:
+        name = schema.split("(")[0]
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", check, lib=_LIBRARY)
+        CHECKS[name] = check
+        return check
+
+    return register
+
+
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Give an operation its kernel, for every device."""
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+
+
+# ----------------------------------------------------------------------------------------------------------- what is checked
+
+
+def _need(holds: bool, op: str, message: Callable[[], str]) -> None:
+    if not holds:
+        raise ValueError(f"lowrank_optim.{op}: {message()}")
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _floating(op: str, kinds: tuple[torch.dtype, ...] = FLOATS, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        _need(
+            tensor is None or tensor.dtype in kinds,
+            op,
+            lambda name=name, tensor=tensor: f"{name} is {_said(tensor)}; needed: one of {', '.join(map(str, kinds))}",
+        )
+
+
+def _same_device(op: str, **tensors: Tensor | None) -> None:
+    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(there))
+    for name, tensor in there.items():
+        _need(
+            tensor.device == there[first].device,
+            op,
+            lambda name=name, tensor=tensor: (
+                f"{name} is on {tensor.device}, {first} on {there[first].device}; needed: one device"
+            ),
+        )
+
+
+def _shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...], why: str) -> None:
+    _need(
+        tensor is None or tuple(tensor.shape) == tuple(shape),
+        op,
+        lambda: f"{name} is {_said(tensor)}; needed: {tuple(shape)}, {why}",  # type: ignore[arg-type]
+    )
+
+
+def _matrix(op: str, name: str, tensor: Tensor) -> None:
+    _need(tensor.dim() >= 2, op, lambda: f"{name} is {_said(tensor)}; needed: a (…, rows, cols) matrix")
+
+
+def _contiguous(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        _need(
+            tensor is None or tensor.is_contiguous(),
+            op,
+            lambda name=name, tensor=tensor: (
+                f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}; needed: a contiguous tensor"
+            ),
+        )
+
+
+def _host(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype, holds: tuple[str, ...]) -> None:
+    _need(
+        tensor is None
+        or (tensor.dtype == dtype and tuple(tensor.shape) == (len(holds),) and tensor.device.type == "cpu"),
+        op,
+        lambda: f"{name} is {_said(tensor)}; needed: ({len(holds)},) {dtype} on cpu, [{', '.join(holds)}]",  # type: ignore[arg-type]
+    )
+
+
+def _scalars(op: str, scalars: Tensor, like: str) -> None:
+    _host(op, "scalars", scalars, torch.float64, SCALARS[like])
+
+
+def _ok(op: str, ok: Tensor | None) -> None:
+    _need(
+        ok is None or (ok.dtype == torch.bool and ok.dim() == 0),
+        op,
+        lambda: f"ok is {_said(ok)}; needed: a 0-d bool",  # type: ignore[arg-type]
+    )
+
+
+def _rounding(op: str, rounding: Tensor | None, target: Tensor) -> None:
+    _host(op, "rounding", rounding, torch.int64, ("key", "start"))
+    _need(
+        rounding is None or target.dtype in (torch.bfloat16, torch.float32, torch.float64),
+        op,
+        lambda: f"weights of {target.dtype} cannot be rounded stochastically; use bfloat16, or leave rounding out",
+    )
+
+
+def _keep(op: str, keep: Tensor | None, weight: Tensor) -> None:
+    _need(
+        keep is None or (keep.dim() == 0 and keep.dtype in COMPUTE and keep.device == weight.device),
+        op,
+        lambda: f"keep is {_said(keep)}; needed: a 0-d float32 or float64 on {weight.device}",  # type: ignore[arg-type]
+    )
+
+
+def _noise(op: str, noise: Tensor | None) -> None:
+    _host(op, "noise", noise, torch.int64, ("key", "turn", "start"))
+
+
+def coded_shapes(shape: tuple[int, ...], bits: int, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the codes and of the scales of a (…, cols) matrix."""
+    *rows, cols = shape
+    return (*rows, cols if bits == 8 else (cols + 1) // 2), (*rows, -(-cols // block))
+
+
+def _check_coding(op: str, bits: int, block: int, name: str = "block") -> None:
+    if bits not in (8, 4):
+        raise ValueError(f"bits is {bits!r}; valid values are 8 and 4")
+    if block < 1:
+        raise ValueError(f"{name} is {block!r}; it must be at least 1")
+
+
+def _check_codes(
+    op: str, name: str, codes: Tensor, scale: Tensor, shape: tuple[int, ...], coding: tuple[int, bool, int]
+) -> None:
+    bits, signed, block = coding
+    expected, kind = coded_shapes(shape, bits, block), torch.int8 if bits == 8 and signed else torch.uint8
+    if (tuple(codes.shape), tuple(scale.shape)) != expected or codes.dtype != kind or scale.dtype != torch.float32:
+        raise ValueError(
+            f"{name}: codes {tuple(codes.shape)} {codes.dtype} and scale {tuple(scale.shape)} {scale.dtype} do not hold {shape[-1]} "
+            f"columns in {bits} bits; expected {expected[0]} {kind} and {expected[1]} {torch.float32}"
+        )
+
+
+def _check_col_scale(op: str, col_scale: Tensor | None, shape: tuple[int, ...]) -> None:
+    if col_scale is None:
+        return
+    _need(
+        col_scale.shape[-1] == shape[-1] and (col_scale.dim() == 1 or col_scale.shape[-2] == 1),
+        op,
+        lambda: (
+            f"col_scale is {_said(col_scale)}; needed: ({shape[-1]},) or (…, 1, {shape[-1]}), one number for each column"
+        ),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- matrix products
+
+
+def _check_product(op: str, grad: Tensor, basis: Tensor, right: bool) -> tuple[int, ...]:
+    _matrix(op, "grad", grad)
+    _matrix(op, "basis", basis)
+    _floating(op, grad=grad)
+    _floating(op, COMPUTE, basis=basis)
+    _same_device(op, grad=grad, basis=basis)
+    lines, contracted = (grad.shape[-2], grad.shape[-1]) if right else (grad.shape[-1], grad.shape[-2])
+    _need(
+        basis.shape[-2] == contracted and basis.shape[:-2] == grad.shape[:-2],
+        op,
+        lambda: (
+            f"grad is {_said(grad)} and basis {_said(basis)}; needed on the {'right' if right else 'left'}: a basis of "
+            f"{(*grad.shape[:-2], contracted, 'r')}"
+        ),
+    )
+    return (*grad.shape[:-2], lines)
+
+
+@operation("project(Tensor grad, Tensor basis, bool right) -> Tensor")
+def project(grad: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """R = G B (right) or Gᵀ B, in the basis' type."""
+    return basis.new_empty((*_check_product("project", grad, basis, right), basis.shape[-1]))
+
+
+@operation("project_with_norms(Tensor grad, Tensor basis, bool right) -> (Tensor, Tensor)")
+def project_with_norms(grad: Tensor, basis: Tensor, right: bool) -> tuple[Tensor, Tensor]:
+    """R, and the squared norm of every row (right) or column of G, (…, lines, 1)."""
+    lines = _check_product("project_with_norms", grad, basis, right)
+    return basis.new_empty((*lines, basis.shape[-1])), basis.new_empty((*lines, 1))
+
+
+@operation(
+    "apply_(Tensor(a!) weight, Tensor left, Tensor right, Tensor scalars, Tensor? keep, Tensor? ok, Tensor? rounding, "
+    "Tensor? grad, Tensor? phi, Tensor? subtract_left, Tensor? subtract_right, bool sign) -> ()"
+)
+def apply_(
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    scalars: Tensor,
+    keep: Tensor | None,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+    grad: Tensor | None,
+    phi: Tensor | None,
+    subtract_left: Tensor | None,
+    subtract_right: Tensor | None,
+    sign: bool,
+) -> None:
+    """W ← keep·W − alpha·(left @ right + φ ⊙ E), E = G, sign(G) or sign(G − subtract_left @ subtract_right)."""
+    op = "apply_"
+    _matrix(op, "weight", weight)
+    _floating(op, weight=weight, grad=grad)
+    _floating(op, COMPUTE, left=left, right=right, phi=phi, subtract_left=subtract_left, subtract_right=subtract_right)
+    _same_device(op, weight=weight, left=left, right=right, grad=grad, phi=phi, ok=ok)
+    _scalars(op, scalars, op)
+    _keep(op, keep, weight)
+    _ok(op, ok)
+    _rounding(op, rounding, weight)
+    *batch, rows, cols = weight.shape
+    rank = left.shape[-1]
+    _shape(op, "left", left, (*batch, rows, rank), "the weight's rows × rank")
+    _shape(op, "right", right, (*batch, rank, cols), "rank × the weight's columns")
+    _shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
+    _need((grad is None) == (phi is None), op, lambda: "grad and phi belong together: pass both or neither")
+    if phi is not None:
+        _need(
+            phi.dim() == weight.dim()
+            and phi.shape[:-2] == weight.shape[:-2]
+            and tuple(phi.shape[-2:]) in ((rows, 1), (1, cols), (1, 1)),
+            op,
+            lambda: f"phi is {_said(phi)}; needed: (…, {rows}, 1), (…, 1, {cols}) or (…, 1, 1)",  # type: ignore[arg-type]
+        )
+    _need(
+        (subtract_left is None) == (subtract_right is None) and (subtract_left is None or grad is not None),
+        op,
+        lambda: "subtract_left and subtract_right belong together, and to a gradient",
+    )
+    if subtract_left is not None and subtract_right is not None:
+        inner = subtract_left.shape[-1]
+        _shape(op, "subtract_left", subtract_left, (*batch, rows, inner), "the weight's rows × rank")
+        _shape(op, "subtract_right", subtract_right, (*batch, inner, cols), "rank × the weight's columns")
+
+
+# ----------------------------------------------------------------------------------------------------------- elementwise, in place
+
+
+@operation(
+    "apply_dense_(Tensor(a!) weight, Tensor direction, Tensor scalars, Tensor? keep, Tensor? ok, Tensor? rounding) -> ()"
+)
+def apply_dense_(
+    weight: Tensor,
+    direction: Tensor,
+    scalars: Tensor,
+    keep: Tensor | None,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+) -> None:
+    """W ← keep·W − alpha·N."""
+    op = "apply_dense_"
+    _floating(op, weight=weight)
+    _floating(op, COMPUTE, direction=direction)
+    _same_device(op, weight=weight, direction=direction, ok=ok)
+    _shape(op, "direction", direction, tuple(weight.shape), "the weight's shape")
+    _scalars(op, scalars, "apply_")
+    _keep(op, keep, weight)
+    _ok(op, ok)
+    _rounding(op, rounding, weight)
+
+
+@operation("stochastic_round_(Tensor(a!) target, Tensor value, Tensor? rounding) -> ()")
+def stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) -> None:
+    """target ← value, rounded to the target's type; to nearest without `rounding`."""
+    op = "stochastic_round_"
+    _floating(op, target=target)
+    _floating(op, COMPUTE, value=value)
+    _same_device(op, target=target, value=value)
+    _shape(op, "value", value, tuple(target.shape), "the target's shape")
+    _rounding(op, rounding, target)
+
+
+def _check_moments(op: str, grad: Tensor, scalars: Tensor, like: str, ok: Tensor | None, **moments: Tensor) -> Tensor:
+    _floating(op, COMPUTE, grad=grad)
+    _same_device(op, grad=grad, ok=ok, **moments)
+    for name, moment in moments.items():
+        _shape(op, name, moment, tuple(grad.shape), "the gradient's shape")
+        _need(
+            moment.dtype == grad.dtype,
+            op,
+            lambda name=name, moment=moment: f"{name} is {moment.dtype}, grad {grad.dtype}; needed: one type",
+        )
+    _scalars(op, scalars, like)
+    _ok(op, ok)
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+@operation("adam_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor scalars, Tensor? ok) -> Tensor")
+def adam_direct_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor:
+    """m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g²; N = (m/bc₁) / (√(v/bc₂) + ε)."""
+    op = "adam_direct_"
+    return _check_moments(op, grad, scalars, op, ok, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+
+
+@operation("lion_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor scalars, Tensor? ok) -> Tensor")
+def lion_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor:
+    """N = sign(β₁m + (1−β₁)g), m ← β₂m + (1−β₂)g."""
+    op = "lion_direct_"
+    return _check_moments(op, grad, scalars, op, ok, exp_avg=exp_avg)
+
+
+@operation("sgd_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor scalars, Tensor? ok, bool nesterov) -> Tensor")
+def sgd_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None, nesterov: bool) -> Tensor:
+    """m ← μm + g; N = m, or g + μm (Nesterov)."""
+    op = "sgd_direct_"
+    return _check_moments(op, grad, scalars, op, ok, exp_avg=exp_avg)
+
+
+@operation("rmsprop_direct_(Tensor grad, Tensor(a!) exp_avg_sq, Tensor scalars, Tensor? ok) -> Tensor")
+def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor:
+    """v ← αv + (1−α)g²; N = g / (√v + ε)."""
+    op = "rmsprop_direct_"
+    return _check_moments(op, grad, scalars, op, ok, exp_avg_sq=exp_avg_sq)
+
+
+@operation(
+    "adam_dense_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor scalars, Tensor? ok, "
+    "Tensor? rounding) -> ()"
+)
+def adam_dense_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+) -> None:
+    """`adam_direct_` and `apply_dense_` in one pass: W ← keep·W − alpha·N."""
+    op = "adam_dense_"
+    _floating(op, weight=weight, grad=grad)
+    _floating(op, COMPUTE, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    _same_device(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ok=ok)
+    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        _shape(op, name, tensor, tuple(weight.shape), "the weight's shape")
+    _contiguous(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    _scalars(op, scalars, op)
+    _ok(op, ok)
+    _rounding(op, rounding, weight)
+
+
+def _check_coded(
+    op: str,
+    grad: Tensor,
+    codes: tuple[Tensor, ...],
+    col_scale: Tensor | None,
+    noise: Tensor | None,
+    bits: int,
+    block: int,
+) -> None:
+    ratio, ratio_scale, root, root_scale = codes
+    _check_coding(op, bits, block)
+    _need(grad.dim() >= 1, op, lambda: f"grad is {_said(grad)}; needed: at least one dimension")
+    shape = tuple(grad.shape)
+    _check_codes(op, f"lowrank_optim.{op}: ratio", ratio, ratio_scale, shape, (bits, True, block))
+    _check_codes(op, f"lowrank_optim.{op}: root", root, root_scale, shape, (bits, False, block))
+    _check_col_scale(op, col_scale, shape)
+    _same_device(
+        op, grad=grad, ratio=ratio, ratio_scale=ratio_scale, root=root, root_scale=root_scale, col_scale=col_scale
+    )
+    _contiguous(op, ratio=ratio, ratio_scale=ratio_scale, root=root, root_scale=root_scale)
+    _noise(op, noise)
+
+
+@operation(
+    "coded_adam_direct_(Tensor grad, Tensor(a!) ratio, Tensor(b!) ratio_scale, Tensor(c!) root, Tensor(d!) root_scale, "
+    "Tensor? col_scale, Tensor scalars, Tensor? noise, Tensor? ok, int bits, int block) -> Tensor"
+)
+def coded_adam_direct_(
+    grad: Tensor,
+    ratio: Tensor,
+    ratio_scale: Tensor,
+    root: Tensor,
+    root_scale: Tensor,
+    col_scale: Tensor | None,
+    scalars: Tensor,
+    noise: Tensor | None,
+    ok: Tensor | None,
+    bits: int,
+    block: int,
+) -> Tensor:
+    """`adam_direct_` on coded moments (`quantization.moments`): decode, update, N, encode."""
+    op = "coded_adam_direct_"
+    _floating(op, COMPUTE, grad=grad)
+    _check_coded(op, grad, (ratio, ratio_scale, root, root_scale), col_scale, noise, bits, block)
+    _scalars(op, scalars, "adam_direct_")
+    _ok(op, ok)
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+@operation(
+    "coded_adam_dense_(Tensor(a!) weight, Tensor grad, Tensor(b!) ratio, Tensor(c!) ratio_scale, Tensor(d!) root, "
+    "Tensor(e!) root_scale, Tensor scalars, Tensor? noise, Tensor? ok, Tensor? rounding, int bits, int block) -> ()"
+)
+def coded_adam_dense_(
+    weight: Tensor,
+    grad: Tensor,
+    ratio: Tensor,
+    ratio_scale: Tensor,
+    root: Tensor,
+    root_scale: Tensor,
+    scalars: Tensor,
+    noise: Tensor | None,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+    bits: int,
+    block: int,
+) -> None:
+    """`adam_dense_` on coded moments, one pass over weights, gradient and codes."""
+    op = "coded_adam_dense_"
+    _floating(op, weight=weight, grad=grad)
+    _check_coded(op, grad, (ratio, ratio_scale, root, root_scale), None, noise, bits, block)
+    _same_device(op, weight=weight, grad=grad, ok=ok)
+    _shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
+    _contiguous(op, weight=weight, grad=grad)
+    _scalars(op, scalars, "adam_dense_")
+    _ok(op, ok)
+    _rounding(op, rounding, weight)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- codes
+
+
+@operation(
+    "quantize_rows(Tensor x, Tensor? col_scale, Tensor? noise, int bits, bool signed, int block) -> (Tensor, Tensor)"
+)
+def quantize_rows(
+    x: Tensor, col_scale: Tensor | None, noise: Tensor | None, bits: int, signed: bool, block: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a (…, cols) matrix by blocks of a row."""
+    op = "quantize_rows"
+    _check_coding(op, bits, block)
+    if x.dim() == 0:
+        raise ValueError("a 0-d tensor has no rows; keep it in float32")
+    _floating(op, x=x)
+    _check_col_scale(op, col_scale, tuple(x.shape))
+    _noise(op, noise)
+    codes, scale = coded_shapes(tuple(x.shape), bits, block)
+    kind = torch.int8 if bits == 8 and signed else torch.uint8
+    return x.new_empty(codes, dtype=kind), x.new_empty(scale, dtype=torch.float32)
+
+
+@operation(
+    "dequantize_rows(Tensor codes, Tensor scale, Tensor? col_scale, int bits, bool signed, int block, SymInt cols, "
+    "ScalarType dtype) -> Tensor"
+)
+def dequantize_rows(
+    codes: Tensor,
+    scale: Tensor,
+    col_scale: Tensor | None,
+    bits: int,
+    signed: bool,
+    block: int,
+    cols: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The (…, cols) matrix that codes and scales stand for."""
+    op = "dequantize_rows"
+    _check_coding(op, bits, block)
+    shape = (*codes.shape[:-1], cols)
+    _check_codes(op, "dequantize_rows", codes, scale, shape, (bits, signed, block))
+    _check_col_scale(op, col_scale, shape)
+    return codes.new_empty(shape, dtype=dtype)
+
+
+@operation("pack_basis(Tensor basis, int bits, int group) -> (Tensor, Tensor, Tensor)")
+def pack_basis(basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zero points of a basis."""
+    _check_coding("pack_basis", bits, group, "group")
+    if basis.dim() < 2:
+        raise ValueError(f"a basis is a (…, d, r) matrix; got shape {tuple(basis.shape)}")
+    _floating("pack_basis", basis=basis)
+    codes, scale = coded_shapes(tuple(basis.shape), bits, group)
+    return (
+        basis.new_empty(codes, dtype=torch.uint8),
+        basis.new_empty(scale, dtype=torch.float32),
+        basis.new_empty(scale, dtype=torch.float32),
+    )
+
+
+@operation(
+    "unpack_basis(Tensor codes, Tensor scale, Tensor zero, int bits, int group, SymInt cols, ScalarType dtype) -> Tensor"
+)
+def unpack_basis(
+    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    """The basis (…, d, r) that `pack_basis` stored."""
+    _check_coding("unpack_basis", bits, group, "group")
+    expected = coded_shapes((*codes.shape[:-1], cols), bits, group)
+    if (tuple(codes.shape), tuple(scale.shape)) != expected or zero.shape != scale.shape or codes.dtype != torch.uint8:
+        raise ValueError(
+            f"codes {tuple(codes.shape)}, scale {tuple(scale.shape)} and zero {tuple(zero.shape)} do not hold {cols} columns in "
+            f"{bits} bits; expected {expected[0]}, {expected[1]} and {expected[1]}"
+        )
+    return codes.new_empty((*codes.shape[:-1], cols), dtype=dtype)
