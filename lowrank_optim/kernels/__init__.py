@@ -5,6 +5,7 @@ of its tensors (`dispatch`); the definition in torch ops (`reference`) serves ev
 """
 
 from lowrank_optim.kernels.api import (
+    AdamNumbers,
     adam_dense_,
     adam_direct_,
     apply_,
@@ -32,6 +33,7 @@ from lowrank_optim.kernels.reference import (
 )
 
 __all__ = [
+    "AdamNumbers",
     "Loaded",
     "ResidualTerm",
     "Unavailable",

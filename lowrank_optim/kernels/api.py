@@ -3,6 +3,8 @@
 Equations, shapes and types are those of the definitions in `reference`.
 """
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,15 @@ from lowrank_optim.kernels.reference import ResidualTerm
 
 _ops = torch.ops.lowrank_optim
 _SIGN_BIT = 1 << 63
+
+
+class AdamNumbers(TypedDict):
+    """β₁, β₂, ε and t of one step of Adam."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    step: float
 
 
 def numbers(*values: float) -> Tensor:

@@ -5,9 +5,9 @@
     triton       CUDA (and whatever else Triton runs on); CPU tensors under its interpreter
     cuda         csrc/cuda, for CUDA without Triton
 
-A backend is a package `lowrank_optim.kernels.<name>` with a function `load()` that returns a `Loaded`, or raises `Unavailable` with the
-reason. Its functions take the arguments of the operation (`schemas`), checked; they may return NotImplemented, before they have changed
-anything, for arguments that they do not cover (float64, unusual strides): the reference then does the work.
+A backend is a package `lowrank_optim.kernels.<name>` with a function `load()` that returns a `Loaded`, or raises `Unavailable` with
+the reason. Its functions take the arguments of the operation (`schemas`), checked; they may return NotImplemented, before they have
+changed anything, for arguments that they do not cover (float64, unusual strides): the reference then does the work.
 
 The environment variable LOWRANK_OPTIM_BACKEND names the one backend to use beside the reference.
 """

@@ -16,7 +16,7 @@ Matrices are (…, rows, cols); `right` says which side of the gradient the basi
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -63,9 +63,8 @@ def implement(name: str, function: Callable[..., Any]) -> None:
 # ----------------------------------------------------------------------------------------------------------- what is checked
 
 
-def _need(holds: bool, op: str, message: Callable[[], str]) -> None:
-    if not holds:
-        raise ValueError(f"lowrank_optim.{op}: {message()}")
+def _refuse(op: str, what: str) -> NoReturn:
+    raise ValueError(f"{NAMESPACE}.{op}: {what}")
 
 
 def _said(tensor: Tensor) -> str:
@@ -74,56 +73,39 @@ def _said(tensor: Tensor) -> str:
 
 def _floating(op: str, kinds: tuple[torch.dtype, ...] = FLOATS, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        _need(
-            tensor is None or tensor.dtype in kinds,
-            op,
-            lambda name=name, tensor=tensor: f"{name} is {_said(tensor)}; needed: one of {', '.join(map(str, kinds))}",
-        )
+        if tensor is not None and tensor.dtype not in kinds:
+            _refuse(op, f"{name} is {_said(tensor)}; needed: one of {', '.join(map(str, kinds))}")
 
 
 def _same_device(op: str, **tensors: Tensor | None) -> None:
     there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first = next(iter(there))
     for name, tensor in there.items():
-        _need(
-            tensor.device == there[first].device,
-            op,
-            lambda name=name, tensor=tensor: (
-                f"{name} is on {tensor.device}, {first} on {there[first].device}; needed: one device"
-            ),
-        )
+        if tensor.device != there[first].device:
+            _refuse(op, f"{name} is on {tensor.device}, {first} on {there[first].device}; needed: one device")
 
 
 def _shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...], why: str) -> None:
-    _need(
-        tensor is None or tuple(tensor.shape) == tuple(shape),
-        op,
-        lambda: f"{name} is {_said(tensor)}; needed: {tuple(shape)}, {why}",  # type: ignore[arg-type]
-    )
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        _refuse(op, f"{name} is {_said(tensor)}; needed: {tuple(shape)}, {why}")
 
 
 def _matrix(op: str, name: str, tensor: Tensor) -> None:
-    _need(tensor.dim() >= 2, op, lambda: f"{name} is {_said(tensor)}; needed: a (…, rows, cols) matrix")
+    if tensor.dim() < 2:
+        _refuse(op, f"{name} is {_said(tensor)}; needed: a (…, rows, cols) matrix")
 
 
 def _contiguous(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        _need(
-            tensor is None or tensor.is_contiguous(),
-            op,
-            lambda name=name, tensor=tensor: (
-                f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}; needed: a contiguous tensor"
-            ),
-        )
+        if tensor is not None and not tensor.is_contiguous():
+            _refuse(op, f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}; needed: a contiguous tensor")
 
 
 def _host(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype, holds: tuple[str, ...]) -> None:
-    _need(
-        tensor is None
-        or (tensor.dtype == dtype and tuple(tensor.shape) == (len(holds),) and tensor.device.type == "cpu"),
-        op,
-        lambda: f"{name} is {_said(tensor)}; needed: ({len(holds)},) {dtype} on cpu, [{', '.join(holds)}]",  # type: ignore[arg-type]
-    )
+    if tensor is None:
+        return
+    if tensor.dtype != dtype or tuple(tensor.shape) != (len(holds),) or tensor.device.type != "cpu":
+        _refuse(op, f"{name} is {_said(tensor)}; needed: ({len(holds)},) {dtype} on cpu, [{', '.join(holds)}]")
 
 
 def _scalars(op: str, scalars: Tensor, like: str) -> None:
@@ -131,28 +113,19 @@ def _scalars(op: str, scalars: Tensor, like: str) -> None:
 
 
 def _ok(op: str, ok: Tensor | None) -> None:
-    _need(
-        ok is None or (ok.dtype == torch.bool and ok.dim() == 0),
-        op,
-        lambda: f"ok is {_said(ok)}; needed: a 0-d bool",  # type: ignore[arg-type]
-    )
+    if ok is not None and (ok.dtype != torch.bool or ok.dim() != 0):
+        _refuse(op, f"ok is {_said(ok)}; needed: a 0-d bool")
 
 
 def _rounding(op: str, rounding: Tensor | None, target: Tensor) -> None:
     _host(op, "rounding", rounding, torch.int64, ("key", "start"))
-    _need(
-        rounding is None or target.dtype in (torch.bfloat16, torch.float32, torch.float64),
-        op,
-        lambda: f"weights of {target.dtype} cannot be rounded stochastically; use bfloat16, or leave rounding out",
-    )
+    if rounding is not None and target.dtype == torch.float16:
+        _refuse(op, "float16 cannot be rounded stochastically; use bfloat16, or leave rounding out")
 
 
 def _keep(op: str, keep: Tensor | None, weight: Tensor) -> None:
-    _need(
-        keep is None or (keep.dim() == 0 and keep.dtype in COMPUTE and keep.device == weight.device),
-        op,
-        lambda: f"keep is {_said(keep)}; needed: a 0-d float32 or float64 on {weight.device}",  # type: ignore[arg-type]
-    )
+    if keep is not None and (keep.dim() != 0 or keep.dtype not in COMPUTE or keep.device != weight.device):
+        _refuse(op, f"keep is {_said(keep)}; needed: a 0-d float32 or float64 on {weight.device}")
 
 
 def _noise(op: str, noise: Tensor | None) -> None:
@@ -187,13 +160,9 @@ def _check_codes(
 def _check_col_scale(op: str, col_scale: Tensor | None, shape: tuple[int, ...]) -> None:
     if col_scale is None:
         return
-    _need(
-        col_scale.shape[-1] == shape[-1] and (col_scale.dim() == 1 or col_scale.shape[-2] == 1),
-        op,
-        lambda: (
-            f"col_scale is {_said(col_scale)}; needed: ({shape[-1]},) or (…, 1, {shape[-1]}), one number for each column"
-        ),
-    )
+    if col_scale.shape[-1] != shape[-1] or (col_scale.dim() > 1 and col_scale.shape[-2] != 1):
+        needed = f"({shape[-1]},) or (…, 1, {shape[-1]}), one number for each column"
+        _refuse(op, f"col_scale is {_said(col_scale)}; needed: {needed}")
 
 
 # --------------------------------------------------------------------------------------------------------------- matrix products
@@ -206,14 +175,9 @@ def _check_product(op: str, grad: Tensor, basis: Tensor, right: bool) -> tuple[i
     _floating(op, COMPUTE, basis=basis)
     _same_device(op, grad=grad, basis=basis)
     lines, contracted = (grad.shape[-2], grad.shape[-1]) if right else (grad.shape[-1], grad.shape[-2])
-    _need(
-        basis.shape[-2] == contracted and basis.shape[:-2] == grad.shape[:-2],
-        op,
-        lambda: (
-            f"grad is {_said(grad)} and basis {_said(basis)}; needed on the {'right' if right else 'left'}: a basis of "
-            f"{(*grad.shape[:-2], contracted, 'r')}"
-        ),
-    )
+    if basis.shape[-2] != contracted or basis.shape[:-2] != grad.shape[:-2]:
+        side, needed = "right" if right else "left", (*grad.shape[:-2], contracted, "r")
+        _refuse(op, f"grad is {_said(grad)} and basis {_said(basis)}; needed on the {side}: a basis of {needed}")
     return (*grad.shape[:-2], lines)
 
 
@@ -263,20 +227,14 @@ def apply_(
     _shape(op, "left", left, (*batch, rows, rank), "the weight's rows × rank")
     _shape(op, "right", right, (*batch, rank, cols), "rank × the weight's columns")
     _shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
-    _need((grad is None) == (phi is None), op, lambda: "grad and phi belong together: pass both or neither")
+    if (grad is None) != (phi is None):
+        _refuse(op, "grad and phi belong together: pass both or neither")
     if phi is not None:
-        _need(
-            phi.dim() == weight.dim()
-            and phi.shape[:-2] == weight.shape[:-2]
-            and tuple(phi.shape[-2:]) in ((rows, 1), (1, cols), (1, 1)),
-            op,
-            lambda: f"phi is {_said(phi)}; needed: (…, {rows}, 1), (…, 1, {cols}) or (…, 1, 1)",  # type: ignore[arg-type]
-        )
-    _need(
-        (subtract_left is None) == (subtract_right is None) and (subtract_left is None or grad is not None),
-        op,
-        lambda: "subtract_left and subtract_right belong together, and to a gradient",
-    )
+        fits = phi.dim() == weight.dim() and phi.shape[:-2] == weight.shape[:-2]
+        if not fits or tuple(phi.shape[-2:]) not in ((rows, 1), (1, cols), (1, 1)):
+            _refuse(op, f"phi is {_said(phi)}; needed: (…, {rows}, 1), (…, 1, {cols}) or (…, 1, 1)")
+    if (subtract_left is None) != (subtract_right is None) or (subtract_left is not None and grad is None):
+        _refuse(op, "subtract_left and subtract_right belong together, and to a gradient")
     if subtract_left is not None and subtract_right is not None:
         inner = subtract_left.shape[-1]
         _shape(op, "subtract_left", subtract_left, (*batch, rows, inner), "the weight's rows × rank")
@@ -325,11 +283,8 @@ def _check_moments(op: str, grad: Tensor, scalars: Tensor, like: str, ok: Tensor
     _same_device(op, grad=grad, ok=ok, **moments)
     for name, moment in moments.items():
         _shape(op, name, moment, tuple(grad.shape), "the gradient's shape")
-        _need(
-            moment.dtype == grad.dtype,
-            op,
-            lambda name=name, moment=moment: f"{name} is {moment.dtype}, grad {grad.dtype}; needed: one type",
-        )
+        if moment.dtype != grad.dtype:
+            _refuse(op, f"{name} is {moment.dtype}, grad {grad.dtype}; needed: one type")
     _scalars(op, scalars, like)
     _ok(op, ok)
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
@@ -400,7 +355,8 @@ def _check_coded(
 ) -> None:
     ratio, ratio_scale, root, root_scale = codes
     _check_coding(op, bits, block)
-    _need(grad.dim() >= 1, op, lambda: f"grad is {_said(grad)}; needed: at least one dimension")
+    if grad.dim() == 0:
+        _refuse(op, f"grad is {_said(grad)}; needed: at least one dimension")
     shape = tuple(grad.shape)
     _check_codes(op, f"lowrank_optim.{op}: ratio", ratio, ratio_scale, shape, (bits, True, block))
     _check_codes(op, f"lowrank_optim.{op}: root", root, root_scale, shape, (bits, False, block))

@@ -31,7 +31,7 @@ from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, stag
 from lowrank_optim.projectors import Basis, Projector, Space, Write
 from lowrank_optim.quantization import column_scale
 from lowrank_optim.quantization import state as coding
-from lowrank_optim.rules import Context, Direction, Rule
+from lowrank_optim.rules import Context, Direction, FusedDense, Rule
 
 if TYPE_CHECKING:
     from lowrank_optim.layerwise.in_backward import UpdateInBackward
@@ -321,16 +321,16 @@ class LowRankOptimizer(Optimizer):
 
     @contextmanager
     def _job(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Iterator[Job]:
-        """What one parameter's step works on; moments that are stored in few bits are decoded, and coded again at the end."""
+        """What one parameter's step works on; moments that are stored in few bits are decoded if need be, and coded again."""
         state = self.state[param]
         bits = group["state_bits"]
         if not self._is_coded(param, layout, bits):
             yield Job(param, group, layout, state, state)
             return
         shape, dtype = self._moment_shape(param, layout, state), kernels.compute_dtype(param.dtype)
-        moments = coding.decode(state, shape, bits, dtype)
+        moments = coding.CodedMoments(state, shape, bits, dtype, self._key(group, layout, 0, PURPOSE_STATE))
         yield Job(param, group, layout, state, moments)
-        coding.encode_(state, moments, bits, self._key(group, layout, 0, PURPOSE_STATE), int(state["step"]))
+        moments.close(int(state["step"]))
 
     def _step_dense(self, job: Job, grad: Tensor, norm: Tensor | None) -> None:
         """One parameter that is trained directly, in chunks where the rule allows it: no working copy is as large as an embedding."""
@@ -339,6 +339,11 @@ class LowRankOptimizer(Optimizer):
         if ok is False:
             return
         age, dtype = float(job.state["step"]), kernels.compute_dtype(job.param.dtype)
+        whole = Context(age, age, job.weight, ok, True, age == 1)
+        fused = self._rule.fused_dense(job.weight, grad, job.moments, job.group, whole)
+        if fused is not None:
+            fused.run(**vars(self._write(job, fused, 1.0, ok)))
+            return
         for weight, part, moments, start in job.dense_parts(grad, self._rule.elementwise):
             part = part.to(dtype) if ok is None else torch.where(ok, part.to(dtype), 0.0)
             move = self._rule.direction(part, moments, job.group, Context(age, age, weight, ok, True, age == 1))
@@ -405,6 +410,8 @@ class LowRankOptimizer(Optimizer):
             squares = None if squares is None else torch.where(ok, squares, 0.0)
         steps, age = self._moment_steps(job.state, job.group), float(job.state["step"])
         if "col_scale" in job.state and age == int(job.state["last_refresh"]) + 1:  # R is the first in its basis
+            if isinstance(job.moments, coding.CodedMoments):
+                job.moments.open()  # they are coded with the old scale
             scale = column_scale(reduced)
             job.state["col_scale"].copy_(scale if ok is None else torch.where(ok, scale, job.state["col_scale"]))
         fresh = (steps if job.layout.projector.resizes else age) == 1
@@ -418,7 +425,7 @@ class LowRankOptimizer(Optimizer):
         if weight.data_ptr() != job.weight.data_ptr():  # a convolution whose strides allow no matrix view
             job.weight.copy_(weight.view(job.weight.shape))
 
-    def _write(self, job: Job, move: Direction, factor: float, ok: Tensor | None) -> Write:
+    def _write(self, job: Job, move: Direction | FusedDense, factor: float, ok: Tensor | None) -> Write:
         """Step size, what is kept of the weights, and how they are rounded."""
         group = job.group
         # Rules and residuals are odd functions of the gradient: to ascend is to descend with the sign turned.
@@ -484,11 +491,8 @@ class LowRankOptimizer(Optimizer):
         for name, tensor in fresh.items():
             same = job.state[name].shape == tensor.shape
             job.state[name] = job.state[name].copy_(tensor) if same else tensor
-        if job.moments is not job.state:
-            shape = self._moment_shape(job.param, job.layout, job.state)
-            job.moments.update(
-                coding.decode(job.state, shape, job.group["state_bits"], kernels.compute_dtype(job.param.dtype))
-            )
+        if isinstance(job.moments, coding.CodedMoments):
+            job.moments.forget(self._moment_shape(job.param, job.layout, job.state))
 
     def _rotate(self, job: Job, old: Basis, new: Basis, steps: float) -> None:
         """Express the moments in a new basis, and hand what momentum loses by it to a residual that feeds back."""

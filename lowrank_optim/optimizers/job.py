@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.optimizers.layout import Layout
+from lowrank_optim.quantization.state import CodedMoments
 
 
 @dataclass(frozen=True)
@@ -15,14 +16,14 @@ class Job:
     """One parameter in one step.
 
     state: the optimizer's state of the parameter, as it is stored.
-    moments: the rule's tensors in the compute type: the state itself, or, where it is coded, decoded for this step.
+    moments: the rule's tensors in the compute type: the state itself, or, where it is coded, decoded when they are asked for.
     """
 
     param: Tensor
     group: Mapping[str, Any]
     layout: Layout
     state: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    moments: dict[str, Tensor] | CodedMoments
 
     @property
     def weight(self) -> Tensor:

@@ -11,13 +11,17 @@ fewer than `MIN_CODED` elements, stay as they are. Arithmetic is done on decoded
 blocks along a row would lose the small ones (see `moments.column_scale`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lowrank_optim import kernels
 from lowrank_optim.kernels import stochastic_round
 from lowrank_optim.kernels.counter_rng import derive_key
+from lowrank_optim.quantization import moments as coded
 from lowrank_optim.quantization.moments import MomentCodes, decode_moments, encode_moments
 from lowrank_optim.quantization.rows import dequantize_rows, quantize_rows, zero_rows
 
@@ -78,26 +82,109 @@ def decode(state: Mapping[str, Tensor], shape: tuple[int, ...], bits: int, dtype
     return opened
 
 
-def encode_(state: dict[str, Tensor], moments: Mapping[str, Tensor], bits: int, key: int, step: int) -> None:
+class CodedMoments(Mapping[str, Tensor]):
+    """The moments of one parameter during one step: names to tensors, as rules see them.
+
+    A moment is decoded when it is first asked for, and all are coded again by `close`. Adam's fused steps work on the codes
+    themselves and decode nothing.
+
+    Args:
+        state: of the parameter, as it is stored; modified in place by `close` and by the fused steps.
+        shape: of the moments.
+        bits: 16, 8 or 4.
+        dtype: in which arithmetic is done.
+        key: the stream of random numbers of this parameter, the same in every step.
+        start: row-major index of the first element in the whole moment, so that the noise does not depend on shards.
+    """
+
+    def __init__(
+        self, state: dict[str, Tensor], shape: tuple[int, ...], bits: int, dtype: torch.dtype, key: int, start: int = 0
+    ) -> None:
+        self.state, self.shape, self.bits, self.dtype, self.key, self.start = state, shape, bits, dtype, key, start
+        self._open: dict[str, Tensor] | None = None
+
+    def open(self) -> dict[str, Tensor]:
+        """Decode now: before `col_scale` changes, for one."""
+        if self._open is None:
+            self._open = decode(self.state, self.shape, self.bits, self.dtype)
+        return self._open
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.open()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def close(self, step: int) -> None:
+        """Store what has been opened; `step` is the number of the step."""
+        if self._open is not None:
+            opened, self._open = self._open, None
+            encode_(self.state, opened, self.bits, self.key, step, self.start)
+
+    def forget(self, shape: tuple[int, ...]) -> None:
+        """The state has been replaced, by moments of this shape: what was opened is void."""
+        self.shape, self._open = shape, None
+
+    def codes(self) -> MomentCodes | None:
+        """Both moments as they are stored, for fused steps; None where there are no such codes, or they are open."""
+        fused = self.bits != 16 and self.dtype == torch.float32 and SIGNED.keys() <= self.state.keys()
+        if not fused or self._open is not None:
+            return None
+        return MomentCodes(*(self.state[f"{name}{part}"] for name in SIGNED for part in ("", "_scale")))
+
+    def adam_direct_(
+        self, grad: Tensor, codes: MomentCodes, turn: int, ok: Tensor | None, **adam: Unpack[kernels.AdamNumbers]
+    ) -> Tensor:
+        """`kernels.adam_direct_` on the codes."""
+        rows, col_scale = grad.reshape(row_shape(self.shape)), self.state.get("col_scale")
+        direction = coded.coded_adam_direct_(
+            rows, codes, self.bits, col_scale=col_scale, key=self.key, turn=turn, start=self.start, ok=ok, **adam
+        )
+        return direction.view(self.shape)
+
+    def adam_dense_(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        codes: MomentCodes,
+        turn: int,
+        write: Mapping[str, Any],
+        **adam: Unpack[kernels.AdamNumbers],
+    ) -> None:
+        """`kernels.adam_dense_` on the codes; `weight` and `grad` are contiguous."""
+        shape = row_shape(self.shape)
+        rows = weight.view(shape), grad.view(shape)
+        coded.coded_adam_dense_(*rows, codes, self.bits, key=self.key, turn=turn, start=self.start, **write, **adam)
+
+
+def encode_(
+    state: dict[str, Tensor], moments: Mapping[str, Tensor], bits: int, key: int, step: int, start: int = 0
+) -> None:
     """Store moments in the state, in place.
 
     Args:
         key: the stream of random numbers of this parameter, the same in every step.
         step: number of the step.
+        start: row-major index of the first element in the whole moment.
     """
     names = SIGNED.keys() & state.keys()
     if bits == 16:
         for name in names:
             value = moments[name]
             if not SIGNED[name]:
-                positions = torch.arange(value.numel(), device=value.device).view(value.shape)
+                positions = torch.arange(start, start + value.numel(), device=value.device).view(value.shape)
                 value = stochastic_round(value.to(torch.float32), derive_key(key, step), positions)
             state[name].copy_(value)
         return
     rows = {name: moments[name].reshape(row_shape(tuple(moments[name].shape))) for name in names}
     col_scale = state.get("col_scale")
     if len(names) == 2:
-        codes = encode_moments(rows["exp_avg"], rows["exp_avg_sq"], bits, col_scale=col_scale, key=key, turn=step)
+        codes = encode_moments(
+            rows["exp_avg"], rows["exp_avg_sq"], bits, col_scale=col_scale, key=key, turn=step, start=start
+        )
         for name, value in zip((f"{name}{part}" for name in SIGNED for part in ("", "_scale")), codes, strict=True):
             state[name].copy_(value)
         return
@@ -106,5 +193,5 @@ def encode_(state: dict[str, Tensor], moments: Mapping[str, Tensor], bits: int, 
         value = rows[name] if signed else rows[name].sqrt()
         # A signed moment is replaced by a fraction 1 − β of itself in a step, many levels: to nearest is right.
         state[name], state[f"{name}_scale"] = quantize_rows(
-            value, bits, signed, col_scale=col_scale, key=None if signed else key, turn=step
+            value, bits, signed, col_scale=col_scale, key=None if signed else key, turn=step, start=start
         )

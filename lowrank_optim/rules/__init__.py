@@ -2,9 +2,21 @@
 
 from lowrank_optim.rules.adafactor import Adafactor
 from lowrank_optim.rules.adam import Adam, TorchAdam
-from lowrank_optim.rules.base import Context, Direction, Rule, Transport
+from lowrank_optim.rules.base import Context, Direction, FusedDense, Rule, Transport
 from lowrank_optim.rules.lion import Lion
 from lowrank_optim.rules.rmsprop import RMSprop
 from lowrank_optim.rules.sgd import SGD
 
-__all__ = ["SGD", "Adafactor", "Adam", "Context", "Direction", "Lion", "RMSprop", "Rule", "TorchAdam", "Transport"]
+__all__ = [
+    "SGD",
+    "Adafactor",
+    "Adam",
+    "Context",
+    "Direction",
+    "FusedDense",
+    "Lion",
+    "RMSprop",
+    "Rule",
+    "TorchAdam",
+    "Transport",
+]

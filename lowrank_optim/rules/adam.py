@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.rules.base import Context, Direction, Rule, Transport
+from lowrank_optim.quantization.state import CodedMoments
+from lowrank_optim.rules.base import Context, Direction, FusedDense, Rule, Transport
 
 
 def check_betas(betas: Any) -> None:
@@ -46,24 +48,41 @@ class Adam(Rule):
     def direction(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
-        lr = float(options["lr"])
+        lr, numbers, correction = float(options["lr"]), *self._numbers(options, context)
+        if isinstance(state, CodedMoments) and (codes := state.codes()) is not None:
+            direction = state.adam_direct_(grad, codes, int(context.age), context.ok, **numbers)
+        else:
+            direction = kernels.adam_direct_(grad, state["exp_avg"], state["exp_avg_sq"], ok=context.ok, **numbers)
+        return Direction(direction, lr, lr, correction)
+
+    def fused_dense(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        context: Context,
+    ) -> FusedDense | None:
+        lr, (numbers, _) = float(options["lr"]), self._numbers(options, context)
+        codes = state.codes() if isinstance(state, CodedMoments) else None
+        plain = codes is None and not isinstance(state, CodedMoments)
+        moments = [state["exp_avg"], state["exp_avg_sq"]] if plain else []
+        if not all(tensor.is_contiguous() for tensor in (weight, grad, *moments)):
+            return None
+        if codes is not None and isinstance(state, CodedMoments):
+            coded = partial(state.adam_dense_, weight, grad, codes, int(context.age))
+            return FusedDense(lr, lr, lambda **write: coded(write, **numbers))
+        return FusedDense(lr, lr, partial(kernels.adam_dense_, weight, grad, *moments, **numbers)) if plain else None
+
+    def _numbers(self, options: Mapping[str, Any], context: Context) -> tuple[kernels.AdamNumbers, float]:
+        """β₁, β₂, ε and t of the operations, and the factor of N that is the bias correction."""
         beta1, beta2 = map(float, options["betas"])
         eps, correction = float(options["eps"]), 1.0
         if options["match_reference"] and self.released_form:
             # m/(√v + ε) with step η√bc₂/bc₁ is the corrected form with ε/√bc₂ in place of ε.
             root = (1.0 - beta2**context.step) ** 0.5
             eps, correction = eps / root, root / (1.0 - beta1**context.step)
-        direction = kernels.adam_direct_(
-            grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            step=context.step,
-            ok=context.ok,
-        )
-        return Direction(direction, lr, lr, correction)
+        return {"beta1": beta1, "beta2": beta2, "eps": eps, "step": context.step}, correction
 
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
         return state["exp_avg"] / (1.0 - float(options["betas"][0]) ** step) if step >= 1 else None

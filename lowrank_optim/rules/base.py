@@ -31,6 +31,18 @@ class Direction:
 
 
 @dataclass(frozen=True)
+class FusedDense:
+    """A rule's whole step on a dense parameter in one pass: run(alpha=…, keep=…, ok=…, rounding_key=…).
+
+    `step` and `decay` are those of `Direction`.
+    """
+
+    step: float
+    decay: float
+    run: Callable[..., None]
+
+
+@dataclass(frozen=True)
 class Context:
     """What a rule may need to know besides the gradient.
 
@@ -78,6 +90,17 @@ class Rule(ABC):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         """Update the moments in `state` with `grad`, in place, and return what to apply."""
+
+    def fused_dense(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        context: Context,
+    ) -> FusedDense | None:
+        """The step on a dense parameter as one operation; None where there is none, so that `direction` has to be applied."""
+        return None
 
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
         """An estimate of the mean gradient from the moments of `step` steps, in R's coordinates; None where there is none."""

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.rules.adam import check_betas
 from lowrank_optim.rules.base import Context, Direction, MomentumRule
 
@@ -30,13 +30,8 @@ class Lion(MomentumRule):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         beta1, beta2 = map(float, options["betas"])
-        lr, exp_avg = float(options["lr"]), state["exp_avg"]
-        direction = torch.lerp(exp_avg, grad, 1.0 - beta1).sign_()
-        if context.ok is None:
-            exp_avg.lerp_(grad, 1.0 - beta2)
-        else:
-            direction.masked_fill_(~context.ok, 0.0)
-            exp_avg.lerp_(grad, context.ok.to(grad.dtype) * (1.0 - beta2))
+        lr = float(options["lr"])
+        direction = kernels.lion_direct_(grad, state["exp_avg"], beta1=beta1, beta2=beta2, ok=context.ok)
         return Direction(direction, lr, lr)
 
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:

@@ -37,12 +37,9 @@ class RMSprop(Rule):
     def direction(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
-        lr, alpha, square = float(options["lr"]), float(options["alpha"]), state["exp_avg_sq"]
-        square.mul_(
-            alpha if context.ok is None else kernels.masked_scalar(context.ok, alpha, 1.0, grad.dtype)
-        ).addcmul_(grad, grad, value=1.0 - alpha)
-        direction = square.sqrt().add_(float(options["eps"]))
-        return Direction(torch.div(grad, direction, out=direction), lr, lr)
+        lr, alpha, eps = (float(options[name]) for name in ("lr", "alpha", "eps"))
+        direction = kernels.rmsprop_direct_(grad, state["exp_avg_sq"], alpha=alpha, eps=eps, ok=context.ok)
+        return Direction(direction, lr, lr)
 
     def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
         """v ← v (C∘C): the entries of R are taken as uncorrelated."""

@@ -37,12 +37,9 @@ class SGD(MomentumRule):
         lr, momentum, buffer = float(options["lr"]), float(options["momentum"]), state["exp_avg"]
         if options["match_reference"] and context.fresh:
             buffer.copy_(context.weight if context.dense else grad)
-        if context.ok is None:
-            buffer.mul_(momentum).add_(grad)
-        else:
-            buffer.mul_(kernels.masked_scalar(context.ok, momentum, 1.0, grad.dtype)).add_(grad)
-        direction = grad.add(buffer, alpha=momentum) if options["nesterov"] else buffer
-        return Direction(direction if context.ok is None else direction.masked_fill(~context.ok, 0.0), lr, lr)
+        nesterov = bool(options["nesterov"])
+        direction = kernels.sgd_direct_(grad, buffer, momentum=momentum, nesterov=nesterov, ok=context.ok)
+        return Direction(direction, lr, lr)
 
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
         momentum = float(options["momentum"])
