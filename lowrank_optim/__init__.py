@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lowrank_optim import nn
 from lowrank_optim._version import __version__
 from lowrank_optim.layerwise.in_backward import UpdateInBackward, update_in_backward
 from lowrank_optim.layerwise.layers import describe_layers, layer_groups
@@ -81,6 +82,7 @@ __all__ = [
     "describe",
     "describe_layers",
     "layer_groups",
+    "nn",
     "param_groups",
     "state_bytes",
     "update_in_backward",

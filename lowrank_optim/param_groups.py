@@ -104,11 +104,8 @@ def param_groups(
     _check_arguments(model, rank, density, include, weight_decay, options)
     low_rank_by = {"rank": rank} if density is None else {"density": density}
     train_low_rank = rank is not None or density is not None
-    include_list, exclude_list = _pattern_list("include", include), _pattern_list("exclude", exclude) or []
     found = _find_parameters(model)
-    for argument, patterns in (("include", include_list or []), ("exclude", exclude_list)):
-        for pattern in patterns:
-            _check_pattern(argument, pattern, found)
+    include_list, exclude_list = _checked_patterns(include, exclude, found)
 
     low_rank: dict[str, list[_Found]] = {"auto": [], "transposed": [], "conv": []}
     dense: list[_Found] = []
@@ -138,6 +135,19 @@ def param_groups(
     # An explicit None, so that a `rank` given to the optimizer itself does not reach these.
     groups += [_group(dense, {"rank": None} | decay), _group(no_decay, {"rank": None, "weight_decay": 0.0})]
     return [group for group in groups if group["params"]]
+
+
+def select_matrices(
+    model: nn.Module,
+    include: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] | None = None,
+) -> list[nn.Parameter]:
+    """The parameters, frozen ones too, that `param_groups` makes low-rank with these patterns; the same errors."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    found = _find_parameters(model)
+    patterns = _checked_patterns(include, exclude, found)
+    return [entry.param for entry in found if entry.kind != "no_decay" and _is_low_rank(entry, *patterns)]
 
 
 # What a parameter is ------------------------------------------------------------------------------------------------------------
@@ -265,6 +275,17 @@ def _names_itself(pattern: Pattern, name: str) -> bool:
     own = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
     text = re.sub(r"\\[A-Za-z]", " ", pattern.pattern) if isinstance(pattern, re.Pattern) else pattern
     return any(word in own or own in word for word in re.findall(r"\w\w+", text))
+
+
+def _checked_patterns(
+    include: Pattern | Iterable[Pattern] | None, exclude: Pattern | Iterable[Pattern] | None, found: list[_Found]
+) -> tuple[list[Pattern] | None, list[Pattern]]:
+    """Both as lists; raises for patterns without effect."""
+    include_list, exclude_list = _pattern_list("include", include), _pattern_list("exclude", exclude) or []
+    for argument, patterns in (("include", include_list or []), ("exclude", exclude_list)):
+        for pattern in patterns:
+            _check_pattern(argument, pattern, found)
+    return include_list, exclude_list
 
 
 def _pattern_list(argument: str, patterns: Pattern | Iterable[Pattern] | None) -> list[Pattern] | None:

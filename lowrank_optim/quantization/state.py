@@ -156,7 +156,7 @@ class CodedMoments(Mapping[str, Tensor]):
     ) -> None:
         """`kernels.adam_dense_` on the codes; `weight` and `grad` are contiguous."""
         shape = row_shape(self.shape)
-        rows = weight.view(shape), grad.view(shape)
+        rows = [tensor if tuple(tensor.shape) == shape else tensor.view(shape) for tensor in (weight, grad)]
         coded.coded_adam_dense_(*rows, codes, self.bits, key=self.key, turn=turn, start=self.start, **write, **adam)
 
 
