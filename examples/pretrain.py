@@ -4,6 +4,8 @@
     python examples/pretrain.py --compare adamw,galore,fira --out runs/a   # several, one table and one plot
     python examples/pretrain.py --out runs/a --compare adamw,galore,fira --resume
     python examples/pretrain.py --sweep adamw,galore --out runs/sweep      # a learning-rate grid for each
+    python examples/pretrain.py --config 7b --budget 24GiB                 # 7B on one card; without a GPU, the plan
+    python examples/pretrain.py --config 7b --budget 16GiB --optimizer qgalore
     python examples/pretrain.py --model 60m --dataset allenai/c4 --bpe 32000 --dtype bfloat16 --steps 10000
 
 The default text is the source code of Python's standard library, which is on every machine. A run writes metrics.jsonl,
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 try:  # before torch, see pretraining/__init__.py
+    from pretraining.budget import Budget, plan_run, preset, refusal
     from pretraining.configs import SIZES, build_model
     from pretraining.report import (
         Reporter,
@@ -51,6 +54,8 @@ from pretraining.folder import FolderError, check_folder, delete_runs, only_proc
 from pretraining.run import Config, DivergedError, Result, Run, RunError, attach, make_optimizer
 
 import lowrank_optim as lo
+from lowrank_optim.planner.allocator import parse_bytes
+from lowrank_optim.planner.memory_plan import describe_plan
 
 # For adamw and galore: what benchmarks/results/pretrain_sweep.json found best for the default model. Others: starting points, near
 # what benchmarks/results/convergence-cpu.json found for shorter runs.
@@ -84,6 +89,12 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to train")
     what.add_argument("--model", default="cpu", choices=SIZES, help="size (default cpu, under a million parameters)")
+    what.add_argument(
+        "--config",
+        choices=SIZES,
+        help="a size as it is trained on one card: galore_8bit (or another --optimizer; qgalore with int8 weights) in backward, "
+        "checkpointing, bfloat16, 1 × 2048 tokens of a vocabulary of 32,000; other arguments override",
+    )
     what.add_argument("--optimizer", default="galore", help=f"one of {methods} (default galore)")
     what.add_argument("--compare", metavar="A,B,…", help="train with several optimizers, write one table and one plot")
     what.add_argument("--sweep", metavar="A,B,…", help="train with four learning rates for each optimizer")
@@ -120,6 +131,10 @@ def arguments() -> argparse.ArgumentParser:
     )
     how.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
     how.add_argument("--seed", type=int, default=0, help="of weights and data order (default 0)")
+    how.add_argument(
+        "--budget", metavar="SIZE", help="plan the memory first, refuse what does not fit (24GiB), and never take more"
+    )
+    how.add_argument("--weight-bits", type=int, choices=(16, 8), default=16, help="8: int8 weights (default 16)")
     low = parser.add_argument_group("low-rank optimizers")
     low.add_argument(
         "--rank",
@@ -231,6 +246,7 @@ def configuration(args: argparse.Namespace, name: str) -> Config:
         validation_batches=args.validation_batches,
         grad_checkpointing=args.grad_checkpointing,
         in_backward=args.in_backward and name != "adamw",
+        weight_bits=args.weight_bits,
         options=options,
     )
 
@@ -240,6 +256,29 @@ def check_optimizer(config: Config) -> None:
     meta = torch.device("meta")  # shapes without numbers: no memory, no time
     model = build_model(config.model, BYTE_VOCABULARY, config.length, meta, torch.float32, False, config.seed)
     attach(config, make_optimizer(config, model))
+
+
+def within_budget(args: argparse.Namespace, configs: list[Config], device: torch.device) -> bool:
+    """Plan every run and refuse what does not fit; on a GPU, limit the allocator. Whether there is something to run it on.
+
+    Without a GPU, and without --device, the plan for one is all there is to do.
+    """
+    dry = device.type == "cpu" and args.device is None
+    try:
+        budget = Budget(parse_bytes(args.budget))
+    except ValueError as error:
+        raise RunError(f"--budget: {error}") from error
+    for config in configs:
+        vocabulary = config.bpe or BYTE_VOCABULARY
+        found = plan_run(config, vocabulary, torch.device("cuda") if dry else device)
+        if not found.fits(budget.size):
+            raise RunError("--budget\n\n" + refusal(config, vocabulary, budget.size, found))
+        console.print(describe_plan(found, budget.size))
+    if device.type == "cuda":
+        budget.limit(device)
+    if dry:
+        console.print("\nThere is no GPU here, so this was a dry run; --device cpu trains on the CPU.")
+    return not dry
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
@@ -319,6 +358,8 @@ def train_all(args: argparse.Namespace) -> list[tuple[Result, Path]]:
     configs = [configuration(args, name) for name in names]
     for config in configs:
         check_optimizer(config)
+    if args.budget is not None and not within_budget(args, configs, device):
+        return []
     source = Source(args)
     configs = [replace(config, text_digest=source.digest) for config in configs]
     if args.sweep:
@@ -368,6 +409,10 @@ def report(args: argparse.Namespace, runs: list[tuple[Result, Path]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
+    if args.config is not None:  # its settings are defaults, which arguments override
+        named = None if args.optimizer == parser.get_default("optimizer") else args.optimizer
+        parser.set_defaults(**preset(args.config, named))
+        args = parser.parse_args(argv)
 
     def refuse(message: object) -> NoReturn:
         parser.exit(2, f"{parser.prog}: {message}\n")

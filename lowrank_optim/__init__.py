@@ -1,6 +1,6 @@
 """Memory-efficient optimizers for PyTorch: the public names, nothing else."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowrank_optim import nn
 from lowrank_optim._version import __version__
@@ -39,6 +39,9 @@ from lowrank_optim.param_groups import describe, param_groups
 from lowrank_optim.projectors import SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
 from lowrank_optim.rules import SGD, Adafactor, Adam, Lion, RMSprop, Rule
 
+if TYPE_CHECKING:
+    from lowrank_optim.planner import MemoryPlan, plan
+
 __all__ = [
     "LAYERWISE_METHODS",
     "METHODS",
@@ -64,6 +67,7 @@ __all__ = [
     "LISAAdamW",
     "Lion",
     "LowRankOptimizer",
+    "MemoryPlan",
     "NoResidual",
     "NormScaled",
     "PowerIteration",
@@ -84,15 +88,20 @@ __all__ = [
     "layer_groups",
     "nn",
     "param_groups",
+    "plan",
     "state_bytes",
     "update_in_backward",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`lowrank_optim.integrations`, imported when it is first asked for."""
+    """`lowrank_optim.integrations` and the planner, imported when they are first asked for."""
     if name == "integrations":
         from importlib import import_module
 
         return import_module("lowrank_optim.integrations")
+    if name in ("plan", "MemoryPlan"):
+        from lowrank_optim import planner
+
+        return getattr(planner, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

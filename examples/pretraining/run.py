@@ -62,12 +62,14 @@ class Config:
     validation_batches: int
     grad_checkpointing: bool = False
     in_backward: bool = False
+    weight_bits: int = 16
     options: dict[str, Any] = field(default_factory=dict)
 
     def comparable(self) -> dict[str, Any]:
         """As JSON reads it back; without what is off and what runs of earlier versions do not know."""
         content = json.loads(json.dumps(asdict(self)))
-        return {key: value for key, value in content.items() if key != "in_backward" or value}
+        off = {"in_backward": False, "weight_bits": 16}
+        return {key: value for key, value in content.items() if key not in off or value != off[key]}
 
 
 @dataclass
@@ -224,6 +226,8 @@ class Run:
             config.grad_checkpointing,
             config.seed,
         )
+        if config.weight_bits == 8:
+            model = lo.nn.quantize_weights_(model)
         optimizer = make_optimizer(config, model)
         in_backward = attach(config, optimizer)
         scheduler = LambdaLR(optimizer, schedule(config))

@@ -4,13 +4,14 @@ from difflib import get_close_matches
 
 from lowrank_optim.optimizers.apollo import APOLLOAdamW, APOLLOMiniAdamW
 from lowrank_optim.optimizers.badam import BAdamW
-from lowrank_optim.optimizers.base import LowRankOptimizer, state_bytes
+from lowrank_optim.optimizers.base import LowRankOptimizer
 from lowrank_optim.optimizers.fira import FiraAdamW
 from lowrank_optim.optimizers.frugal import FrugalAdamW, FrugalLion, FrugalSGD
 from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optimizers.ldadam import LDAdamW
 from lowrank_optim.optimizers.lisa import LISAAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
+from lowrank_optim.optimizers.sizes import state_bytes
 
 __all__ = [
     "LAYERWISE_METHODS",

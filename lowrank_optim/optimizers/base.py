@@ -9,7 +9,7 @@ the life of the state: made with the optimizer, plain tensors only, exact throug
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -17,19 +17,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim import kernels, projectors
+from lowrank_optim.distributed import HERE
+from lowrank_optim.distributed.agreement import check_agreement
+from lowrank_optim.distributed.dtensor import LocalState, local_grad, place_all
+from lowrank_optim.distributed.spread import whole_column_scale
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, PURPOSE_STATE, make_key
 from lowrank_optim.layerwise.accumulation import ACCUMULATORS
 from lowrank_optim.layerwise.clipping import MEASURED
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
+from lowrank_optim.optimizers.compiling import outside_graph
 from lowrank_optim.optimizers.job import Job
-from lowrank_optim.optimizers.layout import Layout, make_layouts, matrix_view
-from lowrank_optim.optimizers.nonfinite import SkippedUpdates
+from lowrank_optim.optimizers.layout import Layout, check_parts, make_layouts, matrix_view, unknown_parameter
+from lowrank_optim.optimizers.nonfinite import SkippedUpdates, sharded_norms
 from lowrank_optim.optimizers.options import DEFAULTS, SHORTHANDS, check_names, check_values, expand_shorthands
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
 from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, stagger_offset
 from lowrank_optim.projectors import Basis, Projector, Space, Write
-from lowrank_optim.quantization import column_scale
 from lowrank_optim.quantization import state as coding
 from lowrank_optim.rules import Context, Direction, FusedDense, Rule
 
@@ -108,6 +112,7 @@ class LowRankOptimizer(Optimizer):
         self._warned: set[str] = set()
         self._skipped = SkippedUpdates()
         super().__init__(params, defaults)
+        check_agreement(self)
 
     # ------------------------------------------------------------------------------------------------------------- groups
 
@@ -178,14 +183,24 @@ class LowRankOptimizer(Optimizer):
         state = {"step": torch.zeros((), dtype=torch.float32)}
         device = param.device
         if layout.space is None:
-            return state | self._init_moments(param, layout, group, state, device)
+            return self._placed(layout, state | self._init_moments(param, layout, group, state, device))
         state["last_refresh"] = torch.full((), -1, dtype=torch.int64)
         if group["overlap_threshold"] is not None:
             state["gap"] = torch.full((), group["update_proj_gap"], dtype=torch.int64)
             state["overlaps"] = torch.full((group["queue_size"],), -1.0)
         state |= layout.projector.init(layout.space, self._key(group, layout, 0), device)
         state |= self._residual.init(layout.space, device)
-        return state | self._init_moments(param, layout, group, state, device)
+        return self._placed(layout, state | self._init_moments(param, layout, group, state, device))
+
+    @staticmethod
+    def _placed(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Local parts of state tensors as they are kept: DTensors where the parameter is one."""
+        return place_all(state, layout.shards, layout.side, plain=HOST_STATE)
+
+    def local_state(self, param: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter as the step sees it: the local parts, where it is sharded."""
+        state, layout = self.state[param], self._layouts[param]
+        return state if layout.shards is HERE else LocalState(state, layout.shards, layout.side)
 
     def _init_moments(
         self,
@@ -204,14 +219,12 @@ class LowRankOptimizer(Optimizer):
 
     @staticmethod
     def _moment_shape(param: Tensor, layout: Layout, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
-        """The shape of the gradient that the rule sees: now, or, without a state, at its largest."""
-        if layout.space is None:
-            return tuple(param.shape)
-        return layout.projector.reduced_shape(layout.space, state)
+        """The shape of the gradient that the rule sees here, now."""
+        return layout.shards.moment_shape(layout.whole_moment_shape(param, state))
 
     def _is_coded(self, param: Tensor, layout: Layout, bits: int) -> bool:
         """Whether the moments are stored in few bits; decided from the global shape only."""
-        return coding.is_coded(bits, math.prod(self._moment_shape(param, layout, None)))
+        return coding.is_coded(bits, math.prod(layout.whole_moment_shape(param)))
 
     def state_template(self, param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Types and shapes of the state that this optimizer has at the step at which `saved` was written, with that `group`."""
@@ -222,7 +235,7 @@ class LowRankOptimizer(Optimizer):
         layout = self._layouts[param]
         if layout.space is None or not layout.projector.resizes or "turn" not in saved:
             return own
-        return own | self._init_moments(param, layout, group, saved, torch.device("meta"))
+        return own | self._placed(layout, self._init_moments(param, layout, group, saved, torch.device("meta")))
 
     @staticmethod
     def _state_device(name: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
@@ -239,8 +252,12 @@ class LowRankOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns the closure's value. The closure runs with gradients enabled.
 
-        With `lowrank_optim.update_in_backward`, backward has updated them, and only what is left is done here.
+        With `lowrank_optim.update_in_backward`, backward has updated them, and only what is left is done here. In a function given
+        to `torch.compile` the step runs outside of the graph.
         """
+        return outside_graph(self._step, closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -249,9 +266,10 @@ class LowRankOptimizer(Optimizer):
             self._in_backward.finish_step()
         else:
             self.param_groups[0].pop(MEASURED, None)  # from a checkpoint written with updates in backward
+            norms = sharded_norms(self.param_groups, self._layouts)
             for group in self.param_groups:
                 for param in group["params"]:
-                    self.step_param(param, group)
+                    self.step_param(param, group, norms.get(param))
         self._skipped.poll()
         self._end_step()
         return loss
@@ -273,12 +291,11 @@ class LowRankOptimizer(Optimizer):
     def step_param(self, param: Tensor, group: Mapping[str, Any], norm: Tensor | None = None) -> None:
         """Update one parameter from its gradient: the single entry that `step` and hooks use. No gradient, no change.
 
-        `norm`, where it is known already, says whether the gradient is finite.
+        `norm`, where it is known already, says whether the gradient is finite; of a sharded parameter, it is that of the whole.
         """
-        grad = param.grad
-        if grad is None:
+        if param.grad is None:
             return
-        layout = self._layout_of(param)
+        layout, grad = self._layout_of(param), local_grad(param)
         if grad.is_sparse:
             raise ValueError(
                 f"the gradient of {layout.name} is sparse; make it dense (nn.Embedding(sparse=False)), or give the parameter to "
@@ -286,11 +303,11 @@ class LowRankOptimizer(Optimizer):
             )
         with self._job(param, group, layout) as job:
             if layout.space is None:
-                self._step_dense(job, grad, norm)
-            else:
-                self._step_low_rank(
-                    job, layout.space, matrix_view(job.weight, layout.layout), matrix_view(grad, layout.layout)
-                )
+                with job.whole(grad) if layout.shards.whole else nullcontext((job, grad)) as dense:
+                    self._step_dense(*dense, norm)
+                return
+            weight, grad = (matrix_view(tensor, layout.layout) for tensor in (job.weight, grad))
+            self._step_low_rank(job, layout.space, weight, grad, None if layout.shards is HERE else norm)
 
     @torch.no_grad()
     def project_param(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Basis, Tensor]:
@@ -298,7 +315,7 @@ class LowRankOptimizer(Optimizer):
         layout = self._layout_of(param)
         assert param.grad is not None
         assert layout.space is not None
-        grad = matrix_view(param.grad, layout.layout)
+        grad = matrix_view(local_grad(param), layout.layout)
         if self.refresh_is_due(param, group):
             with self._job(param, group, layout) as job:
                 self._refresh_if_due(job, layout.space, grad, None)
@@ -307,7 +324,7 @@ class LowRankOptimizer(Optimizer):
 
     def subspace(self, param: Tensor, group: Mapping[str, Any]) -> Basis:
         """The subspace of a low-rank matrix that stands."""
-        state = self.state[param]
+        state = self.local_state(param)
         return self._basis(self._layouts[param], group, state, int(state["last_refresh"]))
 
     @torch.no_grad()
@@ -322,13 +339,14 @@ class LowRankOptimizer(Optimizer):
     @contextmanager
     def _job(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Iterator[Job]:
         """What one parameter's step works on; moments that are stored in few bits are decoded if need be, and coded again."""
-        state = self.state[param]
+        state = self.local_state(param)
         bits = group["state_bits"]
         if not self._is_coded(param, layout, bits):
             yield Job(param, group, layout, state, state)
             return
         shape, dtype = self._moment_shape(param, layout, state), kernels.compute_dtype(param.dtype)
-        moments = coding.CodedMoments(state, shape, bits, dtype, self._key(group, layout, 0, PURPOSE_STATE))
+        key, start = self._key(group, layout, 0, PURPOSE_STATE), layout.shards.reduced.start
+        moments = coding.CodedMoments(state, shape, bits, dtype, key, start)
         yield Job(param, group, layout, state, moments)
         moments.close(int(state["step"]))
 
@@ -339,21 +357,22 @@ class LowRankOptimizer(Optimizer):
         if ok is False:
             return
         age, dtype = float(job.state["step"]), kernels.compute_dtype(job.param.dtype)
-        whole = Context(age, age, job.weight, ok, True, age == 1)
+        shards = job.layout.shards
+        whole = Context(age, age, job.weight, ok, True, age == 1, shards)
         fused = self._rule.fused_dense(job.weight, grad, job.moments, job.group, whole)
         if fused is not None:
             fused.run(**vars(self._write(job, fused, 1.0, ok)))
             return
         for weight, part, moments, start in job.dense_parts(grad, self._rule.elementwise):
             part = part.to(dtype) if ok is None else torch.where(ok, part.to(dtype), 0.0)
-            move = self._rule.direction(part, moments, job.group, Context(age, age, weight, ok, True, age == 1))
+            move = self._rule.direction(part, moments, job.group, Context(age, age, weight, ok, True, age == 1, shards))
             kernels.apply_dense_(weight, move.matrix, start=start, **vars(self._write(job, move, 1.0, ok)))
 
-    def _step_low_rank(self, job: Job, space: Space, weight: Tensor, grad: Tensor) -> None:
+    def _step_low_rank(self, job: Job, space: Space, weight: Tensor, grad: Tensor, norm: Tensor | None) -> None:
         """One matrix in its subspace: refresh, project, update."""
         ok: Literal[False] | Tensor | None = None
         if self._residual.feeds_back:
-            ok = self._finite(grad, job)
+            ok = self._finite(grad if norm is None else norm, job)
             if ok is False:
                 job.state["step"] += 1
                 return
@@ -365,31 +384,15 @@ class LowRankOptimizer(Optimizer):
             # R and the norms show any NaN that a step would use; a residual outside of coordinates uses all of G.
             shows_all = job.layout.projector.sees_all and reduced.numel() > 0
             seen = reduced if shows_all or not self._residual.uses_gradient else grad
-            ok = self._finite(seen if squares is None else squares.sqrt(), job)
+            seen = seen if squares is None else squares.sqrt()
+            ok = self._finite(seen if norm is None else norm, job)
         self._update(job, weight, grad, basis, reduced, squares, ok)
 
     _mask_on_device = False  # tests set it, to run on the CPU what accelerators run
 
     def _finite(self, seen: Tensor, job: Job) -> Literal[False] | Tensor | None:
         """Whether this gradient may be used: None for yes, False for no, or, where the host would have to wait, a 0-d bool."""
-        policy, name = job.group["on_nonfinite"], job.layout.name
-        if policy == "propagate":
-            return None
-        norm = kernels.norm(seen)
-        if policy == "skip" and (norm.device.type != "cpu" or self._mask_on_device):
-            ok = torch.isfinite(norm)
-            self._skipped.add(name, ~ok)
-            return ok
-        if math.isfinite(norm):
-            return None
-        if policy == "raise":
-            raise RuntimeError(
-                f"the gradient of {name} {tuple(job.param.shape)} holds NaN or infinity; the parameter is unchanged "
-                '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
-            )
-        self._skipped.add(name, torch.ones((), dtype=torch.bool))
-        self._skipped.warn()
-        return False
+        return self._skipped.check(seen, job.layout, job.group["on_nonfinite"], self._mask_on_device)
 
     def _update(
         self,
@@ -412,17 +415,20 @@ class LowRankOptimizer(Optimizer):
         if "col_scale" in job.state and age == int(job.state["last_refresh"]) + 1:  # R is the first in its basis
             if isinstance(job.moments, coding.CodedMoments):
                 job.moments.open()  # they are coded with the old scale
-            scale = column_scale(reduced)
+            scale = whole_column_scale(reduced, job.layout.shards.reduced)
             job.state["col_scale"].copy_(scale if ok is None else torch.where(ok, scale, job.state["col_scale"]))
         fresh = (steps if job.layout.projector.resizes else age) == 1
-        context = Context(steps, age, weight, ok, fresh=fresh)
+        shards = job.layout.shards
+        context = Context(steps, age, weight, ok, fresh=fresh, shards=shards)
         move = self._rule.direction(reduced, job.moments, job.group, context)
         same = isinstance(move.decay, float) and move.decay == move.step
         unit = 1.0 if same else move.decay / move.step
-        reduced_step = Reduced(grad, reduced, squares, move.matrix, move.correction, unit, basis, ok)
+        reduced_step = Reduced(grad, reduced, squares, move.matrix, move.correction, unit, basis, ok, shards.reduced)
         update = self._residual.update(reduced_step, job.state, job.group)
         basis.apply_(weight, update.core, self._write(job, move, update.factor, ok), update.term)
-        if weight.data_ptr() != job.weight.data_ptr():  # a convolution whose strides allow no matrix view
+        if (
+            weight is not job.weight and weight.data_ptr() != job.weight.data_ptr()
+        ):  # a convolution whose strides allow no matrix view
             job.weight.copy_(weight.view(job.weight.shape))
 
     def _write(self, job: Job, move: Direction | FusedDense, factor: float, ok: Tensor | None) -> Write:
@@ -434,7 +440,8 @@ class LowRankOptimizer(Optimizer):
         if group["match_reference"] and self._rule.decays_last:
             alpha *= float(keep)  # decay after the update: (1 − ηλ)(W − ηU)
         key = None
-        if group["stochastic_rounding"] and job.weight.dtype == torch.bfloat16:
+        coded = getattr(job.weight, "rounds_stochastically", False)  # `lowrank_optim.nn.QuantizedWeight`
+        if coded or (group["stochastic_rounding"] and job.weight.dtype == torch.bfloat16):
             key = self._key(group, job.layout, int(job.state["step"]), PURPOSE_ROUNDING)
         return Write(alpha, keep, ok, key)
 
@@ -552,7 +559,7 @@ class LowRankOptimizer(Optimizer):
         self._rebuild_layouts()
 
     def _layout_of(self, param: Tensor) -> Layout:
-        layout = self._layouts[param]
+        layout = self._layouts.get(param) or unknown_parameter(param)
         if layout.device != param.device:  # the model was moved after the optimizer was built
             for name in self.state[param].keys() - set(HOST_STATE):
                 self.state[param][name] = self.state[param][name].to(param.device)
@@ -571,21 +578,7 @@ class LowRankOptimizer(Optimizer):
         params = list(params)
         names = group.get("param_names") or [f"{number}.{i}" for i, _ in enumerate(params)]
         named = zip(names, params, strict=True)
-        return make_layouts(named, first, group, self._projector_of(group), self._warned)
-
-
-def state_bytes(optimizer: Optimizer) -> dict[str, int]:
-    """Exact bytes of an optimizer's state by kind (`exp_avg`, `basis`, `step`, …), for any torch optimizer.
-
-    Example:
-        >>> import torch, lowrank_optim as lo
-        >>> weight = torch.nn.Parameter(torch.zeros(64, 32))
-        >>> lo.state_bytes(lo.GaLoreAdamW([weight], rank=4))
-        {'basis': 512, 'exp_avg': 1024, 'exp_avg_sq': 1024, 'last_refresh': 8, 'step': 4}
-    """
-    total: dict[str, int] = {}
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                total[name] = total.get(name, 0) + value.numel() * value.element_size()
-    return dict(sorted(total.items()))
+        layouts = make_layouts(named, first, group, self._projector_of(group), self._warned)
+        for param, layout in layouts.items():
+            check_parts(layout, param, self._rule, self._residual, group)
+        return layouts

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_optim.distributed.dtensor import like
 from lowrank_optim.layerwise.clipping import MEASURED
 from lowrank_optim.optimizers.options import STRUCTURAL
 
@@ -42,7 +43,7 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             continue
         device_of = optimizer._state_device  # type: ignore[attr-defined]
         state[param] = {
-            name: _like(saved[name], tensor, device_of(name, param, group)) if saved else tensor
+            name: like(saved[name], tensor, device_of(name, param, group)) if saved else tensor
             for name, tensor in own.items()
         }
 
@@ -68,11 +69,6 @@ def _merge(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: deepcopy(value) for name, value in saved.items() if name != "params"}
     own = {name: value for name, value in own.items() if name != MEASURED}
     return {**own, **kept, "params": own["params"]}
-
-
-def _like(value: Any, template: Tensor, device: torch.device) -> Tensor:
-    """A copy of `value` with the template's type, on `device`."""
-    return torch.as_tensor(value).detach().to(dtype=template.dtype, device=device, copy=True)
 
 
 def _fits(value: Tensor, template: Tensor) -> bool:

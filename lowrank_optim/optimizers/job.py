@@ -1,12 +1,15 @@
 """What the step of one parameter works on."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.distributed import HERE
+from lowrank_optim.distributed.dtensor import local
 from lowrank_optim.optimizers.layout import Layout
 from lowrank_optim.quantization.state import CodedMoments
 
@@ -28,7 +31,20 @@ class Job:
     @property
     def weight(self) -> Tensor:
         """What is updated: the parameter, or its master copy where the state has one."""
-        return self.state.get("master", self.param)
+        return self.state.get("master", local(self.param))
+
+    @contextmanager
+    def whole(self, grad: Tensor) -> Iterator[tuple["Job", Tensor]]:
+        """The job and the gradient with everything gathered, where the moments are kept whole although the weights are not."""
+        weight, spread = self.weight, self.layout.shards.matrix
+        dims = range(-weight.dim(), 0)
+        gathered = spread.gather(weight, *dims)
+        state = {name: tensor for name, tensor in self.state.items() if name != "master"}
+        yield (
+            replace(self, param=gathered, layout=replace(self.layout, shards=HERE), state=state),
+            spread.gather(grad, *dims),
+        )
+        weight.copy_(spread.part(gathered))
 
     def dense_parts(
         self, grad: Tensor, elementwise: bool
@@ -37,11 +53,12 @@ class Job:
 
         Chunks where the rule treats every element for itself and all tensors lie in memory in the same order.
         """
-        weight = self.weight
+        weight, first = self.weight, self.layout.shards.matrix.start
         moments = {name: tensor for name, tensor in self.moments.items() if tensor.shape == weight.shape}
-        if not elementwise or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):
-            yield weight, grad, self.moments, 0
+        parted = elementwise and not hasattr(weight, "codes")  # of a quantised weight, parts would be copies
+        if not parted or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):
+            yield weight, grad, self.moments, first
             return
         for chunk in kernels.row_chunks(weight.numel(), 1):
             parts = {name: tensor.view(-1)[chunk] for name, tensor in moments.items()}
-            yield weight.view(-1)[chunk], grad.view(-1)[chunk], parts, chunk.start
+            yield weight.view(-1)[chunk], grad.view(-1)[chunk], parts, first + chunk.start

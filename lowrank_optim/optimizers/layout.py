@@ -7,14 +7,26 @@ devices or the number of processes.
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.distributed import HERE, Shards
+from lowrank_optim.distributed.dtensor import (
+    check_owner,
+    check_placements,
+    dense_shards,
+    is_sharded,
+    low_rank_shards,
+    matrix_spread,
+)
 from lowrank_optim.kernels.counter_rng import PURPOSE_BLOCKS, make_key
+from lowrank_optim.optimizers.residuals import Residual
 from lowrank_optim.projectors import Coordinate, Projector, Space
+from lowrank_optim.quantization.state import is_coded
+from lowrank_optim.rules import Rule
 
 _log = logging.getLogger("lowrank_optim")
 
@@ -29,6 +41,16 @@ class Layout:
     space: Space | None  # None: dense
     projector: Projector
     device: torch.device
+    shape: tuple[int, ...] = ()
+    shards: Shards = HERE  # where the rest of a sharded parameter lies
+
+    @property
+    def side(self) -> str | None:
+        return None if self.space is None else self.space.side
+
+    def whole_moment_shape(self, param: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
+        """The shape of the gradient that the rule sees, on all processes together: now, or, without a state, at its largest."""
+        return tuple(param.shape) if self.space is None else self.projector.reduced_shape(self.space, state)
 
 
 def matrix_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
@@ -47,7 +69,7 @@ def matrix_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
 def matrix_view(tensor: Tensor, layout: str) -> Tensor:
     """The tensor in the shape of `matrix_shape`; a view wherever strides allow one (a copy for channels-last convolutions)."""
     if layout == "conv" or tensor.dim() > 3:
-        return tensor.reshape(tensor.shape[0], -1)
+        return tensor.reshape(tensor.shape[0], tensor.shape[1:].numel())
     return tensor.mT if layout == "transposed" else tensor
 
 
@@ -104,13 +126,65 @@ def make_layouts(
         own = projector
         if space is not None and space.rank == 0 and not projector.resizes:  # density 0: no subspace of any kind
             own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
-        layouts[param] = Layout(name, index, group["layout"], space, own, param.device)
+        shards = make_shards(param, space, own, group)
+        space = None if space is None else replace(space, shards=shards)
+        layouts[param] = Layout(name, index, group["layout"], space, own, param.device, tuple(param.shape), shards)
     low_rank = {param: layout.space for param, layout in layouts.items() if layout.space is not None}
     key = make_key(group["seed"], first, 0, PURPOSE_BLOCKS)
     arranged = projector.arrange(list(low_rank.values()), group["density"], key)
     for param, space in zip(low_rank, arranged, strict=True):
         layouts[param] = replace(layouts[param], space=space)
     return layouts
+
+
+def make_shards(param: Tensor, space: Space | None, projector: Projector, group: Mapping[str, Any]) -> Shards:
+    """Where the parts of a sharded parameter and of its state lie."""
+    if not is_sharded(param):
+        return HERE
+    bits = group["state_bits"]
+    if space is None:
+        return dense_shards(param, bits in (8, 4) and is_coded(bits, param.numel()))
+    reduced = projector.reduced_shape(space)
+    coded = bits in (8, 4) and is_coded(bits, torch.Size(reduced).numel())
+    matrix = matrix_spread(param, group["layout"], space.shape)
+    return low_rank_shards(matrix, reduced, projector.contracted(space), coded)
+
+
+def check_parts(layout: Layout, param: Tensor, rule: Rule, residual: Residual, group: Mapping[str, Any]) -> None:
+    """Raise ValueError where a sharded parameter meets a part of the method that needs all of it."""
+    if layout.shards is HERE:
+        return
+    projector, low_rank = layout.projector, layout.space is not None
+    kind = f"parameter {layout.name} {tuple(param.shape)} lies on a mesh as {tuple(param.placements)}"  # type: ignore[attr-defined]
+    for part, knows in (
+        (rule, rule.elementwise or rule.knows_shards),
+        (projector, projector.knows_shards or not low_rank),
+        (residual, residual.knows_shards or not low_rank),
+    ):
+        if not knows:
+            raise ValueError(
+                f"{kind}, but {type(part).__name__} does not say that it works on parts of a matrix (knows_shards = True); use one "
+                "of the package's, DistributedDataParallel, or one process"
+            )
+    if low_rank and rule.name == "adafactor" and group["on_refresh"] == "rotate":
+        raise ValueError(
+            f'{kind}; Adafactor cannot rotate the moments of sharded matrices: use on_refresh "keep" or "reset"'
+        )
+    coded = group["state_bits"] in (8, 4) and low_rank and not projector.contracted(layout.space)  # type: ignore[arg-type]
+    if coded and layout.shards.matrix.splits(-1):
+        raise ValueError(
+            f"{kind}, along its rows' elements, which {projector.name!r} with state_bits={group['state_bits']} codes in blocks of "
+            "256: use state_bits 32 or 16, or Shard(0)"
+        )
+
+
+def unknown_parameter(param: Tensor) -> NoReturn:
+    """Raise RuntimeError for a parameter that has no layout."""
+    raise RuntimeError(
+        f"a parameter {tuple(param.shape)} {param.dtype} in the param groups was put there after the optimizer was built, not by "
+        "add_param_group. DeepSpeed ZeRO (stages 1 and 2) does so with flat parts of parameters, of which no matrix is left to project: "
+        "use torch.distributed.fsdp.fully_shard (FSDP2), DistributedDataParallel, or DeepSpeed with zero_optimization stage 0"
+    )
 
 
 def check_parameter(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
@@ -125,9 +199,12 @@ def check_parameter(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
         raise ValueError(f"{kind} is {param.dtype}; an optimizer needs floating-point parameters")
     if param.is_sparse or param.layout != torch.strided:
         raise ValueError(f"{kind} has layout {param.layout}; only dense (strided) parameters can be trained")
-    if hasattr(param, "device_mesh"):
+    check_owner(param, kind)
+    check_placements(param, kind, group["layout"])
+    if hasattr(param, "codes") and str(group["projector"]).startswith("coordinate"):
         raise ValueError(
-            f"{kind} is a DTensor; sharded parameters are not supported by this version: use DDP, or one process"
+            f"{kind} is stored in 8 bits, where single columns, rows or entries cannot be written; use another projector "
+            "(FRUGAL: coordinates=None with projector='svd'), or lowrank_optim.nn.dequantize_weights_(model)"
         )
     if group["stochastic_rounding"] and param.dtype == torch.float16:
         raise ValueError(f"{kind} is float16; stochastic rounding is for bfloat16 weights: use those, or float32")

@@ -4,13 +4,41 @@ Reading a flag costs nothing where the parameter lives on the CPU. On an acceler
 stays on the device, and a total is copied back now and then without waiting.
 """
 
+import math
 import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
+from lowrank_optim.distributed.dtensor import local_grad
+from lowrank_optim.optimizers.layout import Layout
+
 POLL_EVERY = 100
 """Steps between two looks at the counters of an accelerator."""
+
+
+def sharded_norms(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, Layout]) -> dict[Tensor, Tensor]:
+    """A number for each sharded parameter with a gradient that is finite where all parts of the gradient are, 0-d.
+
+    One message a step for all parameters that lie on the same processes.
+    """
+    found: dict[tuple[Any, ...], dict[Tensor, Tensor]] = {}
+    for group in groups:
+        for param in group["params"]:
+            layout = layouts.get(param)
+            if layout is None or param.grad is None or group["on_nonfinite"] == "propagate":
+                continue
+            if layout.shards.matrix.splits():
+                key = (param.device, *layout.shards.matrix.groups())
+                found.setdefault(key, {})[param] = kernels.norm(local_grad(param)).double()
+    norms = {}
+    for parts in found.values():
+        spread = layouts[next(iter(parts))].shards.matrix
+        norms |= dict(zip(parts, spread.sum(torch.stack(list(parts.values()))).unbind(), strict=True))
+    return norms
 
 
 class SkippedUpdates:
@@ -28,6 +56,35 @@ class SkippedUpdates:
             self._counts[name] = torch.zeros((), dtype=torch.int64, device=skipped.device)
         self._counts[name] += skipped
 
+    def check(self, seen: Tensor, layout: Layout, policy: str, mask_on_device: bool) -> Literal[False] | Tensor | None:
+        """Whether a gradient may be used: None for yes, False for no, or, where the host would have to wait, a 0-d bool.
+
+        Args:
+            seen: what shows whether the gradient is finite, or, 0-d, its norm on all processes.
+            layout: of its parameter.
+            policy: the option `on_nonfinite`.
+            mask_on_device: do as for accelerators.
+        """
+        if policy == "propagate":
+            return None
+        norm = kernels.norm(seen)
+        if seen.dim():
+            norm = layout.shards.matrix.sum(norm)
+        if policy == "skip" and (norm.device.type != "cpu" or mask_on_device):
+            ok = torch.isfinite(norm)
+            self.add(layout.name, ~ok)
+            return ok
+        if math.isfinite(norm):
+            return None
+        if policy == "raise":
+            raise RuntimeError(
+                f"the gradient of {layout.name} {layout.shape} holds NaN or infinity; the parameter is unchanged "
+                '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
+            )
+        self.add(layout.name, torch.ones((), dtype=torch.bool))
+        self.warn()
+        return False
+
     def warn(self) -> None:
         """Warn, the first time."""
         if not self._warned:
@@ -38,7 +95,7 @@ class SkippedUpdates:
                 'were. Later ones are counted (optimizer.skipped_updates()) without a warning; on_nonfinite="raise" stops at the '
                 "first one.",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def poll(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_optim.distributed import WHOLE, Spread
 from lowrank_optim.projectors import Basis, GradientTerm, Space, Write
 from lowrank_optim.projectors.base import row_squares
 
@@ -38,6 +39,7 @@ class Reduced:
     unit: the learning rate as a multiple of the step size that N is applied with: 1, or η where N holds η already (Adafactor).
     basis: the subspace.
     ok: 0-d bool on the device, false where this gradient is to be ignored (R and N are then 0); None means true.
+    spread: where the rows of R and N lie that are not here.
     """
 
     grad: Tensor
@@ -48,6 +50,7 @@ class Reduced:
     unit: float | Tensor
     basis: Basis
     ok: Tensor | None
+    spread: Spread = WHOLE
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Residual(ABC):
     uses_norms: ClassVar[bool] = False
     feeds_back: ClassVar[bool] = False
     """Whether the gradient that the step sees is `absorb(grad)` and not the gradient itself."""
+    knows_shards: ClassVar[bool] = False
+    """Whether sums over the rows of R go through `Reduced.spread`; if not, sharded parameters are refused."""
 
     def options(self) -> dict[str, Any]:
         """Default hyperparameters by name, as they go into the param groups."""
@@ -101,6 +106,7 @@ class NoResidual(Residual):
 
     name: ClassVar[str] = "none"
     uses_gradient: ClassVar[bool] = False
+    knows_shards: ClassVar[bool] = True
 
     def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         return Update(step.direction, options["scale"])
@@ -111,6 +117,7 @@ class SGDResidual(Residual):
     """A step along the gradient outside the subspace: κ(G − lift R)."""
 
     name: ClassVar[str] = "sgd"
+    knows_shards: ClassVar[bool] = True
     residual_lr_scale: float = 1.0
 
     def check(self, options: Mapping[str, Any]) -> None:
@@ -159,6 +166,7 @@ class ErrorFeedback(Residual):
 
     name: ClassVar[str] = "error_feedback"
     feeds_back: ClassVar[bool] = True
+    knows_shards: ClassVar[bool] = True
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
@@ -174,7 +182,8 @@ class ErrorFeedback(Residual):
             )
 
     def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
-        return {"error": torch.zeros(space.shape, dtype=space.dtype, device=device)}
+        shape = space.shards.matrix.local_shape(space.shape)
+        return {"error": torch.zeros(shape, dtype=space.dtype, device=device)}
 
     def absorb(self, grad: Tensor, state: Mapping[str, Tensor], ok: Tensor | None) -> Tensor:
         return state["error"].add_(grad if ok is None else torch.where(ok, grad, 0.0))
@@ -192,6 +201,7 @@ class Limited(Residual):
     """
 
     uses_norms: ClassVar[bool] = True
+    knows_shards: ClassVar[bool] = True
     limiter: float | None = 1.01
 
     def check(self, options: Mapping[str, Any]) -> None:
@@ -200,7 +210,8 @@ class Limited(Residual):
             raise ValueError(f"limiter is {options['limiter']!r}; it must be None or at least 1")
 
     def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
-        return {"limiter_norm": torch.zeros(space.batch, dtype=space.dtype, device=device)}
+        shape = space.shards.spread_of("limiter_norm", space.side).local_shape(space.batch)
+        return {"limiter_norm": torch.zeros(shape, dtype=space.dtype, device=device)}
 
 
 @dataclass(frozen=True)
@@ -219,10 +230,12 @@ class NormScaled(Limited):
         inner = row_squares(step.projected)
         outside = step.squares - 2.0 * inside * inner + inside**2 * step.basis.lifted_squares(step.projected)
         phi = _ratio(step, (-1,), reference)
-        norm = (phi.square() * outside.clamp_min(0.0)).sum((-2, -1)).sqrt()
+        norm = step.spread.sum((phi.square() * outside.clamp_min(0.0)).sum((-2, -1), keepdim=True), -2).sqrt()[
+            ..., 0, 0
+        ]
         phi = phi / _growth(norm / step.correction, state, options, step.ok)
         core = torch.addcmul(step.direction * alpha, phi, step.projected, value=-inside)
-        return Update(core, 1.0, GradientTerm(step.grad, phi, step.ok))
+        return Update(core, 1.0, GradientTerm(step.grad, phi, step.ok, by_line=True))
 
 
 @dataclass(frozen=True)
@@ -248,9 +261,10 @@ class GradientScaled(Limited):
         assert step.squares is not None
         lines = (-1,) if options["scale_type"] == "channel" else (-2, -1)
         phi = _ratio(step, lines, options["match_reference"])
-        norm = (phi.square() * step.squares).sum((-2, -1)).sqrt()
+        norm = step.spread.sum((phi.square() * step.squares).sum((-2, -1), keepdim=True), -2).sqrt()[..., 0, 0]
         phi = phi / _growth(norm / step.correction, state, options, step.ok)
-        return Update(None, options["scale"] ** 0.5, GradientTerm(step.grad, phi, step.ok))
+        by_line = options["scale_type"] == "channel"
+        return Update(None, options["scale"] ** 0.5, GradientTerm(step.grad, phi, step.ok, by_line=by_line))
 
 
 def _uniform(step: Reduced, value: float) -> Tensor:
@@ -266,6 +280,8 @@ def _ratio(step: Reduced, dims: tuple[int, ...], reference: bool) -> Tensor:
     """‖N‖/‖R‖ over `dims`, and 0 where R is 0: there is no direction to scale."""
     above: Tensor = torch.linalg.vector_norm(step.direction, dim=dims, keepdim=True)
     below: Tensor = torch.linalg.vector_norm(step.projected, dim=dims, keepdim=True)
+    if -2 in dims:
+        above, below = step.spread.norm(torch.cat([above, below], -1), -2).split(1, -1)
     if reference:
         return above / (below + 1e-8)
     return torch.where(below > 0, above / below, 0.0)

@@ -15,12 +15,14 @@ Side logic (m×n gradient, basis B with orthonormal columns, low-rank matrix R a
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
+
+from lowrank_optim.distributed import HERE, WHOLE, Shards, Spread
 
 SIDES = ("right", "left", "full")
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -54,7 +56,8 @@ class Place:
 class Space:
     """The shape of a low-rank problem: one matrix, or a stack of them, and the subspace it is projected to.
 
-    Depends on the parameter's global shape and its options only, never on gradients.
+    Depends on the parameter's global shape and its options only, never on gradients. All sizes are those of the whole matrix; what
+    this process holds of it, `shards` says.
     """
 
     batch: tuple[int, ...]  # () for a matrix, (experts,) for a stack
@@ -65,6 +68,7 @@ class Space:
     dtype: torch.dtype  # compute type: float32, or float64 for float64 parameters
     basis_bits: int = 32
     place: Place | None = None
+    shards: Shards = field(default=HERE, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,6 +99,7 @@ class GradientTerm:
     grad: G, the gradient's matrix view.
     scale: φ, one number for every row of R, (…, d, 1), or for the whole matrix, (…, 1, 1); compute type.
     ok: 0-d bool, false where G may hold NaN and is to be ignored; None means true.
+    by_line: whether φ has one number for every row of R, and so lies where R's rows lie.
     subtract: R, to take E = G − lift R; None takes E = G.
     sign: take the sign of E.
     """
@@ -104,6 +109,7 @@ class GradientTerm:
     ok: Tensor | None = None
     subtract: Tensor | None = None
     sign: bool = False
+    by_line: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,8 @@ class Projector(ABC):
     """Whether a basis computed from gradients is part of the state: it can be stored in few bits, and it can stand still."""
     uses_momentum: ClassVar[bool] = False
     """Whether `refresh` wants the rule's momentum."""
+    knows_shards: ClassVar[bool] = False
+    """Whether gradients and bases may be local parts, which `Space.shards` describes; if not, sharded parameters are refused."""
     resizes: ClassVar[bool] = False
     """Whether R and the moments have another shape after a refresh; such moments can only be reset."""
 
@@ -188,6 +196,10 @@ class Projector(ABC):
         """Shape of R and of the moments."""
         return space.reduced_shape
 
+    def contracted(self, space: Space) -> tuple[int, ...]:
+        """The dimensions of G that the projection sums over, −2 and −1, in this order."""
+        return {"right": (-1,), "left": (-2,), "full": (-2, -1)}[space.side]
+
     @abstractmethod
     def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
         """State tensors before the first gradient: a valid basis, if not yet a good one."""
@@ -217,9 +229,9 @@ class Projector(ABC):
         """The subspace that the state (or, where nothing is stored, the key) stands for."""
 
 
-def usable(grad: Tensor) -> Tensor:
-    """For each matrix of the stack, whether it is finite and not all zero: (…, 1, 1) bool."""
-    norm = torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True)
+def usable(grad: Tensor, spread: Spread = WHOLE) -> Tensor:
+    """For each matrix of the stack, whether it is finite and not all zero: (…, 1, 1) bool, the same on all processes."""
+    norm = spread.sum(torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True), -2, -1)
     flag: Tensor = torch.isfinite(norm) & (norm > 0)
     return flag
 
@@ -230,10 +242,10 @@ def row_squares(matrix: Tensor) -> Tensor:
     return norm.square_()
 
 
-def align_signs(new: Tensor, old: Tensor) -> Tensor:
+def align_signs(new: Tensor, old: Tensor, spread: Spread = WHOLE) -> Tensor:
     """Flip basis vectors so that each has a non-negative product with the old vector of its column.
 
     Singular vectors have no sign of their own. Moments that are kept across a refresh are read in the new coordinates, and a flipped
     vector would turn its column of the momentum against the gradient.
     """
-    return torch.where((new * old).sum(-2, keepdim=True) < 0, -new, new)
+    return torch.where(spread.sum((new * old).sum(-2, keepdim=True), -2) < 0, -new, new)

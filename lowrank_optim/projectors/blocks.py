@@ -40,6 +40,7 @@ class Blocks(Projector):
     order: str = "descending"
     needs_gradient: ClassVar[bool] = False
     staggers: ClassVar[bool] = False
+    knows_shards: ClassVar[bool] = True
     resizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -84,6 +85,9 @@ class Blocks(Projector):
             position = count - 1 - position
         return (position - turn * active) % count < active
 
+    def contracted(self, space: Space) -> tuple[int, ...]:
+        return ()
+
     def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
         return {"turn": torch.zeros((), dtype=torch.int64)}
 
@@ -100,5 +104,6 @@ class Blocks(Projector):
 
     def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
         if self._is_active(space, int(state["turn"])):
-            return WholeBasis()
-        return DenseBasis(torch.empty((*space.batch, space.cols, 0), dtype=space.dtype, device=device), "right")
+            return WholeBasis(space.shards)
+        nothing = torch.empty((*space.batch, space.cols, 0), dtype=space.dtype, device=device)
+        return DenseBasis(space.shards.cols.part(nothing), "right", shards=space.shards)

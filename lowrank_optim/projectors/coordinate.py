@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import choose, choose_stratified, derive_key
 from lowrank_optim.projectors.base import Basis, Projector, Space
-from lowrank_optim.projectors.bases import CoordinateBasis, EntryBasis
+from lowrank_optim.projectors.bases import CoordinateBasis, EntryBasis, ScatteredCoordinates, ScatteredEntries
 
 COORDINATES = ("columns", "rows", "entries")
 _SIDE_OF = {"columns": "right", "rows": "left", "entries": "right"}
@@ -32,6 +32,7 @@ class Coordinate(Projector):
 
     coordinates: str | None = None
     needs_gradient: ClassVar[bool] = False
+    knows_shards: ClassVar[bool] = True
     sees_all: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -77,7 +78,13 @@ class Coordinate(Projector):
         )
 
     def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
-        return {"indices": self._draw(space, key, device)}
+        return {"indices": self._indices(space, key, device)}
+
+    def contracted(self, space: Space) -> tuple[int, ...]:
+        return (-2, -1) if self.coordinates == "entries" else super().contracted(space)
+
+    def _indices(self, space: Space, key: int, device: torch.device) -> Tensor:
+        return space.shards.spread_of("indices", space.side).part(self._draw(space, key, device))
 
     def refresh(
         self,
@@ -88,9 +95,10 @@ class Coordinate(Projector):
         first: bool,
         momentum: Tensor | None = None,
     ) -> dict[str, Tensor] | None:
-        return {"indices": self._draw(space, key, grad.device)}
+        return {"indices": self._indices(space, key, grad.device)}
 
     def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+        scattered = space.shards.matrix.splits(*self.contracted(space))
         if self.coordinates == "entries":
-            return EntryBasis(state["indices"])
-        return CoordinateBasis(state["indices"], space.side)
+            return (ScatteredEntries if scattered else EntryBasis)(state["indices"], space.shards)
+        return (ScatteredCoordinates if scattered else CoordinateBasis)(state["indices"], space.side, space.shards)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.projectors.base import Projector, Space, align_signs, choose_side, usable
-from lowrank_optim.projectors.randomized import RandomizedSVD, unit_columns
-from lowrank_optim.projectors.stored import StoredProjector, load, store
+from lowrank_optim.projectors.randomized import RandomizedSVD, householder, unit_columns
+from lowrank_optim.projectors.stored import StoredProjector, agree, load, store
 from lowrank_optim.projectors.svd import SVD
 
 
@@ -67,7 +67,7 @@ class PowerIteration(StoredProjector):
         if first:
             return super().refresh(grad, space, state, key, first)
         old = load(state, space)
-        return store(self.compute(grad.to(space.dtype), space, old, key, first, momentum), space)
+        return store(agree(self.compute(grad.to(space.dtype), space, old, key, first, momentum), space), space)
 
     def compute(
         self,
@@ -83,12 +83,15 @@ class PowerIteration(StoredProjector):
             return (SVD() if exact else RandomizedSVD()).compute(grad, space, old, key, first)
         basis, rho = old["basis"], self.rho if momentum is not None else 0.0
         grad = grad.mT if space.side == "left" else grad  # m̂, as all low-rank matrices, is tall: B = ρ m̂ Pᵀ + (1−ρ) G
-        image = (grad @ basis).mul_(1.0 - rho)
+        shards = space.shards
+        long, short = (shards.cols, shards.rows) if space.side == "left" else (shards.rows, shards.cols)
+        image = short.sum(grad @ basis, -2).mul_(1.0 - rho)
         if momentum is not None:
+            momentum = shards.lift(momentum)
             image.add_(momentum, alpha=rho)  # PᵀP = I
-        iterate = (grad.mT @ image).mul_(1.0 - rho)
+        iterate = long.sum(grad.mT @ image, -2).mul_(1.0 - rho)
         if momentum is not None:
-            iterate.add_(basis @ (momentum.mT @ image), alpha=rho)
-        ok = usable(iterate)
-        columns: Tensor = torch.linalg.qr(unit_columns(torch.where(ok, iterate, basis)))[0]
-        return {"basis": torch.where(ok, align_signs(columns, basis), basis)}
+            iterate.add_(basis @ long.sum(momentum.mT @ image, -2), alpha=rho)
+        ok = usable(iterate, short)
+        columns = householder(unit_columns(torch.where(ok, iterate, basis), short), short)
+        return {"basis": torch.where(ok, align_signs(columns, basis, short), basis)}

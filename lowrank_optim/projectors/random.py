@@ -22,11 +22,12 @@ class Random(Projector):
     A Gaussian basis is as cheap as its random numbers; P Pᵀ is the identity on average. The orthonormal one costs a Cholesky-QR a
     step besides.
 
-    Memory: nothing is kept; a step works with one d×r matrix at a time.
+    Memory: nothing is kept; a step works with one d×r matrix at a time, also where the weights are sharded.
     """
 
     kind: str = "orthonormal"
     needs_gradient: ClassVar[bool] = False
+    knows_shards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -51,11 +52,14 @@ class Random(Projector):
         return {}
 
     def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
-        orthonormal = self.kind == "orthonormal"
+        orthonormal, shards = self.kind == "orthonormal", space.shards
         if space.side == "full":
-            left = self._matrix(space, space.rows, derive_key(key, 1), device)
-            return TwoSidedBasis(left, self._matrix(space, space.cols, key, device), orthonormal)
-        return DenseBasis(self._matrix(space, space.basis_rows, key, device), space.side, orthonormal)
+            left = shards.rows.part(self._matrix(space, space.rows, derive_key(key, 1), device))
+            right = shards.cols.part(self._matrix(space, space.cols, key, device))
+            return TwoSidedBasis(left, right, orthonormal, shards)
+        spread = shards.rows if space.side == "left" else shards.cols
+        basis = spread.part(self._matrix(space, space.basis_rows, key, device))
+        return DenseBasis(basis, space.side, orthonormal, shards)
 
     def _matrix(self, space: Space, size: int, key: int, device: torch.device) -> Tensor:
         matrix = gaussian(key, (*space.batch, size, space.rank), device, space.dtype)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_optim.distributed import Spread
 from lowrank_optim.kernels.counter_rng import choose, derive_key
 from lowrank_optim.projectors.base import Basis, Projector, Space, usable
 from lowrank_optim.projectors.bases import DenseBasis, TwoSidedBasis
@@ -23,6 +24,16 @@ def unit_vectors(space: Space, size: int, key: int, device: torch.device) -> Ten
     for i, matrix in enumerate(matrices):
         matrix[choose(derive_key(key, i), size, space.rank, device), torch.arange(space.rank, device=device)] = 1.0
     return basis
+
+
+def basis_spreads(space: Space) -> dict[str, Spread]:
+    """Where the bases lie: each along the side of the matrix that it projects."""
+    return {name: space.shards.spread_of(name, space.side) for name in ("basis", "basis_right")}
+
+
+def agree(bases: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+    """The same bits on all processes that hold the same part, whatever the arithmetic that made them."""
+    return {name: basis_spreads(space)[name].agree(basis) for name, basis in bases.items()}
 
 
 def store(bases: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
@@ -55,18 +66,20 @@ class StoredProjector(Projector):
     """A projector whose basis is computed from a gradient and stored: `basis`, and `basis_right` when both sides are projected."""
 
     stores_basis: ClassVar[bool] = True
+    knows_shards: ClassVar[bool] = True
 
     def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
-        if space.side == "full":
-            left = unit_vectors(space, space.rows, derive_key(key, 1), device)
-            return store({"basis": left, "basis_right": unit_vectors(space, space.cols, key, device)}, space)
-        return store({"basis": unit_vectors(space, space.basis_rows, key, device)}, space)
+        spreads = basis_spreads(space)
+        keys = {"basis": derive_key(key, 1), "basis_right": key} if space.side == "full" else {"basis": key}
+        sizes = {"basis": space.rows if space.side == "full" else space.basis_rows, "basis_right": space.cols}
+        whole = {name: unit_vectors(space, sizes[name], keys[name], device) for name in keys}
+        return store({name: spreads[name].part(basis) for name, basis in whole.items()}, space)
 
     def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
         bases, exact = load(state, space), space.basis_bits == 32
         if space.side == "full":
-            return TwoSidedBasis(bases["basis"], bases["basis_right"], exact)
-        return DenseBasis(bases["basis"], space.side, exact)
+            return TwoSidedBasis(bases["basis"], bases["basis_right"], exact, space.shards)
+        return DenseBasis(bases["basis"], space.side, exact, space.shards)
 
     def refresh(
         self,
@@ -77,16 +90,17 @@ class StoredProjector(Projector):
         first: bool,
         momentum: Tensor | None = None,
     ) -> dict[str, Tensor] | None:
-        ok = usable(grad)
+        ok = usable(grad, space.shards.matrix)
         # The one place of a step where the host waits for the device, on refresh steps only.
-        if not bool(ok.any()):
+        if not bool(space.shards.matrix.sum(ok.any().float(), -3)):
             return None
         grad, old = grad.to(space.dtype), load(state, space)
         if not space.batch:
-            return store(self.compute(grad, space, old, key, first, momentum), space)
+            return store(agree(self.compute(grad, space, old, key, first, momentum), space), space)
         # Matrices of a stack without a usable gradient (experts without tokens) keep their basis.
         new = self.compute(torch.where(ok, grad, 0.0), space, old, key, first, momentum)
-        return store({name: torch.where(ok, tensor, old[name]) for name, tensor in new.items()}, space)
+        kept = {name: torch.where(ok, tensor, old[name]) for name, tensor in new.items()}
+        return store(agree(kept, space), space)
 
     @abstractmethod
     def compute(
@@ -98,4 +112,7 @@ class StoredProjector(Projector):
         first: bool,
         momentum: Tensor | None,
     ) -> dict[str, Tensor]:
-        """The new bases for finite gradients in the compute type, compact in memory; `old` are the ones before."""
+        """The new bases for finite gradients in the compute type, compact in memory; `old` are the ones before.
+
+        Where a parameter is sharded, gradient and bases are the local parts.
+        """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.projectors.base import Space, align_signs
-from lowrank_optim.projectors.stored import StoredProjector
+from lowrank_optim.projectors.stored import StoredProjector, basis_spreads
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class SVD(StoredProjector):
     Args:
         align: flip the signs of new basis vectors towards the old ones (see `align_signs`). The released GaLore code does not.
 
-    Memory: 4·d·r bytes for the basis (d the projected side); a refresh needs the full thin SVD besides.
+    Memory: 4·d·r bytes for the basis (d the projected side); a refresh needs the full thin SVD besides, and of a sharded matrix the
+    whole gradient, on every process.
     """
 
     align: bool = True
@@ -42,11 +43,14 @@ class SVD(StoredProjector):
         first: bool,
         momentum: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        u, _, vh = torch.linalg.svd(grad, full_matrices=False)
-        left, right = u[..., : space.rank], vh[..., : space.rank, :].mT
+        shards = space.shards
+        # Every process that shares the matrix gathers it, on refresh steps only.
+        u, _, vh = torch.linalg.svd(shards.matrix.gather(grad, -2, -1), full_matrices=False)
+        left, right = shards.rows.part(u[..., : space.rank], -2), shards.cols.part(vh[..., : space.rank, :].mT, -2)
         factors = {"left": {"basis": left}, "right": {"basis": right}, "full": {"basis": left, "basis_right": right}}
         new = factors[space.side]
         if self.align and not first:
-            new = {name: align_signs(tensor, old[name]) for name, tensor in new.items()}
+            spreads = basis_spreads(space)
+            new = {name: align_signs(tensor, old[name], spreads[name]) for name, tensor in new.items()}
         # A slice would keep the whole factor alive.
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in new.items()}

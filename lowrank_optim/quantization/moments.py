@@ -205,6 +205,8 @@ def _coded_adam_dense_(
     bits: int,
     block: int,
 ) -> None:
+    if weight.numel() == 0:
+        return
     *adam, alpha, keep = scalars.tolist()
     key, (turn, start) = kernels.unsigned_key(noise)
     rounding_key, (first, *_) = kernels.unsigned_key(rounding)

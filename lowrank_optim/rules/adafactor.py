@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.distributed import Spread
 from lowrank_optim.rules.base import Context, Direction, Rule, Transport
 
 
-def _rms(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    return norm.div_(max(x.numel(), 1) ** 0.5)
+def _rms(x: Tensor, spread: Spread) -> Tensor:
+    norm = spread.norm(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
+    return norm.div_(max(spread.numel(x), 1) ** 0.5)
 
 
-def _inverse_root(row: Tensor, col: Tensor) -> Tensor:
-    """1/√V for V = row colᵀ / mean(row)."""
-    return (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+def _inverse_root(row: Tensor, col: Tensor, rows: Spread) -> Tensor:
+    """1/√V for V = row colᵀ / mean(row); `rows` is the spread of `row`."""
+    return (row / rows.mean(row, -1).unsqueeze(-1)).rsqrt_().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Adafactor(Rule):
 
     name: ClassVar[str] = "adafactor"
     decays_last: ClassVar[bool] = False
+    knows_shards: ClassVar[bool] = True
     beta1: float | None = None
     eps: tuple[float, float] = (1e-30, 1e-3)
     clip_threshold: float = 1.0
@@ -70,8 +72,9 @@ class Adafactor(Rule):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         eps1, eps2 = options["eps"]
-        size = _step_size(options, context.age, context.weight, eps2)
-        if grad.numel() == 0:  # a tensor whose turn it is not (FRUGAL's blocks): means over nothing are NaN
+        spread = context.shards.reduced
+        size = _step_size(options, context.age, context.weight, context.shards.matrix, eps2)
+        if spread.numel(grad) == 0:  # a tensor whose turn it is not (FRUGAL's blocks): means over nothing are NaN
             return Direction(grad, 1.0, size)
         # 1 − β̂, and 0 where the gradient is to be ignored.
         fresh = kernels.scalar(context.step ** options["decay_rate"], grad.dtype, grad.device)
@@ -80,10 +83,10 @@ class Adafactor(Rule):
         if "exp_avg_sq" in state:
             update = state["exp_avg_sq"].lerp_(square, fresh).rsqrt().mul_(grad)
         else:
-            row = state["exp_avg_sq_row"].lerp_(square.mean(-1), fresh)
-            col = state["exp_avg_sq_col"].lerp_(square.mean(-2), fresh)
-            update = _inverse_root(row, col).mul_(grad)
-        update.mul_(size / (_rms(update) / options["clip_threshold"]).clamp_min(1.0))
+            row = state["exp_avg_sq_row"].lerp_(spread.mean(square, -1), fresh)
+            col = state["exp_avg_sq_col"].lerp_(spread.mean(square, -2), fresh)
+            update = _inverse_root(row, col, spread.drop(-1)).mul_(grad)
+        update.mul_(size / (_rms(update, spread) / options["clip_threshold"]).clamp_min(1.0))
         if options["beta1"] is not None:
             weight_of_new = kernels.scalar(1.0 - options["beta1"], grad.dtype, grad.device)
             update = state["exp_avg"].lerp_(update, weight_of_new if context.ok is None else weight_of_new * context.ok)
@@ -103,11 +106,11 @@ class Adafactor(Rule):
         col.copy_(moved.mean(-2)).clamp_min_(options["eps"][0])
 
 
-def _step_size(options: Mapping[str, Any], age: float, weight: Tensor, eps2: float) -> Tensor:
+def _step_size(options: Mapping[str, Any], age: float, weight: Tensor, spread: Spread, eps2: float) -> Tensor:
     """The step size as a 0-d tensor on the weight's device."""
     size = float(options["lr"])
     if options["relative_step"]:
         size *= min(1e-6 * age if options["warmup_init"] else 1e-2, age**-0.5)
     if options["scale_parameter"]:
-        return _rms(weight).clamp_min(eps2) * size
+        return _rms(weight, spread).clamp_min(eps2) * size
     return kernels.scalar(size, kernels.compute_dtype(weight.dtype), weight.device)

@@ -72,7 +72,8 @@ class Adam(Rule):
         if codes is not None and isinstance(state, CodedMoments):
             coded = partial(state.adam_dense_, weight, grad, codes, int(context.age))
             return FusedDense(lr, lr, lambda **write: coded(write, **numbers))
-        return FusedDense(lr, lr, partial(kernels.adam_dense_, weight, grad, *moments, **numbers)) if plain else None
+        run = partial(kernels.adam_dense_, start=context.shards.matrix.start)
+        return FusedDense(lr, lr, partial(run, weight, grad, *moments, **numbers)) if plain else None
 
     def _numbers(self, options: Mapping[str, Any], context: Context) -> tuple[kernels.AdamNumbers, float]:
         """β₁, β₂, ε and t of the operations, and the factor of N that is the bias correction."""

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_optim.distributed import HERE, Shards
+
 Transport = Callable[[Tensor, int], Tensor]
 """(matrix, power) → the matrix in the coordinates of a new basis (`Basis.transport`)."""
 
@@ -52,6 +54,7 @@ class Context:
     ok: 0-d bool on the device; where false, the moments stay and the direction is 0. None means true.
     dense: whether the gradient is the parameter's own, and no projection of it.
     fresh: whether the moments were made for this step (reset ones were not).
+    shards: where the rest of gradient and weight lies, if this process holds parts of them.
     """
 
     step: float
@@ -60,6 +63,7 @@ class Context:
     ok: Tensor | None
     dense: bool = False
     fresh: bool = False
+    shards: Shards = HERE
 
 
 class Rule(ABC):
@@ -68,6 +72,8 @@ class Rule(ABC):
     name: ClassVar[str]
     elementwise: ClassVar[bool] = False
     """Whether every element is treated for itself, so that a large tensor may be given in parts."""
+    knows_shards: ClassVar[bool] = False
+    """Whether sums over the gradient go through `Context.shards`; if not, and not `elementwise`, sharded parameters are refused."""
     decays_last: ClassVar[bool] = True
     """Whether the released code decays the weights after the update (`match_reference`)."""
 

@@ -1,7 +1,14 @@
-"""Backend "cpu"."""
+"""Backend "cpu": the C++ library of csrc/cpu, called through ctypes.
 
-from lowrank_optim.kernels.dispatch import Loaded, Unavailable
+`library` finds and checks it, `operations` are the kernels.
+"""
+
+from lowrank_optim.kernels.cpu.library import open_library
+from lowrank_optim.kernels.cpu.operations import operations
+from lowrank_optim.kernels.dispatch import Loaded
 
 
 def load() -> Loaded:
-    raise Unavailable("it is not built.")
+    """The backend; raises `Unavailable` where the library is not there or not ours."""
+    library = open_library()
+    return Loaded(frozenset({"cpu"}), operations(library), f"{library.simd}; {library.build_info}; {library.path}")

@@ -1,0 +1,140 @@
+"""The planner's prediction beside the measured peak, on the CPU: small LLaMAs, several optimizers, updates in backward, checkpointing.
+
+Measured is what torch's CPU allocator handed out, event by event, as the profiler records it: kernels' own working memory is in it,
+which the planner does not see. Three real steps, from the building of the model on. With "long" batches most memory is activations,
+with "short" ones weights, state and the optimizer's working copies. On a GPU, benchmarks/gpu/seven_b.py compares likewise.
+"""
+
+import argparse
+import math
+from typing import Any
+
+import torch
+from common import write
+from torch.profiler import ProfilerActivity, profile
+
+import lowrank_optim as lo
+from lowrank_optim.planner.choices import resolve_optimizer
+from lowrank_optim.planner.models import resolve_model
+from lowrank_optim.planner.simulate import checkpoint_activations
+
+CONFIG = {
+    **{"model_type": "llama", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704},
+    **{"num_hidden_layers": 4, "num_attention_heads": 4, "tie_word_embeddings": False},
+}
+OPTIMIZERS: tuple[Any, ...] = (
+    *("adamw", ("adamw", {"foreach": True}), "sgd", ("galore", {"rank": 64}), ("galore_8bit", {"rank": 64})),
+    *(("qgalore", {"rank": 64}), ("fira", {"rank": 64}), ("apollo", {"rank": 64}), "apollo_mini"),
+    *(("ldadam", {"rank": 64}), ("frugal", {"density": 0.25}), "lisa", "badam"),
+)
+BATCHES = {"long": (4, 256), "short": (1, 16)}
+LIMIT = 0.03
+
+
+def measure(
+    optimizer: Any, batch: tuple[int, int], in_backward: bool, checkpointing: bool, dtype: torch.dtype, weight_bits: int
+) -> int:
+    """Bytes that were allocated at once, at most, by building a model and its optimizer and taking three steps."""
+    bare = resolve_model(CONFIG).build(dtype, None)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        model = bare.to_empty(device="cpu")
+        initialize(model)
+        if weight_bits == 8:
+            model = lo.nn.quantize_weights_(model)
+        if checkpointing:
+            checkpoint_activations(model)
+        chosen = resolve_optimizer(optimizer).build(model)
+        if in_backward:
+            lo.update_in_backward(chosen)
+        tokens = torch.randint(0, CONFIG["vocab_size"], batch, generator=torch.Generator().manual_seed(0))
+        for _ in range(3):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            chosen.step()
+            chosen.zero_grad()
+    now = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def initialize(model: torch.nn.Module) -> None:
+    """Numbers that train: the model was made without any."""
+    torch.manual_seed(0)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=1.0 / math.sqrt(256)) if param.dim() > 1 else torch.nn.init.ones_(param)
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.fill_(0.1)
+
+
+def cases(quick: bool) -> list[dict[str, Any]]:
+    """Every optimizer, both batches, with and without updates in backward and checkpointing; and int8 weights, and bfloat16."""
+    found = []
+    for optimizer in OPTIMIZERS[3:5] if quick else OPTIMIZERS:
+        ours = resolve_optimizer(optimizer).updates_in_backward and "frugal" not in optimizer
+        for batch in BATCHES:
+            for in_backward in (False, True) if ours else (False,):
+                for checkpointing in (False, True):
+                    case = {"optimizer": optimizer, "batch": batch, "in_backward": in_backward}
+                    found.append(case | {"checkpointing": checkpointing, "dtype": "float32", "weight_bits": 16})
+    last = {"batch": "short", "in_backward": True, "checkpointing": True}
+    found.append({"optimizer": ("qgalore", {"rank": 64}), **last, "dtype": "bfloat16", "weight_bits": 8})
+    found.append({"optimizer": ("galore_8bit", {"rank": 64}), **last, "dtype": "bfloat16", "weight_bits": 16})
+    return found
+
+
+def compare(case: dict[str, Any]) -> dict[str, Any]:
+    """One case with both numbers and the relative error of the prediction."""
+    sequences, length = BATCHES[case["batch"]]
+    predicted = lo.plan(
+        CONFIG,
+        case["optimizer"],
+        batch_size=sequences,
+        sequence_length=length,
+        dtype=case["dtype"],
+        in_backward=case["in_backward"],
+        activation_checkpointing=case["checkpointing"],
+        weight_bits=case["weight_bits"],
+        device="cpu",
+    )
+    measured = measure(
+        case["optimizer"],
+        (sequences, length),
+        case["in_backward"],
+        case["checkpointing"],
+        getattr(torch, case["dtype"]),
+        case["weight_bits"],
+    )
+    error = predicted.peak_bytes / measured - 1.0
+    return case | {
+        "predicted": predicted.peak_bytes,
+        "measured": measured,
+        "error": round(error, 5),
+        "when": predicted.when,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two optimizers only, nothing written")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for case in cases(args.quick):
+        results.append(row := compare(case))
+        print(
+            f"{row['optimizer']!s:<40} {row['batch']:<6} in_backward={row['in_backward']!s:<6} "
+            f"checkpointing={row['checkpointing']!s:<6} measured {row['measured'] / 2**20:7.2f} MiB  {row['error']:+.2%}  {row['when']}"
+        )
+    worst = max(results, key=lambda row: abs(row["error"]))
+    print(f"largest error {worst['error']:+.2%}: {worst['optimizer']}, {worst['batch']}, in_backward={worst['in_backward']}")
+    if not args.quick:
+        write("planner_validation", {"limit": LIMIT, "largest_error": worst["error"], "cases": results})
+    if abs(worst["error"]) > LIMIT:
+        raise SystemExit(f"the prediction is off by more than {LIMIT:.0%}")
+
+
+if __name__ == "__main__":
+    main()

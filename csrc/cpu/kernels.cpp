@@ -1,0 +1,561 @@
+// The operations, compiled once for each instruction set: LOWRANK_TABLE names the table that this copy defines.
+//
+// Plain loops over at most a block or TILE elements, which stay in the first-level cache and which the compiler turns into vector
+// instructions; a ragged end runs the same operations one by one. Only builtins are used: an inline function of the standard
+// library compiled here for AVX-512 could be the copy that the linker keeps for every processor.
+#include "ops.h"
+
+namespace lowrank {
+namespace {
+
+constexpr float MIN_SCALE = 0x1p-100f;
+constexpr uint32_t GOLDEN = 0x9E3779B9u, INFINITE = 0x7F800000u, MAGNITUDE = 0x7FFFFFFFu;
+constexpr float SHIFTER = 0x1.8p23f;  // added and taken off again, it rounds |y| < 2²² to the nearest integer, ties to even
+
+inline uint32_t bits_of(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+
+inline float float_of(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+
+inline int smaller(int64_t a, int64_t b) { return int(a < b ? a : b); }  // one of them is the size of a tile or block
+
+// ----------------------------------------------------------------------------------------------------------- storage types
+
+inline float from_bfloat16(uint16_t h) { return float_of(uint32_t(h) << 16); }
+
+// The bits of the nearest bfloat16 to the float of bits u.
+inline uint32_t to_bfloat16(uint32_t u) {
+  const uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+  return (u & MAGNITUDE) > INFINITE ? 0x7FC0 : rounded;
+}
+
+inline float from_float16(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7FFF) << 13, exponent = rest & 0x0F800000;
+  const float small = float_of((113u << 23) + rest) - 0x1p-14f;  // subnormal: the fraction of 2⁻¹⁴
+  const uint32_t normal = rest + (112u << 23), special = rest | INFINITE;
+  return float_of(sign | (exponent == 0 ? bits_of(small) : exponent == 0x0F800000 ? special : normal));
+}
+
+inline uint16_t to_float16(float x) {
+  const uint32_t u = bits_of(x) & MAGNITUDE, sign = (bits_of(x) >> 16) & 0x8000;
+  const uint32_t small = bits_of(float_of(u) + 0.5f) - bits_of(0.5f);  // subnormal: the sum rounds at its last bit
+  const uint32_t normal = (u - (112u << 23) + 0xFFF + ((u >> 13) & 1)) >> 13;
+  const uint32_t special = u > INFINITE ? 0x7E00u : 0x7C00u;
+  return uint16_t(sign | (u >= 0x47800000 ? special : u < 0x38800000 ? small : normal));
+}
+
+// n elements as float32: the tensor itself where it is of that type, else a converted copy in `buffer`.
+inline const f32* load(const ConstRows& x, int64_t at, float* buffer, int n) {
+  if (x.dtype == FLOAT32) return static_cast<const f32*>(x.data) + at;
+  const u16* from = static_cast<const u16*>(x.data) + at;
+  if (x.dtype == BFLOAT16) {
+    for (int j = 0; j < n; ++j) buffer[j] = from_bfloat16(from[j]);
+  } else {
+    for (int j = 0; j < n; ++j) buffer[j] = from_float16(from[j]);
+  }
+  return buffer;
+}
+
+inline const f32* load(const Rows& x, int64_t at, float* buffer, int n) {
+  return load(ConstRows{x.data, x.dtype, x.stride}, at, buffer, n);
+}
+
+// ------------------------------------------------------------------------------------------------------------- random bits
+
+inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// Random bits of the elements `first` + j, for j < `left`: where the lower word of the position wraps around, a new stream begins.
+struct Stream {
+  uint32_t low, key, upper, offset;
+  int left;
+
+  Stream(const Noise& noise, int64_t first, int n) {
+    const uint64_t position = uint64_t(noise.start) + uint64_t(first);
+    low = uint32_t(position);
+    key = uint32_t(noise.key);
+    upper = (uint32_t(position >> 32) * GOLDEN) ^ uint32_t(noise.key >> 32);
+    offset = noise.offset;
+    const uint32_t before_wrap = 0u - low;
+    left = before_wrap && before_wrap < uint32_t(n) ? int(before_wrap) : n;
+  }
+
+  uint32_t operator()(int j) const { return mix(mix((low + uint32_t(j)) ^ key) ^ upper) + offset; }
+
+  // In [0, 1), in multiples of 2⁻²⁴.
+  float uniform(int j) const { return float(int32_t((*this)(j) >> 8)) * 0x1p-24f; }
+};
+
+// Round n floats into elements `at` … of x; `first` is the number of the first one, for the noise.
+inline void store(const Rows& x, int64_t at, const float* __restrict value, int n, const Noise& noise, int64_t first) {
+  if (x.dtype == FLOAT32) {
+    f32* __restrict to = static_cast<f32*>(x.data) + at;
+    for (int j = 0; j < n; ++j) to[j] = value[j];
+    return;
+  }
+  u16* __restrict to = static_cast<u16*>(x.data) + at;
+  if (x.dtype == FLOAT16) {
+    for (int j = 0; j < n; ++j) to[j] = to_float16(value[j]);
+  } else if (!noise.on) {
+    for (int j = 0; j < n; ++j) to[j] = u16(to_bfloat16(bits_of(value[j])));
+  } else {
+    while (n > 0) {
+      const Stream random(noise, first, n);
+      for (int j = 0; j < random.left; ++j) {
+        const uint32_t u = bits_of(value[j]), up = (u + (random(j) & 0xFFFF)) >> 16;
+        const uint32_t rounded = (u & MAGNITUDE) < INFINITE ? up : to_bfloat16(u);
+        to[j] = u16(rounded);
+      }
+      n -= random.left;
+      first += random.left;
+      value += random.left;
+      to += random.left;
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------------------- Adam
+
+// As torch.lerp, which starts from the nearer end.
+inline float lerp(float from, float to, float weight) {
+  return weight < 0.5f ? from + weight * (to - from) : to - (to - from) * (1.0f - weight);
+}
+
+inline float square_update(float v, float g, float beta, float weight) { return v * beta + (weight * g) * g; }
+
+inline float adam_direction(float m, float root, const Adam& a) { return m / (root * a.correction + a.floor); }
+
+// W ← keep W − alpha N for n elements of W.
+inline void write(const Rows& weight, int64_t at, const float* direction, int n, const Write& w, int64_t first, float* buffer) {
+  const f32* old = load(weight, at, buffer, n);
+  const float keep = w.keep, step = -w.alpha;
+  if (weight.dtype == FLOAT32) {
+    f32* to = static_cast<f32*>(weight.data) + at;
+    for (int j = 0; j < n; ++j) to[j] = to[j] * keep + step * direction[j];
+    return;
+  }
+  for (int j = 0; j < n; ++j) buffer[j] = old[j] * keep + step * direction[j];
+  store(weight, at, buffer, n, w.rounding, first);
+}
+
+void adam(const AdamArgs& args, int64_t first, int64_t last) {
+  float g_buffer[TILE], w_buffer[TILE], direction[TILE];
+  const Adam a = args.adam;
+  for (int64_t at = first; at < last; at += TILE) {
+    const int n = smaller(TILE, last - at);
+    const f32* g = load(args.grad, at, g_buffer, n);
+    f32 *m = args.exp_avg + at, *v = args.exp_avg_sq + at;
+    for (int j = 0; j < n; ++j) {
+      m[j] = lerp(m[j], g[j], a.weight1);
+      v[j] = square_update(v[j], g[j], a.beta2, a.weight2);
+      direction[j] = adam_direction(m[j], __builtin_sqrtf(v[j]), a);
+    }
+    if (f32* out = args.out) {
+      out += at;
+      for (int j = 0; j < n; ++j) out[j] = direction[j];
+    } else {
+      write(args.weight, at, direction, n, args.write, at, w_buffer);
+    }
+  }
+}
+
+inline float sign_of(float x) { return float(int(x > 0.0f) - int(x < 0.0f)); }
+
+void rule(const RuleArgs& args, int64_t first, int64_t last) {
+  const f32* __restrict g = args.grad;
+  f32 *__restrict m = args.moment, *__restrict out = args.out;
+  const float a = args.first, b = args.second, c = args.third;
+  switch (args.rule) {
+    case LION:
+      for (int64_t j = first; j < last; ++j) {
+        out[j] = sign_of(lerp(m[j], g[j], a));
+        m[j] = lerp(m[j], g[j], b);
+      }
+      break;
+    case SGD:
+      for (int64_t j = first; j < last; ++j) out[j] = m[j] = m[j] * a + g[j];
+      break;
+    case NESTEROV:
+      for (int64_t j = first; j < last; ++j) {
+        m[j] = m[j] * a + g[j];
+        out[j] = g[j] + a * m[j];
+      }
+      break;
+    case RMSPROP:
+      for (int64_t j = first; j < last; ++j) {
+        m[j] = square_update(m[j], g[j], a, b);
+        out[j] = g[j] / (__builtin_sqrtf(m[j]) + c);
+      }
+      break;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------- codes
+
+// A unit of a coded matrix: columns `col` … `col` + n of a row.
+struct Unit {
+  int n;
+  int64_t row, col, blocks, element;  // blocks: index of its first scale; element: row-major index of its first element
+
+  Unit(const Coding& c, int64_t unit) {
+    const int64_t width = span(c), per_row = pieces(c.cols, width);
+    row = unit / per_row;
+    col = unit % per_row * width;
+    n = smaller(width, c.cols - col);
+    blocks = row * pieces(c.cols, c.block) + col / c.block;
+    element = row * c.cols + col;
+  }
+};
+
+inline const f32* columns(const Coding& c, const Unit& unit) {
+  return c.col_scale ? c.col_scale + unit.row / c.rows_per_scale * c.cols + unit.col : nullptr;
+}
+
+inline int64_t code_at(const Coding& c, const Unit& unit) {
+  return c.bits == 8 ? unit.element : unit.row * ((c.cols + 1) / 2) + unit.col / 2;
+}
+
+// Four-bit codes, even columns in the low half of a byte; an odd last column leaves the high half 0.
+inline void pack_nibbles(const u8* level, u8* packed, int n) {
+  for (int j = 0; j < n / 2; ++j) packed[j] = u8(level[2 * j] | level[2 * j + 1] << 4);
+  if (n % 2) packed[n / 2] = level[n - 1];
+}
+
+inline void unpack_nibbles(const u8* packed, u8* level, int n) {
+  for (int j = 0; j < n / 2; ++j) {
+    level[2 * j] = packed[j] & 0xF;
+    level[2 * j + 1] = packed[j] >> 4;
+  }
+  if (n % 2) level[n - 1] = packed[n / 2] & 0xF;
+}
+
+inline int levels_of(int bits, bool is_signed) { return is_signed ? (bits == 8 ? 127 : 7) : (bits == 8 ? 256 : 16); }
+
+// x = (level (1/L)) s; codes of one block, a byte each.
+inline void decode(const u8* code, int n, int bits, bool is_signed, float scale, float* x) {
+  const float unit = float(1.0 / levels_of(bits, is_signed)), zero = is_signed ? -8.0f : 1.0f;
+  if (is_signed && bits == 8) {
+    for (int j = 0; j < n; ++j) x[j] = float(s8(code[j])) * unit * scale;
+  } else {
+    for (int j = 0; j < n; ++j) x[j] = (float(code[j]) + zero) * unit * scale;
+  }
+}
+
+// The bits of |x|: as integers they are ordered as the magnitudes are, infinity above all numbers and NaN above infinity.
+inline int32_t magnitude(float x) { return int32_t(bits_of(x) & MAGNITUDE); }
+
+inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// The scale of a block from its largest magnitude; NaN where it holds one or infinity.
+inline float scale_of(int32_t most) {
+  const float s = float_of(uint32_t(most));
+  return uint32_t(most) >= INFINITE ? __builtin_nanf("") : s < MIN_SCALE ? 0.0f : s;
+}
+
+inline int between(int least, int x, int most) { return x < least ? least : x > most ? most : x; }
+
+// Noise of one block: `first` is the number of its first element.
+inline void draw(const Noise& noise, int64_t first, int n, float* __restrict uniform) {
+  for (int done = 0; done < n;) {
+    const Stream random(noise, first + done, n - done);
+    for (int j = 0; j < random.left; ++j) uniform[done + j] = random.uniform(j);
+    done += random.left;
+  }
+}
+
+// Codes of one block, a byte each, rounded by the numbers in `uniform`, or to nearest without them; `level` is working memory.
+// (Loops over bytes and words at once make poor vector code: the levels are narrowed in a loop of their own.)
+inline void encode(const float* __restrict x, int n, int bits, bool is_signed, float scale, const float* __restrict uniform,
+                   int* __restrict level, u8* __restrict code) {
+  const int levels = levels_of(bits, is_signed), least = is_signed ? -levels : 1;
+  const int zero = is_signed ? (bits == 8 ? 0 : -8) : 1;
+  if (!(scale > 0.0f)) {
+    for (int j = 0; j < n; ++j) code[j] = u8(is_signed ? -zero : 0);
+    return;
+  }
+  const float factor = (1.0f / scale) * float(levels);  // as torch divides a number by a tensor
+  if (uniform) {
+    for (int j = 0; j < n; ++j) {
+      const float y = x[j] * factor;
+      const float nearest = (y + SHIFTER) - SHIFTER, lower = nearest > y ? nearest - 1.0f : nearest;
+      const float rounded = uniform[j] < y - lower ? lower + 1.0f : lower;
+      // What was decoded comes back within four roundings, and has to stay what it was.
+      const float error = __builtin_fabsf(y - nearest), close = __builtin_fabsf(nearest) * 0x1p-21f;
+      const float chosen = error <= close ? nearest : rounded;
+      level[j] = between(least, int(chosen), levels) - zero;
+    }
+  } else {
+    for (int j = 0; j < n; ++j) level[j] = between(least, int((x[j] * factor + SHIFTER) - SHIFTER), levels) - zero;
+  }
+  for (int j = 0; j < n; ++j) code[j] = u8(level[j]);
+}
+
+// Working arrays of a block: in, m/√v and √v as they were decoded; out, as they are to be coded, the direction, and the noise for
+// coding √v. Drawn in the same loop, the noise costs nothing: the loop waits for the divider.
+struct Block {
+  float *__restrict ratio, *__restrict root, *__restrict direction, *__restrict uniform;
+  int32_t most_ratio, most_root;  // the bits of the largest magnitudes
+};
+
+template <bool NOISY>
+inline void step_block(Block& b, const f32* __restrict g, int from, int n, const Adam& a, const Stream& random) {
+  float *__restrict ratio = b.ratio + from, *__restrict root = b.root + from;
+  float *__restrict direction = b.direction + from, *__restrict uniform = b.uniform + from;
+  int32_t most_ratio = b.most_ratio, most_root = b.most_root;
+  for (int j = 0; j < n; ++j) {
+    const float m = lerp(ratio[j] * root[j], g[from + j], a.weight1);
+    const float s = __builtin_sqrtf(square_update(root[j] * root[j], g[from + j], a.beta2, a.weight2));
+    const float quotient = m / s, q = s > 0.0f ? quotient : 0.0f;
+    direction[j] = adam_direction(m, s, a);
+    ratio[j] = q;
+    root[j] = s;
+    if (NOISY) uniform[j] = random.uniform(j);
+    most_ratio = larger(most_ratio, magnitude(q));
+    most_root = larger(most_root, magnitude(s));
+  }
+  b.most_ratio = most_ratio;
+  b.most_root = most_root;
+}
+
+void coded_adam(const CodedAdamArgs& args, int64_t first, int64_t last, float* scratch) {
+  const Coding& c = args.coding;
+  const Adam a = args.adam;
+  const int bits = c.bits;
+  const int64_t most = padded(c);
+  Block b = {scratch, scratch + most, scratch + 2 * most, scratch + 3 * most, 0, 0};
+  float *__restrict root = b.root, *buffer = b.uniform + most;
+  int* levels = reinterpret_cast<int*>(buffer + most);
+  u8* ratio_levels = reinterpret_cast<u8*>(levels + most);
+  u8* root_levels = ratio_levels + most;
+  for (int64_t index = first; index < last; ++index) {
+    const Unit unit(c, index);
+    const f32* scales = columns(c, unit);
+    const int64_t at = code_at(c, unit);
+    u8 *ratio_code = args.ratio + at, *root_code = args.root + at;
+    if (bits == 4) {
+      unpack_nibbles(ratio_code, ratio_levels, unit.n);
+      unpack_nibbles(root_code, root_levels, unit.n);
+      ratio_code = ratio_levels;
+      root_code = root_levels;
+    }
+    for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
+      const int n = smaller(c.block, unit.n - from), element = unit.element + from;
+      decode(ratio_code + from, n, bits, true, args.ratio_scale[block], b.ratio);
+      decode(root_code + from, n, bits, false, args.root_scale[block], root);
+      if (scales) {
+        for (int j = 0; j < n; ++j) root[j] *= scales[from + j];
+      }
+      const f32* g = load(args.grad, element, buffer, n);
+      b.most_ratio = b.most_root = 0;
+      for (int done = 0; done < n;) {
+        const Stream random(args.noise, element + done, n - done);
+        (args.noise.on ? step_block<true> : step_block<false>)(b, g, done, random.left, a, random);
+        done += random.left;
+      }
+      if (scales) {
+        int32_t most_root = 0;
+        for (int j = 0; j < n; ++j) {
+          root[j] /= scales[from + j];
+          most_root = larger(most_root, magnitude(root[j]));
+        }
+        b.most_root = most_root;
+      }
+      const float ratio_scale = scale_of(b.most_ratio), root_scale = scale_of(b.most_root);
+      encode(b.ratio, n, bits, true, ratio_scale, nullptr, levels, ratio_code + from);
+      encode(root, n, bits, false, root_scale, args.noise.on ? b.uniform : nullptr, levels, root_code + from);
+      args.ratio_scale[block] = ratio_scale;
+      args.root_scale[block] = root_scale;
+      if (f32* out = args.out) {
+        out += element;
+        for (int j = 0; j < n; ++j) out[j] = b.direction[j];
+      } else {
+        write(args.weight, element, b.direction, n, args.write, element, buffer);
+      }
+    }
+    if (bits == 4) {
+      pack_nibbles(ratio_levels, args.ratio + at, unit.n);
+      pack_nibbles(root_levels, args.root + at, unit.n);
+    }
+  }
+}
+
+void quantize(const QuantizeArgs& args, int64_t first, int64_t last, float* scratch) {
+  const Coding& c = args.coding;
+  const int64_t most = padded(c);
+  float *buffer = scratch, *__restrict y = buffer + most, *uniform = y + most;
+  int* wide = reinterpret_cast<int*>(uniform + most);
+  u8* levels = reinterpret_cast<u8*>(wide + most);
+  for (int64_t index = first; index < last; ++index) {
+    const Unit unit(c, index);
+    const f32* scales = columns(c, unit);
+    u8* codes = args.codes + code_at(c, unit);
+    u8* to = c.bits == 4 ? levels : codes;
+    for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
+      const int n = smaller(c.block, unit.n - from);
+      const f32* x = load(args.x, unit.row * args.x.stride + unit.col + from, buffer, n);
+      int32_t greatest = 0;
+      for (int j = 0; j < n; ++j) {
+        y[j] = scales ? x[j] / scales[from + j] : x[j];
+        greatest = larger(greatest, magnitude(y[j]));
+      }
+      const float scale = scale_of(greatest);
+      args.scale[block] = scale;
+      if (args.noise.on) draw(args.noise, unit.element + from, n, uniform);
+      encode(y, n, c.bits, args.is_signed, scale, args.noise.on ? uniform : nullptr, wide, to + from);
+    }
+    if (c.bits == 4) pack_nibbles(levels, codes, unit.n);
+  }
+}
+
+void dequantize(const DequantizeArgs& args, int64_t first, int64_t last, float* scratch) {
+  const Coding& c = args.coding;
+  const int64_t most = padded(c);
+  float* y = scratch;
+  u8* levels = reinterpret_cast<u8*>(y + most);
+  for (int64_t index = first; index < last; ++index) {
+    const Unit unit(c, index);
+    const f32* scales = columns(c, unit);
+    const u8* codes = args.codes + code_at(c, unit);
+    if (c.bits == 4) {
+      unpack_nibbles(codes, levels, unit.n);
+      codes = levels;
+    }
+    for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
+      decode(codes + from, smaller(c.block, unit.n - from), c.bits, args.is_signed, args.scale[block], y + from);
+    }
+    if (scales) {
+      for (int j = 0; j < unit.n; ++j) y[j] *= scales[j];
+    }
+    store(args.x, unit.row * args.x.stride + unit.col, y, unit.n, Noise{}, 0);
+  }
+}
+
+// Bits of floats as integers in the order of their values.
+inline int32_t ordered(uint32_t u) { return int32_t(u ^ (uint32_t(int32_t(u) >> 31) & MAGNITUDE)); }
+
+void pack(const PackArgs& args, int64_t first, int64_t last, float* scratch) {
+  const Coding& c = args.coding;
+  const int64_t most = padded(c);
+  const int top = (1 << c.bits) - 1;
+  u8* levels = reinterpret_cast<u8*>(scratch + most);
+  for (int64_t index = first; index < last; ++index) {
+    const Unit unit(c, index);
+    u8* codes = args.codes + code_at(c, unit);
+    u8* to = c.bits == 4 ? levels : codes;
+    for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
+      const int n = smaller(c.block, unit.n - from);
+      const f32* x = load(args.x, unit.row * args.x.stride + unit.col + from, scratch, n);
+      int32_t least = INT32_MAX, greatest = INT32_MIN, most_magnitude = 0;
+      for (int j = 0; j < n; ++j) {
+        const int32_t value = ordered(bits_of(x[j]));
+        least = value < least ? value : least;
+        greatest = value > greatest ? value : greatest;
+        most_magnitude = larger(most_magnitude, magnitude(x[j]));
+      }
+      const float low = float_of(uint32_t(ordered(uint32_t(least))));
+      const float high = float_of(uint32_t(ordered(uint32_t(greatest))));
+      float step = (high - low) / float(top);
+      if (step < 0x1p-126f) step = 0.0f;
+      const bool finite = uint32_t(larger(most_magnitude, magnitude(step))) < INFINITE;
+      args.scale[block] = finite ? step : __builtin_nanf("");
+      args.zero[block] = finite ? low : __builtin_nanf("");
+      if (finite && step > 0.0f) {
+        for (int j = 0; j < n; ++j) {
+          to[from + j] = u8(between(0, int(((x[j] - low) / step + SHIFTER) - SHIFTER), top));
+        }
+      } else {
+        for (int j = 0; j < n; ++j) to[from + j] = 0;
+      }
+    }
+    if (c.bits == 4) pack_nibbles(levels, codes, unit.n);
+  }
+}
+
+void unpack(const UnpackArgs& args, int64_t first, int64_t last, float* scratch) {
+  const Coding& c = args.coding;
+  const int64_t most = padded(c);
+  float* y = scratch;
+  u8* levels = reinterpret_cast<u8*>(y + most);
+  for (int64_t index = first; index < last; ++index) {
+    const Unit unit(c, index);
+    const u8* codes = args.codes + code_at(c, unit);
+    if (c.bits == 4) {
+      unpack_nibbles(codes, levels, unit.n);
+      codes = levels;
+    }
+    for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
+      const int n = smaller(c.block, unit.n - from);
+      const float step = args.scale[block], zero = args.zero[block];
+      for (int j = 0; j < n; ++j) y[from + j] = float(codes[from + j]) * step + zero;
+    }
+    store(args.x, unit.row * args.x.stride + unit.col, y, unit.n, Noise{}, 0);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------------- weights
+
+void update(const UpdateArgs& args, int64_t first, int64_t last) {
+  float w_buffer[TILE], p_buffer[TILE], g_buffer[TILE], s_buffer[TILE], sum[TILE];
+  const int64_t per_row = pieces(args.cols, TILE);
+  const float keep = args.write.keep, step = -args.write.alpha;
+  for (int64_t index = first; index < last; ++index) {
+    const int64_t row = index / per_row, col = index % per_row * TILE;
+    const int n = smaller(TILE, args.cols - col);
+    const int64_t at = row * args.weight.stride + col;
+    const f32* w = load(args.weight, at, w_buffer, n);
+    if (args.product.data) {
+      const f32* p = load(args.product, row * args.product.stride + col, p_buffer, n);
+      for (int j = 0; j < n; ++j) sum[j] = w[j] * keep + step * p[j];
+    } else {
+      for (int j = 0; j < n; ++j) sum[j] = w[j] * keep;
+    }
+    if (args.grad.data) {
+      const f32* e = load(args.grad, row * args.grad.stride + col, g_buffer, n);
+      if (args.subtract.data) {
+        const f32* s = load(args.subtract, row * args.subtract.stride + col, s_buffer, n);
+        for (int j = 0; j < n; ++j) g_buffer[j] = e[j] - s[j];
+        e = g_buffer;
+      }
+      if (args.sign) {
+        for (int j = 0; j < n; ++j) g_buffer[j] = sign_of(e[j]);
+        e = g_buffer;
+      }
+      const f32* phi = args.phi + row * args.phi_row + col * args.phi_col;
+      if (args.phi_col) {
+        for (int j = 0; j < n; ++j) sum[j] += step * e[j] * phi[j];
+      } else {
+        const float scale = *phi;
+        for (int j = 0; j < n; ++j) sum[j] += step * e[j] * scale;
+      }
+    }
+    store(args.weight, at, sum, n, args.write.rounding, row * args.cols + col);
+  }
+}
+
+void store_rows(const StoreArgs& args, int64_t first, int64_t last) {
+  float value[TILE];
+  const int64_t per_row = pieces(args.cols, TILE);
+  for (int64_t index = first; index < last; ++index) {
+    const int64_t row = index / per_row, col = index % per_row * TILE;
+    const int n = smaller(TILE, args.cols - col);
+    const f32* from = load(args.value, row * args.value.stride + col, value, n);
+    for (int j = 0; j < n; ++j) value[j] = from[j];
+    store(args.target, row * args.target.stride + col, value, n, args.rounding, row * args.cols + col);
+  }
+}
+
+}  // namespace
+
+extern const Kernels LOWRANK_TABLE = {adam, rule, coded_adam, quantize, dequantize, pack, unpack, update, store_rows};
+
+}  // namespace lowrank

@@ -1,0 +1,171 @@
+// What the operations take, and the table of the functions that do them, one table for each instruction set.
+//
+// Definitions: lowrank_optim/kernels/reference.py and lowrank_optim/quantization/{rows,moments,basis}.py. Every float operation
+// here is rounded to float32 once, in the order written there, without fused multiply-adds, so all instruction sets, thread counts
+// and ways of cutting a tensor give the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace lowrank {
+
+// Tensors may start at any byte.
+typedef float f32 __attribute__((aligned(1), may_alias));
+typedef uint16_t u16 __attribute__((aligned(1), may_alias));
+typedef uint8_t u8;
+typedef int8_t s8;
+
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// A matrix whose rows have unit stride; strides count elements.
+struct Rows {
+  void* data;
+  int32_t dtype;
+  int64_t stride;
+};
+
+struct ConstRows {
+  const void* data;
+  int32_t dtype;
+  int64_t stride;
+};
+
+// Random bits as a function of key and position (kernels/counter_rng.py); `on` false rounds to nearest.
+struct Noise {
+  bool on;
+  uint64_t key;
+  int64_t start;    // position of the first element
+  uint32_t offset;  // added to the bits: turn times the golden ratio
+};
+
+// m ← lerp(m, g, weight1), v ← beta2 v + weight2 g², N = m / (√v correction + floor)
+struct Adam {
+  float weight1, beta2, weight2, correction, floor;
+};
+
+// W ← keep W − alpha N
+struct Write {
+  float keep, alpha;
+  Noise rounding;
+};
+
+// adam_direct_ (out) and adam_dense_ (weight); flat tensors.
+struct AdamArgs {
+  ConstRows grad;
+  f32 *exp_avg, *exp_avg_sq, *out;
+  Rows weight;
+  Adam adam;
+  Write write;
+};
+
+// lion_direct_, sgd_direct_ and rmsprop_direct_; flat tensors of float32.
+enum Rule : int32_t { LION = 0, SGD = 1, NESTEROV = 2, RMSPROP = 3 };
+struct RuleArgs {
+  int32_t rule;
+  const f32* grad;
+  f32 *moment, *out;
+  float first, second, third;
+};
+
+// A matrix of `rows` × `cols` elements in blocks, whose columns may have scales: row i takes those at (i / rows_per_scale) · cols.
+struct Coding {
+  int64_t rows, cols, block;
+  int32_t bits;
+  const f32* col_scale;
+  int64_t rows_per_scale;
+};
+
+struct CodedAdamArgs {
+  Coding coding;
+  ConstRows grad;
+  u8 *ratio, *root;
+  f32 *ratio_scale, *root_scale, *out;
+  Rows weight;
+  Adam adam;
+  Noise noise;
+  Write write;
+};
+
+struct QuantizeArgs {
+  Coding coding;
+  bool is_signed;
+  ConstRows x;
+  u8* codes;
+  f32* scale;
+  Noise noise;
+};
+
+struct DequantizeArgs {
+  Coding coding;
+  bool is_signed;
+  const u8* codes;
+  const f32* scale;
+  Rows x;
+};
+
+struct PackArgs {
+  Coding coding;
+  ConstRows x;
+  u8* codes;
+  f32 *scale, *zero;
+};
+
+struct UnpackArgs {
+  Coding coding;
+  const u8* codes;
+  const f32 *scale, *zero;
+  Rows x;
+};
+
+// W ← keep W − alpha (product + φ ⊙ E), E = grad, sign(grad) or sign(grad − subtract); product, grad and subtract may be absent.
+struct UpdateArgs {
+  int64_t rows, cols;
+  Rows weight;
+  Write write;
+  ConstRows product, grad, subtract;
+  bool sign;
+  const f32* phi;
+  int64_t phi_row, phi_col;  // strides, 0 where it is broadcast
+};
+
+// target ← value, rounded.
+struct StoreArgs {
+  int64_t rows, cols;
+  Rows target;
+  ConstRows value;
+  Noise rounding;
+};
+
+// Work is cut into units: TILE elements of a flat tensor or of a row; of coded matrices, a span of whole blocks.
+constexpr int64_t TILE = 1024;
+
+inline int64_t pieces(int64_t length, int64_t piece) { return (length + piece - 1) / piece; }
+
+// Columns of a unit: two blocks where one ends in the middle of a byte.
+inline int64_t span(const Coding& c) {
+  const int64_t block = c.block < c.cols ? c.block : c.cols;
+  return c.bits == 4 && block % 2 && block < c.cols ? 2 * block : block;
+}
+
+// Working memory of a thread, in floats: seven arrays of the size of a unit, apart from each other.
+inline int64_t padded(const Coding& c) { return (span(c) + 31) / 16 * 16; }
+inline int64_t scratch_floats(const Coding& c) { return 7 * padded(c); }
+
+struct Kernels {
+  void (*adam)(const AdamArgs&, int64_t first, int64_t last);  // elements
+  void (*rule)(const RuleArgs&, int64_t first, int64_t last);  // elements
+  void (*coded_adam)(const CodedAdamArgs&, int64_t first, int64_t last, float* scratch);  // units
+  void (*quantize)(const QuantizeArgs&, int64_t first, int64_t last, float* scratch);
+  void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last, float* scratch);
+  void (*pack)(const PackArgs&, int64_t first, int64_t last, float* scratch);
+  void (*unpack)(const UnpackArgs&, int64_t first, int64_t last, float* scratch);
+  void (*update)(const UpdateArgs&, int64_t first, int64_t last);  // units of TILE
+  void (*store)(const StoreArgs&, int64_t first, int64_t last);
+};
+
+extern const Kernels kernels_baseline;
+#ifdef LOWRANK_X86
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+}  // namespace lowrank

@@ -1,0 +1,98 @@
+"""DistributedDataParallel that sends R in place of G."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, distributed
+
+from lowrank_optim.distributed.agreement import check_lines, describe
+
+if TYPE_CHECKING:
+    from lowrank_optim.optimizers import LowRankOptimizer
+
+
+class LowRankHook:
+    """A communication hook that averages projected gradients: R, r/min(m, n) of the traffic of G.
+
+    Between two refreshes, a matrix in a subspace is averaged as R = G B, and its gradient becomes lift(R): the same on all processes,
+    and all that the method would have used of it, so that clipping, GradScaler and the optimizer's step work as ever. On its own
+    refresh step a matrix is averaged whole (staggering makes those few in any one step), and so is every dense parameter.
+
+        mean over processes of (G B) = (mean of G) B
+
+    Args:
+        optimizer: an optimizer of this package over the model's parameters, of a method that uses no more of the gradient than R:
+            GaLore, or any with residual "none".
+        process_group: the one that DistributedDataParallel was given; None for the default one.
+
+    Raises:
+        TypeError: the optimizer is not of this package.
+        ValueError: the method needs the whole gradient; parameters are sharded; the processes have built different optimizers.
+
+    Cost: besides the projection of the step itself, one of every gradient and one lift. Gradients of bfloat16 carry lift(R) in
+    bfloat16, and R is sent in it.
+
+    Example:
+        model = DistributedDataParallel(model)
+        optimizer = lo.GaLoreAdamW(lo.param_groups(model, rank=128), lr=1e-2)
+        model.register_comm_hook(None, LowRankHook(optimizer))
+    """
+
+    def __init__(
+        self, optimizer: "LowRankOptimizer", process_group: "distributed.ProcessGroup | None" = None
+    ) -> None:
+        if not hasattr(optimizer, "project_param"):
+            raise TypeError(f"LowRankHook needs an optimizer of this package, got {type(optimizer).__name__}")
+        residual = optimizer._residual
+        if residual.uses_gradient:
+            raise ValueError(
+                f"residual={residual.name!r} ({type(optimizer).__name__}) needs the whole gradient in every step, of which only R would "
+                'be averaged: use GaLoreAdamW (or residual "none"; error_feedback=False for LDAdamW), or DistributedDataParallel '
+                "without this hook"
+            )
+        self._optimizer = optimizer
+        self._group = process_group or distributed.group.WORLD
+        if self._group is None:
+            raise ValueError("LowRankHook needs a process group: call torch.distributed.init_process_group first")
+        self._groups = {param: group for group in optimizer.param_groups for param in group["params"]}
+        for param in self._groups:
+            if hasattr(param, "device_mesh"):
+                raise ValueError(
+                    f"{optimizer._layouts[param].name} {tuple(param.shape)} is a DTensor; LowRankHook is for DistributedDataParallel, "
+                    "and fully_shard with proj_type='right' sends no gradients of matrices at all"
+                )
+        device = next(iter(self._groups)).device
+        check_lines(describe(optimizer), [self._group], device)
+
+    __name__ = __qualname__ = "LowRankHook"  # DistributedDataParallel logs them
+
+    def __call__(self, state: object, bucket: "distributed.GradBucket") -> torch.futures.Future[Tensor]:
+        """Average one bucket: its dense gradients as they are, those of matrices projected, in one message."""
+        with torch.no_grad():
+            buffer, world = bucket.buffer(), self._group.size()
+            pairs = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
+            sent = [self._projected(param, grad) for param, grad in pairs]
+            message = torch.cat([part.reshape(-1).to(buffer.dtype) for part in sent]).div_(world)
+        work = distributed.all_reduce(message, group=self._group, async_op=True)
+        assert work is not None
+
+        @torch.no_grad()
+        def receive(future: "torch.futures.Future[list[Tensor]]") -> Tensor:
+            (received,) = future.value()
+            for (param, grad), part, mean in zip(
+                pairs, sent, received.split([part.numel() for part in sent]), strict=True
+            ):
+                if part is grad:
+                    grad.copy_(mean.view(grad.shape))
+                else:
+                    self._optimizer.lift_grad_(param, self._groups[param], grad, mean.view(part.shape).to(part.dtype))
+            return buffer
+
+        return work.get_future().then(receive)  # type: ignore[no-any-return]
+
+    def _projected(self, param: Tensor, grad: Tensor) -> Tensor:
+        """What is sent of a gradient: R, or itself."""
+        group = self._groups.get(param)
+        if group is None or not self._optimizer.uses_subspace(param, group):
+            return grad
+        return self._optimizer.project_grad(param, group, grad)

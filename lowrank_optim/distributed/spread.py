@@ -1,0 +1,250 @@
+"""Where the parts of a tensor lie: sums, gathers and slices over the processes that share it.
+
+A `Spread` describes one tensor of the step (the matrix view of a weight, R, a basis). Here is the trivial one: this process holds the
+tensor whole, and every operation hands on what it was given. `MeshSpread` is the same for the local part of a DTensor. Code on plain
+tensors that asks its spread wherever it sums over a dimension is right for both:
+
+    contracting a dimension that is not split is local; contracting one that is split leaves a sum over the processes that split it
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.quantization import column_scale
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
+
+
+class Spread:
+    """A tensor that this process holds whole. Dimensions are counted from the end: −2 rows, −1 columns."""
+
+    start: int = 0
+    """Row-major index of the first local element in the whole tensor: where its random numbers begin."""
+
+    def local_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the part held here, of a tensor that is split like this one (its other dimensions may differ)."""
+        return shape
+
+    def splits(self, *dims: int) -> bool:
+        """Whether one of these dimensions (any, if none is given) is split."""
+        return False
+
+    def sum(self, tensor: Tensor, *dims: int) -> Tensor:
+        """`tensor` summed over the processes that split these dimensions (all, if none is given), in place where possible."""
+        return tensor
+
+    def norm(self, norms: Tensor, *dims: int) -> Tensor:
+        """√Σ‖·‖² over the processes that split these dimensions, from the norms of the local parts."""
+        return norms
+
+    def mean(self, tensor: Tensor, dim: int) -> Tensor:
+        """The mean of the whole tensor over `dim`."""
+        return tensor.mean(dim)
+
+    def numel(self, tensor: Tensor) -> int:
+        """The elements of the whole tensor of which `tensor` is the local part."""
+        return tensor.numel()
+
+    def groups(self, *dims: int) -> "list[ProcessGroup]":
+        """The process groups that split these dimensions (any, if none is given)."""
+        return []
+
+    def gather(self, tensor: Tensor, *dims: int) -> Tensor:
+        """The tensor with these dimensions whole."""
+        return tensor
+
+    def part(self, tensor: Tensor, *dims: int) -> Tensor:
+        """What is held here of a tensor that is whole in these dimensions (all, if none is given)."""
+        return tensor
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        """The same bits on all processes that hold the same part."""
+        return tensor
+
+    def wrap(self, tensor: Tensor) -> Tensor:
+        """The local part as it stands in the optimizer's state: itself, or a DTensor."""
+        return tensor
+
+    def drop(self, dim: int) -> "Spread":
+        """The spread of a tensor without dimension `dim`."""
+        return self
+
+    def only(self, *dims: int) -> "Spread":
+        """The spread of a tensor that is split along these dimensions only, and held whole in all others."""
+        return self
+
+
+WHOLE = Spread()
+
+
+@dataclass(frozen=True)
+class MeshSpread(Spread):
+    """The local part of a tensor of `shape` that lies on `mesh` as `placements` (of `torch.distributed.tensor`) say."""
+
+    mesh: "DeviceMesh"
+    placements: "tuple[Placement, ...]"
+    shape: tuple[int, ...]
+
+    @cached_property
+    def _split(self) -> dict[int, list[int]]:
+        """The mesh dimensions of more than one process, by the dimension of the tensor (from the end) that they split."""
+        split: dict[int, list[int]] = {}
+        for number, placement in enumerate(self.placements):
+            dim = getattr(placement, "dim", None)
+            if dim is not None and self.mesh.size(number) > 1:
+                split.setdefault(dim - len(self.shape), []).append(number)
+        return split
+
+    @cached_property
+    def _part(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape of the local part, and its offset in the whole tensor."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        shape, offset = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
+        return tuple(shape), tuple(offset)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Index of the first local element along every dimension."""
+        return self._part[1]
+
+    @cached_property
+    def start(self) -> int:  # type: ignore[override]
+        """Exact where only the leading dimension is split; else parts of other processes begin elsewhere, and none overlap."""
+        shape, offset = self._part
+        return sum(
+            math.prod(shape[:dim]) * offset[dim] * math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))
+        )
+
+    def groups(self, *dims: int) -> "list[ProcessGroup]":
+        numbers = [n for dim, found in self._split.items() if not dims or dim in dims for n in found]
+        return [self.mesh.get_group(number) for number in sorted(numbers)]
+
+    def splits(self, *dims: int) -> bool:
+        return any(not dims or dim in dims for dim in self._split)
+
+    def local_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        own = self._part[0]
+        return tuple(own[d] if d in self._split else size for d, size in zip(_from_end(shape), shape, strict=True))
+
+    def _whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        return tuple(
+            self.shape[d] if d in self._split else size
+            for d, size in zip(_from_end(tensor.shape), tensor.shape, strict=True)
+        )
+
+    def sum(self, tensor: Tensor, *dims: int) -> Tensor:
+        groups = self.groups(*dims)
+        if not groups:
+            return tensor
+        tensor = tensor.contiguous()
+        for group in groups:
+            torch.distributed.all_reduce(tensor, group=group)
+        return tensor
+
+    def norm(self, norms: Tensor, *dims: int) -> Tensor:
+        if not self.splits(*dims):
+            return norms
+        total: Tensor = self.sum(norms.double().square(), *dims)  # float64: squares neither overflow nor vanish
+        return total.sqrt().to(norms.dtype)
+
+    def mean(self, tensor: Tensor, dim: int) -> Tensor:
+        if dim not in self._split:
+            return tensor.mean(dim)
+        return self.sum(tensor.sum(dim), dim) / self.shape[dim]
+
+    def numel(self, tensor: Tensor) -> int:
+        return math.prod(self._whole_shape(tensor))
+
+    def gather(self, tensor: Tensor, *dims: int) -> Tensor:
+        if not self.splits(*dims):
+            return tensor
+        from torch.distributed.tensor import Replicate
+
+        gone = {number for dim, found in self._split.items() if dim in dims for number in found}
+        placements = [Replicate() if n in gone else placement for n, placement in enumerate(self.placements)]
+        whole: Tensor = self.wrap(tensor.contiguous()).redistribute(placements=placements).to_local()  # type: ignore[attr-defined]
+        return whole
+
+    def part(self, tensor: Tensor, *dims: int) -> Tensor:
+        shape, offset = self._part
+        own = tensor
+        for dim in self._split:
+            if not dims or dim in dims:
+                own = own.narrow(dim, offset[dim], shape[dim])
+        # A slice would keep the whole tensor alive.
+        return tensor if own is tensor else own.clone(memory_format=torch.contiguous_format)
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        split = {number for found in self._split.values() for number in found}
+        for number in range(self.mesh.ndim):
+            if number not in split and self.mesh.size(number) > 1:
+                tensor = tensor.contiguous()
+                torch.distributed.broadcast(tensor, group=self.mesh.get_group(number), group_src=0)
+        return tensor
+
+    def wrap(self, tensor: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        shape = torch.Size(self._whole_shape(tensor))
+        return DTensor.from_local(
+            tensor, self.mesh, self.placements, run_check=False, shape=shape, stride=_strides(shape)
+        )
+
+    def drop(self, dim: int) -> "MeshSpread":
+        gone = dim + len(self.shape)
+        moved = {d: (d if d < gone else d - 1) for d in range(len(self.shape)) if d != gone}
+        return self.moved(moved, (*self.shape[:gone], *self.shape[gone + 1 :]))
+
+    def only(self, *dims: int) -> "MeshSpread":
+        kept = [dim + len(self.shape) for dim in dims if dim + len(self.shape) >= 0]
+        return self.moved({dim: dim for dim in kept}, self.shape)
+
+    def moved(self, dims: Mapping[int, int], shape: tuple[int, ...]) -> "MeshSpread":
+        """The spread of a tensor of `shape` whose dimension dims[d] is split as d is here; its others are whole."""
+        from torch.distributed.tensor import Replicate
+
+        def move(placement: "Placement") -> "Placement":
+            dim: int | None = getattr(placement, "dim", None)
+            return placement_along(placement, dims[dim]) if dim is not None and dim in dims else Replicate()
+
+        return MeshSpread(self.mesh, tuple(move(placement) for placement in self.placements), shape)
+
+
+def placement_along(placement: Any, dim: int) -> Any:
+    """The placement with another dimension."""
+    from torch.distributed.tensor import Shard
+
+    factor = getattr(placement, "split_factor", None)
+    return Shard(dim) if factor is None else type(placement)(dim, split_factor=factor)
+
+
+def _from_end(shape: tuple[int, ...]) -> range:
+    return range(-len(shape), 0)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def whole_column_scale(reduced: Tensor, spread: Spread) -> Tensor:
+    """`quantization.column_scale` of R, whose rows `spread` says."""
+    if not spread.splits(-2):
+        return column_scale(reduced)
+    x = reduced.to(torch.float32)
+    rms = x.double().square().sum(-2, keepdim=True)
+    rms = spread.sum(rms, -2).div_(spread.shape[-2]).sqrt_()  # type: ignore[attr-defined]
+    largest = x.abs().amax((-2, -1), keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-2], 1, 1)
+    for group in spread.groups(-2):
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+    unit = torch.where(largest > 0.0, rms / largest, 1.0).to(torch.float32)
+    return unit.clamp_min(2.0**-20).sqrt()

@@ -1,0 +1,118 @@
+"""The shared library of csrc/cpu: where it is, whether it is ours, and its functions with their argument types.
+
+The library is built by `pip install` (setup.py) and lies beside this file. LOWRANK_OPTIM_CPU_LIBRARY names another one: a build with
+sanitizers, say. A library with another ABI number than ABI_VERSION comes from another version of the package and is not used.
+"""
+
+import ctypes
+import json
+import os
+from ctypes import c_char_p, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+
+from lowrank_optim.kernels.dispatch import Unavailable
+
+ABI_VERSION = 1
+"""Raised, here and in csrc/cpu/abi.cpp, whenever a signature changes."""
+
+VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
+NAME = "liblowrank_optim_cpu.so"
+RECORD = "build.json"
+"""Beside the library: what setup.py did, and why it failed where it did."""
+
+HERE = Path(__file__).parent
+REBUILD = "install a C++17 compiler and run `pip install --force-reinstall --no-deps` on the package again"
+
+_ADAM = (c_float,) * 5
+_WRITE = (c_float, c_float, c_int, c_uint64, c_int64)  # keep, alpha; rounding: on, key, start
+_NOISE = (c_int, c_uint64, c_int64, c_uint32)
+_CODING = (c_int64, c_int64, c_int64, c_int)  # rows, cols, block, bits
+_ROWS = (c_void_p, c_int, c_int64)  # data, type, stride
+_FLAT = (c_void_p, c_int)
+_P, _N = c_void_p, c_int64
+
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "adam": (_N, *_FLAT, _P, _P, _P, *_FLAT, *_ADAM, *_WRITE),
+    "rule": (c_int, _N, _P, _P, _P, c_float, c_float, c_float),
+    "coded_adam": (*_CODING, *_FLAT, _P, _P, _P, _P, _P, _N, _P, *_FLAT, *_ADAM, *_NOISE, *_WRITE),
+    "quantize_rows": (*_CODING, c_int, *_ROWS, _P, _N, _P, _P, *_NOISE),
+    "dequantize_rows": (*_CODING, c_int, _P, _P, _P, _N, *_FLAT),
+    "pack_basis": (*_CODING, *_ROWS, _P, _P, _P),
+    "unpack_basis": (*_CODING, _P, _P, _P, *_FLAT),
+    "update": (_N, _N, *_ROWS, _P, _N, *_ROWS, _P, _N, c_int, _P, _N, _N, *_WRITE),
+    "store": (_N, _N, *_ROWS, _P, _N, c_int, c_uint64, c_int64),
+}
+"""Arguments of every function but the last, the number of threads."""
+
+
+class Library:
+    """A loaded library; its functions are attributes under the names of SIGNATURES."""
+
+    def __init__(self, path: Path, handle: ctypes.CDLL) -> None:
+        self.path = path
+        self._handle = handle
+        for name, arguments in SIGNATURES.items():
+            function = getattr(handle, f"lowrank_optim_{name}")
+            function.argtypes, function.restype = (*arguments, c_int), c_int
+        for name in ("build_info", "simd"):
+            getattr(handle, f"lowrank_optim_{name}").restype = c_char_p
+        handle.lowrank_optim_use_simd.argtypes = (c_char_p,)
+
+    def call(self, name: str, *args: float | int | None) -> None:
+        """Call a function, the number of threads among its arguments."""
+        if getattr(self._handle, f"lowrank_optim_{name}")(*args):
+            raise MemoryError(f"lowrank_optim: no memory for the working space of {name}")
+
+    @property
+    def build_info(self) -> str:
+        """Compiler and flags."""
+        return str(self._handle.lowrank_optim_build_info().decode())
+
+    @property
+    def simd(self) -> str:
+        """The instruction set in use: "avx512", "avx2" or "baseline"."""
+        return str(self._handle.lowrank_optim_simd().decode())
+
+    def use_simd(self, name: str) -> bool:
+        """Use an instruction set from now on; False if the processor or the library does not have it."""
+        return not self._handle.lowrank_optim_use_simd(name.encode())
+
+
+def open_library() -> Library:
+    """Load the library.
+
+    Raises:
+        Unavailable: it is not there, or not one of this version of the package.
+    """
+    chosen = os.environ.get(VARIABLE)
+    path = Path(chosen) if chosen else HERE / NAME
+    if not path.exists():
+        raise Unavailable(f"{VARIABLE}={chosen}: there is no such file." if chosen else _not_built())
+    where = f"{path} ({VARIABLE})" if chosen else str(path)
+    try:
+        handle = ctypes.CDLL(str(path.resolve()))
+    except OSError as error:
+        raise Unavailable(f"{where} cannot be loaded: {error}. To build it: {REBUILD}.") from None
+    try:
+        version = handle.lowrank_optim_abi_version()
+    except AttributeError:
+        raise Unavailable(f"{where} is some other library: it has no lowrank_optim_abi_version.") from None
+    if version != ABI_VERSION:
+        raise Unavailable(
+            f"{where} was built by another version of lowrank_optim: its ABI number is {version}, this version has "
+            f"{ABI_VERSION}. To build it anew: {REBUILD}."
+        )
+    try:
+        return Library(path, handle)
+    except AttributeError as error:
+        raise Unavailable(f"{where} lacks a function of ABI {ABI_VERSION}: {error}. To build it: {REBUILD}.") from None
+
+
+def _not_built() -> str:
+    """Why there is no library, as setup.py has recorded it."""
+    try:
+        record = json.loads((HERE / RECORD).read_text())
+        reason = str(record["error"])
+    except (OSError, ValueError, KeyError):
+        return f"it was not built. To build it: {REBUILD}."
+    return f"it could not be built: {reason} To build it: {REBUILD}."

@@ -1,0 +1,405 @@
+"""The operations of `schemas` by the functions of the library, on torch's current stream; and several of a kind in one launch.
+
+A function declines with NotImplemented, before it changes anything, what the library does not do: float64, and moments that are not
+contiguous. Nothing waits for the device.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.bytes import KernelCodes, starts_with_bytes
+from lowrank_optim.kernels.cuda.library import (
+    Adam,
+    AdamElement,
+    CodedAdamBlock,
+    Coding,
+    DequantizeBlock,
+    Library,
+    Noise,
+    QuantizeBlock,
+    StoreElement,
+    Strided,
+    Write,
+)
+from lowrank_optim.kernels.schemas import coded_shapes
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The numbers of the storage types in csrc/cuda/arithmetic.h."""
+
+GOLDEN = 0x9E3779B9
+Codes = tuple[Tensor, Tensor, Tensor, Tensor]
+"""ratio, ratio_scale, root, root_scale"""
+
+
+def _covered(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype in TYPES for tensor in tensors)
+
+
+def _float32(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _stream(library: Library, tensor: Tensor) -> int | None:
+    return None if library.on_host else torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _device(library: Library, tensor: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if library.on_host else torch.cuda.device(tensor.device)
+
+
+def _call(library: Library, on: Tensor, name: str, *args: Any) -> None:
+    with _device(library, on):
+        library.call(name, *args, _stream(library, on))
+
+
+def _noise(words: Tensor | None, to_bfloat16: bool = True) -> Noise:
+    """`noise` [key, turn, start] or `rounding` [key, start]; off for targets of other types than bfloat16."""
+    if words is None or not to_bfloat16:
+        return Noise()
+    key, *turn, start = words.tolist()
+    shift = turn[0] * GOLDEN & 0xFFFFFFFF if turn else 0
+    return Noise(1, shift, key % (1 << 64), start)
+
+
+def _adam(beta1: float, beta2: float, eps: float, step: float) -> Adam:
+    bc1, bc2 = 1.0 - beta1**step, 1.0 - beta2**step
+    return Adam(1.0 - beta1, beta2, 1.0 - beta2, bc1 / bc2**0.5, bc1 * eps)
+
+
+def _coding(shape: tuple[int, ...], bits: int, block: int, col_scale: Tensor | None) -> tuple[Coding, Tensor | None]:
+    """The description of a matrix that is not empty, and the tensor that its column scales lie in."""
+    cols = shape[-1]
+    rows = torch.Size(shape[:-1]).numel()
+    per_scale = 0
+    if col_scale is not None and col_scale.numel() != cols:
+        col_scale, per_scale = col_scale.expand(*shape[:-2], 1, cols), shape[-2]
+    columns = None if col_scale is None else col_scale.contiguous()
+    block, packed = min(block, cols), starts_with_bytes(cols, bits, block)
+    return Coding(rows, cols, block, _pointer(columns), per_scale, bits, packed), columns
+
+
+# -------------------------------------------------------------------------------------------------------------------- elements
+
+
+def adam_direct_(
+    library: Library, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
+) -> Any:
+    if not _float32(grad) or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+        return NotImplemented
+    g, out = grad.contiguous(), torch.empty_like(exp_avg)
+    op = AdamElement(
+        g.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        out.data_ptr(),
+        ok=_pointer(ok),
+        grad_dtype=TYPES[g.dtype],
+        adam=_adam(*scalars.tolist()),
+    )
+    _call(library, grad, "adam", op, ctypes.c_int64(grad.numel()), 1)
+    return out
+
+
+def _dense(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+) -> AdamElement:
+    *adam, alpha, keep = scalars.tolist()
+    return AdamElement(
+        grad.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        None,
+        weight.data_ptr(),
+        _pointer(ok),
+        TYPES[grad.dtype],
+        TYPES[weight.dtype],
+        _adam(*adam),
+        Write(alpha, keep),
+        _noise(rounding, weight.dtype == torch.bfloat16),
+    )
+
+
+def adam_dense_(library: Library, *args: Any) -> Any:
+    weight, grad, exp_avg, exp_avg_sq, *_ = args
+    if not _covered(weight, grad) or not _float32(exp_avg, exp_avg_sq):
+        return NotImplemented
+    _call(library, weight, "adam", _dense(*args), ctypes.c_int64(weight.numel()), 1)
+    return None
+
+
+def _store(
+    library: Library,
+    target: Tensor,
+    value: Tensor,
+    write: Write | None,
+    keep: Tensor | None,
+    ok: Tensor | None,
+    rounding: Noise,
+) -> Any:
+    flat = target.is_contiguous() and value.is_contiguous()
+    if not _covered(target) or not _float32(value) or (not flat and target.dim() > 3):
+        return NotImplemented
+    if target.numel() == 0:
+        return None
+    w, x = (t.view(-1) if flat else t for t in (target, value))
+    w, x = (t[(None,) * (3 - t.dim())] for t in (w, x))
+    op = StoreElement(
+        target.data_ptr(),
+        value.data_ptr(),
+        _pointer(keep),
+        _pointer(ok),
+        *w.shape[1:],
+        Strided(*w.stride()),
+        Strided(*x.stride()),
+        TYPES[target.dtype],
+        flat,
+        write is not None,
+        keep is not None and keep.dtype == torch.float64,
+        write or Write(),
+        rounding,
+    )
+    _call(library, target, "store", op, target.numel())
+    return None
+
+
+def apply_dense_(
+    library: Library,
+    weight: Tensor,
+    direction: Tensor,
+    scalars: Tensor,
+    keep: Tensor | None,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+) -> Any:
+    noise = _noise(rounding, weight.dtype == torch.bfloat16)
+    return _store(library, weight, direction, Write(*scalars.tolist()), keep, ok, noise)
+
+
+def stochastic_round_(library: Library, target: Tensor, value: Tensor, rounding: Tensor | None) -> Any:
+    return _store(library, target, value, None, None, None, _noise(rounding))
+
+
+# ----------------------------------------------------------------------------------------------------------------------- codes
+
+
+def quantize_rows(
+    library: Library,
+    x: Tensor,
+    col_scale: Tensor | None,
+    noise: Tensor | None,
+    bits: int,
+    signed: bool,
+    block: int,
+) -> Any:
+    if not _covered(x) or not _float32(col_scale):
+        return NotImplemented
+    shape = tuple(x.shape)
+    code_shape, scale_shape = coded_shapes(shape, bits, block)
+    kind = torch.int8 if bits == 8 and signed else torch.uint8
+    codes = torch.empty(code_shape, dtype=kind, device=x.device)
+    scale = torch.empty(scale_shape, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return codes, scale
+    source, (coding, columns) = x.contiguous(), _coding(shape, bits, block, col_scale)
+    target = KernelCodes.of(codes, shape[-1], bits, coding.packed)
+    op = QuantizeBlock(
+        coding, source.data_ptr(), target.whole.data_ptr(), scale.data_ptr(), TYPES[x.dtype], signed, _noise(noise)
+    )
+    _call(library, x, "quantize_rows", op)
+    target.store()
+    del columns  # alive until here
+    return codes, scale
+
+
+def dequantize_rows(
+    library: Library,
+    codes: Tensor,
+    scale: Tensor,
+    col_scale: Tensor | None,
+    bits: int,
+    signed: bool,
+    block: int,
+    cols: int,
+    dtype: torch.dtype,
+) -> Any:
+    if dtype not in TYPES or not _float32(col_scale) or not (codes.is_contiguous() and scale.is_contiguous()):
+        return NotImplemented
+    shape = (*codes.shape[:-1], cols)
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    if out.numel() == 0:
+        return out
+    coding, columns = _coding(shape, bits, block, col_scale)
+    source = KernelCodes.of(codes, cols, bits, coding.packed)
+    op = DequantizeBlock(coding, source.whole.data_ptr(), scale.data_ptr(), out.data_ptr(), TYPES[dtype], signed)
+    _call(library, codes, "dequantize_rows", op)
+    del columns
+    return out
+
+
+class _CodedAdam:
+    """One matrix's step: its description, and the tensors that have to live until the kernel is launched."""
+
+    def __init__(
+        self,
+        out: Tensor,
+        weight: Tensor | None,
+        grad: Tensor,
+        codes: Codes,
+        col_scale: Tensor | None,
+        adam: list[float],
+        write: Write,
+        noise: Tensor | None,
+        ok: Tensor | None,
+        rounding: Tensor | None,
+        bits: int,
+        block: int,
+    ) -> None:
+        coding, self.columns = _coding(tuple(grad.shape), bits, block, col_scale)
+        ratio, ratio_scale, root, root_scale = codes
+        self.grad = grad.contiguous()
+        self.codes = [KernelCodes.of(t, grad.shape[-1], bits, coding.packed) for t in (ratio, root)]
+        self.op = CodedAdamBlock(
+            coding,
+            self.grad.data_ptr(),
+            self.codes[0].whole.data_ptr(),
+            ratio_scale.data_ptr(),
+            self.codes[1].whole.data_ptr(),
+            root_scale.data_ptr(),
+            out.data_ptr() if weight is None else None,
+            _pointer(weight),
+            _pointer(ok),
+            TYPES[grad.dtype],
+            TYPES[out.dtype],
+            _adam(*adam),
+            write,
+            _noise(noise),
+            _noise(rounding, out.dtype == torch.bfloat16),
+        )
+
+    def store(self) -> None:
+        for codes in self.codes:
+            codes.store()
+
+
+def _launch(library: Library, on: Tensor, steps: list[_CodedAdam]) -> None:
+    if steps:
+        _call(library, on, "coded_adam", (CodedAdamBlock * len(steps))(*(step.op for step in steps)), len(steps))
+        for step in steps:
+            step.store()
+
+
+def coded_adam_direct_(
+    library: Library,
+    grad: Tensor,
+    ratio: Tensor,
+    ratio_scale: Tensor,
+    root: Tensor,
+    root_scale: Tensor,
+    col_scale: Tensor | None,
+    scalars: Tensor,
+    noise: Tensor | None,
+    ok: Tensor | None,
+    bits: int,
+    block: int,
+) -> Any:
+    if not _float32(grad, col_scale):
+        return NotImplemented
+    codes = (ratio, ratio_scale, root, root_scale)
+    return multi_coded_adam_direct_(library, [(grad, *codes, col_scale, scalars, noise, ok)], bits, block)[0]
+
+
+def coded_adam_dense_(
+    library: Library,
+    weight: Tensor,
+    grad: Tensor,
+    ratio: Tensor,
+    ratio_scale: Tensor,
+    root: Tensor,
+    root_scale: Tensor,
+    scalars: Tensor,
+    noise: Tensor | None,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+    bits: int,
+    block: int,
+) -> Any:
+    if not _covered(weight, grad):
+        return NotImplemented
+    if weight.numel() == 0:
+        return None
+    codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
+    write = Write(alpha, keep)
+    step = _CodedAdam(weight, weight, grad, codes, None, adam, write, noise, ok, rounding, bits, block)
+    _launch(library, weight, [step])
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------- many at once
+
+
+def multi_coded_adam_direct_(library: Library, calls: Sequence[Sequence[Any]], bits: int, block: int) -> list[Tensor]:
+    """`coded_adam_direct_` for many small matrices of one device: one launch for about twenty of them.
+
+    Args:
+        calls: for each matrix, the operation's arguments up to `ok`; gradients float32, nothing checked.
+
+    Returns:
+        The directions.
+    """
+    outs, steps = [], []
+    for grad, *codes, col_scale, scalars, noise, ok in calls:
+        outs.append(torch.empty_like(grad, memory_format=torch.contiguous_format))
+        if grad.numel():
+            ratio, ratio_scale, root, root_scale = codes
+            four, adam = (ratio, ratio_scale, root, root_scale), scalars.tolist()
+            steps.append(
+                _CodedAdam(outs[-1], None, grad, four, col_scale, adam, Write(), noise, ok, None, bits, block)
+            )
+    if outs:
+        _launch(library, outs[0], steps)
+    return outs
+
+
+def multi_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> None:
+    """`adam_dense_` for many small parameters of one device: one launch for about thirty of them.
+
+    Args:
+        calls: for each parameter, the operation's arguments; nothing checked.
+    """
+    if calls:
+        ops = (AdamElement * len(calls))(*(_dense(*call) for call in calls))
+        sizes = (ctypes.c_int64 * len(calls))(*(call[0].numel() for call in calls))
+        _call(library, calls[0][0], "adam", ops, sizes, len(calls))
+
+
+_OPERATIONS: tuple[Callable[..., Any], ...] = (
+    adam_direct_,
+    adam_dense_,
+    apply_dense_,
+    stochastic_round_,
+    quantize_rows,
+    dequantize_rows,
+    coded_adam_direct_,
+    coded_adam_dense_,
+)
+
+
+def operations(library: Library) -> dict[str, Callable[..., Any]]:
+    """The operations of `schemas` that the library does, by name."""
+    return {function.__name__: partial(function, library) for function in _OPERATIONS}

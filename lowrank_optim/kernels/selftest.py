@@ -1,0 +1,509 @@
+"""Arguments for every operation, and the comparison of a backend's answer with the definition's.
+
+`lowrank-optim doctor` runs the short list made here (`quick_cases`); the tests build long ones from the same functions. A case makes
+its arguments anew each time, on the CPU, from a seeded generator of its own; `answer` moves them to a device, calls a kernel and
+collects what it returned and what it changed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels import api
+from lowrank_optim.kernels.counter_rng import make_key
+from lowrank_optim.kernels.schemas import coded_shapes
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+KEY, ROUNDING_KEY = make_key(3, 1, 4, 4), make_key(3, 1, 4, 2)
+HOST = ("scalars", "noise", "rounding")
+"""Arguments that stay on the CPU."""
+
+Shape = tuple[int, ...]
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operation."""
+
+    op: str
+    label: str
+    make: Callable[[], Arguments]
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.label}"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an answer may be from the definition's.
+
+    Args:
+        relative: error of a float, relative to its magnitude.
+        of_largest: and to the largest magnitude of its tensor, for sums that cancel.
+        flips: fraction of the codes (or of values rounded stochastically) that may be one step off: a value on the edge between two
+            steps goes to either side when its last bit differs.
+    """
+
+    relative: float = 0.0
+    of_largest: float = 0.0
+    flips: float = 0.0
+
+
+EXACT = Tolerance()
+TOLERANCE = {
+    **dict.fromkeys(("quantize_rows", "dequantize_rows", "pack_basis", "unpack_basis", "stochastic_round_"), EXACT),
+    **dict.fromkeys(("coded_adam_direct_", "coded_adam_dense_"), Tolerance(4e-6, 1e-6, 1e-3)),
+    **dict.fromkeys(("adam_direct_", "sgd_direct_", "rmsprop_direct_", "lion_direct_"), Tolerance(4e-6, 1e-6)),
+    **dict.fromkeys(("adam_dense_", "apply_dense_"), Tolerance(4e-6, 1e-6, 1e-2)),
+    "apply_": Tolerance(1e-5, 3e-6, 1e-2),
+    **dict.fromkeys(("project", "project_with_norms"), Tolerance(1e-5, 3e-6)),
+}
+"""By operation, for one that is rounded in float32 throughout but in another order, or with fused multiply-adds."""
+
+
+# -------------------------------------------------------------------------------------------------------------------- tensors
+
+
+def draw(seed: int, shape: Shape, dtype: torch.dtype = F32) -> Tensor:
+    """Normal numbers whose rows span four orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=F64)
+    rows = torch.rand((*shape[:-1], 1), generator=generator, dtype=F64) if shape else torch.ones((), dtype=F64)
+    return (x * 10 ** (4 * rows - 3)).to(dtype)
+
+
+def positive(seed: int, shape: Shape, dtype: torch.dtype = F32) -> Tensor:
+    """Numbers from 0.1 to 2.1."""
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.rand(shape, generator=generator, dtype=F64) + 0.1).to(dtype)
+
+
+def as_layout(tensor: Tensor, layout: str) -> Tensor:
+    """The same values as a "plain" tensor, "unaligned" (one element into its storage), a "window" of a larger matrix with rows of
+    unit stride, "transposed" (column by column), or "strided" (every second column).
+    """
+    if layout == "unaligned":
+        out = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    elif layout == "plain" or tensor.dim() < 2:
+        return tensor.contiguous()
+    elif layout == "transposed":
+        return tensor.mT.contiguous().mT
+    elif layout in ("window", "strided"):
+        *batch, rows, cols = tensor.shape
+        step = 2 if layout == "strided" else 1
+        out = tensor.new_full((*batch, rows + 2, step * cols + 5), 777.0)[..., 1 : rows + 1, 3 : 3 + step * cols : step]
+    else:
+        raise ValueError(f"layout is {layout!r}; valid: plain, unaligned, window, transposed, strided")
+    return out.copy_(tensor)
+
+
+def spoiled(tensor: Tensor, fill: str) -> Tensor:
+    """With NaN, infinities, zeros or extreme magnitudes among the elements ("plain": as it is); modified in place."""
+    flat = tensor.view(-1)
+    last = max(flat.numel() - 1, 0)
+    if fill == "nonfinite" and flat.numel():
+        for at, value in ((0, torch.nan), (last // 2, torch.inf), (last, -torch.inf)):
+            flat[at] = value
+    elif fill == "zeros":
+        flat.zero_()
+    elif fill == "tiny":
+        flat.mul_(1e-35)
+    elif fill == "huge":
+        flat.mul_(torch.finfo(tensor.dtype).max / max(flat.abs().max().item() if flat.numel() else 1.0, 1e-30))
+    elif fill == "ties":  # between two levels
+        flat.copy_((flat * 4).round() / 2)
+    elif fill == "halfway" and tensor.dtype == F32:  # between two numbers of bfloat16 and of float16, in turn
+        bits = flat.view(torch.int32)
+        bits[0::2] = bits[0::2] & ~0xFFFF | 0x8000
+        bits[1::2] = bits[1::2] & ~0x1FFF | 0x1000
+    return tensor
+
+
+def codes_of(seed: int, shape: Shape, bits: int, signed: bool, block: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales such as a few steps leave behind; the first block of the first row is all zero."""
+    generator = torch.Generator().manual_seed(seed)
+    code_shape, scale_shape = coded_shapes(shape, bits, block)
+    low, high = (-127, 128) if bits == 8 and signed else (0, 256)
+    codes = torch.randint(low, high, code_shape, generator=generator)
+    if bits == 4:
+        half = torch.randint(1 if signed else 0, 16, (2, *code_shape), generator=generator)
+        if shape[-1] % 2 and codes.numel():
+            half[1, ..., -1] = 0
+        codes = half[0] | half[1] << 4
+    scale = positive(seed + 1, scale_shape) * 0.3
+    if scale.numel():
+        scale.view(-1)[0] = 0.0
+    return codes.to(torch.int8 if bits == 8 and signed else torch.uint8), scale
+
+
+def _col_scale(kind: str | None, shape: Shape) -> Tensor | None:
+    if kind is None:
+        return None
+    return positive(11, (shape[-1],) if kind == "shared" else (*shape[:-2], 1, shape[-1]))
+
+
+def _ok(ok: bool | None) -> Tensor | None:
+    return None if ok is None else torch.tensor(ok)
+
+
+def _noise(turn: int | None, start: int) -> Tensor | None:
+    return api.words(None if turn is None else KEY, 0 if turn is None else turn, start)
+
+
+# ------------------------------------------------------------------------------------------------------------------ arguments
+
+
+def project(
+    batch: Shape, rows: int, cols: int, rank: int, right: bool, dtype: torch.dtype = F32, layout: str = "plain"
+) -> Arguments:
+    grad = as_layout(draw(1, (*batch, rows, cols), dtype), layout)
+    return grad, draw(2, (*batch, cols if right else rows, rank)), right
+
+
+def apply(
+    batch: Shape,
+    rows: int,
+    cols: int,
+    rank: int,
+    weight: torch.dtype = F32,
+    grad: torch.dtype | None = None,
+    phi: str = "columns",
+    sign: bool = False,
+    subtract: bool = False,
+    ok: bool | None = None,
+    keep: float | Tensor = 0.9,
+    alpha: float = 0.03,
+    rounding: bool = False,
+    start: int = 0,
+    layout: str = "plain",
+) -> Arguments:
+    """Arguments of `apply_`; `phi` is "rows", "columns" or "matrix"."""
+    shape = (*batch, rows, cols)
+    w = as_layout(draw(1, shape, weight), layout)
+    left, right = draw(2, (*batch, rows, rank)), draw(3, (*batch, rank, cols))
+    lines = {"rows": (rows, 1), "columns": (1, cols), "matrix": (1, 1)}[phi]
+    g = None if grad is None else as_layout(draw(4, shape, grad), layout)
+    scale = None if grad is None else positive(5, (*batch, *lines))
+    pair = (draw(6, (*batch, rows, rank)), draw(7, (*batch, rank, cols))) if subtract else (None, None)
+    scalars = api.numbers(alpha, 1.0 if isinstance(keep, Tensor) else keep)
+    if ok is False:  # what the caller promises for it
+        left.zero_()
+        if scale is not None:
+            scale.zero_()
+    number = keep if isinstance(keep, Tensor) else None
+    return w, left, right, scalars, number, _ok(ok), _words(rounding, start), g, scale, *pair, sign
+
+
+def _words(rounding: bool, start: int) -> Tensor | None:
+    return api.words(ROUNDING_KEY if rounding else None, start)
+
+
+def apply_dense(
+    shape: Shape,
+    weight: torch.dtype = F32,
+    ok: bool | None = None,
+    keep: float | Tensor = 0.9,
+    alpha: float = 0.03,
+    rounding: bool = False,
+    start: int = 0,
+    fill: str = "plain",
+    layout: str = "plain",
+) -> Arguments:
+    w = as_layout(draw(1, shape, weight), layout)
+    direction = as_layout(spoiled(draw(2, shape), "zeros" if ok is False else fill), layout)
+    scalars = api.numbers(alpha, 1.0 if isinstance(keep, Tensor) else keep)
+    number = keep if isinstance(keep, Tensor) else None
+    return w, direction, scalars, number, _ok(ok), _words(rounding, start)
+
+
+def stochastic_round(
+    shape: Shape,
+    target: torch.dtype = BF16,
+    rounding: bool = True,
+    start: int = 0,
+    fill: str = "plain",
+    layout: str = "plain",
+) -> Arguments:
+    value = spoiled(draw(1, shape), fill)
+    return as_layout(torch.zeros(shape, dtype=target), layout), as_layout(value, layout), _words(rounding, start)
+
+
+def adam_direct(
+    shape: Shape, ok: bool | None = None, step: float = 3.0, fill: str = "plain", layout: str = "plain"
+) -> Arguments:
+    grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else fill), layout)
+    return grad, draw(2, shape), draw(3, shape).square_(), api.numbers(0.9, 0.999, 1e-8, step), _ok(ok)
+
+
+def adam_dense(
+    shape: Shape,
+    weight: torch.dtype = F32,
+    grad: torch.dtype = F32,
+    ok: bool | None = None,
+    keep: float = 0.9,
+    alpha: float = 0.03,
+    rounding: bool = False,
+    start: int = 0,
+    fill: str = "plain",
+    layout: str = "plain",
+) -> Arguments:
+    w, g = as_layout(draw(1, shape, weight), layout), as_layout(spoiled(draw(2, shape, grad), fill), layout)
+    scalars = api.numbers(0.9, 0.999, 1e-8, 3.0, alpha, keep)
+    return w, g, draw(3, shape), draw(4, shape).square_(), scalars, _ok(ok), _words(rounding, start)
+
+
+def lion_direct(shape: Shape, ok: bool | None = None, layout: str = "plain") -> Arguments:
+    grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else "plain"), layout)
+    return grad, draw(2, shape), api.numbers(0.9, 0.99), _ok(ok)
+
+
+def sgd_direct(shape: Shape, ok: bool | None = None, nesterov: bool = False, layout: str = "plain") -> Arguments:
+    grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else "plain"), layout)
+    return grad, draw(2, shape), api.numbers(0.9), _ok(ok), nesterov
+
+
+def rmsprop_direct(shape: Shape, ok: bool | None = None, layout: str = "plain") -> Arguments:
+    grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else "plain"), layout)
+    return grad, draw(2, shape).square_(), api.numbers(0.99, 1e-8), _ok(ok)
+
+
+def coded_adam_direct(
+    shape: Shape,
+    bits: int = 8,
+    block: int = 256,
+    col_scale: str | None = None,
+    turn: int | None = 5,
+    start: int = 0,
+    ok: bool | None = None,
+    fill: str = "plain",
+    layout: str = "plain",
+    fresh: bool = False,
+) -> Arguments:
+    """Arguments of `coded_adam_direct_`; `col_scale` is "shared", (cols,), or "batch", (…, 1, cols); `fresh`: moments are 0."""
+    grad = as_layout(spoiled(draw(1, shape), fill), layout)
+    ratio, ratio_scale = codes_of(2, shape, bits, True, block)
+    root, root_scale = codes_of(4, shape, bits, False, block)
+    if fresh:
+        ratio_scale.zero_()
+        root_scale.zero_()
+    scalars = api.numbers(0.9, 0.999, 1e-8, 1.0 if fresh else 7.0)
+    codes = (ratio, ratio_scale, root, root_scale)
+    return grad, *codes, _col_scale(col_scale, shape), scalars, _noise(turn, start), _ok(ok), bits, block
+
+
+def coded_adam_dense(
+    shape: Shape,
+    weight: torch.dtype = F32,
+    grad: torch.dtype = F32,
+    bits: int = 8,
+    block: int = 256,
+    turn: int | None = 5,
+    start: int = 0,
+    ok: bool | None = None,
+    keep: float = 0.9,
+    alpha: float = 0.03,
+    rounding: bool = False,
+    fill: str = "plain",
+    layout: str = "plain",
+) -> Arguments:
+    g, *codes, _, _, noise, flag, _, _ = coded_adam_direct(shape, bits, block, None, turn, start, ok, fill)
+    w = as_layout(draw(9, shape, weight), layout)
+    scalars = api.numbers(0.9, 0.999, 1e-8, 7.0, alpha, keep)
+    return w, as_layout(g.to(grad), layout), *codes, scalars, noise, flag, _words(rounding, start), bits, block
+
+
+def quantize_rows(
+    shape: Shape,
+    dtype: torch.dtype = F32,
+    bits: int = 8,
+    signed: bool = True,
+    block: int = 256,
+    col_scale: str | None = None,
+    turn: int | None = None,
+    start: int = 0,
+    fill: str = "plain",
+    layout: str = "plain",
+) -> Arguments:
+    x = spoiled(draw(1, shape, dtype), fill)
+    x = as_layout(x if signed else x.abs(), layout)
+    return x, _col_scale(col_scale, shape), _noise(turn, start), bits, signed, block
+
+
+def dequantize_rows(
+    shape: Shape,
+    dtype: torch.dtype = F32,
+    bits: int = 8,
+    signed: bool = True,
+    block: int = 256,
+    col_scale: str | None = None,
+) -> Arguments:
+    codes = codes_of(1, shape, bits, signed, block)
+    return *codes, _col_scale(col_scale, shape), bits, signed, block, shape[-1], dtype
+
+
+def pack_basis(
+    shape: Shape, dtype: torch.dtype = F32, bits: int = 4, group: int = 256, fill: str = "plain", layout: str = "plain"
+) -> Arguments:
+    return as_layout(spoiled(draw(1, shape, dtype), fill), layout), bits, group
+
+
+def unpack_basis(shape: Shape, dtype: torch.dtype = F32, bits: int = 4, group: int = 256) -> Arguments:
+    codes, scale = codes_of(1, shape, bits, False, group)
+    return codes, scale, draw(3, tuple(scale.shape)), bits, group, shape[-1], dtype
+
+
+def case(op: str, make: Callable[..., Arguments], *args: Any, **options: Any) -> Case:
+    """A case whose label is its arguments."""
+    words = [*map(_word, args), *(f"{name}={_word(value)}" for name, value in options.items())]
+    return Case(op, " ".join(words), partial(make, *args, **options))
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Tensor):
+        return f"tensor({value.item():g},{_word(value.dtype)})"
+    return "x".join(map(str, value)) or "()" if isinstance(value, tuple) else str(value)
+
+
+# ----------------------------------------------------------------------------------------------------------- running, comparing
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device, with the same strides and offset into its storage."""
+    if str(device) == "cpu":
+        return tensor
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    flat = torch.as_strided(tensor, (size,), (1,), 0).to(device)
+    return torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def answer(kernel: Callable[..., Any], case: Case, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:
+    """What the kernel returned ("result 0", …) and the arguments that it may change, by name; None if it declined."""
+    schema = getattr(torch.ops.lowrank_optim, case.op).default._schema
+    names = [argument.name for argument in schema.arguments]
+    args = [
+        to_device(value, device) if isinstance(value, Tensor) and name not in HOST else value
+        for name, value in zip(names, case.make(), strict=True)
+    ]
+    result = kernel(*args)
+    if result is NotImplemented:
+        return None
+    results = result if isinstance(result, tuple) else () if result is None else (result,)
+    outcome = {f"result {i}": tensor for i, tensor in enumerate(results)}
+    for argument, value in zip(schema.arguments, args, strict=True):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            outcome[argument.name] = value
+    return {name: tensor.cpu() for name, tensor in outcome.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How an answer compares with the definition's: `failure` is empty, or says what is wrong."""
+
+    error: float
+    failure: str = ""
+
+
+def compare(
+    case: Case, got: dict[str, Tensor], want: dict[str, Tensor], tolerance: Tolerance | None = None
+) -> Difference:
+    """The largest error, relative to the largest element of its tensor (codes: in levels)."""
+    allowed = TOLERANCE[case.op] if tolerance is None else tolerance
+    bits = next((value for value in case.make() if type(value) is int and value in (4, 8)), 8)
+    stochastic = any(isinstance(value, Tensor) and value.dtype == torch.int64 for value in case.make())
+    error, failures = 0.0, []
+    for name, expected in want.items():
+        found = _compare(got[name], expected, bits, allowed, stochastic)
+        error = max(error, found.error)
+        if found.failure:
+            failures.append(f"{name}: {found.failure}")
+    return Difference(error, "; ".join(failures))
+
+
+def _compare(got: Tensor, want: Tensor, bits: int, allowed: Tolerance, stochastic: bool) -> Difference:
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return Difference(
+            torch.inf, f"{tuple(got.shape)} {got.dtype} came, {tuple(want.shape)} {want.dtype} was expected"
+        )
+    if want.numel() == 0:
+        return Difference(0.0)
+    if not want.dtype.is_floating_point:
+        levels = [_levels(codes, bits) for codes in (got, want)]
+        off = (levels[0] - levels[1]).abs()
+        flips = int((off == 1).sum())
+        wrong = bool((off > 1).any()) or flips > _count(allowed.flips, off.numel())
+        return Difference(float(off.max()), f"{int((off > 0).sum())} of {off.numel()} codes differ" if wrong else "")
+    a, b = got.to(F64), want.to(F64)
+    finite = torch.isfinite(b)
+    if not torch.equal(a[~finite].nan_to_num(nan=0.5), b[~finite].nan_to_num(nan=0.5)) or not bool(
+        torch.isfinite(a[finite]).all()
+    ):
+        return Difference(torch.inf, "other elements are NaN or infinite")
+    a, b = a[finite], b[finite]
+    if not b.numel():
+        return Difference(0.0)
+    off, largest = (a - b).abs(), float(b.abs().max())
+    error = float(off.max()) / (largest or 1.0)
+    grid = torch.finfo(want.dtype).eps if want.dtype in (BF16, F16) else 0.0
+    # The smallest numbers of float16 are further apart than eps says.
+    step = (
+        (b.abs() * grid).clamp_min(torch.finfo(want.dtype).smallest_normal * grid) * 1.01 if grid else torch.zeros(())
+    )
+    bound = allowed.relative * b.abs() + allowed.of_largest * largest
+    beyond = off > bound
+    wrong = bool((off > bound + step).any()) if allowed != EXACT else bool(beyond.any())
+    limit = _count(allowed.flips, off.numel()) if stochastic or grid else 0
+    if wrong or int(beyond.sum()) > limit:
+        worst = int((off - bound).argmax())
+        return Difference(
+            error,
+            f"{int(beyond.sum())} of {off.numel()} elements are off, by up to {float(off.max()):.3g}; "
+            f"{float(a[worst]):.9g} came, {float(b[worst]):.9g} was expected",
+        )
+    return Difference(error)
+
+
+def _count(fraction: float, numel: int) -> int:
+    return 0 if fraction == 0.0 else max(1, round(fraction * numel))
+
+
+def _levels(codes: Tensor, bits: int) -> Tensor:
+    both = torch.stack([codes & 0xF, codes >> 4]) if bits == 4 else codes
+    return both.to(torch.int32)
+
+
+# --------------------------------------------------------------------------------------------------------------------- doctor
+
+
+def quick_cases() -> Iterator[Case]:
+    """A few ragged cases of every operation, together well under a second on a CPU."""
+    yield case("project", project, (2,), 20, 33, 3, True)
+    yield case("project", project, (), 20, 33, 3, False, dtype=BF16)
+    yield case("project_with_norms", project, (), 20, 33, 3, True, dtype=BF16)
+    yield case("project_with_norms", project, (), 20, 33, 3, False)
+    yield case("apply_", apply, (), 20, 300, 3)
+    yield case("apply_", apply, (), 20, 300, 3, BF16, F32, rounding=True, start=7)
+    yield case("apply_", apply, (2,), 20, 33, 3, F32, BF16, phi="rows", sign=True, subtract=True)
+    for weight in (F32, BF16):
+        yield case("apply_dense_", apply_dense, (5, 300), weight, rounding=weight == BF16)
+        yield case("adam_dense_", adam_dense, (5, 300), weight, weight, rounding=weight == BF16)
+    yield case("stochastic_round_", stochastic_round, (5, 300), start=2**32 - 700)
+    yield case("stochastic_round_", stochastic_round, (5, 300), F16, rounding=False)
+    yield case("adam_direct_", adam_direct, (20, 33))
+    yield case("lion_direct_", lion_direct, (20, 33))
+    yield case("sgd_direct_", sgd_direct, (20, 33), nesterov=True)
+    yield case("rmsprop_direct_", rmsprop_direct, (20, 33))
+    for bits in (8, 4):
+        yield case("coded_adam_direct_", coded_adam_direct, (2, 20, 301), bits, col_scale="batch")
+        yield case("coded_adam_dense_", coded_adam_dense, (20, 301), BF16, BF16, bits, rounding=True)
+        yield case("quantize_rows", quantize_rows, (20, 301), bits=bits, signed=False, turn=3)
+        yield case("quantize_rows", quantize_rows, (20, 301), BF16, bits, block=64, fill="nonfinite")
+        yield case("dequantize_rows", dequantize_rows, (20, 301), BF16, bits)
+        yield case("pack_basis", pack_basis, (20, 33), bits=bits)
+        yield case("unpack_basis", unpack_basis, (20, 33), bits=bits)

@@ -1,0 +1,206 @@
+"""`lowrank-optim plan`: will it fit?"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowrank_optim.planner import picture, show
+from lowrank_optim.planner.allocator import parse_bytes
+from lowrank_optim.planner.choices import names, resolve_optimizer
+from lowrank_optim.planner.errors import PlanError
+from lowrank_optim.planner.memory_plan import MemoryPlan, describe_plan, title
+from lowrank_optim.planner.models import resolve_model
+from lowrank_optim.planner.plan import DTYPES, check_sizes, plan
+from lowrank_optim.planner.progress import Report, progress
+from lowrank_optim.planner.search import RECIPES, Question, Row, what_fits
+
+EXAMPLES = """
+examples:
+  lowrank-optim plan --model llama-7b --budget 24GiB
+  lowrank-optim plan --model llama-7b --budget 24GiB --plot plan.png
+  lowrank-optim plan --model my/config.json --budget 16GiB --sequence-length 512
+  lowrank-optim plan --model llama-7b --optimizer galore_8bit --rank 1024 --in-backward --per-layer
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand to `lowrank-optim`."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="will it fit? peak memory of training, before a byte is allocated",
+        description="Peak memory of training a model, simulated: needs neither the memory nor a GPU. With --optimizer, that one; "
+        "else a table of what fits --budget.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", required=True, help="a name (llama-7b, mistral-7b, gpt2, …) or the path of a config.json"
+    )
+    parser.add_argument("--budget", help="memory of the card, such as 24GiB (default with a table: 24GiB)")
+    parser.add_argument("--optimizer", help=f"plan this one only: {', '.join(names())}, or one of torch.optim")
+    parser.add_argument("--rank", type=_rank, help="of low-rank optimizers (default: a quarter of the hidden size)")
+    parser.add_argument(
+        "--in-backward", action="store_true", help="with --optimizer: update each parameter inside backward"
+    )
+    parser.add_argument(
+        "--weight-bits", type=int, choices=(16, 8), default=16, help="with --optimizer: 8 for int8 weights"
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="with --optimizer: an option of it"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences in a micro-batch (default 1)")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens in a sequence (default 2048)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of weights and arithmetic")
+    parser.add_argument(
+        "--no-checkpointing", action="store_true", help="keep all activations instead of computing them again"
+    )
+    parser.add_argument("--world-size", type=int, default=1, help="processes; the plan is that of one (default 1)")
+    parser.add_argument("--fsdp", action="store_true", help="with --world-size: FSDP2 instead of DDP")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="what it will run on (need not be here)"
+    )
+    parser.add_argument("--per-layer", action="store_true", help="with --optimizer: list the memory of each layer")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of where memory goes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan and print; returns 0 if it fits (or no budget was named), 1 if not, 2 for input that means nothing."""
+    try:
+        check_sizes(batch_size=args.batch_size, sequence_length=args.sequence_length, world_size=args.world_size)
+        return _one(args) if args.optimizer else _table(args)
+    except (PlanError, ValueError) as error:
+        sys.stderr.write(f"lowrank-optim plan: {error}\n")
+        return 2
+
+
+def _rank(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {} if args.rank is None else {"rank": args.rank}
+    for text in args.option:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise PlanError(f"--option {text}: write KEY=VALUE")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
+
+
+def _plan(args: argparse.Namespace, optimizer: Any, in_backward: bool, weight_bits: int, report: Report) -> MemoryPlan:
+    return plan(
+        args.model,
+        optimizer,
+        batch_size=args.batch_size,
+        sequence_length=args.sequence_length,
+        dtype=args.dtype,
+        in_backward=in_backward,
+        activation_checkpointing=not args.no_checkpointing,
+        device=args.device,
+        world_size=args.world_size,
+        fsdp=args.fsdp,
+        weight_bits=weight_bits,
+        per_layer=args.per_layer,
+        progress=lambda step: report(f"all layers, {step}"),
+    )
+
+
+def _one(args: argparse.Namespace) -> int:
+    """One optimizer, with all layers."""
+    budget = parse_bytes(args.budget) if args.budget else None
+    with progress() as report:
+        result = _plan(args, (args.optimizer, _options(args)), args.in_backward, args.weight_bits, report)
+        baseline = None if args.plot is None else _plan(args, "adamw", False, 16, report)
+    if args.json:
+        sys.stdout.write(json.dumps(result.to_dict() | {"budget": budget}, indent=2) + "\n")
+    else:
+        sys.stdout.write(describe_plan(result, budget) + "\n")
+        for change in [] if budget is None or result.fits(budget) else _changes(args):
+            sys.stdout.write(f"    · {change}\n")
+    if baseline is not None:
+        bars = [(p.setting["optimizer"], p.parts(), p.needed_bytes) for p in (baseline, result)]
+        picture.draw(bars, budget, title(result.setting), args.plot)
+        sys.stderr.write(f"wrote {args.plot}\n")
+    return 0 if budget is None or result.fits(budget) else 1
+
+
+def _changes(args: argparse.Namespace) -> list[str]:
+    """What would take less memory than this set-up."""
+    ours = resolve_optimizer(args.optimizer).updates_in_backward
+    return [
+        *([] if args.in_backward or not ours else ["--in-backward: one gradient at a time"]),
+        *([] if ours else ["a low-rank optimizer, such as --optimizer galore_8bit --in-backward"]),
+        *(["leave out --no-checkpointing"] if args.no_checkpointing else []),
+        *(["a smaller --batch-size"] if args.batch_size > 1 else []),
+        "a shorter --sequence-length, a lower --rank, --weight-bits 8",
+        "without --optimizer: a table of what fits",
+    ]
+
+
+def _table(args: argparse.Namespace) -> int:
+    """Every recipe, and the winner confirmed with all layers."""
+    ignored = [("--in-backward", args.in_backward), ("--option", args.option), ("--per-layer", args.per_layer)]
+    if given := [name for name, value in [*ignored, ("--weight-bits", args.weight_bits == 8)] if value]:
+        raise PlanError(f"{', '.join(given)} needs --optimizer; without one, a table of all recipes is made")
+    if isinstance(args.rank, float):
+        raise PlanError(f"--rank is {args.rank}; a table needs an int")
+    question = Question(
+        args.model,
+        parse_bytes(args.budget or "24GiB"),
+        args.batch_size,
+        args.sequence_length,
+        args.rank,
+        args.dtype,
+        not args.no_checkpointing,
+        args.device,
+        args.world_size,
+        args.fsdp,
+    )
+    with progress() as report:
+        rows = what_fits(question, progress=report)
+        rows, confirmed = confirm(args, question, rows, report)
+    model = resolve_model(args.model)
+    parameters = sum(p.numel() for p in model.build(None, None).parameters())
+    if args.json:
+        content = {
+            "question": asdict(question),
+            "parameters": parameters,
+            "winner": rows[0].title if rows[0].fits else None,
+            "confirmed": None if confirmed is None else confirmed.to_dict(),
+            "rows": [row.to_dict() for row in rows],
+        }
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    else:
+        parts = [show.heading(question, model.name, parameters), show.table(question, rows)]
+        parts += [show.advice(question, rows, confirmed), show.footnotes(question)]
+        sys.stdout.write("\n\n".join(parts) + "\n")
+    if args.plot is not None:
+        baselines = sorted((row for row in rows if not row.in_backward), key=lambda row: -row.needed)
+        bars = [(row.title, row.parts, row.needed) for row in (*baselines, *(row for row in rows if row.in_backward))]
+        picture.draw(bars, question.budget, show.heading(question, model.name, parameters), args.plot)
+        sys.stderr.write(f"wrote {args.plot}\n")
+    return 0 if rows[0].fits else 1
+
+
+def confirm(
+    args: argparse.Namespace, question: Question, rows: list[Row], report: Report
+) -> tuple[list[Row], MemoryPlan | None]:
+    """The first row that a simulation of all layers, allocator included, finds to fit, on top; with that simulation."""
+    for row in rows:
+        if not row.fits:
+            break
+        recipe = next(recipe for recipe in RECIPES if recipe.title == row.title)
+        options = dict(recipe.options) | ({"rank": row.rank} if recipe.takes_rank else {})
+        report(f"{row.title} with all layers")
+        result = _plan(args, (recipe.optimizer, options), recipe.in_backward, recipe.weight_bits, report)
+        if result.fits(question.budget):
+            return [row, *(other for other in rows if other is not row)], result
+    return rows, None

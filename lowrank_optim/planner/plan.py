@@ -1,0 +1,266 @@
+"""`plan`: the memory of one training set-up, from a simulated run of it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim.planner import sharding
+from lowrank_optim.planner.allocator import reserved_peak, rules_for
+from lowrank_optim.planner.choices import OptimizerChoice, resolve_optimizer
+from lowrank_optim.planner.errors import PlanError
+from lowrank_optim.planner.memory_plan import MemoryPlan
+from lowrank_optim.planner.models import ModelChoice, resolve_model
+from lowrank_optim.planner.pretend import bare
+from lowrank_optim.planner.quantized import quantize_weights
+from lowrank_optim.planner.simulate import DataInForward, Run, Setting, simulate
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+def plan(
+    model: Any,
+    optimizer: Any = "galore_8bit",
+    *,
+    batch_size: int = 1,
+    sequence_length: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    in_backward: bool = False,
+    activation_checkpointing: bool = False,
+    device: str | torch.device = "cuda",
+    accumulate: int = 1,
+    world_size: int = 1,
+    fsdp: bool = False,
+    weight_bits: int = 16,
+    example_batch: Any = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    per_layer: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> MemoryPlan:
+    """Peak memory of training a model with an optimizer, before a byte is allocated; needs neither the memory nor a GPU.
+
+    Runs the model, the optimizer and three steps (the first, an ordinary one, one that refreshes every subspace) on tensors without
+    numbers, and follows the life of each.
+
+    Args:
+        model: an `nn.Module` (on any device, the meta device too; it is not changed), a transformers config, the path of a
+            config.json, or a name such as "llama-7b" (`planner.models.BUILT_IN`).
+        optimizer: a class or a name of this package or of `torch.optim`, "adamw_8bit" (bitsandbytes'), (class or name, options), or a
+            function that builds one for a model. Options of this package's optimizers may hold `rank` (default: a quarter of the
+            short side), `density`, `include` and `exclude`, as `param_groups` takes them.
+        batch_size, sequence_length: sequences in a micro-batch and tokens in each, for language models (default 1 × 2048).
+        dtype: of weights and arithmetic; default bfloat16, or, for a module, what it has.
+        in_backward: `lowrank_optim.update_in_backward`.
+        activation_checkpointing: only the inputs of repeated layers are kept, and layers run again in backward.
+        device: "cuda" (or another accelerator), or "cpu".
+        accumulate: micro-batches in a step.
+        world_size, fsdp: processes; FSDP2 if `fsdp`, else DDP. The numbers are those of one process (`planner.sharding`).
+        weight_bits: 8 for int8 weights (`lowrank_optim.nn.quantize_weights_`).
+        example_batch: for any other module: a dict (keyword arguments), tuple (positional ones) or tensor that it is called with.
+        loss: the loss from the model's output; default: its `loss`, or the mean of the (first) tensor.
+        per_layer: also list the bytes of each layer.
+        progress: called with the name of each step that is simulated.
+
+    Returns:
+        A `MemoryPlan`; print it.
+
+    Raises:
+        PlanError (a ValueError): an unknown model or optimizer, a config that lacks fields, a forward pass that needs real data.
+
+    Not counted: memory inside of library kernels (beyond cuBLAS's workspace), NCCL buffers, the data loader, other processes.
+
+    Example:
+        >>> import torch, lowrank_optim as lo
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64))
+        >>> memory = lo.plan(model, ("galore", {"rank": 8}), example_batch=torch.zeros(4, 64), device="cpu")
+        >>> memory.weights_bytes, memory.optimizer_state_bytes, sum(memory.state.values())
+        (132352, 41584, 41584)
+    """
+    chosen_model, chosen_optimizer = resolve_model(model), resolve_optimizer(optimizer)
+    check_sizes(batch_size=batch_size, sequence_length=sequence_length, accumulate=accumulate, world_size=world_size)
+    if weight_bits not in (8, 16):
+        raise PlanError(f"weight_bits is {weight_bits!r}; it must be 16 (weights as they are) or 8 (int8)")
+    if fsdp and weight_bits == 8:
+        raise PlanError("fsdp and weight_bits=8 do not go together: int8 weights are not sharded by this version")
+    chosen_dtype = resolve_dtype(dtype, model)
+    device = torch.device(device)
+    length = sequence_length or (None if chosen_model.batch is None else 2048)
+    setting = make_setting(
+        chosen_model,
+        chosen_optimizer,
+        batch=_batch(chosen_model, batch_size, length, example_batch),
+        dtype=chosen_dtype,
+        device=device,
+        loss=loss,
+        in_backward=in_backward,
+        activation_checkpointing=activation_checkpointing,
+        accumulate=min(accumulate, 2),  # a third micro-batch finds what the second found
+        weight_bits=weight_bits,
+    )
+    run = _simulate(setting, example_batch, progress or (lambda step: None))
+    described = {
+        "model": chosen_model.name,
+        "optimizer": chosen_optimizer.name,
+        "options": {
+            k: v for k, v in chosen_optimizer.options.items() if isinstance(v, (int, float, str, bool, type(None)))
+        },
+        "batch_size": batch_size,
+        "sequence_length": None if example_batch is not None else length,
+        "dtype": "own" if chosen_dtype is None else str(chosen_dtype).removeprefix("torch."),
+        "in_backward": in_backward,
+        "activation_checkpointing": activation_checkpointing,
+        "device": str(device),
+        "accumulate": accumulate,
+        "world_size": world_size,
+        "fsdp": fsdp,
+        "weight_bits": weight_bits,
+    }
+    return summarize(run, described, per_layer)
+
+
+def make_setting(
+    model: ModelChoice,
+    optimizer: OptimizerChoice,
+    *,
+    batch: Any,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    loss: Callable[[Any], Tensor] | None = None,
+    layers: int | None = None,
+    weight_bits: int = 16,
+    **how: Any,
+) -> Setting:
+    """The simulation's setting; `layers` asks a transformers config for another number of layers."""
+
+    def build() -> nn.Module:
+        built = model.build(dtype, layers)
+        return quantize_weights(built) if weight_bits == 8 else built
+
+    return Setting(build, optimizer.build, batch, loss or default_loss, device, **how)
+
+
+def summarize(run: Run, described: Mapping[str, Any], per_layer: bool = False) -> MemoryPlan:
+    """The plan that a simulated run amounts to."""
+    rules, processes = rules_for(torch.device(described["device"]).type), described["world_size"]
+    split = processes if described["fsdp"] else 1
+    extra = sharding.overhead(run.parameters, processes, described["fsdp"])
+    peaks = run.timeline.peaks(rules.block, split)
+    moment, (_, index) = max(peaks.items(), key=lambda item: item[1][0])
+    snapshot = run.timeline.snapshot(index, rules.block, split)
+    fixed = rules.workspace + sum(extra.values())
+    phases: dict[str, int] = {}
+    for when, (size, _) in peaks.items():
+        name = f"{when.step}, {when.phase}"
+        phases[name] = max(phases.get(name, 0), size + fixed)
+    kinds = snapshot.kinds | {
+        "gradients": snapshot.kinds["gradients"] + extra["gradients"],
+        "temporaries": snapshot.kinds["temporaries"] + extra["temporaries"] + rules.workspace,
+    }
+    peak = sum(kinds.values())
+    reserved = peak
+    if rules.block > 1 and processes == 1:
+        reserved = max(peak, reserved_peak(run.timeline.allocations()) + rules.workspace)
+    return MemoryPlan(
+        **{f"{kind}_bytes": size for kind, size in kinds.items()},
+        reserved_bytes=reserved,
+        context_bytes=rules.context,
+        when=str(moment),
+        state=dict(run.state) if split == 1 else snapshot.parts,
+        phases=phases,
+        setting=dict(described),
+        layers=snapshot.owners if per_layer else None,
+        assumptions=assumptions(described, bool(rules.context)),
+    )
+
+
+def assumptions(setting: Mapping[str, Any], on_gpu: bool) -> tuple[str, ...]:
+    """What the numbers rest on."""
+    said = []
+    if on_gpu:
+        said.append("attention by the flash or memory-efficient kernel, which keep no scores")
+        said.append("a CUDA context of 512 MiB, a cuBLAS workspace of 32 MiB, allocations in multiples of 512 bytes")
+    if setting["world_size"] > 1 and not setting["fsdp"]:
+        said.append("DDP's buckets: a second copy of all gradients")
+    if setting["fsdp"]:
+        said.append(
+            "FSDP2: two layers' weights and one layer's gradients gathered at a time, besides what is in no layer"
+        )
+    return tuple(said)
+
+
+def _simulate(setting: Setting, example: Any, progress: Callable[[str], None]) -> Run:
+    """Without the example's numbers; where the forward pass reads some, with those of its integers."""
+    try:
+        return simulate(setting, progress)
+    except DataInForward:
+        from dataclasses import replace
+
+        if example is None:
+            raise
+        real = map_tensors(example, lambda t: t.cpu() if not t.is_floating_point() and not t.is_meta else bare(t))
+        return simulate(replace(setting, batch=real), progress)
+
+
+def _batch(model: ModelChoice, sequences: int, length: int | None, example: Any) -> Any:
+    if example is not None:
+        return map_tensors(example, bare)
+    if model.batch is None or length is None:
+        raise PlanError(
+            f"{model.name} is no language model of transformers, so what it is called with is not known: give example_batch, a dict "
+            "(keyword arguments), a tuple (positional arguments) or a tensor; meta tensors do"
+        )
+    return model.batch(sequences, length)
+
+
+def map_tensors(item: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure of dicts, tuples and lists, every tensor changed."""
+    if isinstance(item, Tensor):
+        return change(item)
+    if isinstance(item, Mapping):
+        return {key: map_tensors(value, change) for key, value in item.items()}
+    return type(item)(map_tensors(part, change) for part in item) if type(item) in (tuple, list) else item
+
+
+def default_loss(output: Any) -> Tensor:
+    """The output's `loss`, or the mean of its first tensor.
+
+    Raises:
+        PlanError: there is neither.
+    """
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if found is None:
+        items = (
+            output.values()
+            if isinstance(output, Mapping)
+            else output
+            if isinstance(output, (tuple, list))
+            else (output,)
+        )
+        found = next((item for item in items if isinstance(item, Tensor) and item.is_floating_point()), None)
+    if not isinstance(found, Tensor):
+        raise PlanError(
+            f"the model returns {type(output).__name__} without a loss: give loss, a function of the output"
+        )
+    return found if found.dim() == 0 else found.mean()
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, model: Any) -> torch.dtype | None:
+    """The type that was asked for; None where a module keeps its own.
+
+    Raises:
+        PlanError: no type that models are trained in.
+    """
+    if dtype is None:
+        return None if isinstance(model, nn.Module) else torch.bfloat16
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise PlanError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    return chosen
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raise PlanError for a count below 1."""
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise PlanError(f"{name} is {size!r}; it must be an int of at least 1")

@@ -1,0 +1,218 @@
+"""What fits a budget: for each optimizer the memory of a set-up, and the largest batch, sequence and rank that the budget holds."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lowrank_optim.optimizers import LAYERWISE_METHODS
+from lowrank_optim.planner.allocator import Rules, rules_for
+from lowrank_optim.planner.choices import OptimizerChoice, resolve_optimizer
+from lowrank_optim.planner.errors import PlanError
+from lowrank_optim.planner.estimate import Probe, deep
+from lowrank_optim.planner.models import ModelChoice, resolve_model
+from lowrank_optim.planner.plan import make_setting
+from lowrank_optim.planner.simulate import FIRST, ORDINARY, simulate
+
+SLACK = 0.03
+"""Share of the peak that the allocator keeps in unused parts of its segments, where it is not simulated: 2 to 3 % in full
+simulations of updates in backward."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train, with the options that its authors or this package recommend.
+
+    gives_up: what it does without, beside AdamW, in a few words.
+    """
+
+    title: str
+    optimizer: str
+    gives_up: str
+    options: Mapping[str, Any]
+    in_backward: bool = True
+    weight_bits: int = 16
+    takes_rank: bool = True
+
+
+RECIPES = (
+    Recipe("AdamW", "adamw", "nothing", {}, in_backward=False, takes_rank=False),
+    Recipe("AdamW 8-bit", "adamw_8bit", "the precision of moments", {}, in_backward=False, takes_rank=False),
+    Recipe("GaLore 8-bit", "galore_8bit", "the gradient outside of a subspace", {"basis_bits": 8}),
+    Recipe("Fira 8-bit", "fira", "moments outside of a subspace", {"state_bits": 8, "basis_bits": 16}),
+    Recipe("Q-GaLore, int8 weights", "qgalore", "that, and the precision of weights", {}, weight_bits=8),
+    Recipe("APOLLO-Mini", "apollo_mini", "a rate for each element", {"rank": 1}, takes_rank=False),
+    Recipe("LISA, 2 layers", "lisa", "training most layers at a time", {"active_layers": 2}, takes_rank=False),
+)
+"""In the order of what they give up: the first that fits is the one to take."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one recipe needs at the set-up that was asked for, and what the budget holds.
+
+    parts: bytes at the peak by kind.
+    needed: of the card: peak, the allocator's slack, CUDA context.
+    largest_batch: sequences of the length that was asked for; 0 where not even one fits.
+    longest_sequence: tokens of a single sequence, a multiple of 64.
+    largest_rank: at the batch that was asked for; None where rank means nothing.
+    """
+
+    title: str
+    optimizer: str
+    rank: int | None
+    in_backward: bool
+    weight_bits: int
+    gives_up: str
+    parts: dict[str, int]
+    peak: int
+    needed: int
+    when: str
+    fits: bool
+    largest_batch: int
+    longest_sequence: int
+    largest_rank: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked for all recipes alike."""
+
+    model: str
+    budget: int
+    batch_size: int = 1
+    sequence_length: int = 2048
+    rank: int | None = None
+    dtype: str = "bfloat16"
+    activation_checkpointing: bool = True
+    device: str = "cuda"
+    world_size: int = 1
+    fsdp: bool = False
+
+
+def what_fits(
+    question: Question,
+    recipes: tuple[Recipe, ...] = RECIPES,
+    progress: Callable[[str, float], None] = lambda what, done: None,
+) -> list[Row]:
+    """A row for each recipe: those that fit first, each part in the recipes' order.
+
+    Raises:
+        PlanError: the model is unknown or no language model.
+    """
+    model = resolve_model(question.model)
+    if model.layers is None or model.batch is None:
+        raise PlanError("the table needs a transformers model by name or config; plan a module with lowrank_optim.plan")
+    rows = []
+    for number, recipe in enumerate(recipes):
+        progress(recipe.title, number / len(recipes))
+        rows.append(_Search(question, recipe, model).row())
+    progress("", 1.0)
+    return sorted(rows, key=lambda row: not row.fits)
+
+
+class _Search:
+    """Three probes of one recipe (the set-up itself, with more tokens, with another rank), and what follows from them."""
+
+    def __init__(self, question: Question, recipe: Recipe, model: ModelChoice) -> None:
+        self.question, self.recipe, self.model = question, recipe, model
+        self.rules: Rules = rules_for(torch.device(question.device).type)
+        small = model.build(None, 1)
+        self.width = min(min(p.shape) for n, p in small.named_parameters() if p.dim() == 2)
+        self.rank = (question.rank or max(1, self.width // 4)) if recipe.takes_rank else None
+        self.tokens = question.batch_size * question.sequence_length
+        self.base = self._probe(self.tokens, self.rank)
+        self.longer = self._probe(4 * self.tokens, self.rank)
+        self.other = None if self.rank is None else self._probe(self.tokens, max(1, self.rank // 2))
+
+    def row(self) -> Row:
+        question, recipe = self.question, self.recipe
+        needed = self._needed(self.base)
+        point, peak = self.base.peak
+        tokens = self._tokens_that_fit()
+        return Row(
+            recipe.title,
+            recipe.optimizer,
+            self.rank if self.rank is not None else recipe.options.get("rank"),
+            recipe.in_backward,
+            recipe.weight_bits,
+            recipe.gives_up,
+            {kind: round(size) for kind, size in self.base.kinds[point].items()},
+            round(peak),
+            needed,
+            f"{point[0]}, {point[1]}" + (f" of {point[2]}" if point[2] else ""),
+            needed <= question.budget,
+            tokens // question.sequence_length,
+            tokens // 64 * 64,
+            self._rank_that_fits(),
+        )
+
+    def _optimizer(self, rank: int | None) -> OptimizerChoice:
+        options = dict(self.recipe.options) | ({} if rank is None else {"rank": rank})
+        return resolve_optimizer((self.recipe.optimizer, options))
+
+    def _probe(self, tokens: int, rank: int | None) -> Probe:
+        question = self.question
+        optimizer = self._optimizer(rank)
+        layerwise = self.recipe.optimizer in LAYERWISE_METHODS
+        depth = max(2, int(self.recipe.options.get("active_layers", 1))) if layerwise else 1
+        assert self.model.batch is not None
+        assert self.model.layers is not None
+        batch = self.model.batch(max(1, tokens // question.sequence_length), question.sequence_length)
+        if tokens < question.sequence_length:
+            batch = self.model.batch(1, tokens)
+
+        def run(layers: int) -> Any:
+            return simulate(
+                make_setting(
+                    self.model,
+                    optimizer,
+                    batch=batch,
+                    dtype=getattr(torch, question.dtype),
+                    device=torch.device(question.device),
+                    layers=layers,
+                    weight_bits=self.recipe.weight_bits,
+                    in_backward=self.recipe.in_backward and optimizer.updates_in_backward,
+                    activation_checkpointing=question.activation_checkpointing,
+                    steps=(FIRST, ORDINARY),
+                )
+            )
+
+        return deep(run, self.rules, self.model.layers, depth, question.world_size, question.fsdp)
+
+    def _needed(self, probe: Probe) -> int:
+        slack = SLACK if self.rules.block > 1 else 0.0
+        return round(probe.peak[1] * (1.0 + slack)) + self.rules.context
+
+    def _tokens_that_fit(self) -> int:
+        """The most tokens in a batch, by bisection over the extrapolated peaks; exact where points are linear in the tokens."""
+
+        def fits(tokens: int) -> bool:
+            factor = (tokens - self.tokens) / (3 * self.tokens)
+            return self._needed(self.base.combine(self.longer, factor)) <= self.question.budget
+
+        return _largest(fits, 2**24)
+
+    def _rank_that_fits(self) -> int | None:
+        if self.rank is None or self.other is None or self.rank == max(1, self.rank // 2):
+            return None
+        base, other, rank = self.base, self.other, self.rank
+
+        def fits(candidate: int) -> bool:
+            factor = (rank - candidate) / (rank - max(1, rank // 2))
+            return self._needed(base.combine(other, factor)) <= self.question.budget
+
+        return _largest(fits, self.width)
+
+
+def _largest(fits: Callable[[int], bool], bound: int) -> int:
+    """The largest number up to `bound` that fits, where smaller ones fit if larger ones do; 0 if not even 1 does."""
+    low, high = 0, bound
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,111 @@
+"""Operators on tensors without numbers, fast: what an operator makes of given shapes is worked out once.
+
+torch finds the shape of a result in Python for many operators, which is most of the time that a simulation takes; a model repeats the
+same ones in every layer. Results are made anew each time, so that every one is an allocation of its own; views are left to torch.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+META = torch.device("meta")
+_LIMIT = 100_000
+_made: dict[Any, Any] = {}
+
+
+class _Uncertain(Exception):
+    """Arguments that no key stands for."""
+
+
+@cache
+def _returns(func: Any) -> tuple[int, ...] | None | str:
+    """What an operator gives back: "new" tensors, positions of the arguments that it wrote to, or None: it has to be run.
+
+    Views have to be run, and so do operators that change the shape of an argument.
+    """
+    schema = func._schema
+    if func.namespace == "profiler" or torch.Tag.inplace_view in func.tags or schema.is_mutable is None:
+        return None
+    written = {}
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written[frozenset(argument.alias_info.before_set)] = position
+    results = []
+    for result in schema.returns:
+        if result.alias_info is None:
+            if not str(result.type).startswith(("Tensor", "List[Tensor]")):
+                return None
+            continue
+        if not result.alias_info.is_write:
+            return None
+        results.append(written[frozenset(result.alias_info.before_set)])
+    if written:
+        return tuple(results) if len(results) == len(schema.returns) else None
+    aliased = any(argument.alias_info is not None for argument in schema.arguments)
+    return None if aliased or func._schema.name in _RUN else "new"
+
+
+# What they return may be an argument itself, or depends on values.
+_RUN = frozenset(
+    {
+        "aten::lift_fresh",
+        "aten::_local_scalar_dense",
+        "aten::is_nonzero",
+        "aten::nonzero",
+        "aten::_unsafe_view",
+        "aten::detach",
+    }
+)
+
+
+def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """func(*args, **kwargs), where at least one tensor, or the device that is asked for, is without numbers."""
+    returns = _returns(func)
+    if returns is None:
+        return func(*args, **kwargs)
+    try:
+        key = (func, tuple([_key(a) for a in args]), tuple([(name, _key(value)) for name, value in kwargs.items()]))
+        known = _made.get(key)
+    except (_Uncertain, TypeError):
+        return func(*args, **kwargs)
+    if known is None:
+        out = func(*args, **kwargs)
+        if len(_made) >= _LIMIT:
+            _made.clear()
+        if returns != "new":
+            _made[key] = True
+        elif all(tensor.device == META for tensor in (out if isinstance(out, (tuple, list)) else (out,))):
+            _made[key] = _form(out)
+        return out
+    if returns == "new":
+        return _make(known)
+    names = func._schema.arguments
+    back = [args[i] if i < len(args) else kwargs[names[i].name] for i in returns]
+    return back[0] if len(back) == 1 else tuple(back) if back else None
+
+
+def _key(item: Any) -> Any:
+    """What decides the result's shape, in a form that can be looked up."""
+    if isinstance(item, Tensor):
+        if item.layout is not torch.strided or type(item) not in (Tensor, torch.nn.Parameter):
+            raise _Uncertain
+        return (item.shape, item.stride(), item.dtype, item.is_meta)
+    if isinstance(item, (list, tuple)):
+        return tuple([_key(part) for part in item])
+    return (type(item), item)  # 1, 1.0 and True are equal, but not alike
+
+
+def _form(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return (out.shape, out.stride(), out.dtype)
+    return (type(out), [_form(part) for part in out])
+
+
+def _make(form: Any) -> Any:
+    if len(form) == 3:
+        return torch.empty_strided(form[0], form[1], dtype=form[2], device=META)
+    kind, parts = form
+    return kind(map(_make, parts))

@@ -1,0 +1,130 @@
+"""The build step that setuptools cannot express in pyproject.toml: csrc/cpu into one shared library beside the Python files.
+
+The library is no Python extension (it is loaded through ctypes), so one file serves every Python and torch. csrc/cpu/kernels.cpp
+is compiled once for each instruction set. CXX, CXXFLAGS and LDFLAGS are those of the environment. Where there is no compiler, or
+it fails, the package installs without the library; build.json in its place says why, and `lowrank-optim doctor` repeats it.
+"""
+
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SOURCE = Path("csrc/cpu")
+PACKAGE = Path("lowrank_optim/kernels/cpu")
+LIBRARY, RECORD = "liblowrank_optim_cpu.so", "build.json"
+
+# Results are rounded as the definitions say: no contraction, and nothing of -ffast-math but the two flags that leave values alone.
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden"]
+FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+LEVELS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class NotBuilt(Exception):
+    """Why there is no library."""
+
+
+def find_compiler() -> list[str]:
+    """CXX, or the first C++ compiler on the path."""
+    if os.name != "posix":
+        raise NotBuilt(f"csrc/cpu is built with GCC or Clang, and this is {platform.system()}.")
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in [chosen] if chosen else [["g++"], ["c++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise NotBuilt(f"there is no C++ compiler (looked for {' '.join(chosen) or 'g++, c++, clang++'}).")
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; its errors are the reason if it fails."""
+    logging.info("%s", shlex.join(command))
+    try:
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        message = (error.stderr or error.stdout or f"exit status {error.returncode}").strip()
+        raise NotBuilt(f"`{shlex.join(command)}` failed: {message[:2000]}") from None
+    except OSError as error:
+        raise NotBuilt(f"`{command[0]}` could not be run: {error}.") from None
+
+
+def build(target: Path) -> list[str]:
+    """Compile and link the library to `target`, which appears whole or not at all; returns compiler and flags."""
+    compiler = find_compiler()
+    flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    levels = LEVELS if X86 else {"baseline": []}
+    shown = " ".join([*flags, *(f"[{name}: {' '.join(more)}]" for name, more in levels.items() if more)])
+    common = [*flags, *(["-DLOWRANK_X86"] if X86 else [])]
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = []
+
+        def compile_one(source: str, name: str, *more: str) -> None:
+            objects.append(f"{scratch}/{name}.o")
+            run([*compiler, *common, *more, "-c", str(SOURCE / source), "-o", objects[-1]])
+
+        for name, more in levels.items():
+            compile_one("kernels.cpp", name, f"-DLOWRANK_TABLE=kernels_{name}", *more)
+        compile_one("pool.cpp", "pool")
+        compile_one("abi.cpp", "abi", f'-DLOWRANK_FLAGS="{shown}"')
+        linked = f"{scratch}/{LIBRARY}"
+        run([*compiler, *flags, "-shared", "-o", linked, *objects, *shlex.split(os.environ.get("LDFLAGS", ""))])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        near = target.with_suffix(f".{os.getpid()}.new")  # on the target's file system, where replacing is atomic
+        shutil.copy(linked, near)
+        near.replace(target)
+    return [*compiler, *flags]
+
+
+class BuildLibrary(build_ext):
+    """`build_ext`, for the one "extension" that is a plain shared library."""
+
+    def run(self) -> None:
+        directory = ROOT / PACKAGE if self.inplace else Path(self.build_lib).absolute() / PACKAGE
+        library, record = directory / LIBRARY, directory / RECORD
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            result = {"command": build(library)}
+        except NotBuilt as why:
+            library.unlink(missing_ok=True)
+            result = {"error": str(why)}
+            self.warn(f"lowrank_optim installs without its C++ library: {why}")
+        record.write_text(json.dumps(result, indent=1) + "\n")
+
+    def get_source_files(self) -> list[str]:
+        return [str(path.relative_to(ROOT)) for path in sorted((ROOT / SOURCE).iterdir()) if path.is_file()]
+
+    def get_outputs(self) -> list[str]:
+        directory = Path(self.build_lib) / PACKAGE
+        return [str(path) for name in (LIBRARY, RECORD) if (path := directory / name).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {output: str(PACKAGE / Path(output).name) for output in self.get_outputs()} if self.inplace else {}
+
+
+class Wheel(bdist_wheel):
+    """A wheel for this platform and every Python 3 if the library is in it, else for every platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = Path(self.get_finalized_command("build_ext").build_lib).absolute() / PACKAGE / LIBRARY
+        self.root_is_pure = not built.exists()
+        return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
+
+
+setup(
+    ext_modules=[Extension("lowrank_optim.kernels.cpu.library", sources=[str(SOURCE / "kernels.cpp")], optional=True)],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+)

@@ -1,0 +1,194 @@
+"""The cases that every backend answers as the definition does: ragged sizes, storage types, layouts, NaN and infinity, large steps.
+
+`CASES[op]` lists them by operation; `lowrank_optim.kernels.selftest` makes the arguments, runs a kernel and compares.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from lowrank_optim.kernels import selftest as made
+from lowrank_optim.kernels.selftest import Case, case
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+STORED = (F32, BF16, F16)
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (3, 20), (5, 64), (3, 257), (2, 3, 300), (1, 5000), (33, 3), (0, 5), (4, 0), (600,)]
+"""One row, one column, fewer columns than a block, not a multiple of it, a stack, empty, one dimension."""
+
+LAYOUTS = ("unaligned", "window", "transposed", "strided")
+LARGE = {"keep": 1.0 - 0.9, "alpha": 30.0}
+"""Learning rate times weight decay near 1, and a step that dwarfs the weights."""
+
+
+def _products() -> Iterator[Case]:
+    for op in ("project", "project_with_norms"):
+        for right in (True, False):
+            for batch, rows, cols, rank in [((), 20, 33, 3), ((), 1, 40, 1), ((3,), 9, 70, 5), ((), 64, 64, 64)]:
+                for dtype in (F32, BF16):
+                    yield case(op, made.project, batch, rows, cols, rank, right, dtype)
+            yield case(op, made.project, (), 0, 5, 2, right)
+            yield case(op, made.project, (), 70, 300, 20, right, F16)
+            for layout in LAYOUTS:
+                yield case(op, made.project, (), 20, 33, 3, right, BF16, layout)
+
+
+def _apply() -> Iterator[Case]:
+    for weight in STORED:
+        for batch, rows, cols, rank in [((), 20, 33, 3), ((), 1, 1, 1), ((3,), 9, 70, 5), ((), 3, 1000, 20)]:
+            rounding = {"rounding": weight == BF16, "start": 5}
+            yield case("apply_", made.apply, batch, rows, cols, rank, weight, **rounding)
+            for grad in STORED:
+                yield case("apply_", made.apply, batch, rows, cols, rank, weight, grad, **rounding)
+        for phi in ("rows", "columns", "matrix"):
+            for sign, subtract in ((False, False), (True, False), (True, True)):
+                more = {"phi": phi, "sign": sign, "subtract": subtract}
+                yield case("apply_", made.apply, (2,), 9, 70, 5, weight, F32, **more)
+        for ok in (True, False):
+            yield case("apply_", made.apply, (), 20, 33, 3, weight, ok=ok)
+            yield case("apply_", made.apply, (), 20, 33, 3, weight, BF16, ok=ok)
+        yield case("apply_", made.apply, (), 20, 33, 3, weight, BF16, **LARGE)
+        yield case("apply_", made.apply, (), 20, 33, 3, weight, keep=torch.tensor(0.75))
+        yield case("apply_", made.apply, (), 20, 33, 3, weight, ok=True, keep=torch.tensor(0.75, dtype=F64))
+        for layout in LAYOUTS:
+            yield case("apply_", made.apply, (2,), 9, 70, 5, weight, BF16, layout=layout)
+            yield case("apply_", made.apply, (), 20, 33, 3, weight, layout=layout)
+        yield case("apply_", made.apply, (), 0, 5, 2, weight)
+        yield case("apply_", made.apply, (), 5, 0, 2, weight, F32)
+    yield case("apply_", made.apply, (2,), 9, 70, 5, BF16, BF16, rounding=True, start=2**32 - 100, layout="window")
+
+
+def _dense() -> Iterator[Case]:
+    for op, make in (("apply_dense_", made.apply_dense), ("adam_dense_", made.adam_dense)):
+        for weight in STORED:
+            for shape in SHAPES:
+                yield case(op, make, shape, weight, rounding=weight == BF16, start=3)
+            for ok in (True, False):
+                yield case(op, make, (3, 257), weight, ok=ok)
+            yield case(op, make, (3, 257), weight, **LARGE)
+            yield case(op, make, (3, 257), weight, keep=1.0)
+            yield case(op, make, (3, 257), weight, rounding=weight == BF16, fill="nonfinite")
+            yield case(op, make, (3, 257), weight, layout="unaligned")
+        yield case(op, make, (3, 257), BF16, rounding=True, start=2**32 - 300)
+        yield case(op, make, (3, 257), BF16, rounding=True, start=2**40 + 5)
+        yield case(op, make, (3, 257), BF16, rounding=True, fill="huge")
+    for weight in STORED:
+        for grad in STORED:
+            yield case("adam_dense_", made.adam_dense, (3, 257), weight, grad)
+        for layout in LAYOUTS:
+            yield case("apply_dense_", made.apply_dense, (2, 3, 257), weight, layout=layout)
+        yield case("apply_dense_", made.apply_dense, (), weight)
+        yield case("apply_dense_", made.apply_dense, (3, 257), weight, keep=torch.tensor(0.75))
+
+
+def _stochastic_round() -> Iterator[Case]:
+    op, make = "stochastic_round_", made.stochastic_round
+    for shape in [(), *SHAPES]:
+        yield case(op, make, shape)
+        for target in STORED:
+            yield case(op, make, shape, target, rounding=False)
+    for fill in ("nonfinite", "tiny", "huge", "zeros", "halfway"):
+        yield case(op, make, (3, 257), fill=fill)
+        yield case(op, make, (3, 257), F16, rounding=False, fill=fill)
+        yield case(op, make, (3, 257), BF16, rounding=False, fill=fill)
+    for start in (5, 2**32 - 300, 2**33 + 1, 2**62):
+        yield case(op, make, (3, 257), start=start)
+    for layout in LAYOUTS:
+        yield case(op, make, (2, 3, 257), layout=layout)
+    yield case(op, make, (3, 257), F32, rounding=True)
+
+
+def _direct() -> Iterator[Case]:
+    for shape in [(), *SHAPES]:
+        yield case("adam_direct_", made.adam_direct, shape)
+        yield case("lion_direct_", made.lion_direct, shape)
+        yield case("sgd_direct_", made.sgd_direct, shape)
+        yield case("rmsprop_direct_", made.rmsprop_direct, shape)
+    for ok in (True, False):
+        yield case("adam_direct_", made.adam_direct, (3, 257), ok=ok)
+        yield case("lion_direct_", made.lion_direct, (3, 257), ok=ok)
+        yield case("rmsprop_direct_", made.rmsprop_direct, (3, 257), ok=ok)
+        for nesterov in (True, False):
+            yield case("sgd_direct_", made.sgd_direct, (3, 257), ok=ok, nesterov=nesterov)
+    for layout in LAYOUTS:
+        yield case("adam_direct_", made.adam_direct, (3, 257), layout=layout)
+        yield case("lion_direct_", made.lion_direct, (3, 257), layout=layout)
+        yield case("sgd_direct_", made.sgd_direct, (3, 257), layout=layout, nesterov=True)
+        yield case("rmsprop_direct_", made.rmsprop_direct, (3, 257), layout=layout)
+    yield case("adam_direct_", made.adam_direct, (3, 257), step=1.0)
+    yield case("adam_direct_", made.adam_direct, (3, 257), fill="nonfinite")
+
+
+def _coded_adam() -> Iterator[Case]:
+    direct, dense = "coded_adam_direct_", "coded_adam_dense_"
+    for bits in (8, 4):
+        for shape in SHAPES:
+            yield case(direct, made.coded_adam_direct, shape, bits)
+            yield case(direct, made.coded_adam_direct, shape, bits, turn=None, col_scale="shared", fresh=True)
+            yield case(dense, made.coded_adam_dense, shape, BF16, BF16, bits, rounding=True, start=9)
+            yield case(dense, made.coded_adam_dense, shape, bits=bits)
+        for block in (1, 3, 64, 255, 1000, 5000):
+            yield case(direct, made.coded_adam_direct, (2, 3, 301), bits, block, col_scale="batch", start=11)
+            yield case(dense, made.coded_adam_dense, (3, 301), F32, BF16, bits, block)
+        for fill in ("nonfinite", "zeros", "tiny", "huge"):
+            yield case(direct, made.coded_adam_direct, (4, 600), bits, fill=fill)
+            yield case(direct, made.coded_adam_direct, (4, 600), bits, fill=fill, fresh=True, turn=None)
+            yield case(dense, made.coded_adam_dense, (4, 600), bits=bits, fill=fill)
+        for ok in (True, False):
+            yield case(direct, made.coded_adam_direct, (4, 600), bits, ok=ok)
+            yield case(dense, made.coded_adam_dense, (4, 600), BF16, F32, bits, ok=ok)
+        yield case(direct, made.coded_adam_direct, (4, 600), bits, ok=False, fill="nonfinite")
+        for layout in LAYOUTS:
+            yield case(direct, made.coded_adam_direct, (2, 3, 301), bits, layout=layout, col_scale="batch")
+        yield case(dense, made.coded_adam_dense, (3, 301), BF16, BF16, bits, layout="unaligned", rounding=True)
+        for weight in STORED:
+            for grad in STORED:
+                yield case(dense, made.coded_adam_dense, (3, 301), weight, grad, bits)
+            yield case(dense, made.coded_adam_dense, (3, 301), weight, bits=bits, **LARGE)
+        yield case(direct, made.coded_adam_direct, (3, 301), bits, start=2**32 - 400, turn=2**31 + 7)
+
+
+def _codes() -> Iterator[Case]:
+    for bits in (8, 4):
+        for signed in (True, False):
+            coding = {"bits": bits, "signed": signed}
+            for shape in SHAPES:
+                yield case("quantize_rows", made.quantize_rows, shape, **coding)
+                yield case("quantize_rows", made.quantize_rows, shape, **coding, turn=4, start=7, col_scale="shared")
+                yield case("dequantize_rows", made.dequantize_rows, shape, **coding)
+            for block in (1, 3, 64, 255, 1000):
+                more = {**coding, "block": block, "col_scale": "batch"}
+                yield case("quantize_rows", made.quantize_rows, (2, 3, 301), **more, turn=9)
+                yield case("dequantize_rows", made.dequantize_rows, (2, 3, 301), **more)
+            for fill in ("nonfinite", "zeros", "tiny", "huge", "ties"):
+                yield case("quantize_rows", made.quantize_rows, (4, 600), **coding, fill=fill)
+                yield case("quantize_rows", made.quantize_rows, (4, 600), **coding, fill=fill, turn=1)
+            for dtype in (BF16, F16):
+                yield case("quantize_rows", made.quantize_rows, (3, 301), dtype, **coding)
+                yield case("dequantize_rows", made.dequantize_rows, (3, 301), dtype, **coding)
+            for layout in LAYOUTS:
+                yield case("quantize_rows", made.quantize_rows, (2, 3, 301), **coding, layout=layout)
+            yield case("quantize_rows", made.quantize_rows, (3, 301), **coding, start=2**32 - 400, turn=2**40 + 3)
+
+
+def _bases() -> Iterator[Case]:
+    for bits in (8, 4):
+        for shape in (shape for shape in SHAPES if len(shape) > 1):
+            yield case("pack_basis", made.pack_basis, shape, bits=bits)
+            yield case("unpack_basis", made.unpack_basis, shape, bits=bits)
+        for group in (1, 3, 64, 255, 1000):
+            yield case("pack_basis", made.pack_basis, (2, 3, 301), bits=bits, group=group)
+            yield case("unpack_basis", made.unpack_basis, (2, 3, 301), bits=bits, group=group)
+        for fill in ("nonfinite", "zeros", "tiny", "huge", "ties"):
+            yield case("pack_basis", made.pack_basis, (4, 600), bits=bits, fill=fill)
+        for dtype in (BF16, F16):
+            yield case("pack_basis", made.pack_basis, (3, 301), dtype, bits)
+            yield case("unpack_basis", made.unpack_basis, (3, 301), dtype, bits)
+        for layout in LAYOUTS:
+            yield case("pack_basis", made.pack_basis, (2, 3, 301), bits=bits, layout=layout)
+
+
+CASES: dict[str, list[Case]] = {}
+for _cases in (_products, _apply, _dense, _stochastic_round, _direct, _coded_adam, _codes, _bases):
+    for _case in _cases():
+        CASES.setdefault(_case.op, []).append(_case)

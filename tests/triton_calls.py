@@ -1,0 +1,54 @@
+"""Calls of operations in shapes of LLaMA-7B that together launch every Triton kernel, for compiling ahead of time; nothing is run."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels import api
+from lowrank_optim.kernels import selftest as made
+from lowrank_optim.kernels.triton import coded, elementwise, products
+
+F32, BF16 = torch.float32, torch.bfloat16
+ROWS, COLS, RANK = 4096, 11008, 512
+OPS = elementwise.OPERATIONS | coded.OPERATIONS | products.OPERATIONS
+
+
+def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def calls() -> list[Callable[[], object]]:
+    """One for each kernel, and for each way of using it that the compiler sees as a different one."""
+    ok, numbers = torch.tensor(True), api.numbers(0.1, 0.9)
+    found: list[Callable[[], object]] = []
+
+    def add(op: str, *args: object) -> None:
+        found.append(lambda: OPS[op](*args))
+
+    for dtype in (F32, BF16):
+        grad, weight = empty(ROWS, COLS, dtype=dtype), empty(ROWS, COLS, dtype=dtype)
+        left, right = empty(ROWS, RANK), empty(COLS, RANK).mT
+        rounding = api.words(3, 0) if dtype == BF16 else None
+        add("project", grad, empty(COLS, RANK), True)
+        add("project_with_norms", grad, empty(ROWS, RANK), False)
+        none, factors = (None, None, None, None), (left, right)
+        add("apply_", weight, left, right, numbers, None, ok, rounding, *none, False)
+        add("apply_", weight, left, right, numbers, None, ok, rounding, grad, empty(1, COLS), None, None, False)
+        add("apply_", weight, left, right, numbers, None, ok, rounding, grad, empty(1, 1), *factors, True)
+    shape = (512, 512)
+    for bits in (8, 4):
+        add("coded_adam_direct_", *made.coded_adam_direct(shape, bits, col_scale="shared", ok=True))
+        add("coded_adam_dense_", *made.coded_adam_dense(shape, BF16, BF16, bits, ok=True, rounding=True))
+        add("quantize_rows", *made.quantize_rows(shape, bits=bits, signed=False, turn=3, col_scale="shared"))
+        add("dequantize_rows", *made.dequantize_rows(shape, BF16, bits))
+        add("pack_basis", *made.pack_basis(shape, bits=bits))
+        add("unpack_basis", *made.unpack_basis(shape, bits=bits))
+    add("adam_direct_", *made.adam_direct(shape, ok=True))
+    add("adam_dense_", *made.adam_dense(shape, BF16, BF16, ok=True, rounding=True))
+    add("lion_direct_", *made.lion_direct(shape, ok=True))
+    add("sgd_direct_", *made.sgd_direct(shape, ok=True, nesterov=True))
+    add("rmsprop_direct_", *made.rmsprop_direct(shape, ok=True))
+    add("apply_dense_", *made.apply_dense(shape, BF16, rounding=True, layout="transposed"))
+    add("stochastic_round_", *made.stochastic_round(shape))
+    return found
