@@ -1,6 +1,6 @@
 """The planner's numbers for LLaMA-7B (and 13B): the README's table, the targets, the longest sequences. Needs no GPU.
 
-Every row is a simulation of all layers, batch 1 × 2048, bfloat16 weights and arithmetic, rank 1024, for CUDA. "optimizer state" of the
+Every row is a simulation of all layers, batch 1 × 2048, bfloat16 weights and arithmetic, rank 1024, for CUDA. The state of the
 reductions is that of a whole step, against AdamW's with bfloat16 moments (26.9 GB).
 """
 
@@ -22,9 +22,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "GaLore, float32 state": {"optimizer": ("galore", {"rank": 1024})},
     "GaLore, bfloat16 state": {"optimizer": ("galore", {"rank": 1024, "state_bits": 16, "basis_bits": 16})},
     "GaLore 8-bit, in backward": {"optimizer": ("galore_8bit", {"rank": 1024}), **IN_BACKWARD},
-    "GaLore 8-bit, 16-bit basis, in backward": {"optimizer": ("galore_8bit", {"rank": 1024, "basis_bits": 16}), **IN_BACKWARD},
-    "GaLore 8-bit, 8-bit basis, in backward": {"optimizer": ("galore_8bit", {"rank": 1024, "basis_bits": 8}), **IN_BACKWARD},
-    "GaLore 8-bit, 4-bit basis, in backward": {"optimizer": ("galore_8bit", {"rank": 1024, "basis_bits": 4}), **IN_BACKWARD},
+    "GaLore 8-bit, 16-bit basis, in backward": {
+        "optimizer": ("galore_8bit", {"rank": 1024, "basis_bits": 16}),
+        **IN_BACKWARD,
+    },
+    "GaLore 8-bit, 8-bit basis, in backward": {
+        "optimizer": ("galore_8bit", {"rank": 1024, "basis_bits": 8}),
+        **IN_BACKWARD,
+    },
+    "GaLore 8-bit, 4-bit basis, in backward": {
+        "optimizer": ("galore_8bit", {"rank": 1024, "basis_bits": 4}),
+        **IN_BACKWARD,
+    },
     "Q-GaLore, bfloat16 weights, in backward": {"optimizer": ("qgalore", {"rank": 1024}), **IN_BACKWARD},
     "Q-GaLore, int8 weights, in backward": {"optimizer": ("qgalore", {"rank": 1024}), "weight_bits": 8, **IN_BACKWARD},
     "APOLLO-Mini, in backward": {"optimizer": "apollo_mini", **IN_BACKWARD},
@@ -90,7 +99,14 @@ def main() -> None:
     recipes = (Recipe("Q-GaLore, int8 weights", "qgalore", "", {}, weight_bits=8),)
     fitting = what_fits(Question("llama-13b", 24 * GIB, rank=1024), recipes)[0]
     results["13b"]["largest in 24 GiB at rank 1024"] = fitting.to_dict()
-    print("13B in 24 GiB:", fitting.largest_batch, "sequences of 2048, longest", fitting.longest_sequence, "rank", fitting.largest_rank)
+    print(
+        "13B in 24 GiB:",
+        fitting.largest_batch,
+        "sequences of 2048, longest",
+        fitting.longest_sequence,
+        "rank",
+        fitting.largest_rank,
+    )
     write("plan_7b", results)
 
 

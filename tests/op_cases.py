@@ -188,7 +188,13 @@ def _bases() -> Iterator[Case]:
             yield case("pack_basis", made.pack_basis, (2, 3, 301), bits=bits, layout=layout)
 
 
+def _gaussian() -> Iterator[Case]:
+    for shape in SHAPES:
+        yield case("gaussian_", made.gaussian, shape)
+    yield case("gaussian_", made.gaussian, (300, 257), key=(1 << 64) - 5)
+
+
 CASES: dict[str, list[Case]] = {}
-for _cases in (_products, _apply, _dense, _stochastic_round, _direct, _coded_adam, _codes, _bases):
+for _cases in (_products, _apply, _dense, _stochastic_round, _direct, _coded_adam, _codes, _bases, _gaussian):
     for _case in _cases():
         CASES.setdefault(_case.op, []).append(_case)

@@ -1,4 +1,4 @@
-"""Triton kernels beyond the cases of `op_cases`, under Triton's interpreter: TRITON_INTERPRET=1 has to be set before triton is imported.
+"""Triton kernels beyond the cases of `op_cases`, under the interpreter: TRITON_INTERPRET=1 has to be set before triton is imported.
 
 `test_triton` runs this file, and the op suite, in processes of their own.
 """
@@ -32,7 +32,7 @@ def test_the_backend_is_interpreted_and_serves_cpu_tensors():
     assert isinstance(LOADED, dispatch.Loaded)
     assert LOADED.devices == {"cpu"}
     assert "interpreted" in LOADED.about
-    assert set(OPS) == set(dispatch._DEFINITIONS)
+    assert set(dispatch._DEFINITIONS) - set(OPS) <= {"gaussian_"}  # whose float64 functions are torch's
 
 
 # ----------------------------------------------------------------------------------------------------------------- arithmetic
@@ -90,7 +90,9 @@ def relative_error(found: Tensor, left: Tensor, right: Tensor) -> float:
     return float(((found.double() - exact).abs() / size).max())
 
 
-@pytest.mark.parametrize(("setting", "low", "high"), [("highest", 0.0, 2**-18), ("high", 0.0, 2**-18), ("medium", 2**-14, 2**-9)])
+@pytest.mark.parametrize(
+    ("setting", "low", "high"), [("highest", 0.0, 2**-18), ("high", 0.0, 2**-18), ("medium", 2**-14, 2**-9)]
+)
 def test_project_of_bfloat16_gradients_is_as_accurate_as_asked_for(setting, low, high):
     grad, basis = draw(1, 70, 900, dtype=BF16), draw(2, 900, 40)
     torch.set_float32_matmul_precision(setting)
@@ -208,3 +210,35 @@ def test_tiles_of_wide_strides_use_64_bit_offsets_within():
         launching.record(None)
     wide = [options["WIDE"] for options in seen if "WIDE" in options]
     assert wide == [False, True]
+
+
+# ------------------------------------------------------------------------------------------------------------- whole optimizers
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("GaLoreAdamW", {}),
+        ("GaLoreAdamW", {"state_bits": 8}),
+        ("FiraAdamW", {}),
+        ("FrugalAdamW", {"projector": "randomized_svd"}),
+        ("APOLLOAdamW", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_optimizers_take_the_steps_that_they_take_with_the_definitions(method, options, dtype, monkeypatch):
+    import lowrank_optim as lo
+
+    def run(backend: str) -> Tensor:
+        monkeypatch.setenv(dispatch.VARIABLE, backend)
+        weight = torch.nn.Parameter(draw(1, 70, 90, dtype=dtype))
+        optimizer = getattr(lo, method)([{"params": [weight], "rank": 8}], lr=1e-2, update_proj_gap=3, **options)
+        for step in range(4):
+            weight.grad = draw(10 + step, 70, 90, dtype=dtype)
+            optimizer.step()
+        return weight.detach().float()
+
+    found, expected, before = run("triton"), run("reference"), draw(1, 70, 90, dtype=dtype).float()
+    assert float((expected - before).norm()) > 1e-3
+    assert float((found - expected).norm()) < 0.02 * float((expected - before).norm())

@@ -26,16 +26,16 @@ def calls() -> list[Callable[[], object]]:
     def add(op: str, *args: object) -> None:
         found.append(lambda: OPS[op](*args))
 
+    left, right, none = empty(ROWS, RANK), empty(COLS, RANK).mT, (None, None, None, None)
     for dtype in (F32, BF16):
         grad, weight = empty(ROWS, COLS, dtype=dtype), empty(ROWS, COLS, dtype=dtype)
-        left, right = empty(ROWS, RANK), empty(COLS, RANK).mT
-        rounding = api.words(3, 0) if dtype == BF16 else None
-        add("project", grad, empty(COLS, RANK), True)
+        options = (numbers, None, ok, api.words(3, 0) if dtype == BF16 else None)
         add("project_with_norms", grad, empty(ROWS, RANK), False)
-        none, factors = (None, None, None, None), (left, right)
-        add("apply_", weight, left, right, numbers, None, ok, rounding, *none, False)
-        add("apply_", weight, left, right, numbers, None, ok, rounding, grad, empty(1, COLS), None, None, False)
-        add("apply_", weight, left, right, numbers, None, ok, rounding, grad, empty(1, 1), *factors, True)
+        add("apply_", weight, left, right, *options, grad, empty(1, COLS), None, None, False)
+        if dtype == BF16:
+            add("project", grad, empty(COLS, RANK), True)
+            add("apply_", weight, left, right, *options, *none, False)
+            add("apply_", weight, left, right, *options, grad, empty(1, 1), left, right, True)
     shape = (512, 512)
     for bits in (8, 4):
         add("coded_adam_direct_", *made.coded_adam_direct(shape, bits, col_scale="shared", ok=True))

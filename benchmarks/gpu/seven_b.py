@@ -3,10 +3,10 @@
     python benchmarks/gpu/seven_b.py            # everything, within nine minutes; writes benchmarks/results/seven_b.json
     python benchmarks/gpu/seven_b.py --only galore_8bit
 
-Each run is a process of its own under torch.cuda.set_per_process_memory_fraction: the model with random weights, 30 steps on real text
-(bytes of the standard library's source, as token ids of a vocabulary of 32,000), through one refresh of every subspace after the first
-(the gap is 20). Recorded: peak allocated and reserved bytes of the steps, the plan's prediction beside them, median time of a step and
-tokens/s, losses. AdamW and bitsandbytes' AdamW8bit run on the largest of the LLaMA sizes that the plan says they fit.
+Each run is a process of its own under torch.cuda.set_per_process_memory_fraction: the model with random weights, 30 steps on real
+text (bytes of the standard library's source, as token ids of a vocabulary of 32,000), through one refresh of every subspace after the
+first (the gap is 20). Recorded: peak allocated and reserved bytes of the steps, the plan's prediction beside them, median time of a
+step and tokens/s, losses. AdamW and bitsandbytes' AdamW8bit run on the largest of the LLaMA sizes that the plan says they fit.
 
 Without a GPU the plans are printed, and nothing else; `--device cpu --model 60m` tries the whole path on a small model.
 """
@@ -26,13 +26,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "examples")]
 
-from common import write
-from pretraining.configs import SIZES, build_model
-from pretraining.data import standard_library
+from common import write  # noqa: E402
+from pretraining.configs import SIZES, build_model  # noqa: E402
+from pretraining.data import standard_library  # noqa: E402
 
-import lowrank_optim as lo
-from lowrank_optim.planner.allocator import CUDA_CONTEXT, GIB
-from lowrank_optim.planner.choices import resolve_optimizer
+import lowrank_optim as lo  # noqa: E402
+from lowrank_optim.planner.allocator import CUDA_CONTEXT, GIB  # noqa: E402
+from lowrank_optim.planner.choices import resolve_optimizer  # noqa: E402
 
 VOCABULARY, GAP, STEPS = 32_000, 20, 30
 DESCENDING = ("13b", "7b", "3b", "1b", "350m", "130m", "60m")
@@ -57,8 +57,13 @@ def fields(size: str) -> dict[str, Any]:
     """The config.json of the model that `build_model` makes."""
     s = SIZES[size]
     return {
-        **{"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": s.hidden, "intermediate_size": s.ffn},
-        **{"num_hidden_layers": s.layers, "num_attention_heads": s.heads, "tie_word_embeddings": False},
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": s.hidden,
+        "intermediate_size": s.ffn,
+        "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads,
+        "tie_word_embeddings": False,
     }
 
 
@@ -156,12 +161,15 @@ def one(name: str, args: argparse.Namespace) -> dict[str, Any]:
         print(f"{plan}\n  fits {run['budget']} GiB: {found['fits']}\n", flush=True)
         return found
     command = [sys.executable, __file__, "--child", name, "--model", size, "--device", args.device]
-    done = subprocess.run([*command, "--length", str(args.length)], capture_output=True, text=True, timeout=args.timeout, check=False)
+    done = subprocess.run(
+        [*command, "--length", str(args.length)], capture_output=True, text=True, timeout=args.timeout, check=False
+    )
     if done.returncode:
         print(f"{name}: failed\n{done.stderr[-3000:]}", flush=True)
         return found | {"error": done.stderr.strip().splitlines()[-1:]}
     measured = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"{name}: {size}, {measured['seconds_per_step']:.2f} s a step, loss {measured['losses'][0]:.2f} → {measured['losses'][-1]:.2f}")
+    first, last = measured["losses"][0], measured["losses"][-1]
+    print(f"{name}: {size}, {measured['seconds_per_step']:.2f} s a step, loss {first:.2f} → {last:.2f}", flush=True)
     if "peak_allocated" in measured:
         measured["error_of_plan"] = plan.peak_bytes / measured["peak_allocated"] - 1.0
         measured["error_of_plan_reserved"] = plan.reserved_bytes / measured["peak_reserved"] - 1.0

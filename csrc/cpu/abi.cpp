@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 
 #include "ops.h"
 #include "pool.h"
@@ -13,7 +12,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 1;
+constexpr int ABI_VERSION = 2;
 constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thread
 
 #define LOWRANK_TEXT_(x) #x
@@ -98,12 +97,12 @@ int run(OnBlocks<Args> kernel, const Args& args, int threads) {
     float* scratch;
     int64_t floats;
   } call = {kernel, &args, nullptr, floats};
-  float few[8192];
-  std::unique_ptr<float[]> many;
+  alignas(64) float few[8192];  // arrays begin with a cache line: a vector across two of them costs twice
+  std::unique_ptr<float, decltype(&std::free)> many(nullptr, &std::free);
   if (floats * threads <= int64_t(sizeof few / sizeof *few)) {
     call.scratch = few;
   } else {
-    many.reset(new (std::nothrow) float[size_t(floats) * size_t(threads)]);
+    many.reset(static_cast<float*>(std::aligned_alloc(64, size_t(floats) * size_t(threads) * sizeof(float))));
     if (!many) return 1;
     call.scratch = many.get();
   }
@@ -251,4 +250,9 @@ LOWRANK_API int lowrank_optim_store(int64_t rows, int64_t cols, void* target, in
       rows, cols, {target, target_type, target_stride}, {value, FLOAT32, value_stride}, noise_of(rounding, key, start, 0)};
   const int64_t width = cols < TILE ? cols : TILE;
   return cols == 0 ? 0 : run<StoreArgs>(chosen->kernels->store, args, rows * pieces(cols, TILE), width, limited(threads));
+}
+
+LOWRANK_API int lowrank_optim_gaussian(int64_t numel, f32* out, uint64_t key, int threads) {
+  const GaussianArgs args = {out, numel, key};
+  return run<GaussianArgs>(chosen->kernels->gaussian, args, pieces(numel, 2), 32, limited(threads));  // a pair costs what 32 others do
 }

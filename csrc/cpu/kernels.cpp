@@ -3,6 +3,8 @@
 // Plain loops over at most a block or TILE elements, which stay in the first-level cache and which the compiler turns into vector
 // instructions; a ragged end runs the same operations one by one. Only builtins are used: an inline function of the standard
 // library compiled here for AVX-512 could be the copy that the linker keeps for every processor.
+#include <cmath>
+
 #include "ops.h"
 
 namespace lowrank {
@@ -277,25 +279,24 @@ inline void draw(const Noise& noise, int64_t first, int n, float* __restrict uni
 // (Loops over bytes and words at once make poor vector code: the levels are narrowed in a loop of their own.)
 inline void encode(const float* __restrict x, int n, int bits, bool is_signed, float scale, const float* __restrict uniform,
                    int* __restrict level, u8* __restrict code) {
-  const int levels = levels_of(bits, is_signed), least = is_signed ? -levels : 1;
-  const int zero = is_signed ? (bits == 8 ? 0 : -8) : 1;
+  const int zero = is_signed ? (bits == 8 ? 0 : -8) : 1, least = is_signed ? -128 : 1;
   if (!(scale > 0.0f)) {
     for (int j = 0; j < n; ++j) code[j] = u8(is_signed ? -zero : 0);
     return;
   }
-  const float factor = (1.0f / scale) * float(levels);  // as torch divides a number by a tensor
+  // y is at most L and three roundings of it, so that no level is above L.
+  const float factor = (1.0f / scale) * float(levels_of(bits, is_signed));  // as torch divides a number by a tensor
   if (uniform) {
     for (int j = 0; j < n; ++j) {
-      const float y = x[j] * factor;
-      const float nearest = (y + SHIFTER) - SHIFTER, lower = nearest > y ? nearest - 1.0f : nearest;
-      const float rounded = uniform[j] < y - lower ? lower + 1.0f : lower;
+      // With d = y − nearest, which is exact, y − ⌊y⌋ is d, or d + 1 where d < 0: then ⌊y⌋ is one below the nearest.
+      const float y = x[j] * factor, shifted = y + SHIFTER, nearest = shifted - SHIFTER, d = y - nearest;
+      const int below = d < 0.0f ? 1 : 0, up = uniform[j] < (d < 0.0f ? d + 1.0f : d) ? 1 : 0;
       // What was decoded comes back within four roundings, and has to stay what it was.
-      const float error = __builtin_fabsf(y - nearest), close = __builtin_fabsf(nearest) * 0x1p-21f;
-      const float chosen = error <= close ? nearest : rounded;
-      level[j] = between(least, int(chosen), levels) - zero;
+      const int move = __builtin_fabsf(d) <= __builtin_fabsf(nearest) * 0x1p-21f ? 0 : up - below;
+      level[j] = larger(int32_t(bits_of(shifted) - bits_of(SHIFTER)) + move, least) - zero;
     }
   } else {
-    for (int j = 0; j < n; ++j) level[j] = between(least, int((x[j] * factor + SHIFTER) - SHIFTER), levels) - zero;
+    for (int j = 0; j < n; ++j) level[j] = larger(int32_t(bits_of(x[j] * factor + SHIFTER) - bits_of(SHIFTER)), least) - zero;
   }
   for (int j = 0; j < n; ++j) code[j] = u8(level[j]);
 }
@@ -554,8 +555,25 @@ void store_rows(const StoreArgs& args, int64_t first, int64_t last) {
   }
 }
 
+// In (0, 1), to 32 bits.
+inline double uniform(uint64_t key, uint64_t position) {
+  const uint32_t upper = (uint32_t(position >> 32) * GOLDEN) ^ uint32_t(key >> 32);
+  return (double(mix(mix(uint32_t(position) ^ uint32_t(key)) ^ upper)) + 0.5) * 0x1p-32;
+}
+
+void gaussian(const GaussianArgs& args, int64_t first, int64_t last) {
+  const int64_t pairs = pieces(args.numel, 2);
+  for (int64_t i = first; i < last; ++i) {
+    const double radius = __builtin_sqrt(-2.0 * __builtin_log(uniform(args.key, uint64_t(i))));
+    const double angle = 6.283185307179586 * uniform(args.key, uint64_t(pairs + i));
+    args.out[i] = float(radius * __builtin_cos(angle));
+    if (pairs + i < args.numel) args.out[pairs + i] = float(radius * __builtin_sin(angle));
+  }
+}
+
 }  // namespace
 
-extern const Kernels LOWRANK_TABLE = {adam, rule, coded_adam, quantize, dequantize, pack, unpack, update, store_rows};
+extern const Kernels LOWRANK_TABLE = {adam,   rule,   coded_adam, quantize, dequantize, pack,
+                                      unpack, update, store_rows, gaussian};
 
 }  // namespace lowrank

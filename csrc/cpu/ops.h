@@ -136,6 +136,13 @@ struct StoreArgs {
   Noise rounding;
 };
 
+// Standard normal numbers by Box-Muller (kernels/counter_rng.py, gaussian): out[i] and out[pairs + i] from one pair of uniforms.
+struct GaussianArgs {
+  f32* out;
+  int64_t numel;
+  uint64_t key;
+};
+
 // Work is cut into units: TILE elements of a flat tensor or of a row; of coded matrices, a span of whole blocks.
 constexpr int64_t TILE = 1024;
 
@@ -161,6 +168,7 @@ struct Kernels {
   void (*unpack)(const UnpackArgs&, int64_t first, int64_t last, float* scratch);
   void (*update)(const UpdateArgs&, int64_t first, int64_t last);  // units of TILE
   void (*store)(const StoreArgs&, int64_t first, int64_t last);
+  void (*gaussian)(const GaussianArgs&, int64_t first, int64_t last);  // pairs
 };
 
 extern const Kernels kernels_baseline;

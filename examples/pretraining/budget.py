@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-import lowrank_optim as lo
 import torch
+
+import lowrank_optim as lo
 from lowrank_optim.planner import PlanError, show
 from lowrank_optim.planner.allocator import CUDA_CONTEXT
 from lowrank_optim.planner.memory_plan import MemoryPlan, describe_plan
 from lowrank_optim.planner.search import Question, what_fits
-
 from pretraining.baselines import BASELINES
 from pretraining.configs import SIZES
 from pretraining.run import Config, RunError, make_optimizer
@@ -39,9 +39,15 @@ def preset(size: str, optimizer: str | None) -> dict[str, Any]:
     optimizer = optimizer or "galore_8bit"
     ranked = optimizer in lo.METHODS and optimizer != "apollo_mini"
     return {
-        **{"model": size, "optimizer": optimizer, "batch": 1, "length": 2048, "dtype": "bfloat16"},
-        **{"rank": max(1, SIZES[size].hidden // 4) if ranked else None, "bpe": VOCABULARY},
-        **{"in_backward": optimizer not in BASELINES, "grad_checkpointing": True},
+        "model": size,
+        "optimizer": optimizer,
+        "batch": 1,
+        "length": 2048,
+        "dtype": "bfloat16",
+        "rank": max(1, SIZES[size].hidden // 4) if ranked else None,
+        "bpe": VOCABULARY,
+        "in_backward": optimizer not in BASELINES,
+        "grad_checkpointing": True,
         "option": ["basis_bits=16"] if optimizer == "galore_8bit" else [],
         "weight_bits": 8 if optimizer == "qgalore" else 16,
     }
@@ -51,9 +57,14 @@ def fields(config: Config, vocabulary: int) -> dict[str, Any]:
     """The config.json of the model that `build_model` makes."""
     size = SIZES[config.model]
     return {
-        **{"model_type": "llama", "vocab_size": vocabulary, "tie_word_embeddings": False},
-        **{"hidden_size": size.hidden, "intermediate_size": size.ffn, "num_hidden_layers": size.layers},
-        **{"num_attention_heads": size.heads, "max_position_embeddings": max(size.positions, config.length)},
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.ffn,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "max_position_embeddings": max(size.positions, config.length),
     }
 
 

@@ -3,7 +3,21 @@
 Light to import: `torch.distributed.tensor` and its kin are imported where a parameter needs them.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lowrank_optim.distributed.shards import HERE, Shards
 from lowrank_optim.distributed.spread import WHOLE, Spread
 
-__all__ = ["HERE", "WHOLE", "Shards", "Spread"]
+if TYPE_CHECKING:
+    from lowrank_optim.distributed.ddp import LowRankHook
+
+__all__ = ["HERE", "WHOLE", "LowRankHook", "Shards", "Spread"]
+
+
+def __getattr__(name: str) -> Any:
+    """`LowRankHook`, imported when it is first asked for: torch can be built without process groups."""
+    if name == "LowRankHook":
+        from lowrank_optim.distributed.ddp import LowRankHook
+
+        return LowRankHook
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

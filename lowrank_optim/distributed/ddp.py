@@ -38,9 +38,7 @@ class LowRankHook:
         model.register_comm_hook(None, LowRankHook(optimizer))
     """
 
-    def __init__(
-        self, optimizer: "LowRankOptimizer", process_group: "distributed.ProcessGroup | None" = None
-    ) -> None:
+    def __init__(self, optimizer: "LowRankOptimizer", process_group: "distributed.ProcessGroup | None" = None) -> None:
         if not hasattr(optimizer, "project_param"):
             raise TypeError(f"LowRankHook needs an optimizer of this package, got {type(optimizer).__name__}")
         residual = optimizer._residual
@@ -50,6 +48,7 @@ class LowRankHook:
                 'be averaged: use GaLoreAdamW (or residual "none"; error_feedback=False for LDAdamW), or DistributedDataParallel '
                 "without this hook"
             )
+        self.__name__ = self.__qualname__ = type(self).__name__  # DistributedDataParallel looks at both
         self._optimizer = optimizer
         self._group = process_group or distributed.group.WORLD
         if self._group is None:
@@ -64,9 +63,7 @@ class LowRankHook:
         device = next(iter(self._groups)).device
         check_lines(describe(optimizer), [self._group], device)
 
-    __name__ = __qualname__ = "LowRankHook"  # DistributedDataParallel logs them
-
-    def __call__(self, state: object, bucket: "distributed.GradBucket") -> torch.futures.Future[Tensor]:
+    def __call__(self, state: object, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
         """Average one bucket: its dense gradients as they are, those of matrices projected, in one message."""
         with torch.no_grad():
             buffer, world = bucket.buffer(), self._group.size()
@@ -85,14 +82,24 @@ class LowRankHook:
                 if part is grad:
                     grad.copy_(mean.view(grad.shape))
                 else:
-                    self._optimizer.lift_grad_(param, self._groups[param], grad, mean.view(part.shape).to(part.dtype))
+                    self._lift_(param, grad, mean.view(part.shape).to(part.dtype))
             return buffer
 
         return work.get_future().then(receive)  # type: ignore[no-any-return]
 
     def _projected(self, param: Tensor, grad: Tensor) -> Tensor:
         """What is sent of a gradient: R, or itself."""
-        group = self._groups.get(param)
-        if group is None or not self._optimizer.uses_subspace(param, group):
+        optimizer, group = self._optimizer, self._groups.get(param)
+        if group is None or not optimizer.state.get(param):  # a stranger, or a layer that sleeps
             return grad
-        return self._optimizer.project_grad(param, group, grad)
+        layout = optimizer._layout_of(param)
+        if layout.space is None or optimizer.refresh_is_due(param, group):
+            return grad
+        return optimizer.subspace(param, group).project(layout.view(grad))
+
+    def _lift_(self, param: Tensor, grad: Tensor, reduced: Tensor) -> None:
+        """Make a gradient the one in the subspace that R is the projection of."""
+        view = self._optimizer._layouts[param].view(grad)
+        self._optimizer.subspace(param, self._groups[param]).lift_(view, reduced)
+        if view.data_ptr() != grad.data_ptr():  # a convolution whose strides allow no matrix view
+            grad.copy_(view.view(grad.shape))

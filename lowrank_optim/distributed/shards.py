@@ -37,6 +37,7 @@ class Shards:
     matrix: the spread of the weights' matrix view (…, m, n); of a dense parameter, its own.
     rows, cols: of tall matrices (…, m, ·) and (…, n, ·), such as bases.
     reduced: of R, the moments and the direction.
+    param: of the parameter in its own shape.
     whole: whether R and the moments are kept whole on every process, although the weights are not.
     """
 
@@ -44,6 +45,7 @@ class Shards:
     rows: Spread = WHOLE
     cols: Spread = WHOLE
     reduced: Spread = WHOLE
+    param: Spread = WHOLE
     whole: bool = False
 
     def moment_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -64,6 +66,8 @@ class Shards:
 
     def spread_of(self, name: str, side: str | None) -> Spread:
         """The spread of a state tensor, by its name; `side` is the projected one, None for a dense parameter."""
+        if name in ("grad_sum", "master"):
+            return self.param
         if name.endswith("_col"):  # a factored moment, one number for each column of R
             return self.reduced.drop(-2)
         if name.endswith("_row"):

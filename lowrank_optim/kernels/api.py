@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import reference
+from lowrank_optim.kernels.counter_rng import fill_gaussian_
 from lowrank_optim.kernels.dispatch import definition
 from lowrank_optim.kernels.reference import ResidualTerm
 
@@ -277,3 +278,8 @@ def _apply_dense_(
 def _stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) -> None:
     key, (start, *_) = unsigned_key(rounding)
     reference.store_(target, value, key, start)
+
+
+@definition("gaussian_")
+def _gaussian_(out: Tensor, key: Tensor) -> None:
+    fill_gaussian_(out, key.tolist()[0] % (1 << 64))

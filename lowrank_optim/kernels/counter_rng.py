@@ -80,11 +80,17 @@ def gaussian(key: int, shape: tuple[int, ...], device: torch.device, dtype: torc
     The transcendental functions are evaluated in float64, so that devices whose last bits differ there agree after rounding to
     float32 (but for about one element in 10**8).
     """
-    numel = math.prod(shape)
-    pairs = (numel + 1) // 2
-    u, v = uniform(key, (2, pairs), device, torch.float64)
+    out = torch.empty(shape, dtype=dtype, device=device)
+    torch.ops.lowrank_optim.gaussian_(out, torch.tensor([(key ^ 1 << 63) - (1 << 63)], dtype=torch.int64))
+    return out
+
+
+def fill_gaussian_(out: Tensor, key: int) -> None:
+    """The definition of `gaussian`, in torch ops: `out` is contiguous."""
+    numel, pairs = out.numel(), (out.numel() + 1) // 2
+    u, v = uniform(key, (2, pairs), out.device, torch.float64)
     radius, angle = u.log_().mul_(-2.0).sqrt_(), v.mul_(2.0 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:numel].to(dtype).view(shape)
+    out.view(-1).copy_(torch.cat([radius * angle.cos(), radius * angle.sin()])[:numel])
 
 
 def choose(key: int, population: int, count: int, device: torch.device) -> Tensor:

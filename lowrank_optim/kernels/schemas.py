@@ -499,3 +499,14 @@ def unpack_basis(
             f"{bits} bits; expected {expected[0]}, {expected[1]} and {expected[1]}"
         )
     return codes.new_empty((*codes.shape[:-1], cols), dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------- random numbers
+
+
+@operation("gaussian_(Tensor(a!) out, Tensor key) -> ()")
+def gaussian_(out: Tensor, key: Tensor) -> None:
+    """Fill with standard normal numbers, a function of the key and of the positions (`counter_rng.gaussian`)."""
+    _floating("gaussian_", COMPUTE, out=out)
+    _contiguous("gaussian_", out=out)
+    _host("gaussian_", "key", key, torch.int64, ("key",))

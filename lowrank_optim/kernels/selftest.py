@@ -19,7 +19,7 @@ from lowrank_optim.kernels.schemas import coded_shapes
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 KEY, ROUNDING_KEY = make_key(3, 1, 4, 4), make_key(3, 1, 4, 2)
-HOST = ("scalars", "noise", "rounding")
+HOST = ("scalars", "noise", "rounding", "key")
 """Arguments that stay on the CPU."""
 
 Shape = tuple[int, ...]
@@ -62,6 +62,7 @@ TOLERANCE = {
     **dict.fromkeys(("adam_dense_", "apply_dense_"), Tolerance(4e-6, 1e-6, 1e-2)),
     "apply_": Tolerance(1e-5, 3e-6, 1e-2),
     **dict.fromkeys(("project", "project_with_norms"), Tolerance(1e-5, 3e-6)),
+    "gaussian_": Tolerance(2e-7, 1e-12),
 }
 """By operation, for one that is rounded in float32 throughout but in another order, or with fused multiply-adds."""
 
@@ -357,6 +358,11 @@ def unpack_basis(shape: Shape, dtype: torch.dtype = F32, bits: int = 4, group: i
     return codes, scale, draw(3, tuple(scale.shape)), bits, group, shape[-1], dtype
 
 
+def gaussian(shape: Shape, dtype: torch.dtype = F32, key: int = KEY) -> Arguments:
+    """gaussian_."""
+    return torch.zeros(shape, dtype=dtype), api.words(key)
+
+
 def case(op: str, make: Callable[..., Arguments], *args: Any, **options: Any) -> Case:
     """A case whose label is its arguments."""
     words = [*map(_word, args), *(f"{name}={_word(value)}" for name, value in options.items())]
@@ -507,3 +513,4 @@ def quick_cases() -> Iterator[Case]:
         yield case("dequantize_rows", dequantize_rows, (20, 301), BF16, bits)
         yield case("pack_basis", pack_basis, (20, 33), bits=bits)
         yield case("unpack_basis", unpack_basis, (20, 33), bits=bits)
+    yield case("gaussian_", gaussian, (20, 33))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.distributed.dtensor import is_sharded
 from lowrank_optim.kernels.counter_rng import random_bits
 from lowrank_optim.projectors import Basis, Space, Write
 from lowrank_optim.projectors.bases import CoordinateBasis, DenseBasis, WholeBasis
@@ -78,7 +79,7 @@ def template(
     meta = torch.device("meta")
     like = {"micro_batches": torch.empty((), dtype=torch.int64, device=meta)}
     if "projected_sum" not in saved or space is None:
-        return like | {"grad_sum": torch.empty_like(param, device=meta)}
+        return like | {"grad_sum": param.detach() if is_sharded(param) else torch.empty_like(param, device=meta)}
     shapes = {"projected_sum": reduced_shape, "sketch_sum": sketch_shape(space), "squares_sum": ()}
     return like | {name: torch.empty(shape, dtype=space.dtype, device=meta) for name, shape in shapes.items()}
 

@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lowrank_optim import kernels
+from lowrank_optim.distributed import HERE
+from lowrank_optim.distributed.dtensor import local, local_grad
 from lowrank_optim.kernels.counter_rng import PURPOSE_SKETCH, make_key
 from lowrank_optim.layerwise import accumulation
 from lowrank_optim.layerwise.accumulation import ACCUMULATORS
@@ -61,6 +63,10 @@ def update_in_backward(
     `optimizer.last_grad_norm` is the norm of the last step's gradient before clipping; "previous" resumes with it from a checkpoint.
     It is exact, but for matrices that keep R only between micro-batches: what the parts of their gradients outside of the subspace
     have in common is estimated from a random sketch (`layerwise/accumulation.py`).
+
+    fully_shard (FSDP2): updates come after the gradients' reduction, one small message each for whether they are finite. With
+    `set_requires_gradient_sync(False)` on all but the last micro-batch, hooks run on the last one only: leave `accumulate` at 1. With
+    `accumulate`, sharded parameters keep the sum of their part of the gradient.
 
     GradScaler: gradients are unscaled here, `scaler.step(optimizer)` and `scaler.update()` work as usual (`unscale_` does nothing).
     An infinity skips the updates that come after it in the same backward pass, and lowers the scale; updates before it have
@@ -241,7 +247,7 @@ class UpdateInBackward:
             param.grad = None
             return
         if self._scaler is not None:
-            self._unscale(param.grad)
+            self._unscale(local_grad(param), layout)
         if last is None:
             last = self.accumulate == 1 or (self._last_micro_batch is not None and bool(self._last_micro_batch()))
         kept = "micro_batches" in optimizer.state[param]
@@ -255,16 +261,17 @@ class UpdateInBackward:
 
     def _keep(self, param: Tensor, group: Mapping[str, Any], layout: "Layout") -> int:
         """Add the gradient to the parameter's sum; returns the number of micro-batches in it."""
-        optimizer, state = self._require_optimizer(), self._require_optimizer().state[param]
-        assert param.grad is not None
-        if param.grad.is_sparse:
+        optimizer, state = self._require_optimizer(), self._require_optimizer().local_state(param)
+        grad = local_grad(param)
+        if grad.is_sparse:
             optimizer.step_param(param, group)  # raises, and says what to do
         first = "micro_batches" not in state
         whole = layout.space is None or optimizer._residual.uses_gradient or "grad_sum" in state
+        whole = whole or layout.shards is not HERE  # the norm of a sum of R's takes a sketch of whole lines
         if first and not whole and layout.projector.needs_gradient and int(state["last_refresh"]) >= 0:
             whole = optimizer.refresh_is_due(param, group)
         if whole:
-            accumulation.add(state, "grad_sum", param.grad.detach())
+            accumulation.add(state, "grad_sum", grad.detach())
         else:
             assert layout.space is not None
             grad, basis, reduced = optimizer.project_param(param, group)
@@ -287,18 +294,17 @@ class UpdateInBackward:
 
     def _step_whole(self, param: Tensor, group: Mapping[str, Any], layout: "Layout") -> None:
         """Update a parameter from the whole gradient in `param.grad`."""
-        optimizer, grad = self._require_optimizer(), param.grad
-        assert grad is not None
+        optimizer, grad = self._require_optimizer(), local_grad(param)
         if grad.is_sparse:
             optimizer.step_param(param, group)  # raises, and says what to do
-        norm = kernels.norm(grad)
+        norm = layout.shards.matrix.norm(kernels.norm(grad))
         within = norm
         if self.max_grad_norm is not None and self.clip == "subspace" and layout.space is not None:
             _, _, reduced = optimizer.project_param(param, group)
             if not optimizer._residual.uses_gradient:
                 self._step_projected(param, group, layout, reduced, norm)
                 return
-            within = torch.linalg.vector_norm(reduced)
+            within = layout.shards.reduced.norm(torch.linalg.vector_norm(reduced))
         self._scale(grad, within)
         self._record(layout, norm)
         optimizer.step_param(param, group, norm if self._scaler is None else None)  # which may have made NaN of it
@@ -307,7 +313,10 @@ class UpdateInBackward:
         self, param: Tensor, group: Mapping[str, Any], layout: "Layout", reduced: Tensor, norm: Tensor
     ) -> None:
         """Update a matrix from R, where ‖G‖ is `norm`."""
-        self._scale(reduced, torch.linalg.vector_norm(reduced) if self.clip == "subspace" else norm)
+        within = norm
+        if self.clip == "subspace":
+            within = layout.shards.reduced.norm(torch.linalg.vector_norm(reduced))
+        self._scale(reduced, within)
         self._record(layout, norm)
         self._require_optimizer().step_projected(param, group, reduced)
 
@@ -329,14 +338,14 @@ class UpdateInBackward:
         if self._found_inf is not None and not (wait and not bool(self._found_inf)):
             tensor.masked_fill_(self._found_inf.to(tensor.device, non_blocking=True), torch.nan)
 
-    def _unscale(self, grad: Tensor) -> None:
+    def _unscale(self, grad: Tensor, layout: "Layout") -> None:
         """Divide a gradient by the GradScaler's scale, in place, and see whether it is finite."""
         assert self._scaler is not None
         scale = self._scaler._get_scale_async()
         if scale is None:
             raise RuntimeError("the GradScaler has no scale yet; call scaler.scale(loss).backward()")
         grad.mul_(scale.double().reciprocal().float().to(grad.device, non_blocking=True))
-        bad = ~torch.isfinite(kernels.norm(grad))
+        bad = ~torch.isfinite(layout.shards.matrix.sum(kernels.norm(grad)))
         self._found_inf = bad if self._found_inf is None else self._found_inf.to(bad.device) | bad
 
     # ----------------------------------------------------------------------------------------------------- for the optimizer
@@ -382,9 +391,9 @@ class UpdateInBackward:
         for param, _, layout in _parameters(optimizer):
             if not param.requires_grad:
                 continue
-            gradient = param.numel() * param.element_size()
+            gradient = local(param).numel() * param.element_size()
             largest = max(largest, gradient)
-            if layout.space is None or optimizer._residual.uses_gradient:
+            if layout.space is None or optimizer._residual.uses_gradient or layout.shards is not HERE:
                 kept += gradient + 8
             else:
                 reduced = layout.projector.reduced_shape(layout.space, optimizer.state.get(param))

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_optim.distributed.dtensor import local
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, derive_key
 from lowrank_optim.layerwise.layers import describe_layers
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
@@ -170,10 +171,11 @@ class LayerSwitching(LowRankOptimizer):
         with super()._job(param, group, layout) as job:
             if (master := job.state.get("master")) is not None:
                 # Where somebody else has changed the weights (loaded others, say), theirs count.
-                master.copy_(torch.where(master.to(param.dtype) == param, master, param))
+                weight = local(param)
+                master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight))
             yield job
             if master is not None:
-                param.copy_(master)
+                local(param).copy_(master)
 
     def _refuse(self, param: Tensor) -> None:
         """A gradient of a layer that sleeps: somebody has set `requires_grad`."""

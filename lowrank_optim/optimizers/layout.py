@@ -18,6 +18,7 @@ from lowrank_optim.distributed.dtensor import (
     check_owner,
     check_placements,
     dense_shards,
+    dense_spread,
     is_sharded,
     low_rank_shards,
     matrix_spread,
@@ -47,6 +48,10 @@ class Layout:
     @property
     def side(self) -> str | None:
         return None if self.space is None else self.space.side
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The matrix view of a tensor of the parameter's shape."""
+        return matrix_view(tensor, self.layout)
 
     def whole_moment_shape(self, param: Tensor, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
         """The shape of the gradient that the rule sees, on all processes together: now, or, without a state, at its largest."""
@@ -143,11 +148,11 @@ def make_shards(param: Tensor, space: Space | None, projector: Projector, group:
         return HERE
     bits = group["state_bits"]
     if space is None:
-        return dense_shards(param, bits in (8, 4) and is_coded(bits, param.numel()))
+        return replace(dense_shards(param, bits in (8, 4) and is_coded(bits, param.numel())), param=dense_spread(param))
     reduced = projector.reduced_shape(space)
     coded = bits in (8, 4) and is_coded(bits, torch.Size(reduced).numel())
     matrix = matrix_spread(param, group["layout"], space.shape)
-    return low_rank_shards(matrix, reduced, projector.contracted(space), coded)
+    return replace(low_rank_shards(matrix, reduced, projector.contracted(space), coded), param=dense_spread(param))
 
 
 def check_parts(layout: Layout, param: Tensor, rule: Rule, residual: Residual, group: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lowrank_optim import kernels
+from lowrank_optim.distributed.dtensor import dense_spread, local
 from lowrank_optim.layerwise.sampling import draw_layers
 from lowrank_optim.optimizers.base import Params
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
@@ -122,10 +123,14 @@ class LISAAdamW(LayerSwitching):
         return {**super().__getstate__(), "_importance": self._importance}
 
 
+def _norm(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight, dtype=kernels.compute_dtype(weight.dtype)).double()
+
+
 @torch.no_grad()
 def weight_norm(layer: int, params: list[Tensor]) -> float:
     """‖W‖ of all weights of a layer; 1 where they hold no numbers (meta tensors)."""
     if any(param.is_meta for param in params):
         return 1.0
-    norms = [torch.linalg.vector_norm(param, dtype=kernels.compute_dtype(param.dtype)).double() for param in params]
+    norms = [dense_spread(param).norm(_norm(local(param))) for param in params]
     return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -5,6 +5,6 @@
 
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.memory_plan import MemoryPlan
-from lowrank_optim.planner.plan import plan
+from lowrank_optim.planner.planning import plan
 
 __all__ = ["MemoryPlan", "PlanError", "plan"]

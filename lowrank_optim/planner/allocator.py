@@ -1,8 +1,8 @@
 """What a device takes beyond the bytes of tensors: rounding, segments, context. All sizes in bytes.
 
 `peak_bytes` of a plan is what `torch.cuda.max_memory_allocated` would say: every tensor rounded up to `CUDA_BLOCK`, and cuBLAS's
-workspace. A limit (`torch.cuda.set_per_process_memory_fraction`) counts whole segments instead, which `reserved_peak` finds by running
-the caching allocator's rules over the same sequence of allocations. The card itself holds the context besides.
+workspace. A limit (`torch.cuda.set_per_process_memory_fraction`) counts whole segments instead, which `reserved_peak` finds by
+running the caching allocator's rules over the same sequence of allocations. The card itself holds the context besides.
 """
 
 from bisect import bisect_left, insort

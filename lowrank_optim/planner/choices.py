@@ -80,14 +80,16 @@ def names() -> list[str]:
 
 
 def _by_name(name: str) -> type[Optimizer]:
-    short = {"adamw_8bit": AdamW8bit, **METHODS, **LAYERWISE_METHODS}
-    classes = {cls.__name__: cls for cls in (*METHODS.values(), *LAYERWISE_METHODS.values(), LowRankOptimizer)}
-    theirs = {
+    short: dict[str, type[Optimizer]] = {"adamw_8bit": AdamW8bit, **METHODS, **LAYERWISE_METHODS}
+    classes: dict[str, type[Optimizer]] = {
+        cls.__name__: cls for cls in (*METHODS.values(), *LAYERWISE_METHODS.values(), LowRankOptimizer)
+    }
+    theirs: dict[str, type[Optimizer]] = {
         key: cls
         for key, cls in vars(torch.optim).items()
         if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
     }
-    table = {_plain(key): cls for key, cls in (theirs | classes | short).items()}
+    table: dict[str, type[Optimizer]] = {_plain(key): cls for key, cls in (theirs | classes | short).items()}
     if _plain(name) in table:
         return table[_plain(name)]
     known = [*names(), *classes, *theirs]

@@ -13,7 +13,7 @@ from lowrank_optim.planner.choices import names, resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.memory_plan import MemoryPlan, describe_plan, title
 from lowrank_optim.planner.models import resolve_model
-from lowrank_optim.planner.plan import DTYPES, check_sizes, plan
+from lowrank_optim.planner.planning import DTYPES, check_sizes, plan
 from lowrank_optim.planner.progress import Report, progress
 from lowrank_optim.planner.search import RECIPES, Question, Row, what_fits
 

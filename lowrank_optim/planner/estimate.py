@@ -85,7 +85,7 @@ def point_of(moment: Moment, layers: int, depth: int) -> Point:
 def deep(
     run_with: Callable[[int], Run], rules: Rules, layers: int, depth: int, world_size: int = 1, fsdp: bool = False
 ) -> Probe:
-    """The probe of a model with `layers` layers, from runs with 2·depth and one more (or from a run of its own, where that is less)."""
+    """The probe of a model with `layers` layers, from runs with 2·depth and one more (from one of its own where that is less)."""
     few = 2 * depth
     if layers <= few + 1:
         return probe(run_with(layers), rules, layers, depth, world_size, fsdp)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.planner.errors import PlanError
-from lowrank_optim.planner.pretend import META
+from lowrank_optim.planner.shapes import META
 from lowrank_optim.planner.simulate import default_dtype, without_numbers
 
 
@@ -184,7 +184,8 @@ def _from_config(config: Any, name: str) -> ModelChoice:
             raise PlanError(
                 f"{name}: {str(error).splitlines()[0][:200]}; pass the model itself (an nn.Module)"
             ) from error
-        return model.train()
+        trained: nn.Module = model.train()
+        return trained
 
     positions = getattr(config, "n_positions", None)
 

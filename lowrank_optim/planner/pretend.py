@@ -3,11 +3,11 @@
 Every tensor of the device is a meta tensor: torch's own shape functions run, nothing is allocated, and no device has to exist.
 Two modes make code take the path that it takes on the real device:
 
-    `Disguise`   at the level of torch functions: a meta tensor says that it is on the device ("cuda:0"), and what is made there or moved
+    `Disguise`   at the level of torch functions: a meta tensor says that it is on the device ("cuda:0"), and what is made or moved
                  there becomes a meta tensor. Attention is the kernel that the device would choose.
-    `Recorder`   at the level of operators: every storage that comes or goes is an event of a `Timeline`. Tensors of the host, such as an
-                 optimizer's `step`, are real and keep their values. A value that is read from a tensor without numbers is answered as
-                 for a healthy run: true, and finite (1).
+    `Recorder`   at the level of operators: every storage that comes or goes is an event of a `Timeline`. Tensors of the host, such as
+                 an optimizer's `step`, are real and keep their values. A value that is read from a tensor without numbers is
+                 answered as for a healthy run: true, and finite (1).
 
 The values of integer tensors made on a CPU that is itself the device (`arange`) are real up to `SMALL_INTEGERS`, for code that
 shuffles layers by them.
@@ -72,7 +72,7 @@ def bare(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def backward(loss: Tensor) -> None:
-    """`loss.backward()` whose hooks and checkpoints run in disguise too: torch takes a mode away while it runs a function of its own."""
+    """`loss.backward()` whose hooks run in disguise, too: torch takes a mode away while it runs a function of its own."""
     _engine_run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
@@ -173,7 +173,7 @@ def _all_meta(item: Any, least: int) -> Any:
     return item
 
 
-_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_DEVICE = torch.Tensor.device.__get__
 _TYPES = {
     torch.Tensor.is_cuda.__get__: "cuda",  # type: ignore[attr-defined]
     torch.Tensor.is_cpu.__get__: "cpu",  # type: ignore[attr-defined]
@@ -209,7 +209,9 @@ class Disguise(TorchFunctionMode):
                 and (target := _target(args[1:], kwargs)) is not None
                 and not self._is_ours(target)
             ):
-                return self._moved(args[0], target).to(*(a for a in args[1:] if isinstance(a, torch.dtype)))
+                dtypes = [arg for arg in (*args[1:], kwargs.get("dtype")) if isinstance(arg, torch.dtype)]
+                moved = self._moved(args[0], target)
+                return moved.to(dtypes[0]) if dtypes else moved
             args = (*args[:1], *(self._meta(arg, func is torch.Tensor.to) for arg in args[1:]))
             if kwargs.get("device") is not None:
                 kwargs = {**kwargs, "device": self._device(kwargs["device"])}
@@ -284,19 +286,22 @@ def attention(
     if not plain or (device == "cpu" and dropout_p > 0.0):
         return _undisguised(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if device == "cpu":
-        out, _ = _aten._scaled_dot_product_flash_attention_for_cpu(
+        out: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
-        )
+        )[0]
         return out
     if query.dtype in (torch.float16, torch.bfloat16) and attn_mask is None and query.shape[-1] % 8 == 0:
-        return _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, **causal)[0]
+        out = _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, **causal)[0]
+        return out
     bias = None
     if attn_mask is not None:
         mask = attn_mask if attn_mask.is_floating_point() else torch.zeros_like(attn_mask, dtype=query.dtype)
         bias = mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
-    return _aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, torch.is_grad_enabled(), dropout_p, **causal
-    )[0]
+    compute_log_sum = torch.is_grad_enabled()
+    out = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, compute_log_sum, dropout_p, **causal)[
+        0
+    ]
+    return out
 
 
 _undisguised: Callable[..., Tensor] = F.scaled_dot_product_attention
@@ -328,7 +333,7 @@ def _for_wrappers(device: torch.device) -> Iterator[AbstractContextManager[None]
     def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda kind=device.type: function(device.type if kind == "meta" else kind)
 
-    wrap = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+    wrap = torch.Tensor._make_wrapper_subclass
     yield _replaced(torch.Tensor, "_make_wrapper_subclass", staticmethod(make))
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         yield _replaced(torch, name, on_device(getattr(torch, name)))

@@ -34,7 +34,7 @@ def progress(quiet: bool = False) -> Iterator[Report]:
         task = bars.add_task("…", total=1.0)
 
         def show(what: str, done: float | None = None) -> None:
-            bars.update(task, description=what or "…", **({} if done is None else {"completed": done}))
+            bars.update(task, description=what or "…", completed=done)
 
         yield show
 

@@ -12,7 +12,7 @@ from lowrank_optim.planner.choices import OptimizerChoice, resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.estimate import Probe, deep
 from lowrank_optim.planner.models import ModelChoice, resolve_model
-from lowrank_optim.planner.plan import make_setting
+from lowrank_optim.planner.planning import make_setting
 from lowrank_optim.planner.simulate import FIRST, ORDINARY, simulate
 
 SLACK = 0.03
@@ -96,10 +96,10 @@ class Question:
 
 def what_fits(
     question: Question,
-    recipes: tuple[Recipe, ...] = RECIPES,
+    recipes: tuple[Recipe, ...] | None = None,
     progress: Callable[[str, float], None] = lambda what, done: None,
 ) -> list[Row]:
-    """A row for each recipe: those that fit first, each part in the recipes' order.
+    """A row for each recipe (None: `RECIPES`): those that fit first, each part in the recipes' order.
 
     Raises:
         PlanError: the model is unknown or no language model.
@@ -107,7 +107,7 @@ def what_fits(
     model = resolve_model(question.model)
     if model.layers is None or model.batch is None:
         raise PlanError("the table needs a transformers model by name or config; plan a module with lowrank_optim.plan")
-    rows = []
+    rows, recipes = [], RECIPES if recipes is None else recipes
     for number, recipe in enumerate(recipes):
         progress(recipe.title, number / len(recipes))
         rows.append(_Search(question, recipe, model).row())

@@ -21,7 +21,7 @@ class _Uncertain(Exception):
 
 
 @cache
-def _returns(func: Any) -> tuple[int, ...] | None | str:
+def _returns(func: Any) -> tuple[int, ...] | str | None:
     """What an operator gives back: "new" tensors, positions of the arguments that it wrote to, or None: it has to be run.
 
     Views have to be run, and so do operators that change the shape of an argument.
@@ -50,14 +50,7 @@ def _returns(func: Any) -> tuple[int, ...] | None | str:
 
 # What they return may be an argument itself, or depends on values.
 _RUN = frozenset(
-    {
-        "aten::lift_fresh",
-        "aten::_local_scalar_dense",
-        "aten::is_nonzero",
-        "aten::nonzero",
-        "aten::_unsafe_view",
-        "aten::detach",
-    }
+    f"aten::{name}" for name in ("lift_fresh", "_local_scalar_dense", "is_nonzero", "nonzero", "_unsafe_view", "detach")
 )
 
 
@@ -67,7 +60,8 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if returns is None:
         return func(*args, **kwargs)
     try:
-        key = (func, tuple([_key(a) for a in args]), tuple([(name, _key(value)) for name, value in kwargs.items()]))
+        options = tuple([(name, _key(value)) for name, value in kwargs.items()])
+        key = (func, torch.get_default_dtype(), tuple([_key(a) for a in args]), options)
         known = _made.get(key)
     except (_Uncertain, TypeError):
         return func(*args, **kwargs)
@@ -80,7 +74,7 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         elif all(tensor.device == META for tensor in (out if isinstance(out, (tuple, list)) else (out,))):
             _made[key] = _form(out)
         return out
-    if returns == "new":
+    if isinstance(returns, str):
         return _make(known)
     names = func._schema.arguments
     back = [args[i] if i < len(args) else kwargs[names[i].name] for i in returns]

@@ -94,7 +94,8 @@ def code(question: Question, row: Row) -> list[str]:
 def _nothing_fits(question: Question, rows: Sequence[Row]) -> str:
     smallest = min(rows, key=lambda row: row.needed)
     lines = [
-        f"Nothing fits {format_bytes(question.budget)}. The smallest is {smallest.title}, which needs {format_bytes(smallest.needed)}."
+        f"Nothing fits {format_bytes(question.budget)}. The smallest is {smallest.title}, which needs "
+        f"{format_bytes(smallest.needed)}."
     ]
     held = max(rows, key=lambda row: row.longest_sequence)
     changes = []

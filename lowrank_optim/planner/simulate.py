@@ -45,7 +45,7 @@ class Setting:
 
     build_model: a model on meta tensors, made within the pretended device.
     build_optimizer: its optimizer.
-    batch: what the model is called with: a mapping (keyword arguments), a tuple (positional ones) or one tensor; meta or real tensors.
+    batch: what the model is called with: a mapping (keyword arguments), a tuple (positional ones) or one tensor; meta or real.
     loss: the loss from the model's output.
     accumulate: micro-batches in a step.
     """
@@ -132,8 +132,8 @@ def _step(model: nn.Module, optimizer: Optimizer, setting: Setting, recorder: Re
             del output
         except (DataNeeded, NotImplementedError) as error:
             raise DataInForward(
-                f"the forward pass needs real data: {error}. Give example_batch with real tensors of integers (token ids, lengths, masks) "
-                "on the CPU, whose values are then used; a branch on computed floating-point values cannot be planned"
+                f"the forward pass needs real data: {error}. Give example_batch with real tensors of integers (token ids, lengths, "
+                "masks) on the CPU, whose values are then used; a branch on computed floating-point values cannot be planned"
             ) from error
         finally:
             recorder.may_read = True
@@ -262,7 +262,7 @@ def _state_tensors(recorder: Recorder, optimizer: Optimizer) -> Iterator[tuple[T
 
 
 def _claim_state(recorder: Recorder, optimizer: Optimizer, model: nn.Module, layer_of: Mapping[str, str]) -> None:
-    layers = {param: layer_of[name] for name, param in model.named_parameters()}
+    layers: dict[Tensor, str] = {param: layer_of[name] for name, param in model.named_parameters()}
     for param, name, tensor in _state_tensors(recorder, optimizer):
         rows = tensor.shape[0] if _is_split(optimizer, param, name) and tensor.dim() > 0 and tensor.shape[0] > 1 else 0
         recorder.claim(tensor, "optimizer_state", layers.get(param, ""), part_of(name), rows)
@@ -315,8 +315,8 @@ def checkpoint_activations(model: nn.Module) -> None:
     layers = repeated_layers(model)
     if not layers:
         raise PlanError(
-            f"activation_checkpointing is True, but {type(model).__name__} has no repeated layers (an nn.ModuleList or nn.Sequential of "
-            "equal modules); checkpoint in the model itself and plan with activation_checkpointing=False"
+            f"activation_checkpointing is True, but {type(model).__name__} has no repeated layers (an nn.ModuleList or "
+            "nn.Sequential of equal modules); checkpoint in the model itself and plan with activation_checkpointing=False"
         )
     for layer in layers.values():
         layer.forward = partial(checkpoint, layer.forward, **_CHECKPOINT)

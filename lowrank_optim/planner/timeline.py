@@ -125,5 +125,7 @@ class Timeline:
 
         Without what was freed while building: a model may be built elsewhere, and its blocks are not the training's.
         """
-        gone = {block for block, made, moment in self.events if not made and not moment.step and moment.phase == "building"}
+        gone = {
+            block for block, made, moment in self.events if not made and not moment.step and moment.phase == "building"
+        }
         return ((id(block), block.size) for block, _, _ in self.events if block not in gone)

@@ -140,6 +140,9 @@ class Basis(Protocol):
     def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
         """W ← keep·W − α·(lift(core) + term), in place. No core lifts to nothing."""
 
+    def lift_(self, grad: Tensor, reduced: Tensor) -> None:
+        """Make `grad` the matrix in the subspace whose projection is R."""
+
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         """A matrix in the coordinates of `old`, expressed in those of this basis: M C with C = P_oldᵀ P_new.
 

@@ -17,10 +17,22 @@ from lowrank_optim.distributed import HERE, Shards, Spread
 from lowrank_optim.projectors.base import GradientTerm, Write, row_squares
 
 
+LIFT = Write(alpha=-1.0, keep=1.0)
+"""W ← W + lift(core)."""
+
+
 def _change_of_basis(new: Tensor, old: Tensor, orthonormal: bool, spread: Spread) -> Tensor:
     """C with coordinates_new = coordinates_old C: P_oldᵀ P_new, with the pseudo-inverse of P_old where it is not orthonormal."""
     overlap = spread.sum(old.mT @ new, -2)
     return overlap if orthonormal else torch.linalg.solve(spread.sum(old.mT @ old, -2), overlap)
+
+
+def _inverse_gram(basis: Tensor, orthonormal: bool, spread: Spread) -> Tensor:
+    """(PᵀP)⁻¹: the identity where P is orthonormal."""
+    if orthonormal:
+        return torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
+    inverse: Tensor = torch.linalg.inv(spread.sum(basis.mT @ basis, -2))
+    return inverse
 
 
 def _overlap(new: Tensor, old: Tensor, spread: Spread) -> Tensor:
@@ -65,7 +77,9 @@ class DenseBasis:
 
     def project(self, grad: Tensor) -> Tensor:
         if grad.shape[0] == 0 and grad.dim() > 2:  # no expert of the stack is here
-            return grad.new_empty((0, grad.shape[-2 if self.side == "right" else -1], self.matrix.shape[-1]), dtype=self.matrix.dtype)
+            return grad.new_empty(
+                (0, grad.shape[-2 if self.side == "right" else -1], self.matrix.shape[-1]), dtype=self.matrix.dtype
+            )
         return self.shards.collect(kernels.project(grad, self.matrix, self.side))
 
     def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +114,9 @@ class DenseBasis:
             residual = kernels.ResidualTerm(term.grad, scale, term.ok, term.sign, left, right)
         left, right = self._factors(core, weight)
         kernels.apply_(weight, left, right, residual=residual, start=self.shards.matrix.start, **vars(write))
+
+    def lift_(self, grad: Tensor, reduced: Tensor) -> None:
+        self.apply_(grad.zero_(), reduced @ _inverse_gram(self.matrix, self.orthonormal, self._spread), LIFT)
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         return moment @ _change_of_basis(self.matrix, old.matrix, self.orthonormal, self._spread).pow(power)
@@ -138,6 +155,11 @@ class TwoSidedBasis:
         one_sided = DenseBasis(self.right, "right", self.orthonormal, Shards(matrix=self.shards.matrix))
         one_sided.apply_(weight, core, write, term)
 
+    def lift_(self, grad: Tensor, reduced: Tensor) -> None:
+        left = _inverse_gram(self.left, self.orthonormal, self.shards.rows)
+        right = _inverse_gram(self.right, self.orthonormal, self.shards.cols)
+        self.apply_(grad.zero_(), left @ reduced @ right, LIFT)
+
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         left = _change_of_basis(self.left, old.left, self.orthonormal, self.shards.rows).pow(power)
         right = _change_of_basis(self.right, old.right, self.orthonormal, self.shards.cols).pow(power)
@@ -168,6 +190,9 @@ class _SelectedEntries(ABC):
     @abstractmethod
     def _positions(self, matrix: Tensor) -> Tensor:
         """Their row-major positions in the local part, in the shape of R."""
+
+    def lift_(self, grad: Tensor, reduced: Tensor) -> None:
+        self.apply_(grad.zero_(), reduced, LIFT)
 
     def overlap(self, old: Self) -> Tensor:
         raise ValueError("coordinates are drawn at random; their overlap says nothing")
@@ -373,6 +398,9 @@ class WholeBasis:
             gradient = gradient if term.ok is None else torch.where(term.ok, gradient, 0.0)
             update = torch.addcmul(update, gradient.sign() if term.sign else gradient, term.scale)
         kernels.apply_dense_(weight, update, start=self.shards.matrix.start, **vars(write))
+
+    def lift_(self, grad: Tensor, reduced: Tensor) -> None:
+        grad.copy_(reduced)
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         return moment

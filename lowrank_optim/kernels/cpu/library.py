@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lowrank_optim.kernels.dispatch import Unavailable
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
@@ -40,6 +40,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "pack_basis": (*_CODING, *_ROWS, _P, _P, _P),
     "unpack_basis": (*_CODING, _P, _P, _P, *_FLAT),
     "update": (_N, _N, *_ROWS, _P, _N, *_ROWS, _P, _N, c_int, _P, _N, _N, *_WRITE),
+    "gaussian": (_N, _P, c_uint64),
     "store": (_N, _N, *_ROWS, _P, _N, c_int, c_uint64, c_int64),
 }
 """Arguments of every function but the last, the number of threads."""

@@ -42,6 +42,7 @@ def operations(library: Library) -> dict[str, Callable[..., Any]]:
         "dequantize_rows",
         "pack_basis",
         "unpack_basis",
+        "gaussian_",
     )
     return {name: getattr(ops, name) for name in names}
 
@@ -54,6 +55,13 @@ class Operations:
 
     def _call(self, name: str, *args: float | int | None) -> None:
         self.library.call(name, *args, torch.get_num_threads())
+
+    def gaussian_(self, out: Tensor, key: Tensor) -> None | Declined:
+        if out.dtype != F32:
+            return NotImplemented
+        (word,) = key.tolist()
+        self._call("gaussian", out.numel(), out.data_ptr(), word % (1 << 64))
+        return _changed(out)
 
     # -------------------------------------------------------------------------------------------------- moments and directions
 
@@ -238,12 +246,20 @@ class Operations:
         on, key, start = _rounding(rounding)
         lefts, rights, phis = _matrices(left), _matrices(right), _matrices(phi)
         minuends, subtrahends = _matrices(subtract_left), _matrices(subtract_right)
+        buffers: list[Tensor] = []  # of the products, made once: fresh memory costs as much as the pass over it
         for i, w in enumerate(weights):
             g, scale = (grads[i], phis[i].contiguous()) if grad is not None else (None, None)
             for chunk in row_chunks(rows, cols):
                 at, part = chunk.start, w[chunk]
-                product = torch.mm(lefts[i][chunk], rights[i]) if left.shape[-1] else None
-                subtract = torch.mm(minuends[i][chunk], subtrahends[i]) if minuends else None
+                if not buffers:
+                    buffers = [left.new_empty(len(part), cols) for _ in range(2 if minuends else 1)]
+                product = subtract = None
+                if w.dtype == F32:  # decay and product in one go, then the residual
+                    part.addmm_(lefts[i][chunk], rights[i], beta=factor, alpha=-alpha)
+                elif left.shape[-1]:
+                    product = torch.mm(lefts[i][chunk], rights[i], out=buffers[0][: len(part)])
+                if minuends:
+                    subtract = torch.mm(minuends[i][chunk], subtrahends[i], out=buffers[1][: len(part)])
                 self._call(
                     "update",
                     len(part),
@@ -256,7 +272,7 @@ class Operations:
                     cols,
                     sign,
                     *_phi(scale, at),
-                    factor,
+                    1.0 if w.dtype == F32 else factor,
                     alpha,
                     on,
                     key,

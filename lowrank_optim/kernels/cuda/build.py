@@ -3,7 +3,7 @@
     python -m lowrank_optim.kernels.cuda.build [--output DIRECTORY]
 
 compiles it with nvcc for the GPUs of TARGETS (and as PTX, for newer ones) into this directory, or another. It needs a checkout: the
-sources are not in a wheel.
+sources are not in a wheel. This file imports nothing but the standard library, so that a build without torch can load it by its path.
 """
 
 import argparse
@@ -14,14 +14,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lowrank_optim.kernels.cuda.library import HERE, NAME
+HERE = Path(__file__).parent
+NAME = "liblowrank_optim_cuda.so"
+"""As in `library`."""
 
 SOURCE = Path(__file__).parents[3] / "csrc" / "cuda"
 TARGETS = (80, 86, 89, 90)
 """Compute capabilities that get code of their own."""
 
 # Every operation is rounded as the definitions say.
-NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -prec-div=true -prec-sqrt=true -ftz=false -Xcompiler -fPIC,-fvisibility=hidden"
+NVCC_FLAGS = (
+    "-std=c++17 -O3 --fmad=false -prec-div=true -prec-sqrt=true -ftz=false -Xcompiler -fPIC,-fvisibility=hidden"
+)
 HOST_FLAGS = "-std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -fPIC -fvisibility=hidden -x c++"
 
 

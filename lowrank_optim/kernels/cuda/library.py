@@ -1,7 +1,7 @@
 """The shared library of csrc/cuda: where it is, whether it is ours, its functions and the structures that they take.
 
-It lies beside this file, where `python -m lowrank_optim.kernels.cuda.build` puts it. LOWRANK_OPTIM_CUDA_LIBRARY names another one: the
-host build, which does on CPU tensors what the device does, for one.
+It lies beside this file, where `python -m lowrank_optim.kernels.cuda.build` puts it. LOWRANK_OPTIM_CUDA_LIBRARY names another one,
+such as the host build, which does on CPU tensors what the device does.
 """
 
 import ctypes

@@ -368,9 +368,7 @@ def multi_coded_adam_direct_(library: Library, calls: Sequence[Sequence[Any]], b
         if grad.numel():
             ratio, ratio_scale, root, root_scale = codes
             four, adam = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-            steps.append(
-                _CodedAdam(outs[-1], None, grad, four, col_scale, adam, Write(), noise, ok, None, bits, block)
-            )
+            steps.append(_CodedAdam(outs[-1], None, grad, four, col_scale, adam, Write(), noise, ok, None, bits, block))
     if outs:
         _launch(library, outs[0], steps)
     return outs

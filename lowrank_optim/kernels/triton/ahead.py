@@ -49,7 +49,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Built:
-    """A cubin and what it takes: registers of a thread, bytes of its stack (where registers spill to), KiB of shared memory of a program."""
+    """A cubin and what it takes: registers of a thread, bytes of its stack (for registers that spill), KiB of shared memory."""
 
     variant: Variant
     capability: int

@@ -35,8 +35,8 @@ STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _tile(rows, cols, block, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """ROWS blocks of columns, counted row by row: their rows (ROWS, 1), columns (ROWS, WIDTH) and numbers in their rows (ROWS, 1), and
-    which elements are inside the matrix and the block.
+    """ROWS blocks of columns, counted row by row: rows (ROWS, 1), columns (ROWS, WIDTH), the blocks' numbers in their rows (ROWS, 1),
+    and which elements are inside the matrix and the block.
     """
     segment = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row, number = segment // blocks, segment % blocks
@@ -190,7 +190,7 @@ def _column_scales(c_ptr, row, col, inside, cols, matrix_rows):
 # -------------------------------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit(do_not_specialize=["key", "shift", "start"])
+@triton.jit(do_not_specialize=["rows", "matrix_rows", "key", "shift", "start"])
 def quantize_kernel(
     x_ptr,
     c_ptr,
@@ -240,7 +240,7 @@ def quantize_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "matrix_rows"])
 def dequantize_kernel(
     codes_ptr,
     scale_ptr,
@@ -267,7 +267,7 @@ def dequantize_kernel(
     tl.store(out_ptr + row * cols + col, narrow(x, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["key", "shift", "start", "weight_key", "weight_start"])
+@triton.jit(do_not_specialize=["rows", "matrix_rows", "key", "shift", "start", "weight_key", "weight_start"])
 def coded_adam_kernel(
     out_ptr,
     g_ptr,
@@ -376,7 +376,7 @@ def coded_adam_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def pack_kernel(
     x_ptr,
     codes_ptr,
@@ -410,7 +410,7 @@ def pack_kernel(
     tl.store(zero_ptr + row * blocks + number, zero, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def unpack_kernel(
     codes_ptr,
     scale_ptr,

@@ -110,7 +110,7 @@ def store_weight(pointers, value, inside, key, positions, STOCHASTIC: tl.constex
 
 @triton.jit
 def one_moment_kernel(g_ptr, m_ptr, out_ptr, ok_ptr, n, first, second, RULE: tl.constexpr, BLOCK: tl.constexpr):
-    """Lion (first = 1−β₁, second = 1−β₂), SGD and Nesterov (first = μ), RMSprop (first = α, second = ε): moment in place, N into out."""
+    """Moment in place, N into out. Lion: first = 1−β₁, second = 1−β₂; SGD, Nesterov: first = μ; RMSprop: first = α, second = ε."""
     index, inside = _indices(n, BLOCK)
     if ok_ptr is not None:
         if not holds(ok_ptr):

@@ -77,7 +77,7 @@ def processors(tensor: Tensor) -> int:
 def _shared_kib(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip:
         return 64
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) // 1024
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)) // 1024
 
 
 def shared_kib(tensor: Tensor) -> int:

@@ -1,7 +1,7 @@
 """A process group of a few gloo processes, and the model that they train.
 
-`spawn(world, function, *arguments)` runs a function in every process and raises what the first failing one raised. Processes meet in a
-file, not at a port, so that tests may run side by side.
+`spawn(world, function, *arguments)` runs a function in every process and raises what the failing ones raised. They meet in a file,
+not at a port, so that tests may run side by side.
 """
 
 import os
@@ -39,7 +39,7 @@ class Model(nn.Module):
         super().__init__()
         for number, (name, shape) in enumerate(shapes.items()):
             generator = torch.Generator().manual_seed(number)
-            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+            self.register_parameter(name, nn.Parameter((0.25 * torch.randn(shape, generator=generator)).to(dtype)))
 
     def forward(self, step: int) -> Tensor:
         return sum(
@@ -99,9 +99,7 @@ def distance(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float
 def _process(rank: int, world: int, store: str, errors: str, function: Callable[..., None], arguments: tuple) -> None:
     torch.set_num_threads(1)
     try:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world
-        )
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         function(*arguments)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

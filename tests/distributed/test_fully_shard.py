@@ -1,0 +1,249 @@
+"""fully_shard (FSDP2) and tensor parallelism: every optimizer ends at the weights that one process ends at."""
+
+import pytest
+import torch
+from distributed_harness import (
+    DENSE,
+    METHODS,
+    SHAPES,
+    Model,
+    distance,
+    groups,
+    shard,
+    spawn,
+    states,
+    target,
+    train,
+    weights,
+    whole,
+)
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import lowrank_optim as lo
+from lowrank_optim.quantization import state as coded
+
+STEPS, GAP = 20, 5
+
+
+def build(model: nn.Module, name: str, **options) -> lo.LowRankOptimizer:
+    """Any method of the package on the harness's model, one parameter a layer where the method has layers."""
+    options = {"lr": 1e-3, "update_proj_gap": GAP, **options}
+    rank = {"density": options.pop("density")} if "density" in options else {"rank": options.pop("rank", 2)}
+    if name not in lo.LAYERWISE_METHODS:
+        return METHODS[name](groups(model, **rank), **options)
+    layers = [
+        {"params": [(key, p)], "layer": i, "rank": None if key in DENSE else 2}
+        for i, (key, p) in enumerate(model.named_parameters())
+    ]
+    return METHODS[name](layers, period=3, **options)
+
+
+def compare(cases, layout="fsdp") -> None:
+    """Train each case on one process and sharded, in every process of the group; weights must agree to 1e-6."""
+    found = {}
+    for name, options in cases:
+        shapes = {n: s for n, s in SHAPES.items() if layout == "fsdp" or n != "vector"}
+        if layout == "tp+fsdp":  # fully_shard wants even splits of what is split already
+            shapes = {n: tuple(-(-x // 4) * 4 if i < 2 else x for i, x in enumerate(s)) for n, s in shapes.items()}
+        alone, spread = Model(shapes), place(Model(shapes), layout)
+        reference, optimizer = build(alone, name, **options), build(spread, name, **options)
+        train(alone, reference, range(STEPS))
+        train(spread, optimizer, range(STEPS))
+        gap = distance(weights(spread), weights(alone))
+        if not gap < 1e-6:
+            found[name, str(options)] = gap
+    assert not found, found
+
+
+def place(model: nn.Module, layout: str) -> nn.Module:
+    world = torch.distributed.get_world_size()
+    if layout == "fsdp":
+        return shard(model)
+    if layout == "hsdp":
+        return shard(model, init_device_mesh("cpu", (2, world // 2)))
+    if layout in ("tp rows", "tp columns"):
+        mesh, dim = init_device_mesh("cpu", (world,)), 0 if layout == "tp rows" else 1
+        return split(model, mesh, dim)
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    split(model, mesh["tp"], 0, every_second=1)
+    return fully_shard(model, mesh=mesh["dp"])
+
+
+def split(model: nn.Module, mesh, dim: int, every_second: int | None = None) -> nn.Module:
+    for number, (name, p) in enumerate(list(model.named_parameters())):
+        along = every_second if every_second is not None and number % 2 else dim
+        placement = Shard(along) if p.dim() > along else Replicate()
+        model.register_parameter(name, nn.Parameter(distribute_tensor(p.detach(), mesh, [placement])))
+    model.forward = lambda step: sum(
+        loss(p, target(tuple(p.shape), number, step)) for number, p in enumerate(model.parameters())
+    )
+    return model
+
+
+def loss(p, goal):
+    if isinstance(p, DTensor):
+        goal = distribute_tensor(goal, p.device_mesh, p.placements)
+        return ((p * goal).sum() + 0.05 * p.square().sum()).full_tensor()
+    return (p * goal).sum() + 0.05 * p.square().sum()
+
+
+EVERY = [(name, {"proj_type": side}) for name in METHODS for side in ("right", "left")]
+
+VARIANTS = [
+    ("galore", options)
+    for options in (
+        {"proj_type": "full", "eps": 1e-3},
+        {"proj_type": "full", "eps": 1e-3, "on_refresh": "rotate"},
+        {"projector": "svd"},
+        {"projector": "svd", "proj_type": "reverse_std"},
+        {"projector": "random", "proj_type": "left"},
+        {"projector": "random:gaussian", "proj_type": "left", "on_refresh": "rotate"},
+        {"coordinates": "rows"},
+        {"coordinates": "entries"},
+        {"density": 0.4, "blocks": "descending", "on_refresh": "reset"},
+        {"on_refresh": "rotate"},
+        {"on_refresh": "rotate", "proj_type": "left"},
+        {"on_refresh": "reset"},
+        {"basis_bits": 16, "proj_type": "left"},
+        {"basis_bits": 4},
+        {"overlap_threshold": 0.1, "queue_size": 1, "proj_type": "left"},
+        {"projector": "power_iteration", "update_proj_gap": 1, "proj_type": "left", "on_refresh": "rotate"},
+        {"match_reference": True},
+    )
+]
+
+
+def test_every_public_optimizer_is_in_the_matrix():
+    public = {getattr(lo, name) for name in lo.__all__ if isinstance(getattr(lo, name), type)}
+    public = {kind for kind in public if issubclass(kind, lo.LowRankOptimizer)} - {lo.LowRankOptimizer}
+    assert public == set(METHODS.values())
+    assert {name for name, _ in EVERY} == set(METHODS)
+    assert len(public) == 13
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_optimizer_agrees_with_one_process(world):
+    """With uneven shards, and empty ones on four: of 3 rows, of 3 experts."""
+    spawn(world, compare, EVERY)
+
+
+def test_every_variant_agrees_with_one_process():
+    spawn(4, compare, VARIANTS)
+
+
+def test_replicas_of_shards_agree_with_one_process():
+    spawn(4, compare, [(n, o) for n, o in EVERY if n in ("galore", "fira", "apollo_mini", "ldadam", "frugal")], "hsdp")
+
+
+@pytest.mark.parametrize("layout", ["tp rows", "tp columns"])
+def test_tensor_parallel_matrices_agree_with_one_process(layout):
+    names = ("galore", "galore_adafactor", "apollo", "apollo_mini", "ldadam", "frugal", "qgalore")
+    spawn(2, compare, [(n, o) for n, o in EVERY if n in names], layout)
+
+
+def test_tensor_parallel_and_fully_shard_agree_with_one_process():
+    spawn(4, compare, [(n, o) for n, o in EVERY if n in ("galore", "apollo", "ldadam", "frugal")], "tp+fsdp")
+
+
+def compare_codes() -> None:
+    coded.MIN_CODED = 1
+    for bits in (8, 4):
+        for options in ({"coordinates": "columns"}, {"coordinates": "rows"}, {"coordinates": "entries"}):
+            alone = Model(SHAPES)
+            spread = shard(Model(SHAPES))
+            pair = [build(m, "galore", state_bits=bits, **options) for m in (alone, spread)]
+            train(alone, pair[0], range(STEPS))
+            train(spread, pair[1], range(STEPS))
+            expected, got = states(pair[0], alone), states(pair[1], spread)
+            for name, state in expected.items():
+                for key, tensor in state.items():
+                    assert torch.equal(got[name][key], tensor), (bits, options, name, key)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_codes_and_their_noise_are_those_of_one_process(world):
+    """Of coordinates, whose R needs no product: every bit of the state is the same."""
+    spawn(world, compare_codes)
+
+
+def compare_rounding() -> None:
+    for options in ({"proj_type": "right"}, {"coordinates": "rows"}, {"density": 0.5, "blocks": "ascending"}):
+        options = {"on_refresh": "reset", **options}
+        alone, spread = Model(SHAPES, torch.bfloat16), shard(Model(SHAPES, torch.bfloat16))
+        pair = [build(m, "galore", stochastic_rounding=True, **options) for m in (alone, spread)]
+        train(alone, pair[0], range(STEPS))
+        train(spread, pair[1], range(STEPS))
+        got, expected = weights(spread), weights(alone)
+        same = torch.cat([(got[n] == expected[n]).flatten() for n in expected]).float().mean()
+        assert same > (0.995 if "proj_type" in options else 0.9999), (options, same)
+
+
+def test_stochastic_rounding_of_weights_draws_the_numbers_of_one_process():
+    spawn(4, compare_rounding)
+
+
+def check_state() -> None:
+    """Placements of the state; one process per 5 rows."""
+    model = shard(Model({"tall": (18, 6), "wide": (6, 18)}))
+    optimizer = build(model, "galore", state_bits=32)
+    optimizer8 = lo.GaLoreAdamW(list(model.parameters()), rank=2, proj_type="left")
+    for side, opt, basis in (("right", optimizer, Replicate()), ("left", optimizer8, Shard(0))):
+        state = opt.state[model.tall]
+        assert state["basis"].placements == (basis,), side
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert state[name].placements == (Shard(0),)
+            assert tuple(state[name].shape) == ((18, 2) if side == "right" else (6, 2))
+        assert not isinstance(state["step"], DTensor)
+    held = lo.state_bytes(optimizer)["exp_avg"]
+    assert held < 4 * 2 * (18 + 18)  # a share of it
+
+
+def test_state_is_sharded_as_the_long_side_is():
+    spawn(4, check_state)
+
+
+def nonfinite() -> None:
+    rank = torch.distributed.get_rank()
+    for name in ("galore", "fira", "ldadam", "frugal"):
+        model = shard(Model({"tall": (18, 6), "vector": (9,)}))
+        optimizer = build(model, name)
+        train(model, optimizer, range(3))
+        before = weights(model)
+        model(3).backward()
+        if rank == 1:
+            model.tall.grad.to_local()[0, 0] = torch.nan
+        with pytest.warns(RuntimeWarning, match="skipped the update"):
+            optimizer.step()
+        assert torch.equal(whole(model.tall), before["tall"]), name
+        assert not torch.equal(whole(model.vector), before["vector"])
+        assert optimizer.skipped_updates() == {"tall": 1}
+
+
+def test_a_nan_on_one_process_is_skipped_on_all():
+    spawn(2, nonfinite)
+
+
+def extremes() -> None:
+    """Gradients of 1e-25 and 1e15 are refreshed and projected as those of 1 are; a zero one keeps the basis."""
+    for size in (1e-25, 1e15):
+        model = shard(Model({"tall": (18, 6)}))
+        optimizer = build(model, "galore")
+        model(0).backward()
+        model.tall.grad.mul_(size)
+        optimizer.step()
+        assert int(optimizer.state[model.tall]["last_refresh"]) == 0
+        basis = whole(optimizer.state[model.tall]["basis"])
+        torch.testing.assert_close(basis.T @ basis, torch.eye(2), atol=1e-5, rtol=0)
+    model = shard(Model({"tall": (18, 6)}))
+    optimizer = build(model, "galore")
+    model(0).backward()
+    model.tall.grad.zero_()
+    optimizer.step()
+    assert int(optimizer.state[model.tall]["last_refresh"]) == -1
+
+
+def test_gradients_of_any_size_give_a_basis_on_shards():
+    spawn(2, extremes)

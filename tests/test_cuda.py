@@ -1,0 +1,208 @@
+"""The CUDA backend without a GPU: its sources as plain C++, with loops in place of threads, on the op suite; and nvcc's build."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from op_cases import CASES
+from torch import Tensor
+
+from lowrank_optim.kernels import dispatch
+from lowrank_optim.kernels import selftest as made
+from lowrank_optim.kernels.cuda.build import TARGETS, build, build_for_host
+from lowrank_optim.kernels.cuda.library import ABI_VERSION, NAME, VARIABLE, Library, open_library
+from lowrank_optim.kernels.cuda.operations import multi_adam_dense_, multi_coded_adam_direct_, operations
+from lowrank_optim.kernels.selftest import answer, compare
+
+F32, BF16 = torch.float32, torch.bfloat16
+HERE = Path(__file__).parent
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Library:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    return open_library(str(build_for_host(tmp_path_factory.mktemp("cuda"), flags=("-Werror",))))
+
+
+@pytest.mark.parametrize("op", [name for name in CASES if name in operations.__globals__])
+def test_every_operation_gives_what_its_definition_gives(op, library):
+    kernel, wrong = operations(library)[op], []
+    for case in CASES[op]:
+        got, want = answer(kernel, case), answer(dispatch._DEFINITIONS[op], case)
+        assert want is not None
+        failure = "left to the definition" if got is None else compare(case, got, want).failure
+        wrong += [f"{case}: {failure}"] if failure else []
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_compiler
+def test_the_suite_passes_with_the_undefined_behaviour_sanitizer(tmp_path):
+    flags = ("-fsanitize=undefined", "-fno-sanitize-recover=all", "-g")
+    path = build_for_host(tmp_path, flags=flags)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x"]
+    env = {**os.environ, VARIABLE: str(path), "PYTHONPATH": str(HERE.parent)}
+    env.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(
+        [*command, "test_backends.py", "-k", "cuda:"], capture_output=True, text=True, cwd=HERE, env=env, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------- many at once
+
+
+def clones(args: tuple[object, ...]) -> list[object]:
+    return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("block", [256, 3])
+def test_many_coded_matrices_come_out_as_one_by_one(bits, block, library):
+    shapes = [(1 + i % 7, 1 + 37 * i % 600) for i in range(70)] + [(0, 5), (2, 3, 40)]
+    calls = [
+        made.coded_adam_direct(
+            shape, bits, block, col_scale=(None, "shared")[i % 2], start=i, ok=(None, True, False)[i % 3]
+        )
+        for i, shape in enumerate(shapes)
+    ]
+    alone, together = ([clones(call[:-2]) for call in calls] for _ in range(2))
+    one = operations(library)["coded_adam_direct_"]
+    expected = [one(*call, bits, block) for call in alone]
+    found = multi_coded_adam_direct_(library, together, bits, block)
+    for a, b, want, got in zip(alone, together, expected, found, strict=True):
+        assert torch.equal(want, got)
+        for x, y in zip(a[1:5], b[1:5], strict=True):
+            assert torch.equal(x, y)
+
+
+def test_many_dense_parameters_come_out_as_one_by_one(library):
+    dtypes = [(F32, F32), (BF16, BF16), (BF16, F32)]
+    calls = [
+        made.adam_dense(
+            (1 + 61 * i % 900,), *dtypes[i % 3], ok=(None, True, False)[i % 3 - 1], rounding=i % 3 == 1, start=i
+        )
+        for i in range(70)
+    ]
+    alone, together = ([clones(call) for call in calls] for _ in range(2))
+    for call in alone:
+        operations(library)["adam_dense_"](*call)
+    multi_adam_dense_(library, together)
+    for a, b in zip(alone, together, strict=True):
+        for x, y in zip(a[:4], b[:4], strict=True):
+            assert torch.equal(x, y)
+    multi_adam_dense_(library, [])
+    assert multi_coded_adam_direct_(library, [], 8, 256) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- halves, far offsets
+
+
+def test_float16_conversions_are_torchs(library):
+    stored = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    ops = operations(library)
+    codes, scale = ops["quantize_rows"](stored[:1024].view(4, 256), None, None, 8, True, 256)
+    want = dispatch._DEFINITIONS["quantize_rows"](stored[:1024].view(4, 256), None, None, 8, True, 256)
+    assert torch.equal(codes, want[0])
+    assert torch.equal(scale, want[1])
+    edges = stored.float()
+    finite = edges[edges.isfinite()].sort().values
+    middle = (finite[1:] + finite[:-1]) / 2  # ties
+    beyond = [torch.nextafter(middle, torch.full_like(middle, s)) for s in (torch.inf, -torch.inf)]
+    extremes = torch.tensor([65519.0, 65520.0, 65536.0, 1e30, torch.inf, -torch.inf, torch.nan, 1e-9, -1e-9, 2.0**-25])
+    for value in (edges, middle, *beyond, extremes):
+        target = torch.zeros(value.shape, dtype=torch.float16)
+        ops["stochastic_round_"](target, value.contiguous(), None)
+        nan = value.isnan()
+        assert torch.equal(target[~nan], value.to(torch.float16)[~nan])
+        assert target[nan].isnan().all()
+
+
+def test_offsets_beyond_32_bits(library):
+    try:
+        memory = torch.empty(2**31 + 2**20, dtype=BF16)
+    except RuntimeError:
+        pytest.skip("no address space for 2³¹ elements")
+    value = made.draw(1, (5, 40))
+    far, near = memory.as_strided((5, 40), ((2**31 + 2**19) // 4, 1)), torch.zeros(5, 40, dtype=BF16)
+    rounding = made.stochastic_round((1,), start=2**31 - 50)[2]
+    for target in (far, near):
+        operations(library)["stochastic_round_"](target, value, rounding)
+    assert torch.equal(far, near)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the library
+
+
+def compiled(folder: Path, source: str) -> str:
+    (folder / "other.cpp").write_text(source)
+    path = folder / NAME
+    subprocess.run(["g++", "-shared", "-fPIC", str(folder / "other.cpp"), "-o", str(path)], check=True)
+    return str(path)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ('extern "C" int other() { return 0; }', "some other library"),
+        ('extern "C" int lowrank_optim_cuda_abi_version() { return 999; }', "ABI number is 999, this version has"),
+        (
+            f'extern "C" int lowrank_optim_cuda_abi_version() {{ return {ABI_VERSION}; }}',
+            f"lacks a function of ABI {ABI_VERSION}",
+        ),
+    ],
+    ids=["foreign", "stale", "incomplete"],
+)
+def test_a_library_that_is_not_ours_is_reported_and_not_used(source, says, tmp_path):
+    with pytest.raises(dispatch.Unavailable, match=says):
+        open_library(compiled(tmp_path, source))
+
+
+def test_a_missing_or_broken_library_is_reported(tmp_path, monkeypatch):
+    with pytest.raises(dispatch.Unavailable, match="there is no such file"):
+        open_library(str(tmp_path / "nothing.so"))
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(dispatch.Unavailable, match="cannot be loaded"):
+        open_library(str(tmp_path / "text.so"))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr("lowrank_optim.kernels.cuda.library.HERE", tmp_path)
+    with pytest.raises(dispatch.Unavailable, match="not built"):
+        open_library()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_nvcc_compiles_for_every_target(tmp_path):
+    path = build(tmp_path)
+    assert path.name == NAME
+    image = path.read_bytes()
+    for target in TARGETS:
+        assert f"sm_{target}".encode() in image
+    handle = ctypes.CDLL(str(path))
+    assert handle.lowrank_optim_cuda_abi_version() == ABI_VERSION
+    library = open_library(str(path))
+    assert library.build_info.startswith("nvcc")
+    assert not library.on_host
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.cuda.is_available(), reason="no nvcc, or a device")
+def test_without_a_device_the_backend_says_so_and_a_call_raises(tmp_path, monkeypatch):
+    path = build(tmp_path, (90,))
+    monkeypatch.setenv(VARIABLE, str(path))
+    from lowrank_optim.kernels import cuda
+
+    with pytest.raises(dispatch.Unavailable, match="no CUDA device"):
+        cuda.load()
+    library = open_library()
+    monkeypatch.setattr(library, "on_host", True)  # keeps torch's stream out of it
+    with pytest.raises(RuntimeError, match="CUDA cannot run store"):
+        operations(library)["stochastic_round_"](torch.zeros(3, dtype=BF16), torch.zeros(3), None)
