@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parent
 SOURCE = Path("csrc/cpu")
 PACKAGE = Path("lowrank_optim/kernels/cpu")
 LIBRARY, RECORD = "liblowrank_optim_cpu.so", "build.json"
+CUDA_LIBRARY = "liblowrank_optim_cuda.so"
 
 # Results are rounded as the definitions say: no contraction, and nothing of -ffast-math but the two flags that leave values alone.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden"]
@@ -89,6 +91,17 @@ def build(target: Path) -> list[str]:
     return [*compiler, *flags]
 
 
+def build_cuda(directory: Path) -> None:
+    """The library of csrc/cuda besides, where nvcc is on the path; LOWRANK_OPTIM_BUILD_CUDA=0 leaves it out (it takes a minute)."""
+    if shutil.which("nvcc") is None or os.environ.get("LOWRANK_OPTIM_BUILD_CUDA", "1") == "0":
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "lowrank_optim/kernels/cuda/build.py"), "--output", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        logging.warning("lowrank_optim installs without its CUDA library: %s", done.stderr.strip())
+
+
 class BuildLibrary(build_ext):
     """`build_ext`, for the one "extension" that is a plain shared library."""
 
@@ -103,16 +116,19 @@ class BuildLibrary(build_ext):
             result = {"error": str(why)}
             self.warn(f"lowrank_optim installs without its C++ library: {why}")
         record.write_text(json.dumps(result, indent=1) + "\n")
+        build_cuda(directory.parent / "cuda")
 
     def get_source_files(self) -> list[str]:
         return [str(path.relative_to(ROOT)) for path in sorted((ROOT / SOURCE).iterdir()) if path.is_file()]
 
     def get_outputs(self) -> list[str]:
         directory = Path(self.build_lib) / PACKAGE
-        return [str(path) for name in (LIBRARY, RECORD) if (path := directory / name).exists()]
+        built = [directory / LIBRARY, directory / RECORD, directory.parent / "cuda" / CUDA_LIBRARY]
+        return [str(path) for path in built if path.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {output: str(PACKAGE / Path(output).name) for output in self.get_outputs()} if self.inplace else {}
+        parts = {output: Path(output).relative_to(self.build_lib) for output in self.get_outputs()}
+        return {output: str(part) for output, part in parts.items()} if self.inplace else {}
 
 
 class Wheel(bdist_wheel):

@@ -2,9 +2,9 @@
 
     python benchmarks/distributed.py            # 2 and 4 gloo processes, then 7B by formula; writes results/distributed.json
 
-Counted is what a process gives to a collective. Bytes that it sends are those of the ring algorithms, with p processes and S the bytes
-of the whole tensor: all-reduce 2·S·(p−1)/p, reduce-scatter and all-gather S·(p−1)/p, broadcast S·(p−1)/p. Steps are split into
-those between two refreshes and refresh steps. What fully_shard itself moves (weights gathered twice, gradients scattered) is counted apart.
+Counted is what a process gives to a collective. Bytes that it sends are those of the ring algorithms, with p processes and S the
+bytes of the whole tensor: all-reduce 2·S·(p−1)/p, reduce-scatter, all-gather and broadcast S·(p−1)/p. Steps are split into those
+between two refreshes and refresh steps. What fully_shard itself moves (weights gathered twice, gradients scattered) is left out.
 """
 
 import argparse
@@ -214,7 +214,8 @@ def main() -> None:
     write(
         "distributed",
         {
-            "what": "bytes that one process sends in a step, without what fully_shard itself moves; 'refresh': every matrix refreshed at once",
+            "what": "bytes that one process sends in a step, without what fully_shard itself moves; "
+            "'refresh': every matrix refreshed at once",
             "model": {"matrices": MATRICES, "rank": RANK},
             "checks": checks,
             "7B": {"rank": args.rank, "gradients": "bfloat16", "bytes": table},

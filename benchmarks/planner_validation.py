@@ -2,8 +2,8 @@
 
 Measured is what torch's CPU allocator handed out, event by event, as the profiler records it: kernels' own working memory is in it,
 which the planner does not see. Three real steps, from the building of the model on. With "long" batches most memory is activations,
-with "short" ones weights, state and the optimizer's working copies (not shorter than the
-rank in tokens: gradients of fewer directions than the rank take Householder QR, and more memory). On a GPU, benchmarks/gpu/seven_b.py compares likewise.
+with "short" ones weights, state and the optimizer's working copies (not shorter than the rank in tokens: gradients of fewer
+directions than the rank take Householder QR, and more memory). On a GPU, benchmarks/gpu/seven_b.py compares likewise.
 """
 
 import argparse
@@ -131,9 +131,10 @@ def main() -> None:
     measure("adamw", BATCHES["short"], False, False, torch.float32, 16)  # what libraries allocate once, and keep
     for case in cases(args.quick):
         results.append(row := compare(case))
+        measured = f"{row['measured'] / 2**20:7.2f} MiB"
         print(
             f"{row['optimizer']!s:<40} {row['batch']:<6} in_backward={row['in_backward']!s:<6} "
-            f"checkpointing={row['checkpointing']!s:<6} measured {row['measured'] / 2**20:7.2f} MiB  {row['error']:+.2%}  {row['when']}"
+            f"checkpointing={row['checkpointing']!s:<6} measured {measured}  {row['error']:+.2%}  {row['when']}"
         )
     worst = max(results, key=lambda row: abs(row["error"]))
     print(

@@ -129,6 +129,8 @@ def arguments() -> argparse.ArgumentParser:
     how.add_argument(
         "--in-backward", action="store_true", help="update each parameter inside backward and free its gradient at once"
     )
+    how.add_argument("--ddp", action="store_true", help="under torchrun: DistributedDataParallel")
+    how.add_argument("--fsdp", action="store_true", help="under torchrun: fully_shard, with sharded checkpoints")
     how.add_argument("--deterministic", action="store_true", help="the same bits in every run on a GPU too; slower")
     how.add_argument("--seed", type=int, default=0, help="of weights and data order (default 0)")
     how.add_argument(
@@ -350,9 +352,25 @@ def train(args: argparse.Namespace, run: Run) -> Result:
         return run.diverged()
 
 
+def train_parallel(args: argparse.Namespace, names: list[str]) -> None:
+    """One run on the processes that torchrun has started."""
+    from pretraining import parallel
+
+    if args.fsdp and args.ddp:
+        raise RunError("--fsdp and --ddp exclude each other")
+    if len(names) > 1 or args.sweep:
+        raise RunError("--fsdp and --ddp train with one --optimizer at a time")
+    config, how = configuration(args, names[0]), "fsdp" if args.fsdp else "ddp"
+    args.out.mkdir(parents=True, exist_ok=True)
+    parallel.train(config, how, Source(args), args.out, args.save_every, args.log_every, args.resume)
+
+
 def train_all(args: argparse.Namespace) -> list[tuple[Result, Path]]:
     """Every run that was asked for, with its folder; whatever can be refused is refused before the first one starts."""
     names = check(args)
+    if args.fsdp or args.ddp:
+        train_parallel(args, names)
+        return []
     device = choose_device(args)
     check_folder(args.out, args.resume, args.overwrite)
     configs = [configuration(args, name) for name in names]

@@ -10,6 +10,18 @@
 namespace lowrank {
 namespace {
 
+// A loop over elements, none of which depends on another: what is written either does not overlap what is read, or is it.
+#ifdef __clang__
+#define EACH(j, n) _Pragma("clang loop vectorize(assume_safety)") for (int j = 0; j < (n); ++j)
+#else
+#define EACH(j, n) _Pragma("GCC ivdep") for (int j = 0; j < (n); ++j)
+#endif
+
+// Loops of a known length have no ragged end, which counts where they are short: blocks of the usual size have code of their own,
+// for which everything that they call must be inlined.
+#define INLINE inline __attribute__((always_inline))
+constexpr int USUAL = 256;
+
 constexpr float MIN_SCALE = 0x1p-100f;
 constexpr uint32_t GOLDEN = 0x9E3779B9u, INFINITE = 0x7F800000u, MAGNITUDE = 0x7FFFFFFFu;
 constexpr float SHIFTER = 0x1.8p23f;  // added and taken off again, it rounds |y| < 2²² to the nearest integer, ties to even
@@ -54,18 +66,18 @@ inline uint16_t to_float16(float x) {
 }
 
 // n elements as float32: the tensor itself where it is of that type, else a converted copy in `buffer`.
-inline const f32* load(const ConstRows& x, int64_t at, float* buffer, int n) {
+INLINE const f32* load(const ConstRows& x, int64_t at, float* buffer, int n) {
   if (x.dtype == FLOAT32) return static_cast<const f32*>(x.data) + at;
   const u16* from = static_cast<const u16*>(x.data) + at;
   if (x.dtype == BFLOAT16) {
-    for (int j = 0; j < n; ++j) buffer[j] = from_bfloat16(from[j]);
+    EACH(j, n) buffer[j] = from_bfloat16(from[j]);
   } else {
-    for (int j = 0; j < n; ++j) buffer[j] = from_float16(from[j]);
+    EACH(j, n) buffer[j] = from_float16(from[j]);
   }
   return buffer;
 }
 
-inline const f32* load(const Rows& x, int64_t at, float* buffer, int n) {
+INLINE const f32* load(const Rows& x, int64_t at, float* buffer, int n) {
   return load(ConstRows{x.data, x.dtype, x.stride}, at, buffer, n);
 }
 
@@ -99,21 +111,21 @@ struct Stream {
 };
 
 // Round n floats into elements `at` … of x; `first` is the number of the first one, for the noise.
-inline void store(const Rows& x, int64_t at, const float* __restrict value, int n, const Noise& noise, int64_t first) {
+INLINE void store(const Rows& x, int64_t at, const float* __restrict value, int n, const Noise& noise, int64_t first) {
   if (x.dtype == FLOAT32) {
     f32* __restrict to = static_cast<f32*>(x.data) + at;
-    for (int j = 0; j < n; ++j) to[j] = value[j];
+    EACH(j, n) to[j] = value[j];
     return;
   }
   u16* __restrict to = static_cast<u16*>(x.data) + at;
   if (x.dtype == FLOAT16) {
-    for (int j = 0; j < n; ++j) to[j] = to_float16(value[j]);
+    EACH(j, n) to[j] = to_float16(value[j]);
   } else if (!noise.on) {
-    for (int j = 0; j < n; ++j) to[j] = u16(to_bfloat16(bits_of(value[j])));
+    EACH(j, n) to[j] = u16(to_bfloat16(bits_of(value[j])));
   } else {
     while (n > 0) {
       const Stream random(noise, first, n);
-      for (int j = 0; j < random.left; ++j) {
+      EACH(j, random.left) {
         const uint32_t u = bits_of(value[j]), up = (u + (random(j) & 0xFFFF)) >> 16;
         const uint32_t rounded = (u & MAGNITUDE) < INFINITE ? up : to_bfloat16(u);
         to[j] = u16(rounded);
@@ -128,43 +140,49 @@ inline void store(const Rows& x, int64_t at, const float* __restrict value, int 
 
 // -------------------------------------------------------------------------------------------------------------------- Adam
 
-// As torch.lerp, which starts from the nearer end.
-inline float lerp(float from, float to, float weight) {
-  return weight < 0.5f ? from + weight * (to - from) : to - (to - from) * (1.0f - weight);
-}
+// As torch.lerp, which starts from the nearer end; the choice is made outside of the loops.
+struct Lerp {
+  float coefficient;
+  bool near_end;
+
+  explicit Lerp(float weight) : coefficient(weight < 0.5f ? weight : -(1.0f - weight)), near_end(!(weight < 0.5f)) {}
+
+  float operator()(float from, float to) const { return (near_end ? to : from) + coefficient * (to - from); }
+};
 
 inline float square_update(float v, float g, float beta, float weight) { return v * beta + (weight * g) * g; }
 
 inline float adam_direction(float m, float root, const Adam& a) { return m / (root * a.correction + a.floor); }
 
 // W ← keep W − alpha N for n elements of W.
-inline void write(const Rows& weight, int64_t at, const float* direction, int n, const Write& w, int64_t first, float* buffer) {
+INLINE void write(const Rows& weight, int64_t at, const float* direction, int n, const Write& w, int64_t first, float* buffer) {
   const f32* old = load(weight, at, buffer, n);
   const float keep = w.keep, step = -w.alpha;
   if (weight.dtype == FLOAT32) {
     f32* to = static_cast<f32*>(weight.data) + at;
-    for (int j = 0; j < n; ++j) to[j] = to[j] * keep + step * direction[j];
+    EACH(j, n) to[j] = to[j] * keep + step * direction[j];
     return;
   }
-  for (int j = 0; j < n; ++j) buffer[j] = old[j] * keep + step * direction[j];
+  EACH(j, n) buffer[j] = old[j] * keep + step * direction[j];
   store(weight, at, buffer, n, w.rounding, first);
 }
 
 void adam(const AdamArgs& args, int64_t first, int64_t last) {
   float g_buffer[TILE], w_buffer[TILE], direction[TILE];
   const Adam a = args.adam;
+  const Lerp lerp(a.weight1);
   for (int64_t at = first; at < last; at += TILE) {
     const int n = smaller(TILE, last - at);
     const f32* g = load(args.grad, at, g_buffer, n);
     f32 *m = args.exp_avg + at, *v = args.exp_avg_sq + at;
-    for (int j = 0; j < n; ++j) {
-      m[j] = lerp(m[j], g[j], a.weight1);
+    EACH(j, n) {
+      m[j] = lerp(m[j], g[j]);
       v[j] = square_update(v[j], g[j], a.beta2, a.weight2);
       direction[j] = adam_direction(m[j], __builtin_sqrtf(v[j]), a);
     }
     if (f32* out = args.out) {
       out += at;
-      for (int j = 0; j < n; ++j) out[j] = direction[j];
+      EACH(j, n) out[j] = direction[j];
     } else {
       write(args.weight, at, direction, n, args.write, at, w_buffer);
     }
@@ -177,11 +195,12 @@ void rule(const RuleArgs& args, int64_t first, int64_t last) {
   const f32* __restrict g = args.grad;
   f32 *__restrict m = args.moment, *__restrict out = args.out;
   const float a = args.first, b = args.second, c = args.third;
+  const Lerp towards(a), update(b);
   switch (args.rule) {
     case LION:
       for (int64_t j = first; j < last; ++j) {
-        out[j] = sign_of(lerp(m[j], g[j], a));
-        m[j] = lerp(m[j], g[j], b);
+        out[j] = sign_of(towards(m[j], g[j]));
+        m[j] = update(m[j], g[j]);
       }
       break;
     case SGD:
@@ -229,12 +248,12 @@ inline int64_t code_at(const Coding& c, const Unit& unit) {
 
 // Four-bit codes, even columns in the low half of a byte; an odd last column leaves the high half 0.
 inline void pack_nibbles(const u8* level, u8* packed, int n) {
-  for (int j = 0; j < n / 2; ++j) packed[j] = u8(level[2 * j] | level[2 * j + 1] << 4);
+  EACH(j, n / 2) packed[j] = u8(level[2 * j] | level[2 * j + 1] << 4);
   if (n % 2) packed[n / 2] = level[n - 1];
 }
 
 inline void unpack_nibbles(const u8* packed, u8* level, int n) {
-  for (int j = 0; j < n / 2; ++j) {
+  EACH(j, n / 2) {
     level[2 * j] = packed[j] & 0xF;
     level[2 * j + 1] = packed[j] >> 4;
   }
@@ -244,12 +263,12 @@ inline void unpack_nibbles(const u8* packed, u8* level, int n) {
 inline int levels_of(int bits, bool is_signed) { return is_signed ? (bits == 8 ? 127 : 7) : (bits == 8 ? 256 : 16); }
 
 // x = (level (1/L)) s; codes of one block, a byte each.
-inline void decode(const u8* code, int n, int bits, bool is_signed, float scale, float* x) {
+INLINE void decode(const u8* code, int n, int bits, bool is_signed, float scale, float* x) {
   const float unit = float(1.0 / levels_of(bits, is_signed)), zero = is_signed ? -8.0f : 1.0f;
   if (is_signed && bits == 8) {
-    for (int j = 0; j < n; ++j) x[j] = float(s8(code[j])) * unit * scale;
+    EACH(j, n) x[j] = float(s8(code[j])) * unit * scale;
   } else {
-    for (int j = 0; j < n; ++j) x[j] = (float(code[j]) + zero) * unit * scale;
+    EACH(j, n) x[j] = (float(code[j]) + zero) * unit * scale;
   }
 }
 
@@ -270,24 +289,24 @@ inline int between(int least, int x, int most) { return x < least ? least : x > 
 inline void draw(const Noise& noise, int64_t first, int n, float* __restrict uniform) {
   for (int done = 0; done < n;) {
     const Stream random(noise, first + done, n - done);
-    for (int j = 0; j < random.left; ++j) uniform[done + j] = random.uniform(j);
+    EACH(j, random.left) uniform[done + j] = random.uniform(j);
     done += random.left;
   }
 }
 
 // Codes of one block, a byte each, rounded by the numbers in `uniform`, or to nearest without them; `level` is working memory.
 // (Loops over bytes and words at once make poor vector code: the levels are narrowed in a loop of their own.)
-inline void encode(const float* __restrict x, int n, int bits, bool is_signed, float scale, const float* __restrict uniform,
+INLINE void encode(const float* __restrict x, int n, int bits, bool is_signed, float scale, const float* __restrict uniform,
                    int* __restrict level, u8* __restrict code) {
   const int zero = is_signed ? (bits == 8 ? 0 : -8) : 1, least = is_signed ? -128 : 1;
   if (!(scale > 0.0f)) {
-    for (int j = 0; j < n; ++j) code[j] = u8(is_signed ? -zero : 0);
+    EACH(j, n) code[j] = u8(is_signed ? -zero : 0);
     return;
   }
   // y is at most L and three roundings of it, so that no level is above L.
   const float factor = (1.0f / scale) * float(levels_of(bits, is_signed));  // as torch divides a number by a tensor
   if (uniform) {
-    for (int j = 0; j < n; ++j) {
+    EACH(j, n) {
       // With d = y − nearest, which is exact, y − ⌊y⌋ is d, or d + 1 where d < 0: then ⌊y⌋ is one below the nearest.
       const float y = x[j] * factor, shifted = y + SHIFTER, nearest = shifted - SHIFTER, d = y - nearest;
       const int below = d < 0.0f ? 1 : 0, up = uniform[j] < (d < 0.0f ? d + 1.0f : d) ? 1 : 0;
@@ -296,9 +315,9 @@ inline void encode(const float* __restrict x, int n, int bits, bool is_signed, f
       level[j] = larger(int32_t(bits_of(shifted) - bits_of(SHIFTER)) + move, least) - zero;
     }
   } else {
-    for (int j = 0; j < n; ++j) level[j] = larger(int32_t(bits_of(x[j] * factor + SHIFTER) - bits_of(SHIFTER)), least) - zero;
+    EACH(j, n) level[j] = larger(int32_t(bits_of(x[j] * factor + SHIFTER) - bits_of(SHIFTER)), least) - zero;
   }
-  for (int j = 0; j < n; ++j) code[j] = u8(level[j]);
+  EACH(j, n) code[j] = u8(level[j]);
 }
 
 // Working arrays of a block: in, m/√v and √v as they were decoded; out, as they are to be coded, the direction, and the noise for
@@ -309,12 +328,13 @@ struct Block {
 };
 
 template <bool NOISY>
-inline void step_block(Block& b, const f32* __restrict g, int from, int n, const Adam& a, const Stream& random) {
+INLINE void step_block(Block& b, const f32* __restrict g, int from, int n, const Adam& a, const Stream& random) {
   float *__restrict ratio = b.ratio + from, *__restrict root = b.root + from;
   float *__restrict direction = b.direction + from, *__restrict uniform = b.uniform + from;
   int32_t most_ratio = b.most_ratio, most_root = b.most_root;
-  for (int j = 0; j < n; ++j) {
-    const float m = lerp(ratio[j] * root[j], g[from + j], a.weight1);
+  const Lerp lerp(a.weight1);
+  EACH(j, n) {
+    const float m = lerp(ratio[j] * root[j], g[from + j]);
     const float s = __builtin_sqrtf(square_update(root[j] * root[j], g[from + j], a.beta2, a.weight2));
     const float quotient = m / s, q = s > 0.0f ? quotient : 0.0f;
     direction[j] = adam_direction(m, s, a);
@@ -328,62 +348,85 @@ inline void step_block(Block& b, const f32* __restrict g, int from, int n, const
   b.most_root = most_root;
 }
 
+// Working memory of `coded_adam`.
+struct Work {
+  Block block;
+  float* buffer;
+  int* levels;
+};
+
+// One block of n elements: `from` is its first column in the unit, `index` the number of its scales.
+INLINE void coded_block(const CodedAdamArgs& args, Work& work, int64_t element, const int n, const f32* scales, int64_t index,
+                        u8* __restrict ratio_code, u8* __restrict root_code) {
+  const int bits = args.coding.bits;
+  Block& b = work.block;
+  float *__restrict root = b.root, *buffer = work.buffer;
+  decode(ratio_code, n, bits, true, args.ratio_scale[index], b.ratio);
+  decode(root_code, n, bits, false, args.root_scale[index], root);
+  if (scales) {
+    EACH(j, n) root[j] *= scales[j];
+  }
+  const f32* g = load(args.grad, element, buffer, n);
+  b.most_ratio = b.most_root = 0;
+  const Stream random(args.noise, element, n);
+  if (!args.noise.on) {
+    step_block<false>(b, g, 0, n, args.adam, random);
+  } else if (random.left == n) {
+    step_block<true>(b, g, 0, n, args.adam, random);
+  } else {
+    step_block<true>(b, g, 0, random.left, args.adam, random);
+    step_block<true>(b, g, random.left, n - random.left, args.adam, Stream(args.noise, element + random.left, n));
+  }
+  if (scales) {
+    int32_t most_root = 0;
+    EACH(j, n) {
+      root[j] /= scales[j];
+      most_root = larger(most_root, magnitude(root[j]));
+    }
+    b.most_root = most_root;
+  }
+  const float ratio_scale = scale_of(b.most_ratio), root_scale = scale_of(b.most_root);
+  encode(b.ratio, n, bits, true, ratio_scale, nullptr, work.levels, ratio_code);
+  encode(root, n, bits, false, root_scale, args.noise.on ? b.uniform : nullptr, work.levels, root_code);
+  args.ratio_scale[index] = ratio_scale;
+  args.root_scale[index] = root_scale;
+  if (f32* out = args.out) {
+    out += element;
+    EACH(j, n) out[j] = b.direction[j];
+  } else {
+    write(args.weight, element, b.direction, n, args.write, element, buffer);
+  }
+}
+
 void coded_adam(const CodedAdamArgs& args, int64_t first, int64_t last, float* scratch) {
   const Coding& c = args.coding;
-  const Adam a = args.adam;
-  const int bits = c.bits;
   const int64_t most = padded(c);
-  Block b = {scratch, scratch + most, scratch + 2 * most, scratch + 3 * most, 0, 0};
-  float *__restrict root = b.root, *buffer = b.uniform + most;
-  int* levels = reinterpret_cast<int*>(buffer + most);
-  u8* ratio_levels = reinterpret_cast<u8*>(levels + most);
+  Work work = {{scratch, scratch + most, scratch + 2 * most, scratch + 3 * most, 0, 0},
+               scratch + 4 * most,
+               reinterpret_cast<int*>(scratch + 5 * most)};
+  u8* ratio_levels = reinterpret_cast<u8*>(work.levels + most);
   u8* root_levels = ratio_levels + most;
   for (int64_t index = first; index < last; ++index) {
     const Unit unit(c, index);
     const f32* scales = columns(c, unit);
     const int64_t at = code_at(c, unit);
     u8 *ratio_code = args.ratio + at, *root_code = args.root + at;
-    if (bits == 4) {
+    if (c.bits == 4) {
       unpack_nibbles(ratio_code, ratio_levels, unit.n);
       unpack_nibbles(root_code, root_levels, unit.n);
       ratio_code = ratio_levels;
       root_code = root_levels;
     }
     for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
-      const int n = smaller(c.block, unit.n - from), element = unit.element + from;
-      decode(ratio_code + from, n, bits, true, args.ratio_scale[block], b.ratio);
-      decode(root_code + from, n, bits, false, args.root_scale[block], root);
-      if (scales) {
-        for (int j = 0; j < n; ++j) root[j] *= scales[from + j];
-      }
-      const f32* g = load(args.grad, element, buffer, n);
-      b.most_ratio = b.most_root = 0;
-      for (int done = 0; done < n;) {
-        const Stream random(args.noise, element + done, n - done);
-        (args.noise.on ? step_block<true> : step_block<false>)(b, g, done, random.left, a, random);
-        done += random.left;
-      }
-      if (scales) {
-        int32_t most_root = 0;
-        for (int j = 0; j < n; ++j) {
-          root[j] /= scales[from + j];
-          most_root = larger(most_root, magnitude(root[j]));
-        }
-        b.most_root = most_root;
-      }
-      const float ratio_scale = scale_of(b.most_ratio), root_scale = scale_of(b.most_root);
-      encode(b.ratio, n, bits, true, ratio_scale, nullptr, levels, ratio_code + from);
-      encode(root, n, bits, false, root_scale, args.noise.on ? b.uniform : nullptr, levels, root_code + from);
-      args.ratio_scale[block] = ratio_scale;
-      args.root_scale[block] = root_scale;
-      if (f32* out = args.out) {
-        out += element;
-        for (int j = 0; j < n; ++j) out[j] = b.direction[j];
+      const int n = smaller(c.block, unit.n - from);
+      const f32* own = scales ? scales + from : nullptr;
+      if (n == USUAL) {
+        coded_block(args, work, unit.element + from, USUAL, own, block, ratio_code + from, root_code + from);
       } else {
-        write(args.weight, element, b.direction, n, args.write, element, buffer);
+        coded_block(args, work, unit.element + from, n, own, block, ratio_code + from, root_code + from);
       }
     }
-    if (bits == 4) {
+    if (c.bits == 4) {
       pack_nibbles(ratio_levels, args.ratio + at, unit.n);
       pack_nibbles(root_levels, args.root + at, unit.n);
     }
@@ -405,7 +448,7 @@ void quantize(const QuantizeArgs& args, int64_t first, int64_t last, float* scra
       const int n = smaller(c.block, unit.n - from);
       const f32* x = load(args.x, unit.row * args.x.stride + unit.col + from, buffer, n);
       int32_t greatest = 0;
-      for (int j = 0; j < n; ++j) {
+      EACH(j, n) {
         y[j] = scales ? x[j] / scales[from + j] : x[j];
         greatest = larger(greatest, magnitude(y[j]));
       }
@@ -435,7 +478,7 @@ void dequantize(const DequantizeArgs& args, int64_t first, int64_t last, float* 
       decode(codes + from, smaller(c.block, unit.n - from), c.bits, args.is_signed, args.scale[block], y + from);
     }
     if (scales) {
-      for (int j = 0; j < unit.n; ++j) y[j] *= scales[j];
+      EACH(j, unit.n) y[j] *= scales[j];
     }
     store(args.x, unit.row * args.x.stride + unit.col, y, unit.n, Noise{}, 0);
   }
@@ -457,7 +500,7 @@ void pack(const PackArgs& args, int64_t first, int64_t last, float* scratch) {
       const int n = smaller(c.block, unit.n - from);
       const f32* x = load(args.x, unit.row * args.x.stride + unit.col + from, scratch, n);
       int32_t least = INT32_MAX, greatest = INT32_MIN, most_magnitude = 0;
-      for (int j = 0; j < n; ++j) {
+      EACH(j, n) {
         const int32_t value = ordered(bits_of(x[j]));
         least = value < least ? value : least;
         greatest = value > greatest ? value : greatest;
@@ -471,11 +514,11 @@ void pack(const PackArgs& args, int64_t first, int64_t last, float* scratch) {
       args.scale[block] = finite ? step : __builtin_nanf("");
       args.zero[block] = finite ? low : __builtin_nanf("");
       if (finite && step > 0.0f) {
-        for (int j = 0; j < n; ++j) {
+        EACH(j, n) {
           to[from + j] = u8(between(0, int(((x[j] - low) / step + SHIFTER) - SHIFTER), top));
         }
       } else {
-        for (int j = 0; j < n; ++j) to[from + j] = 0;
+        EACH(j, n) to[from + j] = 0;
       }
     }
     if (c.bits == 4) pack_nibbles(levels, codes, unit.n);
@@ -497,7 +540,7 @@ void unpack(const UnpackArgs& args, int64_t first, int64_t last, float* scratch)
     for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
       const int n = smaller(c.block, unit.n - from);
       const float step = args.scale[block], zero = args.zero[block];
-      for (int j = 0; j < n; ++j) y[from + j] = float(codes[from + j]) * step + zero;
+      EACH(j, n) y[from + j] = float(codes[from + j]) * step + zero;
     }
     store(args.x, unit.row * args.x.stride + unit.col, y, unit.n, Noise{}, 0);
   }
@@ -516,27 +559,27 @@ void update(const UpdateArgs& args, int64_t first, int64_t last) {
     const f32* w = load(args.weight, at, w_buffer, n);
     if (args.product.data) {
       const f32* p = load(args.product, row * args.product.stride + col, p_buffer, n);
-      for (int j = 0; j < n; ++j) sum[j] = w[j] * keep + step * p[j];
+      EACH(j, n) sum[j] = w[j] * keep + step * p[j];
     } else {
-      for (int j = 0; j < n; ++j) sum[j] = w[j] * keep;
+      EACH(j, n) sum[j] = w[j] * keep;
     }
     if (args.grad.data) {
       const f32* e = load(args.grad, row * args.grad.stride + col, g_buffer, n);
       if (args.subtract.data) {
         const f32* s = load(args.subtract, row * args.subtract.stride + col, s_buffer, n);
-        for (int j = 0; j < n; ++j) g_buffer[j] = e[j] - s[j];
+        EACH(j, n) g_buffer[j] = e[j] - s[j];
         e = g_buffer;
       }
       if (args.sign) {
-        for (int j = 0; j < n; ++j) g_buffer[j] = sign_of(e[j]);
+        EACH(j, n) g_buffer[j] = sign_of(e[j]);
         e = g_buffer;
       }
       const f32* phi = args.phi + row * args.phi_row + col * args.phi_col;
       if (args.phi_col) {
-        for (int j = 0; j < n; ++j) sum[j] += step * e[j] * phi[j];
+        EACH(j, n) sum[j] += step * e[j] * phi[j];
       } else {
         const float scale = *phi;
-        for (int j = 0; j < n; ++j) sum[j] += step * e[j] * scale;
+        EACH(j, n) sum[j] += step * e[j] * scale;
       }
     }
     store(args.weight, at, sum, n, args.write.rounding, row * args.cols + col);
@@ -550,7 +593,7 @@ void store_rows(const StoreArgs& args, int64_t first, int64_t last) {
     const int64_t row = index / per_row, col = index % per_row * TILE;
     const int n = smaller(TILE, args.cols - col);
     const f32* from = load(args.value, row * args.value.stride + col, value, n);
-    for (int j = 0; j < n; ++j) value[j] = from[j];
+    EACH(j, n) value[j] = from[j];
     store(args.target, row * args.target.stride + col, value, n, args.rounding, row * args.cols + col);
   }
 }

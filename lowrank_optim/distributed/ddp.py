@@ -44,26 +44,27 @@ class LowRankHook:
         residual = optimizer._residual
         if residual.uses_gradient:
             raise ValueError(
-                f"residual={residual.name!r} ({type(optimizer).__name__}) needs the whole gradient in every step, of which only R would "
-                'be averaged: use GaLoreAdamW (or residual "none"; error_feedback=False for LDAdamW), or DistributedDataParallel '
-                "without this hook"
+                f"residual={residual.name!r} ({type(optimizer).__name__}) needs the whole gradient in every step, of which "
+                'only R would be averaged: use GaLoreAdamW (or residual "none"; error_feedback=False for LDAdamW), or '
+                "DistributedDataParallel without this hook"
             )
         self.__name__ = self.__qualname__ = type(self).__name__  # DistributedDataParallel looks at both
         self._optimizer = optimizer
-        self._group = process_group or distributed.group.WORLD
-        if self._group is None:
+        group = process_group or distributed.group.WORLD
+        if group is None:
             raise ValueError("LowRankHook needs a process group: call torch.distributed.init_process_group first")
+        self._group: distributed.ProcessGroup = group
         self._groups = {param: group for group in optimizer.param_groups for param in group["params"]}
         for param in self._groups:
             if hasattr(param, "device_mesh"):
                 raise ValueError(
-                    f"{optimizer._layouts[param].name} {tuple(param.shape)} is a DTensor; LowRankHook is for DistributedDataParallel, "
-                    "and fully_shard with proj_type='right' sends no gradients of matrices at all"
+                    f"{optimizer._layouts[param].name} {tuple(param.shape)} is a DTensor; LowRankHook is for "
+                    "DistributedDataParallel, and fully_shard with proj_type='right' sends no gradients of matrices at all"
                 )
         device = next(iter(self._groups)).device
         check_lines(describe(optimizer), [self._group], device)
 
-    def __call__(self, state: object, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    def __call__(self, state: object, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Average one bucket: its dense gradients as they are, those of matrices projected, in one message."""
         with torch.no_grad():
             buffer, world = bucket.buffer(), self._group.size()
@@ -75,7 +76,7 @@ class LowRankHook:
 
         @torch.no_grad()
         def receive(future: "torch.futures.Future[list[Tensor]]") -> Tensor:
-            (received,) = future.value()
+            received: Tensor = future.value()[0]
             for (param, grad), part, mean in zip(
                 pairs, sent, received.split([part.numel() for part in sent]), strict=True
             ):
@@ -83,7 +84,8 @@ class LowRankHook:
                     grad.copy_(mean.view(grad.shape))
                 else:
                     self._lift_(param, grad, mean.view(part.shape).to(part.dtype))
-            return buffer
+            whole: Tensor = buffer
+            return whole
 
         return work.get_future().then(receive)  # type: ignore[no-any-return]
 

@@ -126,7 +126,7 @@ def low_rank_shards(matrix: Spread, reduced_shape: tuple[int, ...], contracted: 
     cols = matrix.moved({**batch, ndim - 1: ndim - 2}, (*shape[:-2], shape[-1], 1))
     if not contracted:  # whole tensors: R is the gradient
         return MeshShards(matrix=matrix, rows=rows, cols=cols, reduced=matrix, lines=matrix)
-    free = {(-1,): rows, (-2,): cols}.get(contracted, matrix.only(-3))
+    free = rows if contracted == (-1,) else cols if contracted == (-2,) else matrix.only(-3)
     lines = free.moved({dim: dim for dim in range(ndim - 1)}, reduced_shape)
     partial = tuple(matrix.groups(*contracted))
     one_row = coded and reduced_shape[-1] == 1  # coded as one row, whose blocks would span processes

@@ -9,8 +9,9 @@ The step works on local parts. `HERE` is the parameter that lies on one process;
                        of N before it is lifted (`lift`)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,14 +21,17 @@ from lowrank_optim.distributed.spread import WHOLE, MeshSpread, Spread
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Their names from torch 2.13 on, and before.
-_reduce_scatter, _all_gather = (
-    getattr(torch.distributed, new, None) or getattr(torch.distributed, old, None)
-    for new, old in (
-        ("reduce_scatter_single", "reduce_scatter_tensor"),
-        ("all_gather_single", "all_gather_into_tensor"),
-    )
-)
+
+def _collective(*names: str) -> Callable[..., Any]:
+    """A function of torch.distributed by its first name that there is: torch 2.13 renames some."""
+    for name in names:
+        if hasattr(torch.distributed, name):
+            return getattr(torch.distributed, name)  # type: ignore[no-any-return]
+    return lambda *_, **__: None  # torch without process groups, where nothing is sharded
+
+
+_reduce_scatter = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+_all_gather = _collective("all_gather_single", "all_gather_into_tensor")
 
 
 @dataclass(frozen=True)

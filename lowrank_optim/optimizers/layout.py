@@ -187,8 +187,9 @@ def unknown_parameter(param: Tensor) -> NoReturn:
     """Raise RuntimeError for a parameter that has no layout."""
     raise RuntimeError(
         f"a parameter {tuple(param.shape)} {param.dtype} in the param groups was put there after the optimizer was built, not by "
-        "add_param_group. DeepSpeed ZeRO (stages 1 and 2) does so with flat parts of parameters, of which no matrix is left to project: "
-        "use torch.distributed.fsdp.fully_shard (FSDP2), DistributedDataParallel, or DeepSpeed with zero_optimization stage 0"
+        "add_param_group. DeepSpeed ZeRO (stages 1 and 2) does so with flat parts of parameters, of which no matrix is left "
+        "to project: use torch.distributed.fsdp.fully_shard (FSDP2), DistributedDataParallel, or DeepSpeed with "
+        "zero_optimization stage 0"
     )
 
 

@@ -124,7 +124,8 @@ class LISAAdamW(LayerSwitching):
 
 
 def _norm(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight, dtype=kernels.compute_dtype(weight.dtype)).double()
+    norm: Tensor = torch.linalg.vector_norm(weight, dtype=kernels.compute_dtype(weight.dtype))
+    return norm.double()
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def sharded_norms(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, 
             if layout.shards.matrix.splits():
                 key = (param.device, *layout.shards.matrix.groups())
                 found.setdefault(key, {})[param] = kernels.norm(local_grad(param)).double()
-    norms = {}
+    norms: dict[Tensor, Tensor] = {}
     for parts in found.values():
         spread = layouts[next(iter(parts))].shards.matrix
         norms |= dict(zip(parts, spread.sum(torch.stack(list(parts.values()))).unbind(), strict=True))

@@ -16,7 +16,6 @@ from lowrank_optim import kernels
 from lowrank_optim.distributed import HERE, Shards, Spread
 from lowrank_optim.projectors.base import GradientTerm, Write, row_squares
 
-
 LIFT = Write(alpha=-1.0, keep=1.0)
 """W ← W + lift(core)."""
 

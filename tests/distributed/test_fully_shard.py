@@ -63,7 +63,7 @@ def place(model: nn.Module, layout: str) -> nn.Module:
     if layout == "fsdp":
         return shard(model)
     if layout == "hsdp":
-        return shard(model, init_device_mesh("cpu", (2, world // 2)))
+        return shard(model, init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
     if layout in ("tp rows", "tp columns"):
         mesh, dim = init_device_mesh("cpu", (world,)), 0 if layout == "tp rows" else 1
         return split(model, mesh, dim)

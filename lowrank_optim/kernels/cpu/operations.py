@@ -56,12 +56,13 @@ class Operations:
     def _call(self, name: str, *args: float | int | None) -> None:
         self.library.call(name, *args, torch.get_num_threads())
 
-    def gaussian_(self, out: Tensor, key: Tensor) -> None | Declined:
+    def gaussian_(self, out: Tensor, key: Tensor) -> Declined | None:
         if out.dtype != F32:
             return NotImplemented
         (word,) = key.tolist()
         self._call("gaussian", out.numel(), out.data_ptr(), word % (1 << 64))
-        return _changed(out)
+        _changed(out)
+        return None
 
     # -------------------------------------------------------------------------------------------------- moments and directions
 
