@@ -68,8 +68,8 @@ def plan(
     Raises:
         PlanError (a ValueError): an unknown model or optimizer, a config that lacks fields, a forward pass that needs real data.
 
-    Not counted: memory inside of library kernels (beyond cuBLAS's workspace), NCCL buffers, the data loader, other processes, building
-    the model (quantise weights before they are on the device), and the few d×r matrices more that a refresh takes where a
+    Not counted: memory inside of library kernels (beyond cuBLAS's workspace), NCCL buffers, the data loader, other processes,
+    building the model (quantise weights before they are on the device), and the few d×r matrices more that a refresh takes where a
     gradient has fewer directions than the rank, so that Cholesky-QR fails.
 
     Example:

@@ -16,7 +16,8 @@ from lowrank_optim.planner.planning import make_setting
 from lowrank_optim.planner.simulate import FIRST, ORDINARY, simulate
 
 SLACK = 0.06
-"""Share of the peak taken for unused parts of the allocator's segments, where they are not simulated: 2 to 6 % in full simulations."""
+"""Share of the peak that is added for unused parts of the allocator's segments where those are not simulated: 2 to 6 % in
+full simulations."""
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,11 @@ class CodedMoments(Mapping[str, Tensor]):
     ) -> None:
         """`kernels.adam_dense_` on the codes; `weight` and `grad` are contiguous."""
         shape = row_shape(self.shape)
-        rows = [tensor if tuple(tensor.shape) == shape else tensor.view(shape) for tensor in (weight, grad)]
-        coded.coded_adam_dense_(*rows, codes, self.bits, key=self.key, turn=turn, start=self.start, **write, **adam)
+        if tuple(weight.shape) != shape:  # a view of a quantised weight would be a copy
+            weight, grad = weight.view(shape), grad.view(shape)
+        coded.coded_adam_dense_(
+            weight, grad, codes, self.bits, key=self.key, turn=turn, start=self.start, **write, **adam
+        )
 
 
 def encode_(

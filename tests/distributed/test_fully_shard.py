@@ -52,9 +52,16 @@ def compare(cases, layout="fsdp") -> None:
         reference, optimizer = build(alone, name, **options), build(spread, name, **options)
         train(alone, reference, range(STEPS))
         train(spread, optimizer, range(STEPS))
-        gap = distance(weights(spread), weights(alone))
-        if not gap < 1e-6:
-            found[name, str(options)] = gap
+        got, expected = weights(spread), weights(alone)
+        far = [n for n in expected if not distance({n: got[n]}, {n: expected[n]}) < 1e-6]
+        if far:  # unless float32 is no nearer to the truth (Fira divides by the norm of a row of R, which can be tiny)
+            exact = Model(shapes, torch.float64)
+            train(exact, build(exact, name, **options), range(STEPS))
+            truth = weights(exact)
+            for n in far:
+                gap = distance({n: got[n]}, {n: expected[n]})
+                if not gap < 2.0 * distance({n: expected[n]}, {n: truth[n]}) < 2e-5:
+                    found[name, str(options), n] = gap
     assert not found, found
 
 
@@ -160,12 +167,16 @@ def compare_codes() -> None:
             expected, got = states(pair[0], alone), states(pair[1], spread)
             for name, state in expected.items():
                 for key, tensor in state.items():
-                    assert torch.equal(got[name][key], tensor), (bits, options, name, key)
+                    assert got[name][key].dtype == tensor.dtype
+                    if tensor.is_floating_point():  # column scales are sums, which round in another order
+                        torch.testing.assert_close(got[name][key], tensor, rtol=1e-5, atol=1e-6)
+                    else:
+                        assert torch.equal(got[name][key], tensor), (bits, options, name, key)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_codes_and_their_noise_are_those_of_one_process(world):
-    """Of coordinates, whose R needs no product: every bit of the state is the same."""
+    """Of coordinates, whose R needs no product, which would be rounded in another order: every code is the same."""
     spawn(world, compare_codes)
 
 
