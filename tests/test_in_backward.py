@@ -420,9 +420,10 @@ def test_several_processes_without_dtensors_are_refused(monkeypatch):
 @pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened"])
 def test_parameters_of_fsdp1_are_refused(mark):
     model = build_net()
+    optimizer = build("galore", model)  # which refuses them, too
     setattr(model.head.weight, mark, True)
     with pytest.raises(TypeError, match=r"head.weight belongs to FullyShardedDataParallel \(FSDP1\).*fully_shard"):
-        lo.update_in_backward(build("galore", model))
+        lo.update_in_backward(optimizer)
 
 
 def test_ddp_is_refused_before_and_noticed_after(tmp_path):
