@@ -21,9 +21,8 @@ from lowrank_optim.quantization import state as coded
 
 BEFORE, AFTER = 7, 6
 CASES = [
-    ("galore", {"proj_type": "right"}),
-    ("galore", {"proj_type": "left"}),
-    ("galore_8bit", {"proj_type": "left"}),
+    ("galore", {}),
+    ("galore_8bit", {}),
     ("galore", {"state_bits": 4, "proj_type": "right"}),
     ("qgalore", {}),
     ("fira", {}),
@@ -99,7 +98,7 @@ def load(folder, flatten) -> None:
         assert gap < (1e-4 if optimizer.param_groups[0]["state_bits"] < 16 else 2e-6), (name, options, gap)
 
 
-@pytest.mark.parametrize(("saved", "loaded", "flatten"), [(2, 1, False), (2, 4, True), (4, 3, False), (2, 2, True)])
+@pytest.mark.parametrize(("saved", "loaded", "flatten"), [(2, 1, False), (2, 4, True), (4, 3, False)])
 def test_a_checkpoint_resumes_on_another_number_of_processes(saved, loaded, flatten, tmp_path):
     spawn(saved, save, str(tmp_path), flatten)
     spawn(loaded, load, str(tmp_path), flatten)
