@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -67,13 +66,20 @@ class Adam(Rule):
         codes = state.codes() if isinstance(state, CodedMoments) else None
         plain = codes is None and not isinstance(state, CodedMoments)
         moments = [state["exp_avg"], state["exp_avg_sq"]] if plain else []
-        if not all(tensor.is_contiguous() for tensor in (weight, grad, *moments)):
+        if (codes is None and not plain) or not all(moment.is_contiguous() for moment in moments):
             return None
-        if codes is not None and isinstance(state, CodedMoments):
-            coded = partial(state.adam_dense_, weight, grad, codes, int(context.age))
-            return FusedDense(lr, lr, lambda **write: coded(write, **numbers))
-        run = partial(kernels.adam_dense_, start=context.shards.matrix.start)
-        return FusedDense(lr, lr, partial(run, weight, grad, *moments, **numbers)) if plain else None
+        # Other memory orders (channels last) go through a copy, so that they give the same bits.
+        target, part = weight.contiguous(), grad.contiguous()
+
+        def run(**write: Any) -> None:
+            if codes is not None and isinstance(state, CodedMoments):
+                state.adam_dense_(target, part, codes, int(context.age), write, **numbers)
+            else:
+                kernels.adam_dense_(target, part, *moments, start=context.shards.matrix.start, **write, **numbers)
+            if target is not weight:
+                weight.copy_(target)
+
+        return FusedDense(lr, lr, run)
 
     def _numbers(self, options: Mapping[str, Any], context: Context) -> tuple[kernels.AdamNumbers, float]:
         """β₁, β₂, ε and t of the operations, and the factor of N that is the bias correction."""
