@@ -166,9 +166,9 @@ def test_the_step_uses_the_decoded_basis_and_nothing_else(shape: tuple[int, int]
     assert np.linalg.norm(ours.numpy() - weight) < 1e-10 * change
 
 
-def sensing_error(build: Any, steps: int = 300) -> float:
+def sensing_error(build: Any, steps: int = 300, seed: int = 0) -> float:
     """‖X − X*‖/‖X*‖ after training X on Gaussian measurements of a matrix of rank 3."""
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(seed)
     shape = (24, 16)
     target = torch.randn(24, 3, generator=rng) @ torch.randn(3, 16, generator=rng)
     operator = torch.randn(2 * target.numel(), target.numel(), generator=rng) / (2 * target.numel()) ** 0.5
@@ -183,6 +183,8 @@ def sensing_error(build: Any, steps: int = 300) -> float:
 
 @pytest.mark.parametrize("kind", [lo.GaLoreAdamW, lo.FiraAdamW, lo.FrugalAdamW, lo.LDAdamW])
 def test_training_converges_as_well_whatever_the_bits_of_the_basis(kind: type[lo.LowRankOptimizer]) -> None:
+    # FRUGAL's signs make chaos of a last bit: one run tells nothing (the ratio of two has a spread of a factor of 2), the mean does.
+    seeds = range(40) if kind is lo.FrugalAdamW else range(1)
     errors = {}
     for bits in (32, 16, 8, 4):
         options: dict[str, Any] = {"rank": 5, "lr": 0.1, "weight_decay": 0.0, "basis_bits": bits, "scale": 1.0}
@@ -190,7 +192,8 @@ def test_training_converges_as_well_whatever_the_bits_of_the_basis(kind: type[lo
             options |= {"projector": "randomized_svd", "residual_lr_scale": 0.2}
         if kind is not lo.LDAdamW:
             options["update_proj_gap"] = 10
-        errors[bits] = sensing_error(lambda param, options=options: kind([param], **options), steps=200)
+        runs = [sensing_error(lambda p, options=options: kind([p], **options), 200, seed) for seed in seeds]
+        errors[bits] = sum(runs) / len(runs)
     assert errors[32] < 0.4
     assert max(errors.values()) < 1.2 * errors[32]
 
