@@ -10,6 +10,7 @@ from lowrank_optim.kernels.api import (
     adam_direct_,
     apply_,
     apply_dense_,
+    key_of,
     lion_direct_,
     numbers,
     project,
@@ -17,7 +18,6 @@ from lowrank_optim.kernels.api import (
     rmsprop_direct_,
     sgd_direct_,
     store_,
-    unsigned_key,
     words,
 )
 from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition
@@ -45,6 +45,7 @@ __all__ = [
     "compute_dtype",
     "decay_",
     "definition",
+    "key_of",
     "lion_direct_",
     "masked_scalar",
     "norm",
@@ -57,6 +58,5 @@ __all__ = [
     "sgd_direct_",
     "stochastic_round",
     "store_",
-    "unsigned_key",
     "words",
 ]

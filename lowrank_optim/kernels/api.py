@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import reference
-from lowrank_optim.kernels.counter_rng import fill_gaussian_
+from lowrank_optim.kernels.counter_rng import fill_gaussian_, signed_key, unsigned_key
 from lowrank_optim.kernels.dispatch import definition
 from lowrank_optim.kernels.reference import ResidualTerm
 
 _ops = torch.ops.lowrank_optim
-_SIGN_BIT = 1 << 63
 
 
 class AdamNumbers(TypedDict):
@@ -35,15 +34,15 @@ def words(key: int | None, *more: int) -> Tensor | None:
     """The `noise` or `rounding` of an operation; the key's 64 bits as a signed integer. None without a key."""
     if key is None:
         return None
-    return torch.tensor(((key ^ _SIGN_BIT) - _SIGN_BIT, *more), dtype=torch.int64)
+    return torch.tensor((signed_key(key), *more), dtype=torch.int64)
 
 
-def unsigned_key(words: Tensor | None) -> tuple[int | None, list[int]]:
+def key_of(words: Tensor | None) -> tuple[int | None, list[int]]:
     """The inverse of `words`."""
     if words is None:
         return None, [0, 0]
     key, *more = words.tolist()
-    return key % (1 << 64), more
+    return unsigned_key(key), more
 
 
 def project(grad: Tensor, basis: Tensor, side: str) -> Tensor:
@@ -199,7 +198,7 @@ def _adam_dense_(
     rounding: Tensor | None,
 ) -> None:
     *adam, alpha, keep = scalars.tolist()
-    key, (start, *_) = unsigned_key(rounding)
+    key, (start, *_) = key_of(rounding)
     flat = [tensor.view(-1) for tensor in (weight, grad, exp_avg, exp_avg_sq)]
     for chunk in reference.row_chunks(weight.numel(), 1):
         w, g, m, v = (tensor[chunk] for tensor in flat)
@@ -242,7 +241,7 @@ def _apply_(
     sign: bool,
 ) -> None:
     alpha, factor = scalars.tolist()
-    key, (start, *_) = unsigned_key(rounding)
+    key, (start, *_) = key_of(rounding)
     residual = None
     if grad is not None and phi is not None:
         residual = ResidualTerm(grad, phi, ok, sign, subtract_left, subtract_right)
@@ -269,17 +268,17 @@ def _apply_dense_(
     rounding: Tensor | None,
 ) -> None:
     alpha, number = scalars.tolist()
-    key, (start, *_) = unsigned_key(rounding)
+    key, (start, *_) = key_of(rounding)
     factor = number if keep is None else keep
     reference.apply_dense_(weight, direction, alpha=alpha, keep=factor, ok=ok, rounding_key=key, start=start)
 
 
 @definition("stochastic_round_")
 def _stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) -> None:
-    key, (start, *_) = unsigned_key(rounding)
+    key, (start, *_) = key_of(rounding)
     reference.store_(target, value, key, start)
 
 
 @definition("gaussian_")
 def _gaussian_(out: Tensor, key: Tensor) -> None:
-    fill_gaussian_(out, key.tolist()[0] % (1 << 64))
+    fill_gaussian_(out, unsigned_key(*key.tolist()))

@@ -15,6 +15,9 @@ from torch import Tensor
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
+GOLDEN = 0x9E3779B9
+"""The golden ratio's fraction in units of 2⁻³²: how far the noise of an element moves from one turn to the next."""
+
 # Separate streams for separate purposes, so that no two draws of one step are ever correlated.
 PURPOSE_BASIS = 1
 PURPOSE_ROUNDING = 2
@@ -41,6 +44,21 @@ def derive_key(key: int, word: int) -> int:
     key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK64
     return key ^ (key >> 31)
+
+
+def signed_key(key: int) -> int:
+    """The 64 bits of a key as the int64 that a tensor holds; `unsigned_key` is the inverse."""
+    return (key ^ 1 << 63) - (1 << 63)
+
+
+def unsigned_key(word: int) -> int:
+    """A key from the int64 that a tensor holds."""
+    return word & _MASK64
+
+
+def turn_offset(turn: int) -> int:
+    """What is added to the random bits of every element in turn number `turn`, modulo 2³²."""
+    return turn * GOLDEN & _MASK32
 
 
 def _mix32_(x: Tensor) -> Tensor:
@@ -81,7 +99,7 @@ def gaussian(key: int, shape: tuple[int, ...], device: torch.device, dtype: torc
     float32 (but for about one element in 10**8).
     """
     out = torch.empty(shape, dtype=dtype, device=device)
-    torch.ops.lowrank_optim.gaussian_(out, torch.tensor([(key ^ 1 << 63) - (1 << 63)], dtype=torch.int64))
+    torch.ops.lowrank_optim.gaussian_(out, torch.tensor([signed_key(key)], dtype=torch.int64))
     return out
 
 

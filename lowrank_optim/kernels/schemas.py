@@ -10,7 +10,8 @@ a compiled graph never specialises on them:
     noise      int64 [key, turn, start] or None: rounding of codes, see `quantization.rows`; None rounds to nearest
     rounding   int64 [key, start] or None: stochastic rounding of bfloat16 weights, see `reference.stochastic_round`
     keep       0-d tensor on the device or None: the factor of the weights, in place of the number of that name
-    ok         0-d bool on the device or None: where false, the operation changes nothing (and a direction is 0)
+    ok         0-d bool on the device or None: where false, moments and weights stay and a direction is 0 (what `apply_` and
+               `apply_dense_` are given must then be 0, as the operations before them return it)
 
 Matrices are (…, rows, cols); `right` says which side of the gradient the basis multiplies.
 """
@@ -138,7 +139,8 @@ def coded_shapes(shape: tuple[int, ...], bits: int, block: int) -> tuple[tuple[i
     return (*rows, cols if bits == 8 else (cols + 1) // 2), (*rows, -(-cols // block))
 
 
-def _check_coding(op: str, bits: int, block: int, name: str = "block") -> None:
+def check_coding(bits: int, block: int, name: str = "block") -> None:
+    """Raise ValueError for bits and sizes of blocks (or groups) that no code has."""
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits!r}; valid values are 8 and 4")
     if block < 1:
@@ -354,7 +356,7 @@ def _check_coded(
     block: int,
 ) -> None:
     ratio, ratio_scale, root, root_scale = codes
-    _check_coding(op, bits, block)
+    check_coding(bits, block)
     if grad.dim() == 0:
         _refuse(op, f"grad is {_said(grad)}; needed: at least one dimension")
     shape = tuple(grad.shape)
@@ -435,7 +437,7 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of a (…, cols) matrix by blocks of a row."""
     op = "quantize_rows"
-    _check_coding(op, bits, block)
+    check_coding(bits, block)
     if x.dim() == 0:
         raise ValueError("a 0-d tensor has no rows; keep it in float32")
     _floating(op, x=x)
@@ -462,7 +464,7 @@ def dequantize_rows(
 ) -> Tensor:
     """The (…, cols) matrix that codes and scales stand for."""
     op = "dequantize_rows"
-    _check_coding(op, bits, block)
+    check_coding(bits, block)
     shape = (*codes.shape[:-1], cols)
     _check_codes(op, "dequantize_rows", codes, scale, shape, (bits, signed, block))
     _check_col_scale(op, col_scale, shape)
@@ -472,7 +474,7 @@ def dequantize_rows(
 @operation("pack_basis(Tensor basis, int bits, int group) -> (Tensor, Tensor, Tensor)")
 def pack_basis(basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and zero points of a basis."""
-    _check_coding("pack_basis", bits, group, "group")
+    check_coding(bits, group, "group")
     if basis.dim() < 2:
         raise ValueError(f"a basis is a (…, d, r) matrix; got shape {tuple(basis.shape)}")
     _floating("pack_basis", basis=basis)
@@ -491,7 +493,7 @@ def unpack_basis(
     codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, cols: int, dtype: torch.dtype
 ) -> Tensor:
     """The basis (…, d, r) that `pack_basis` stored."""
-    _check_coding("unpack_basis", bits, group, "group")
+    check_coding(bits, group, "group")
     expected = coded_shapes((*codes.shape[:-1], cols), bits, group)
     if (tuple(codes.shape), tuple(scale.shape)) != expected or zero.shape != scale.shape or codes.dtype != torch.uint8:
         raise ValueError(

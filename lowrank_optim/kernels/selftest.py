@@ -115,7 +115,7 @@ def spoiled(tensor: Tensor, fill: str) -> Tensor:
     elif fill == "tiny":
         flat.mul_(1e-35)
     elif fill == "huge":
-        flat.mul_(torch.finfo(tensor.dtype).max / max(flat.abs().max().item() if flat.numel() else 1.0, 1e-30))
+        flat.mul_(torch.finfo(tensor.dtype).max / max(float(flat.abs().max()) if flat.numel() else 1.0, 1e-30))
     elif fill == "ties":  # between two levels
         flat.copy_((flat * 4).round() / 2)
     elif fill == "halfway" and tensor.dtype == F32:  # between two numbers of bfloat16 and of float16, in turn
@@ -373,7 +373,7 @@ def _word(value: Any) -> str:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, Tensor):
-        return f"tensor({value.item():g},{_word(value.dtype)})"
+        return f"tensor({float(value):g},{_word(value.dtype)})"
     return "x".join(map(str, value)) or "()" if isinstance(value, tuple) else str(value)
 
 

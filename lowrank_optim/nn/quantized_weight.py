@@ -153,7 +153,7 @@ def _by_rows(func: Any, weight: QuantizedWeight, *args: Any) -> None:
     """
     schema = func._schema.arguments[1:]
     rounding = next(value for value, argument in zip(args, schema, strict=True) if argument.name == "rounding")
-    key, (start, *_) = kernels.unsigned_key(rounding)
+    key, (start, *_) = kernels.key_of(rounding)
     rows, cols = weight.shape
     for chunk in kernels.row_chunks(rows, cols):
         first = chunk.start * cols

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.kernels.schemas import check_coding, coded_shapes
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
 
 GROUP = 256
@@ -115,14 +116,10 @@ def packed_basis_shapes(
     shape: tuple[int, ...], bits: int = 4, group: int = GROUP
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the codes and of the scales (and zero points) of a (…, d, r) basis."""
-    if bits not in (8, 4):
-        raise ValueError(f"bits is {bits!r}; valid values are 8 and 4")
-    if group < 1:
-        raise ValueError(f"group is {group!r}; it must be at least 1")
+    check_coding(bits, group, "group")
     if len(shape) < 2:
         raise ValueError(f"a basis is a (…, d, r) matrix; got shape {shape}")
-    *rows, cols = shape
-    return (*rows, cols if bits == 8 else (cols + 1) // 2), (*rows, -(-cols // group))
+    return coded_shapes(shape, bits, group)
 
 
 def packed_basis_bytes(shape: tuple[int, ...], bits: int = 4, group: int = GROUP) -> int:

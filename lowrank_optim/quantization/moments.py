@@ -180,7 +180,7 @@ def _coded_adam_direct_(
 ) -> Tensor:
     codes = MomentCodes(ratio, ratio_scale, root, root_scale)
     beta1, beta2, eps, step = scalars.tolist()
-    key, (turn, start) = kernels.unsigned_key(noise)
+    key, (turn, start) = kernels.key_of(noise)
     exp_avg, exp_avg_sq = decode_moments(codes, bits, cols=grad.shape[-1], block=block, col_scale=col_scale)
     g = grad.to(torch.float32) if ok is None else torch.where(ok, grad.to(torch.float32), 0.0)
     direction = kernels.adam_direct_(g, exp_avg, exp_avg_sq, beta1=beta1, beta2=beta2, eps=eps, step=step, ok=ok)
@@ -208,8 +208,8 @@ def _coded_adam_dense_(
     if weight.numel() == 0:
         return
     *adam, alpha, keep = scalars.tolist()
-    key, (turn, start) = kernels.unsigned_key(noise)
-    rounding_key, (first, *_) = kernels.unsigned_key(rounding)
+    key, (turn, start) = kernels.key_of(noise)
+    rounding_key, (first, *_) = kernels.key_of(rounding)
     cols = weight.shape[-1]
     flat = [tensor.view(-1, tensor.shape[-1]) for tensor in (weight, grad, ratio, ratio_scale, root, root_scale)]
     for chunk in kernels.row_chunks(weight.numel() // max(cols, 1), cols):

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.kernels import row_chunks
-from lowrank_optim.kernels.counter_rng import random_bits
+from lowrank_optim.kernels.counter_rng import random_bits, turn_offset
+from lowrank_optim.kernels.schemas import check_coding, coded_shapes
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
 
 BLOCK = 256
@@ -31,9 +32,6 @@ BLOCK = 256
 
 MIN_SCALE = 2.0**-100
 """Blocks of smaller magnitude are stored as zeros, so that no division overflows and denormal numbers play no part."""
-
-GOLDEN = 0x9E3779B9
-"""The golden ratio's fraction in units of 2⁻³²: how far the noise of an element moves from one turn to the next."""
 
 _MASK32 = 0xFFFFFFFF
 _LEVELS = {(8, True): 127, (4, True): 7, (8, False): 256, (4, False): 16}
@@ -88,7 +86,7 @@ def quantize_rows(
 def _quantize_rows(
     x: Tensor, col_scale: Tensor | None, noise: Tensor | None, bits: int, signed: bool, block: int
 ) -> tuple[Tensor, Tensor]:
-    key, (turn, start) = kernels.unsigned_key(noise)
+    key, (turn, start) = kernels.key_of(noise)
     codes, scale = zero_rows(tuple(x.shape), bits, signed, block=block, device=x.device)
     cols = x.shape[-1]
     if x.numel() == 0:
@@ -179,11 +177,10 @@ def quantized_shapes(
     shape: tuple[int, ...], bits: int = 8, block: int = BLOCK
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of codes and scales of a (…, cols) matrix."""
-    _check(bits, block)
+    check_coding(bits, block)
     if not shape:
         raise ValueError("a 0-d tensor has no rows; keep it in float32")
-    *rows, cols = shape
-    return (*rows, cols if bits == 8 else (cols + 1) // 2), (*rows, -(-cols // block))
+    return coded_shapes(shape, bits, block)
 
 
 def quantized_bytes(shape: tuple[int, ...], bits: int = 8, block: int = BLOCK) -> int:
@@ -195,13 +192,6 @@ def quantized_bytes(shape: tuple[int, ...], bits: int = 8, block: int = BLOCK) -
     """
     codes, scale = quantized_shapes(shape, bits, block)
     return math.prod(codes) + 4 * math.prod(scale)
-
-
-def _check(bits: int, block: int) -> None:
-    if bits not in (8, 4):
-        raise ValueError(f"bits is {bits!r}; valid values are 8 and 4")
-    if block < 1:
-        raise ValueError(f"block is {block!r}; it must be at least 1")
 
 
 def _code_dtype(bits: int, signed: bool) -> torch.dtype:
@@ -241,7 +231,7 @@ def _round_stochastically(y: Tensor, key: int, turn: int, start: int) -> Tensor:
     """⌊y⌋ or ⌊y⌋ + 1, the latter with probability y − ⌊y⌋ (in multiples of 2⁻²⁴)."""
     nearest, lower = y.round(), y.floor()
     positions = torch.arange(start, start + y.numel(), device=y.device).view(y.shape)
-    bits = (random_bits(key, positions) + (turn * GOLDEN & _MASK32)).bitwise_and_(_MASK32)
+    bits = (random_bits(key, positions) + turn_offset(turn)).bitwise_and_(_MASK32)
     noise = (bits >> 8).to(torch.float32).mul_(2.0**-24)
     rounded = lower + (noise < y - lower)
     # A decoded level comes back as y within four roundings of it, 2⁻²² y, and has to stay what it was.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from distributed_harness import METHODS, Model, distance, groups, shard, spawn, train, weights
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -316,3 +317,28 @@ def test_flat_partitions_that_deepspeed_puts_into_the_groups_are_refused():
     optimizer.param_groups[0]["params"] = [flat]
     with pytest.raises(RuntimeError, match=r"DeepSpeed ZeRO \(stages 1 and 2\)"):
         optimizer.step()
+
+
+def _eight_bit_weights() -> None:
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)  # DistributedDataParallel gives all processes the weights of the first
+    model = nn.Sequential(nn.Linear(96, 300), nn.GELU(), nn.Linear(300, 64))
+    lo.nn.quantize_weights_(model, include=["0", "2"])
+    before = model[0].weight.codes.clone()
+    wrapped = DistributedDataParallel(model)
+    optimizer = lo.QGaLoreAdamW8bit(lo.param_groups(model, rank=8, include=["0", "2"]), lr=1e-3)
+    for step in range(5):
+        data = torch.randn(8, 96, generator=torch.Generator().manual_seed(10 * rank + step))
+        wrapped(data).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for weight in (model[0].weight, model[2].weight):
+        for part in (weight.codes.int(), weight.scale):
+            parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(parts, part)
+            assert torch.equal(parts[0], parts[-1])
+    assert not torch.equal(model[0].weight.codes, before)
+
+
+def test_weights_of_8_bits_stay_equal_under_ddp() -> None:
+    spawn(2, _eight_bit_weights)

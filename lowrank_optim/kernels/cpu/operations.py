@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.cpu.library import Library
 from lowrank_optim.kernels.reference import row_chunks
 
@@ -18,7 +19,6 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers of the storage types in csrc/cpu/ops.h."""
 
 LION, SGD, NESTEROV, RMSPROP = range(4)
-GOLDEN, MASK32 = 0x9E3779B9, 0xFFFFFFFF
 NO_WORDS = (0, 0, 0)
 
 Declined = Any  # NotImplemented
@@ -60,7 +60,7 @@ class Operations:
         if out.dtype != F32:
             return NotImplemented
         (word,) = key.tolist()
-        self._call("gaussian", out.numel(), out.data_ptr(), word % (1 << 64))
+        self._call("gaussian", out.numel(), out.data_ptr(), unsigned_key(word))
         _changed(out)
         return None
 
@@ -117,7 +117,7 @@ class Operations:
     def sgd_direct_(
         self, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None, nesterov: bool
     ) -> Tensor | Declined:
-        return self._rule(NESTEROV if nesterov else SGD, grad, exp_avg, ok, scalars.item())
+        return self._rule(NESTEROV if nesterov else SGD, grad, exp_avg, ok, *scalars.tolist())
 
     def rmsprop_direct_(
         self, grad: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
@@ -463,7 +463,7 @@ def _noise(noise: Tensor | None) -> tuple[int, int, int, int]:
     if noise is None:
         return 0, 0, 0, 0
     key, turn, start = noise.tolist()
-    return 1, key, start, turn * GOLDEN & MASK32
+    return 1, key, start, turn_offset(turn)
 
 
 def _coding(shape: torch.Size, block: int, bits: int) -> tuple[int, int, int, int]:

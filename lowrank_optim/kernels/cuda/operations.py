@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.bytes import KernelCodes, starts_with_bytes
+from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.cuda.library import (
     Adam,
     AdamElement,
@@ -32,7 +33,6 @@ from lowrank_optim.kernels.schemas import coded_shapes
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers of the storage types in csrc/cuda/arithmetic.h."""
 
-GOLDEN = 0x9E3779B9
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]
 """ratio, ratio_scale, root, root_scale"""
 
@@ -67,8 +67,8 @@ def _noise(words: Tensor | None, to_bfloat16: bool = True) -> Noise:
     if words is None or not to_bfloat16:
         return Noise()
     key, *turn, start = words.tolist()
-    shift = turn[0] * GOLDEN & 0xFFFFFFFF if turn else 0
-    return Noise(1, shift, key % (1 << 64), start)
+    shift = turn_offset(*turn) if turn else 0
+    return Noise(1, shift, unsigned_key(key), start)
 
 
 def _adam(beta1: float, beta2: float, eps: float, step: float) -> Adam:

@@ -254,7 +254,8 @@ def lion_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | No
 
 
 def sgd_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None, nesterov: bool) -> Any:
-    return _one_moment("nesterov" if nesterov else "sgd", grad, exp_avg, scalars.item(), 0.0, ok)
+    (momentum,) = scalars.tolist()
+    return _one_moment("nesterov" if nesterov else "sgd", grad, exp_avg, momentum, 0.0, ok)
 
 
 def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> Any:
