@@ -108,6 +108,11 @@ def _process(rank: int, world: int, store: str, errors: str, function: Callable[
 
         Path(errors, str(rank)).write_text(traceback.format_exc())
         os._exit(1)
+    # Leave without tearing the interpreter down: a thread of torch's asynchronous save that is still winding up inside
+    # C++ is killed there by Python's finalisation, and takes the process with it ("terminate called without…").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def spawn(world: int, function: Callable[..., None], *arguments: Any) -> None:
