@@ -22,12 +22,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "GaLore, float32 state": {"optimizer": ("galore", {"rank": 1024})},
     "GaLore, bfloat16 state": {"optimizer": ("galore", {"rank": 1024, "state_bits": 16, "basis_bits": 16})},
     "GaLore 8-bit, in backward": {"optimizer": ("galore_8bit", {"rank": 1024}), **IN_BACKWARD},
-    "GaLore 8-bit, 16-bit basis, in backward": {
-        "optimizer": ("galore_8bit", {"rank": 1024, "basis_bits": 16}),
+    "GaLore 8-bit, float32 basis, in backward": {
+        "optimizer": ("galore_8bit", {"rank": 1024, "basis_bits": 32}),
         **IN_BACKWARD,
     },
-    "GaLore 8-bit, 8-bit basis, in backward": {
-        "optimizer": ("galore_8bit", {"rank": 1024, "basis_bits": 8}),
+    "GaLore 8-bit, 16-bit basis, in backward": {
+        "optimizer": ("galore_8bit", {"rank": 1024, "basis_bits": 16}),
         **IN_BACKWARD,
     },
     "GaLore 8-bit, 4-bit basis, in backward": {
@@ -79,7 +79,7 @@ def main() -> None:
         results["7b"][name] = row("llama-7b", **how)
         adamw_state = adamw_state or results["7b"][name]["whole_state"]
         say(name, results["7b"][name], adamw_state)
-    for name in ("GaLore 8-bit, in backward", "GaLore 8-bit, 8-bit basis, in backward"):
+    for name in ("GaLore 8-bit, in backward", "GaLore 8-bit, 4-bit basis, in backward"):
         found = results["7b"][f"{name}, no checkpointing"] = row("llama-7b", checkpointing=False, **ROWS[name])
         say(f"{name}, no checkpointing", found, adamw_state)
     results["longest_sequence_without_checkpointing_24GiB"] = longest_without_checkpointing(24 * GIB)

@@ -70,7 +70,7 @@ def test_json_holds_all_numbers_and_nothing_else_is_on_stdout(config, capsys):
 
 def test_one_optimizer_is_planned_with_its_options(config, capsys):
     one = ("plan", "--model", config, "--optimizer", "galore_8bit", "--rank", "16", "--in-backward", *SHORT)
-    assert main([*one, "--budget", "1GiB", "--option", "basis_bits=8", "--per-layer"]) == 0
+    assert main([*one, "--budget", "1GiB", "--option", "basis_bits=4", "--per-layer"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(
         "small with GaLoreAdamW8bit, rank 16, 1 × 64 tokens, bfloat16, updates in backward, activation checkp"

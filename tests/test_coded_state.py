@@ -158,6 +158,15 @@ def test_presets_have_the_bits_that_their_names_promise():
     eight = lo.GaLoreAdamW8bit([{"params": params[:1], "rank": RANK}, {"params": params[3:4]}])
     assert {s["exp_avg"].dtype for s in eight.state.values()} == {torch.int8}
     assert {s["exp_avg_sq"].dtype for s in eight.state.values()} == {torch.uint8}
+    bases = {"basis": torch.uint8, "svd": torch.uint8, "random": None, "reference": torch.float32}
+    options = {"svd": {"projector": "svd"}, "random": {"projector": "random"}, "reference": {"match_reference": True}}
+    for name, dtype in bases.items():
+        low_rank = {"params": [parameters()[0]], "rank": RANK}
+        (state,) = lo.GaLoreAdamW8bit([low_rank], **options.get(name, {})).state.values()
+        assert state["exp_avg"].dtype == torch.int8
+        assert state["basis"].dtype == dtype if dtype else "basis" not in state
+    entries = lo.GaLoreAdamW8bit([{"params": [parameters()[0]], "density": 0.25}], coordinates="columns")
+    assert entries.param_groups[0]["basis_bits"] == 32
     quantised = lo.QGaLoreAdamW8bit([{"params": params[:1], "rank": RANK}])
     state = quantised.state[params[0]]
     assert state["basis"].dtype == torch.uint8
@@ -184,3 +193,17 @@ def test_blocks_code_the_moments_of_their_turn_only(blocks, tmp_path: Path):
     resumed.load_state_dict(state)
     run(resumed, second, 4, 10)
     assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
+
+
+def test_bfloat16_moments_are_rounded_in_chunks_as_they_are_whole(monkeypatch):
+    def train() -> dict[str, torch.Tensor]:
+        params = parameters()
+        optimizer = build("galore", params, state_bits=16)
+        run(optimizer, params, 0, 3)
+        return {f"{i}.{name}": t for i, p in enumerate(params) for name, t in optimizer.state[p].items()}
+
+    whole = train()
+    monkeypatch.setattr("lowrank_optim.kernels.reference.CHUNK_ELEMENTS", 1000)
+    parts = train()
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    assert any(t.dtype == torch.bfloat16 and t.numel() > 1000 for t in whole.values())

@@ -61,9 +61,17 @@ def test_weights_and_state_of_galore_8bit_on_llama_7b_are_the_formulas():
     run = built(("galore_8bit", {"rank": RANK}))
     assert WEIGHTS == 6_738_415_616
     assert run.weights == 2 * WEIGHTS + ROTARY  # bfloat16
-    basis = LAYERS * sum(4 * min(side) * RANK for side in SIDES)
+    basis = LAYERS * sum(min(side) * RANK for side in SIDES)
+    parts = LAYERS * sum(2 * scales(min(side), RANK) for side in SIDES)  # scale and zero of each block
     assert run.state["basis"] == basis
-    assert sum(run.state.values()) == basis + low_rank_moments_8bit() + dense_moments_8bit()
+    assert sum(run.state.values()) == basis + parts + low_rank_moments_8bit() + dense_moments_8bit()
+
+
+def test_8_bit_state_on_llama_7b_is_82_5_percent_below_adamw_with_a_4_bit_basis():
+    run = built(("galore_8bit", {"rank": RANK, "basis_bits": 4}))
+    packed = LAYERS * sum(min(side) * (RANK // 2) + 2 * scales(min(side), RANK) for side in SIDES)
+    assert sum(run.state.values()) == packed + low_rank_moments_8bit() + dense_moments_8bit()
+    assert 1.0 - sum(run.state.values()) / (4 * WEIGHTS) > 0.825  # of AdamW's two moments in bfloat16
 
 
 def test_state_of_qgalore_on_llama_7b_has_a_packed_basis():

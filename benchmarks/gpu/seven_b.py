@@ -37,8 +37,14 @@ from lowrank_optim.planner.choices import resolve_optimizer  # noqa: E402
 VOCABULARY, GAP, STEPS = 32_000, 20, 30
 DESCENDING = ("13b", "7b", "3b", "1b", "350m", "130m", "60m")
 RUNS: dict[str, dict[str, Any]] = {
-    "galore_8bit": {"model": "7b", "budget": 24, "rank": 1024, "options": {"basis_bits": 16}},
-    "galore_8bit_default": {"model": "7b", "budget": 24, "optimizer": "galore_8bit", "rank": 1024, "options": {}},
+    "galore_8bit": {"model": "7b", "budget": 24, "rank": 1024, "options": {}},
+    "galore_8bit_basis_4": {
+        "model": "7b",
+        "budget": 24,
+        "optimizer": "galore_8bit",
+        "rank": 1024,
+        "options": {"basis_bits": 4},
+    },
     "qgalore": {"model": "7b", "budget": 16, "rank": 1024, "options": {}, "weight_bits": 8},
     "adamw": {"model": "largest", "budget": 24, "in_backward": False},
     "adamw_8bit": {"model": "largest", "budget": 24, "in_backward": False},

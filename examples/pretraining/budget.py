@@ -48,7 +48,6 @@ def preset(size: str, optimizer: str | None) -> dict[str, Any]:
         "bpe": VOCABULARY,
         "in_backward": optimizer not in BASELINES,
         "grad_checkpointing": True,
-        "option": ["basis_bits=16"] if optimizer == "galore_8bit" else [],
         "weight_bits": 8 if optimizer == "qgalore" else 16,
     }
 

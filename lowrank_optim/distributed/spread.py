@@ -236,13 +236,12 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-def whole_column_scale(reduced: Tensor, spread: Spread) -> Tensor:
-    """`quantization.column_scale` of R, whose rows `spread` says."""
-    if not spread.splits(-2):
+def whole_column_scale(reduced: Tensor, spread: Spread, exact: bool = False) -> Tensor:
+    """`quantization.column_scale` of R, whose rows `spread` says; `exact`: with the same bits on any number of processes."""
+    if not spread.splits(-2) and not exact:
         return column_scale(reduced)
     x = reduced.to(torch.float32)
-    rms = x.double().square().sum(-2, keepdim=True)
-    rms = spread.sum(rms, -2).div_(spread.shape[-2]).sqrt_()  # type: ignore[attr-defined]
+    rms = spread.mean(x.double().square(), -2).unsqueeze(-2).sqrt_()
     largest = x.abs().amax((-2, -1), keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-2], 1, 1)
     for group in spread.groups(-2):
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)

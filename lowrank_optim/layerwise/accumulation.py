@@ -19,6 +19,7 @@ from lowrank_optim.distributed.dtensor import is_sharded
 from lowrank_optim.kernels.counter_rng import random_bits
 from lowrank_optim.projectors import Basis, Space, Write
 from lowrank_optim.projectors.bases import CoordinateBasis, DenseBasis, WholeBasis
+from lowrank_optim.projectors.exact import plain
 
 ACCUMULATORS = ("grad_sum", "projected_sum", "sketch_sum", "squares_sum", "micro_batches")
 """State that a parameter has only between two micro-batches of one step."""
@@ -96,7 +97,7 @@ def _probe(basis: Basis, space: Space, key: int, device: torch.device) -> tuple[
     signs = random_bits(key, torch.arange(shape[0] * shape[1], device=device)) & 1
     probe = signs.to(space.dtype).mul_(2.0).sub_(1.0).mul_(PROBES**-0.5).view(shape)
     probe = probe.expand(*space.batch, *shape).clone()
-    if isinstance(basis, WholeBasis):
+    if isinstance(plain(basis), WholeBasis):
         probe.zero_()
     elif _norms_are_inside(basis):
         basis.apply_(probe, basis.project(probe), Write(1.0, 1.0))  # Ω ← Ω − B(BᵀΩ)
@@ -105,4 +106,5 @@ def _probe(basis: Basis, space: Space, key: int, device: torch.device) -> tuple[
 
 def _norms_are_inside(basis: Basis) -> bool:
     """Whether ‖G‖² = ‖R‖² + ‖G − lift R‖², and lines of a matrix can be made orthogonal to the subspace."""
+    basis = plain(basis)
     return isinstance(basis, (CoordinateBasis, WholeBasis)) or (isinstance(basis, DenseBasis) and basis.orthonormal)

@@ -30,10 +30,18 @@ from lowrank_optim.optimizers.compiling import outside_graph
 from lowrank_optim.optimizers.job import Job
 from lowrank_optim.optimizers.layout import Layout, check_parts, make_layouts, matrix_view, unknown_parameter
 from lowrank_optim.optimizers.nonfinite import SkippedUpdates, sharded_norms
-from lowrank_optim.optimizers.options import DEFAULTS, SHORTHANDS, check_names, check_values, expand_shorthands
+from lowrank_optim.optimizers.options import (
+    DEFAULTS,
+    SHORTHANDS,
+    check_names,
+    check_values,
+    expand_shorthands,
+    projector_option,
+)
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
 from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, stagger_offset
 from lowrank_optim.projectors import Basis, Projector, Space, Write
+from lowrank_optim.projectors.exact import basis_of, is_exact, refresh, widen
 from lowrank_optim.quantization import state as coding
 from lowrank_optim.rules import Context, Direction, FusedDense, Rule
 
@@ -102,9 +110,7 @@ class LowRankOptimizer(Optimizer):
         valid = {**DEFAULTS, **parts, **self._group_options, "lr": lr, "weight_decay": weight_decay}
         check_names(options, (*valid, *SHORTHANDS), f"{type(self).__name__}(…)")
         options = expand_shorthands(options)
-        # The released code takes the exact subspace; a cheaper one has to be asked for.
-        projector = options.get("projector", "svd" if options.get("match_reference") else DEFAULTS["projector"])
-        self._projector = projector if isinstance(projector, Projector) else projectors.from_name(projector)
+        self._projector = projector_option(options)
         defaults = {**valid, **options, "projector": self._projector.name}
         defaults |= {"rule": rule.name, "residual": self._residual.name}
         self._layouts: dict[Tensor, Layout] = {}
@@ -415,7 +421,7 @@ class LowRankOptimizer(Optimizer):
         if "col_scale" in job.state and age == int(job.state["last_refresh"]) + 1:  # R is the first in its basis
             if isinstance(job.moments, coding.CodedMoments):
                 job.moments.open()  # they are coded with the old scale
-            scale = whole_column_scale(reduced, job.layout.shards.reduced)
+            scale = whole_column_scale(reduced, job.layout.shards.reduced, is_exact(reduced.dtype))
             job.state["col_scale"].copy_(scale if ok is None else torch.where(ok, scale, job.state["col_scale"]))
         fresh = (steps if job.layout.projector.resizes else age) == 1
         shards = job.layout.shards
@@ -423,7 +429,8 @@ class LowRankOptimizer(Optimizer):
         move = self._rule.direction(reduced, job.moments, job.group, context)
         same = isinstance(move.decay, float) and move.decay == move.step
         unit = 1.0 if same else move.decay / move.step
-        reduced_step = Reduced(grad, reduced, squares, move.matrix, move.correction, unit, basis, ok, shards.reduced)
+        projected, direction = widen(reduced), widen(move.matrix)
+        reduced_step = Reduced(grad, projected, squares, direction, move.correction, unit, basis, ok, shards.reduced)
         update = self._residual.update(reduced_step, job.state, job.group)
         basis.apply_(weight, update.core, self._write(job, move, update.factor, ok), update.term)
         if (
@@ -455,7 +462,7 @@ class LowRankOptimizer(Optimizer):
         """The subspace in the state, refreshed last at step `refreshed`."""
         assert layout.space is not None
         key = self._key(group, layout, max(refreshed, 0))
-        return layout.projector.basis(layout.space, state, key, layout.device)
+        return basis_of(layout.projector, layout.space, state, key, layout.device)
 
     def refresh_is_due(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether this step gives a low-rank matrix a new subspace, if its gradient allows it."""
@@ -475,7 +482,7 @@ class LowRankOptimizer(Optimizer):
         if layout.projector.uses_momentum:
             momentum = self._rule.mean_gradient(job.moments, group, self._moment_steps(state, group))
         key = self._key(group, layout, now)
-        new = layout.projector.refresh(grad, space, state, key, first=last < 0, momentum=momentum)
+        new = refresh(layout.projector, grad, space, state, key, last < 0, momentum)
         if new is None:
             return  # zero or non-finite: keep the old basis and try again on the next step
         if ok is not None:

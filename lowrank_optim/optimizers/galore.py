@@ -4,7 +4,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
-from lowrank_optim.optimizers.options import Options
+from lowrank_optim.optimizers.options import Options, expand_shorthands, projector_option
 from lowrank_optim.rules import Adafactor, Adam
 
 
@@ -58,14 +58,15 @@ class GaLoreAdamW(LowRankOptimizer):
 
 
 class GaLoreAdamW8bit(GaLoreAdamW):
-    """`GaLoreAdamW` with 8-bit moments, of dense parameters too (those of at least 4096 elements).
+    """`GaLoreAdamW` with 8-bit moments, of dense parameters too (those of at least 4096 elements), and an 8-bit basis.
 
     Args:
         params, lr, betas, eps, weight_decay: as for `GaLoreAdamW`.
-        **options: see `Options`; `state_bits` is 8 here unless given, `scale` 0.25. `basis_bits=16` halves the basis.
+        **options: see `Options`; `scale` is 0.25 here unless given, `state_bits` 8, `basis_bits` 8 (32 where the projector stores no
+            basis, and with `match_reference`).
 
-    Memory, for an m×n matrix with D = max(m, n), d = min(m, n): 2·D·(r + 4⌈r/256⌉) bytes of moments and 4·d·r of basis; of a dense
-    matrix 2·m·(n + 4⌈n/256⌉).
+    Memory, for an m×n matrix with D = max(m, n), d = min(m, n): 2·D·(r + 4⌈r/256⌉) bytes of moments and d·(r + 8⌈r/256⌉) of basis
+    (half of the codes with `basis_bits=4`); of a dense matrix 2·m·(n + 4⌈n/256⌉).
     """
 
     def __init__(
@@ -78,6 +79,9 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         **options: Unpack[Options],
     ) -> None:
         options.setdefault("state_bits", 8)
+        stores = projector_option(expand_shorthands(dict(options))).stores_basis
+        if stores and not options.get("match_reference"):
+            options.setdefault("basis_bits", 8)
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 

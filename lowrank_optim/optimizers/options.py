@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from lowrank_optim.projectors import PROJ_TYPES, Projector
+from lowrank_optim.projectors import PROJ_TYPES, Projector, from_name
 
 LAYOUTS = ("auto", "conv", "transposed")
 ON_REFRESH = ("keep", "reset", "rotate")
@@ -240,3 +240,10 @@ def expand_shorthands(given: dict[str, Any]) -> dict[str, Any]:
         if name in given and other not in given:
             given[other] = None
     return given
+
+
+def projector_option(options: Mapping[str, Any]) -> Projector:
+    """The projector that a constructor's options (shorthands written out) ask for."""
+    # The released code takes the exact subspace; a cheaper one has to be asked for.
+    projector = options.get("projector", "svd" if options.get("match_reference") else DEFAULTS["projector"])
+    return projector if isinstance(projector, Projector) else from_name(projector)

@@ -125,8 +125,13 @@ class Write:
 class Basis(Protocol):
     """A subspace at one moment: what the step needs of it."""
 
-    disjoint: ClassVar[bool]
-    """Whether the subspace is made of entries of the matrix, so that G − lift R is 0 on them and G elsewhere."""
+    @property
+    def shards(self) -> Shards:
+        """Where the parts of matrix, basis and R lie."""
+
+    @property
+    def disjoint(self) -> bool:
+        """Whether the subspace is made of entries of the matrix, so that G − lift R is 0 on them and G elsewhere."""
 
     def project(self, grad: Tensor) -> Tensor:
         """R for a gradient's matrix view, in the compute type."""

@@ -52,7 +52,7 @@ def load(state: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
     """The bases that `store` put into the state, in the compute type."""
     names = [name for name in ("basis", "basis_right") if name in state]
     if space.basis_bits == 32:
-        return {name: state[name] for name in names}
+        return {name: state[name].to(space.dtype) for name in names}
     if space.basis_bits == 16:
         return {name: state[name].to(space.dtype) for name in names}
     unpacked = {}

@@ -177,10 +177,13 @@ def encode_(
     if bits == 16:
         for name in names:
             value = moments[name]
-            if not SIGNED[name]:
-                positions = torch.arange(start, start + value.numel(), device=value.device).view(value.shape)
-                value = stochastic_round(value.to(torch.float32), derive_key(key, step), positions)
-            state[name].copy_(value)
+            if SIGNED[name]:
+                state[name].copy_(value)
+                continue
+            flat, stored = value.reshape(-1), state[name].view(-1)
+            for chunk in kernels.row_chunks(flat.numel(), 1):  # positions are 8 bytes an element
+                positions = torch.arange(start + chunk.start, start + chunk.stop, device=value.device)
+                stored[chunk] = stochastic_round(flat[chunk].to(torch.float32), derive_key(key, step), positions)
         return
     rows = {name: moments[name].reshape(row_shape(tuple(moments[name].shape))) for name in names}
     col_scale = state.get("col_scale")

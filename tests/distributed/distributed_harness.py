@@ -5,6 +5,7 @@ not at a port, so that tests may run side by side.
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
