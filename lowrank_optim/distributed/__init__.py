@@ -5,13 +5,24 @@ Light to import: `torch.distributed.tensor` and its kin are imported where a par
 
 from typing import TYPE_CHECKING, Any
 
+from lowrank_optim.distributed.exact_sums import exact_sums, use_exact_sums
 from lowrank_optim.distributed.shards import HERE, Shards
 from lowrank_optim.distributed.spread import WHOLE, Spread
+from lowrank_optim.distributed.template import match_checkpoint
 
 if TYPE_CHECKING:
     from lowrank_optim.distributed.ddp import LowRankHook
 
-__all__ = ["HERE", "WHOLE", "LowRankHook", "Shards", "Spread"]
+__all__ = [
+    "HERE",
+    "WHOLE",
+    "LowRankHook",
+    "Shards",
+    "Spread",
+    "exact_sums",
+    "match_checkpoint",
+    "use_exact_sums",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The same bits on any number of processes, under `torch.use_deterministic_algorithms(True)`.
+"""The same bits on any number of processes, under `lowrank_optim.distributed.use_exact_sums(True)`.
 
 A sum over shards, and a product whose shape depends on them, is rounded in another order than on one process. The difference is an
 ulp, but an ulp of R can turn a code of its moments. So every sum of a subspace is then carried out in float64 and rounded to float32
@@ -18,13 +18,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_optim import kernels
-from lowrank_optim.distributed import Shards
+from lowrank_optim.distributed import Shards, exact_sums
 from lowrank_optim.projectors.base import Basis, GradientTerm, Projector, Space, Write
 
 
 def is_exact(dtype: torch.dtype) -> bool:
     """Whether sums of this compute type are carried out in float64."""
-    return dtype == torch.float32 and torch.are_deterministic_algorithms_enabled()
+    return dtype == torch.float32 and exact_sums()
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -7,7 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from distributed_harness import METHODS, SHAPES, Model, distance, groups, shard, spawn, states, train, weights
+from distributed_harness import (
+    DENSE,
+    METHODS,
+    SHAPES,
+    Model,
+    distance,
+    groups,
+    shard,
+    spawn,
+    states,
+    train,
+    weights,
+    whole,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import lowrank_optim as lo
 from lowrank_optim.quantization import state as coded
 
 BEFORE, AFTER = 7, 6
@@ -102,6 +116,74 @@ def load(folder, flatten) -> None:
 def test_a_checkpoint_resumes_on_another_number_of_processes(saved, loaded, flatten, tmp_path):
     spawn(saved, save, str(tmp_path), flatten)
     spawn(loaded, load, str(tmp_path), flatten)
+
+
+TURNS = ("frugal", "lisa", "badam")
+
+
+def turning(model, name):
+    """A method of which only some tensors have state, another choice every three steps."""
+    coded.MIN_CODED = 64
+    if name == "frugal":
+        blocks = {"blocks": "ascending", "on_refresh": "reset", "state_bits": 8, "update_proj_gap": 3}
+        return lo.FrugalAdamW(groups(model, density=0.4), lr=1e-3, **blocks)
+    layers = [
+        {"params": [(key, p)], "layer": i, "rank": None if key in DENSE else 2}
+        for i, (key, p) in enumerate(model.named_parameters())
+    ]
+    return lo.LAYERWISE_METHODS[name](layers, lr=1e-3, period=3)
+
+
+def save_turns(folder) -> None:
+    for name in TURNS:
+        model = distributed_model()
+        optimizer = turning(model, name)
+        train(model, optimizer, range(BEFORE))
+        dcp.save(parts(model, optimizer, False), checkpoint_id=f"{folder}/{name}")
+        told = {"weights": weights(model), "state": awake(optimizer, model)}
+        train(model, optimizer, range(BEFORE, BEFORE + AFTER))
+        told["after"] = weights(model)
+        if torch.distributed.get_rank() == 0:
+            torch.save(told, f"{folder}/{name}.pt")
+
+
+def awake(optimizer, model):
+    return {n: {k: whole(t) for k, t in optimizer.state.get(p, {}).items()} for n, p in model.named_parameters()}
+
+
+def load_turns(folder) -> None:
+    for name in TURNS:
+        model = distributed_model()
+        optimizer = turning(model, name)
+        fresh = awake(optimizer, model)
+        told = torch.load(f"{folder}/{name}.pt", weights_only=True)
+        sizes = [{n: {k: t.shape for k, t in s.items()} for n, s in state.items()} for state in (fresh, told["state"])]
+        assert sizes[0] != sizes[1], name  # a positive control: without the function dcp.load refuses
+        template = parts(model, optimizer, False)
+        lo.distributed.match_checkpoint(template, f"{folder}/{name}")
+        dcp.load(template, checkpoint_id=f"{folder}/{name}")
+        set_model_state_dict(model, template["model"])
+        optimizer.load_state_dict(template["optimizer"])
+        assert distance(weights(model), told["weights"]) == 0.0, name
+        loaded = awake(optimizer, model)
+        for key, state in told["state"].items():
+            assert loaded[key].keys() == state.keys(), (name, key)
+            for field, tensor in state.items():
+                assert loaded[key][field].dtype == tensor.dtype
+                assert torch.equal(loaded[key][field], tensor), (name, key, field)
+        train(model, optimizer, range(BEFORE, BEFORE + AFTER))
+        gap = distance(weights(model), told["after"])
+        assert gap < (1e-4 if name == "frugal" else 2e-6), (name, gap)
+    with pytest.raises(ValueError, match=r"is no checkpoint of torch\.distributed"):
+        lo.distributed.match_checkpoint(template, f"{folder}/none")
+    with pytest.raises(ValueError, match="flattened"):
+        lo.distributed.match_checkpoint(parts(model, optimizer, True), f"{folder}/{TURNS[0]}")
+
+
+@pytest.mark.parametrize("loaded", [2, 1])
+def test_methods_that_take_turns_load_a_checkpoint_of_another_turn(loaded, tmp_path):
+    spawn(2, save_turns, str(tmp_path))
+    spawn(loaded, load_turns, str(tmp_path))
 
 
 def full(folder) -> None:

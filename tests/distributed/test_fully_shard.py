@@ -19,7 +19,7 @@ from distributed_harness import (
 )
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import lowrank_optim as lo
@@ -183,9 +183,9 @@ CODED = [
 
 
 def compare_exactly(cases) -> None:
-    """Under deterministic algorithms sums are rounded once: all codes, also of subspaces from products, are the same."""
+    """With exact sums, which are rounded once: all codes, also of subspaces from products, are the same."""
     coded.MIN_CODED = 1
-    torch.use_deterministic_algorithms(True)
+    lo.distributed.use_exact_sums(True)
     try:
         found, shapes = (
             {},
@@ -209,7 +209,7 @@ def compare_exactly(cases) -> None:
                         found[name, str(options), key, field] = int((other != tensor).sum()), tensor.numel()
         assert not found, found
     finally:
-        torch.use_deterministic_algorithms(False)
+        lo.distributed.use_exact_sums(False)
 
 
 def codes(cases) -> None:
@@ -219,8 +219,35 @@ def codes(cases) -> None:
 
 @pytest.mark.parametrize(("world", "cases"), [(2, CODED + EVERY), (4, CODED)], ids=["2", "4"])
 def test_codes_and_their_noise_are_those_of_one_process(world, cases):
-    """Of coordinates, whose R needs no product, always; of all others under `torch.use_deterministic_algorithms`."""
+    """Of coordinates, whose R needs no product, always; of all others with `use_exact_sums`."""
     spawn(world, codes, cases)
+
+
+def mixed(reduce: torch.dtype) -> None:
+    """Weights in float32 that are gathered in bfloat16: as one process that computes with bfloat16 copies."""
+    lo.distributed.use_exact_sums(True)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce)
+    for name in ("galore", "galore_8bit", "fira"):
+        for in_backward in (False, True):
+            alone, spread = Model(SHAPES), shard(Model(SHAPES), mp_policy=policy)
+            reference, optimizer = build(alone, name), build(spread, name)
+            if in_backward:
+                lo.update_in_backward(optimizer)
+            for step in range(12):
+                copies = {n: p.bfloat16() for n, p in alone.named_parameters()}
+                torch.func.functional_call(alone, copies, (step,)).backward()
+                reference.step()
+                reference.zero_grad()
+                train(spread, optimizer, range(step, step + 1))
+            assert spread.tall.dtype == torch.float32
+            gap = distance(weights(spread), weights(alone))
+            assert gap < 1e-6, (name, in_backward, gap)
+            assert distance(weights(alone), weights(Model(SHAPES))) > 1e-3
+
+
+@pytest.mark.parametrize("reduce", [torch.float32, torch.bfloat16], ids=str)
+def test_mixed_precision_trains_as_one_process_with_bfloat16_copies(reduce):
+    spawn(2, mixed, reduce)
 
 
 def compare_rounding() -> None:
