@@ -28,6 +28,7 @@ from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.compiling import outside_graph
 from lowrank_optim.optimizers.job import Job
+from lowrank_optim.optimizers.later import Later, measured, summed
 from lowrank_optim.optimizers.layout import Layout, check_parts, make_layouts, matrix_view, unknown_parameter
 from lowrank_optim.optimizers.nonfinite import SkippedUpdates, sharded_norms
 from lowrank_optim.optimizers.options import (
@@ -273,9 +274,12 @@ class LowRankOptimizer(Optimizer):
         else:
             self.param_groups[0].pop(MEASURED, None)  # from a checkpoint written with updates in backward
             norms = sharded_norms(self.param_groups, self._layouts)
+            later: list[Later] = []
             for group in self.param_groups:
                 for param in group["params"]:
-                    self.step_param(param, group, norms.get(param))
+                    self.step_param(param, group, norms.get(param), later)
+            for step in summed(later):
+                self._finish(step)
         self._skipped.poll()
         self._end_step()
         return loss
@@ -294,10 +298,17 @@ class LowRankOptimizer(Optimizer):
         return None if norms is None or self._in_backward is None else norms[0]
 
     @torch.no_grad()
-    def step_param(self, param: Tensor, group: Mapping[str, Any], norm: Tensor | None = None) -> None:
+    def step_param(
+        self,
+        param: Tensor,
+        group: Mapping[str, Any],
+        norm: Tensor | None = None,
+        later: list[Later] | None = None,
+    ) -> None:
         """Update one parameter from its gradient: the single entry that `step` and hooks use. No gradient, no change.
 
-        `norm`, where it is known already, says whether the gradient is finite; of a sharded parameter, it is that of the whole.
+        `norm`, where it is known already, says whether the gradient is finite; of a sharded parameter, it is that of the whole. What
+        has to wait for other processes is appended to `later`, if that is given.
         """
         if param.grad is None:
             return
@@ -313,7 +324,9 @@ class LowRankOptimizer(Optimizer):
                     self._step_dense(*dense, norm)
                 return
             weight, grad = (matrix_view(tensor, layout.layout) for tensor in (job.weight, grad))
-            self._step_low_rank(job, layout.space, weight, grad, None if layout.shards is HERE else norm)
+            step = self._step_low_rank(job, layout.space, weight, grad, None if layout.shards is HERE else norm)
+            if step is not None:
+                self._finish_or_wait(step, later)
 
     @torch.no_grad()
     def project_param(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Basis, Tensor]:
@@ -340,7 +353,9 @@ class LowRankOptimizer(Optimizer):
         with self._job(param, group, layout) as job:
             weight, unused = matrix_view(job.weight, layout.layout), reduced.new_empty(0)
             basis = self.subspace(param, group)
-            self._update(job, weight, unused, basis, reduced, None, self._finite(reduced, job))
+            step = self._update(job, weight, unused, basis, reduced, None, self._finite(reduced, job))
+            if step is not None:
+                self._finish_or_wait(step, None)
 
     @contextmanager
     def _job(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Iterator[Job]:
@@ -374,14 +389,14 @@ class LowRankOptimizer(Optimizer):
             move = self._rule.direction(part, moments, job.group, Context(age, age, weight, ok, True, age == 1, shards))
             kernels.apply_dense_(weight, move.matrix, start=start, **vars(self._write(job, move, 1.0, ok)))
 
-    def _step_low_rank(self, job: Job, space: Space, weight: Tensor, grad: Tensor, norm: Tensor | None) -> None:
-        """One matrix in its subspace: refresh, project, update."""
+    def _step_low_rank(self, job: Job, space: Space, weight: Tensor, grad: Tensor, norm: Tensor | None) -> Later | None:
+        """One matrix in its subspace: refresh, project, direction; what is left to do, if anything."""
         ok: Literal[False] | Tensor | None = None
         if self._residual.feeds_back:
             ok = self._finite(grad if norm is None else norm, job)
             if ok is False:
                 job.state["step"] += 1
-                return
+                return None
             grad = self._residual.absorb(grad, job.state, ok)
         self._refresh_if_due(job, space, grad, ok if isinstance(ok, Tensor) else None)
         basis = self.subspace(job.param, job.group)
@@ -392,7 +407,7 @@ class LowRankOptimizer(Optimizer):
             seen = reduced if shows_all or not self._residual.uses_gradient else grad
             seen = seen if squares is None else squares.sqrt()
             ok = self._finite(seen if norm is None else norm, job)
-        self._update(job, weight, grad, basis, reduced, squares, ok)
+        return self._update(job, weight, grad, basis, reduced, squares, ok)
 
     _mask_on_device = False  # tests set it, to run on the CPU what accelerators run
 
@@ -409,11 +424,11 @@ class LowRankOptimizer(Optimizer):
         reduced: Tensor,
         squares: Tensor | None,
         ok: Literal[False] | Tensor | None,
-    ) -> None:
-        """One low-rank matrix from its projected gradient: direction, residual, weights."""
+    ) -> Later | None:
+        """One low-rank matrix from its projected gradient: direction, and the sums that its residual needs."""
         job.state["step"] += 1
         if ok is False:
-            return
+            return None
         if ok is not None:
             reduced = torch.where(ok, reduced, 0.0)
             squares = None if squares is None else torch.where(ok, squares, 0.0)
@@ -430,13 +445,24 @@ class LowRankOptimizer(Optimizer):
         same = isinstance(move.decay, float) and move.decay == move.step
         unit = 1.0 if same else move.decay / move.step
         projected, direction = widen(reduced), widen(move.matrix)
-        reduced_step = Reduced(grad, projected, squares, direction, move.correction, unit, basis, ok, shards.reduced)
-        update = self._residual.update(reduced_step, job.state, job.group)
-        basis.apply_(weight, update.core, self._write(job, move, update.factor, ok), update.term)
-        if (
-            weight is not job.weight and weight.data_ptr() != job.weight.data_ptr()
-        ):  # a convolution whose strides allow no matrix view
-            job.weight.copy_(weight.view(job.weight.shape))
+        step = Reduced(grad, projected, squares, direction, move.correction, unit, basis, ok)
+        return Later(job, weight, move, measured(self._residual, step, job))
+
+    def _finish_or_wait(self, step: Later, later: list[Later] | None) -> None:
+        """Finish a step now, or with others where its sums can go in one message with theirs."""
+        if later is not None and step.waits:
+            later.append(step)
+            return
+        for whole in summed([step]):
+            self._finish(whole)
+
+    def _finish(self, step: Later) -> None:
+        """The second half of a matrix' step: residual and weights."""
+        job, weight, reduced = step.job, step.weight, step.reduced
+        update = self._residual.update(reduced, job.state, job.group)
+        reduced.basis.apply_(weight, update.core, self._write(job, step.move, update.factor, reduced.ok), update.term)
+        if weight is not job.weight and weight.data_ptr() != job.weight.data_ptr():
+            job.weight.copy_(weight.view(job.weight.shape))  # a convolution whose strides allow no matrix view
 
     def _write(self, job: Job, move: Direction | FusedDense, factor: float, ok: Tensor | None) -> Write:
         """Step size, what is kept of the weights, and how they are rounded."""

@@ -21,6 +21,7 @@ from lowrank_optim.layerwise.layers import describe_layers
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.job import Job
+from lowrank_optim.optimizers.later import Later
 from lowrank_optim.optimizers.layout import Layout
 from lowrank_optim.optimizers.options import Options
 from lowrank_optim.optimizers.residuals import Residual
@@ -161,10 +162,16 @@ class LayerSwitching(LowRankOptimizer):
             self._in_backward.refresh_hooks()
 
     @torch.no_grad()
-    def step_param(self, param: Tensor, group: Mapping[str, Any], norm: Tensor | None = None) -> None:
+    def step_param(
+        self,
+        param: Tensor,
+        group: Mapping[str, Any],
+        norm: Tensor | None = None,
+        later: list[Later] | None = None,
+    ) -> None:
         if param.grad is not None and not _is_trained(group):
             self._refuse(param)
-        super().step_param(param, group, norm)
+        super().step_param(param, group, norm)  # master weights are written back at once: nothing waits
 
     @contextmanager
     def _job(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Iterator[Job]:

@@ -55,8 +55,8 @@ class LISAAdamW(LayerSwitching):
 
     With DDP: wrap the model first, then build the optimizer, and set `find_unused_parameters=True`. With reentrant activation
     checkpointing and frozen embeddings, call the model's `enable_input_require_grads()`. `torch.compile` compiles again for each
-    new set of layers. Save `optimizer.state_dict()`: the `set_state_dict` of `torch.distributed.checkpoint` refuses a checkpoint in
-    which other layers are awake than in the new optimizer.
+    new set of layers. `torch.distributed.checkpoint` loads a checkpoint in which other layers are awake with
+    `lowrank_optim.distributed.match_checkpoint`.
 
     Paper: Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning", NeurIPS 2024,
     arXiv:2403.17919.

@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.distributed import WHOLE, Spread
 from lowrank_optim.projectors import Basis, GradientTerm, Space, Write
 from lowrank_optim.projectors.base import row_squares
 
@@ -39,7 +38,7 @@ class Reduced:
     unit: the learning rate as a multiple of the step size that N is applied with: 1, or η where N holds η already (Adafactor).
     basis: the subspace.
     ok: 0-d bool on the device, false where this gradient is to be ignored (R and N are then 0); None means true.
-    spread: where the rows of R and N lie that are not here.
+    sums: what `Residual.sums` gave, summed over the processes that share the rows of R; None where it gave nothing.
     """
 
     grad: Tensor
@@ -50,7 +49,7 @@ class Reduced:
     unit: float | Tensor
     basis: Basis
     ok: Tensor | None
-    spread: Spread = WHOLE
+    sums: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Residual(ABC):
     feeds_back: ClassVar[bool] = False
     """Whether the gradient that the step sees is `absorb(grad)` and not the gradient itself."""
     knows_shards: ClassVar[bool] = False
-    """Whether sums over the rows of R go through `Reduced.spread`; if not, sharded parameters are refused."""
+    """Whether sums over the rows of R go through `sums`; if not, sharded parameters are refused."""
 
     def options(self) -> dict[str, Any]:
         """Default hyperparameters by name, as they go into the param groups."""
@@ -94,6 +93,10 @@ class Residual(ABC):
     def absorb(self, grad: Tensor, state: Mapping[str, Tensor], ok: Tensor | None) -> Tensor:
         """The gradient that the step works with, where `feeds_back`; `state` is modified in place, `ok` as in `Reduced`."""
         return grad
+
+    def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor | None:
+        """The sums over the rows of R that `update` needs, (k, …) in float64; None where it needs none."""
+        return None
 
     @abstractmethod
     def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
@@ -223,18 +226,25 @@ class NormScaled(Limited):
 
     name: ClassVar[str] = "norm_scaled"
 
-    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+    @staticmethod
+    def _inside(options: Mapping[str, Any]) -> float:
+        """How much of the gradient in the subspace is taken out."""
+        return float(options["scale"]) if options["match_reference"] else 1.0
+
+    def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor:
         assert step.squares is not None
-        alpha, reference = float(options["scale"]), options["match_reference"]
-        inside = alpha if reference else 1.0  # how much of the gradient in the subspace is taken out
-        inner = row_squares(step.projected)
+        inside, inner = self._inside(options), row_squares(step.projected)
         outside = step.squares - 2.0 * inside * inner + inside**2 * step.basis.lifted_squares(step.projected)
-        phi = _ratio(step, (-1,), reference)
-        norm = step.spread.sum((phi.square() * outside.clamp_min(0.0)).sum((-2, -1), keepdim=True), -2).sqrt()[
-            ..., 0, 0
-        ]
+        phi = _ratio(*_line_norms(step), options)
+        return (phi.square() * outside.clamp_min(0.0)).double().sum((-2, -1))[None]
+
+    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+        assert step.sums is not None
+        phi = _ratio(*_line_norms(step), options)
+        norm = step.sums[0].sqrt().to(phi.dtype)
         phi = phi / _growth(norm / step.correction, state, options, step.ok)
-        core = torch.addcmul(step.direction * alpha, phi, step.projected, value=-inside)
+        core = step.direction * float(options["scale"])
+        core = torch.addcmul(core, phi, step.projected, value=-self._inside(options))
         return Update(core, 1.0, GradientTerm(step.grad, phi, step.ok, by_line=True))
 
 
@@ -257,13 +267,27 @@ class GradientScaled(Limited):
         if not options["scale"] >= 0.0:
             raise ValueError(f"scale is {options['scale']!r}; its square root is taken, so it must be at least 0")
 
-    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+    def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor:
         assert step.squares is not None
-        lines = (-1,) if options["scale_type"] == "channel" else (-2, -1)
-        phi = _ratio(step, lines, options["match_reference"])
-        norm = step.spread.sum((phi.square() * step.squares).sum((-2, -1), keepdim=True), -2).sqrt()[..., 0, 0]
+        above, below = _line_norms(step)
+        if options["scale_type"] == "channel":
+            phi = _ratio(above, below, options)
+            return (phi.square() * step.squares).double().sum((-2, -1))[None]
+        squares = (above.double().square(), below.double().square(), step.squares.double())
+        return torch.stack([each.sum((-2, -1)) for each in squares])
+
+    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+        assert step.sums is not None
+        by_line, dtype = options["scale_type"] == "channel", step.projected.dtype
+        norms = step.sums.sqrt()
+        if by_line:
+            phi = _ratio(*_line_norms(step), options)
+            norm = norms[0].to(dtype)
+        else:
+            above, below, whole = norms.to(dtype)
+            phi = _ratio(above, below, options)[..., None, None]
+            norm = phi[..., 0, 0] * whole
         phi = phi / _growth(norm / step.correction, state, options, step.ok)
-        by_line = options["scale_type"] == "channel"
         return Update(None, options["scale"] ** 0.5, GradientTerm(step.grad, phi, step.ok, by_line=by_line))
 
 
@@ -276,13 +300,16 @@ def _uniform(step: Reduced, value: float) -> Tensor:
     return scale if step.ok is None else scale * step.ok
 
 
-def _ratio(step: Reduced, dims: tuple[int, ...], reference: bool) -> Tensor:
-    """‖N‖/‖R‖ over `dims`, and 0 where R is 0: there is no direction to scale."""
-    above: Tensor = torch.linalg.vector_norm(step.direction, dim=dims, keepdim=True)
-    below: Tensor = torch.linalg.vector_norm(step.projected, dim=dims, keepdim=True)
-    if -2 in dims:
-        above, below = step.spread.norm(torch.cat([above, below], -1), -2).split(1, -1)
-    if reference:
+def _line_norms(step: Reduced) -> tuple[Tensor, Tensor]:
+    """‖N_j‖ and ‖R_j‖ of every row, (…, d, 1)."""
+    above: Tensor = torch.linalg.vector_norm(step.direction, dim=-1, keepdim=True)
+    below: Tensor = torch.linalg.vector_norm(step.projected, dim=-1, keepdim=True)
+    return above, below
+
+
+def _ratio(above: Tensor, below: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """‖N‖/‖R‖, and 0 where R is 0: there is no direction to scale."""
+    if options["match_reference"]:
         return above / (below + 1e-8)
     return torch.where(below > 0, above / below, 0.0)
 
