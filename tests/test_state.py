@@ -366,3 +366,25 @@ def test_a_group_added_later_resumes():
     fresh.load_state_dict(optimizer.state_dict())
     assert fresh.param_groups[1]["lr"] == 0.5
     assert_same_state(optimizer, fresh)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(300, 400), (301, 401)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_bad_element_anywhere_in_a_large_gradient_is_seen(threads, shape, value):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for at in (0, -1):
+            weight = torch.nn.Parameter(torch.ones(shape))
+            optimizer = lo.GaLoreAdamW([weight])
+            weight.grad = torch.ones(shape)
+            weight.grad.view(-1)[at] = value
+            with pytest.warns(RuntimeWarning, match="skipped the update"):
+                optimizer.step()
+            assert torch.equal(weight, torch.ones(shape))
+            weight.grad = torch.ones(shape)
+            optimizer.step()
+            assert not torch.equal(weight, torch.ones(shape))
+    finally:
+        torch.set_num_threads(before)

@@ -23,22 +23,22 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds; a plain tensor is returned as it is."""
     if not is_sharded(tensor):
         return tensor
-    part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return part
 
 
-@torch.no_grad()
 def local_grad(param: Tensor) -> Tensor:
     """The local part of a parameter's gradient, which is laid out as the parameter first (a pending sum is summed)."""
     grad = param.grad
     assert grad is not None
     if is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        param.grad = grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            param.grad = grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     return local(grad)
 
 
