@@ -10,6 +10,7 @@ the life of the state: made with the optimizer, plain tensors only, exact throug
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -28,7 +29,7 @@ from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.compiling import outside_graph
 from lowrank_optim.optimizers.job import Job
-from lowrank_optim.optimizers.later import Later, measured, summed
+from lowrank_optim.optimizers.later import Later, summed
 from lowrank_optim.optimizers.layout import Layout, check_parts, make_layouts, matrix_view, unknown_parameter
 from lowrank_optim.optimizers.nonfinite import SkippedUpdates, sharded_norms
 from lowrank_optim.optimizers.options import (
@@ -446,7 +447,7 @@ class LowRankOptimizer(Optimizer):
         unit = 1.0 if same else move.decay / move.step
         projected, direction = widen(reduced), widen(move.matrix)
         step = Reduced(grad, projected, squares, direction, move.correction, unit, basis, ok)
-        return Later(job, weight, move, measured(self._residual, step, job))
+        return Later(job, weight, move, replace(step, sums=self._residual.sums(step, job.group)))
 
     def _finish_or_wait(self, step: Later, later: list[Later] | None) -> None:
         """Finish a step now, or with others where its sums can go in one message with theirs."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.optimizers.job import Job
-from lowrank_optim.optimizers.residuals import Reduced, Residual
+from lowrank_optim.optimizers.residuals import Reduced
 from lowrank_optim.rules import Direction
 
 
@@ -27,11 +27,6 @@ class Later:
     def waits(self) -> bool:
         """Whether other processes have a part of the sums."""
         return self.reduced.sums is not None and self.job.layout.shards.reduced.splits(-2)
-
-
-def measured(residual: Residual, step: Reduced, job: Job) -> Reduced:
-    """The step with the sums that the residual needs."""
-    return replace(step, sums=residual.sums(step, job.group))
 
 
 def summed(steps: Iterable[Later]) -> list[Later]:
