@@ -35,6 +35,7 @@ from lowrank_optim.optimizers.nonfinite import SkippedUpdates, sharded_norms
 from lowrank_optim.optimizers.options import (
     DEFAULTS,
     SHORTHANDS,
+    check_combination,
     check_names,
     check_values,
     expand_shorthands,
@@ -162,25 +163,7 @@ class LowRankOptimizer(Optimizer):
             part.check(options)
         projector = self._projector_of(options)
         projector.check(options["proj_type"])
-        self._check_combination(projector, options)
-
-    def _check_combination(self, projector: Projector, options: Mapping[str, Any]) -> None:
-        """Raise ValueError for options that make no sense together with this projector."""
-        if projector.resizes and options["on_refresh"] != "reset":
-            raise ValueError(
-                f"on_refresh is {options['on_refresh']!r}, but projector={projector.name!r} frees the moments of a tensor when its "
-                'turn ends; use on_refresh="reset"'
-            )
-        if not projector.stores_basis and options["basis_bits"] != 32:
-            raise ValueError(
-                f"basis_bits is {options['basis_bits']}, but projector={projector.name!r} stores no basis; leave it at 32, or use "
-                'projector "randomized_svd" or "svd"'
-            )
-        if not projector.stores_basis and options["overlap_threshold"] is not None:
-            raise ValueError(
-                f"overlap_threshold is {options['overlap_threshold']!r}, but projector={projector.name!r} draws its subspaces at "
-                'random, so that they never stand still; use None, or projector "randomized_svd" or "svd"'
-            )
+        check_combination(projector, options)
 
     def _projector_of(self, options: Mapping[str, Any]) -> Projector:
         name = options["projector"]
@@ -454,8 +437,7 @@ class LowRankOptimizer(Optimizer):
         if later is not None and step.waits:
             later.append(step)
             return
-        for whole in summed([step]):
-            self._finish(whole)
+        self._finish(*summed([step]))
 
     def _finish(self, step: Later) -> None:
         """The second half of a matrix' step: residual and weights."""

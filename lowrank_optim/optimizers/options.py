@@ -242,6 +242,25 @@ def expand_shorthands(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def check_combination(projector: Projector, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that make no sense together with this projector."""
+    if projector.resizes and options["on_refresh"] != "reset":
+        raise ValueError(
+            f"on_refresh is {options['on_refresh']!r}, but projector={projector.name!r} frees the moments of a tensor when its "
+            'turn ends; use on_refresh="reset"'
+        )
+    if not projector.stores_basis and options["basis_bits"] != 32:
+        raise ValueError(
+            f"basis_bits is {options['basis_bits']}, but projector={projector.name!r} stores no basis; leave it at 32, or use "
+            'projector "randomized_svd" or "svd"'
+        )
+    if not projector.stores_basis and options["overlap_threshold"] is not None:
+        raise ValueError(
+            f"overlap_threshold is {options['overlap_threshold']!r}, but projector={projector.name!r} draws its subspaces at "
+            'random, so that they never stand still; use None, or projector "randomized_svd" or "svd"'
+        )
+
+
 def projector_option(options: Mapping[str, Any]) -> Projector:
     """The projector that a constructor's options (shorthands written out) ask for."""
     # The released code takes the exact subspace; a cheaper one has to be asked for.

@@ -68,6 +68,14 @@ def groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     return [{"params": low, **options}, *([{"params": dense, "rank": None}] if dense else [])]
 
 
+def layers(model: nn.Module) -> list[dict[str, Any]]:
+    """The groups of a layerwise method: every parameter is a layer."""
+    return [
+        {"params": [(name, p)], "layer": number, "rank": None if name in DENSE else 2}
+        for number, (name, p) in enumerate(model.named_parameters())
+    ]
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         model(step).backward()

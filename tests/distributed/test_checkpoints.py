@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from distributed_harness import (
-    DENSE,
     METHODS,
     SHAPES,
     Model,
     distance,
     groups,
+    layers,
     shard,
     spawn,
     states,
@@ -127,11 +127,7 @@ def turning(model, name):
     if name == "frugal":
         blocks = {"blocks": "ascending", "on_refresh": "reset", "state_bits": 8, "update_proj_gap": 3}
         return lo.FrugalAdamW(groups(model, density=0.4), lr=1e-3, **blocks)
-    layers = [
-        {"params": [(key, p)], "layer": i, "rank": None if key in DENSE else 2}
-        for i, (key, p) in enumerate(model.named_parameters())
-    ]
-    return lo.LAYERWISE_METHODS[name](layers, lr=1e-3, period=3)
+    return lo.LAYERWISE_METHODS[name](layers(model), lr=1e-3, period=3)
 
 
 def save_turns(folder) -> None:

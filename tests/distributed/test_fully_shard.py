@@ -3,12 +3,12 @@
 import pytest
 import torch
 from distributed_harness import (
-    DENSE,
     METHODS,
     SHAPES,
     Model,
     distance,
     groups,
+    layers,
     shard,
     spawn,
     states,
@@ -34,11 +34,7 @@ def build(model: nn.Module, name: str, **options) -> lo.LowRankOptimizer:
     rank = {"density": options.pop("density")} if "density" in options else {"rank": options.pop("rank", 2)}
     if name not in lo.LAYERWISE_METHODS:
         return METHODS[name](groups(model, **rank), **options)
-    layers = [
-        {"params": [(key, p)], "layer": i, "rank": None if key in DENSE else 2}
-        for i, (key, p) in enumerate(model.named_parameters())
-    ]
-    return METHODS[name](layers, period=3, **options)
+    return METHODS[name](layers(model), period=3, **options)
 
 
 def compare(cases, layout="fsdp") -> None:
