@@ -4,6 +4,7 @@
 not at a port, so that tests may run side by side.
 """
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -31,6 +32,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "vector": (13,),
 }
 DENSE = ("embedding", "vector")
+IMPORTED_ONCE = ["lowrank_optim", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "pytest"]
 
 
 class Model(nn.Module):
@@ -125,13 +127,15 @@ def _process(rank: int, world: int, store: str, errors: str, function: Callable[
 
 
 def spawn(world: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Run `function(*arguments)` in `world` processes of one group."""
+    """Run `function(*arguments)` in `world` processes of one group, forked from a server that has imported torch once."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder, "errors")
         errors.mkdir()
         try:
-            mp.spawn(_process, (world, f"{folder}/store", str(errors), function, arguments), nprocs=world)
+            passed = (world, f"{folder}/store", str(errors), function, arguments)
+            mp.start_processes(_process, passed, nprocs=world, start_method="forkserver")
         except Exception as error:
             told = sorted(errors.iterdir(), key=lambda path: path.stat().st_mtime)
             raise AssertionError("\n".join(f"process {p.name}:\n{p.read_text()}" for p in told) or str(error)) from None
