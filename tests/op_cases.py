@@ -116,7 +116,11 @@ def _direct() -> Iterator[Case]:
         yield case("sgd_direct_", made.sgd_direct, (3, 257), layout=layout, nesterov=True)
         yield case("rmsprop_direct_", made.rmsprop_direct, (3, 257), layout=layout)
     yield case("adam_direct_", made.adam_direct, (3, 257), step=1.0)
+    yield case("rmsprop_direct_", made.rmsprop_direct, (3, 257), alpha=0.9999)
     yield case("adam_direct_", made.adam_direct, (3, 257), fill="nonfinite")
+    yield case("lion_direct_", made.lion_direct, (3, 257), fill="nonfinite")
+    yield case("sgd_direct_", made.sgd_direct, (3, 257), fill="nonfinite", nesterov=True)
+    yield case("rmsprop_direct_", made.rmsprop_direct, (3, 257), fill="nonfinite")
 
 
 def _coded_adam() -> Iterator[Case]:
@@ -179,7 +183,7 @@ def _bases() -> Iterator[Case]:
         for group in (1, 3, 64, 255, 1000):
             yield case("pack_basis", made.pack_basis, (2, 3, 301), bits=bits, group=group)
             yield case("unpack_basis", made.unpack_basis, (2, 3, 301), bits=bits, group=group)
-        for fill in ("nonfinite", "zeros", "tiny", "huge", "ties"):
+        for fill in ("nonfinite", "zeros", "tiny", "huge", "ties", "between"):
             yield case("pack_basis", made.pack_basis, (4, 600), bits=bits, fill=fill)
         for dtype in (BF16, F16):
             yield case("pack_basis", made.pack_basis, (3, 301), dtype, bits)

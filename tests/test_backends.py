@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_cases import CASES
 
-from lowrank_optim.kernels import Loaded, dispatch, schemas
+from lowrank_optim.kernels import Loaded, api, dispatch, schemas
 from lowrank_optim.kernels.selftest import Case, answer, compare
 
 DECLINED_LAYOUTS = ("transposed", "strided")
@@ -43,6 +43,15 @@ def test_every_operation_gives_what_its_definition_gives(name: str, case: Case):
     assert want is not None
     found = compare(case, got, want)
     assert not found.failure, found.failure
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=f"{name}: gaussian_") for name in LOADED])
+@pytest.mark.parametrize("size", [1, 7, 2049])
+def test_an_odd_number_of_normal_numbers_is_written_and_no_more(name: str, size: int):
+    """They are drawn in pairs, the last of which then has one."""
+    memory = torch.full((size + 9,), 777.0, device=device_of(LOADED[name]))
+    LOADED[name].operations["gaussian_"](memory[4 : size + 4], api.words(5))
+    assert (memory == 777.0).nonzero().flatten().tolist() == [*range(4), *range(size + 4, size + 9)]
 
 
 def _rarely_used(case: Case) -> bool:

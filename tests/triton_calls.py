@@ -47,8 +47,10 @@ def calls() -> list[Callable[[], object]]:
     add("adam_direct_", *made.adam_direct(shape, ok=True))
     add("adam_dense_", *made.adam_dense(shape, BF16, BF16, ok=True, rounding=True))
     add("lion_direct_", *made.lion_direct(shape, ok=True))
-    add("sgd_direct_", *made.sgd_direct(shape, ok=True, nesterov=True))
+    for nesterov in (True, False):
+        add("sgd_direct_", *made.sgd_direct(shape, ok=True, nesterov=nesterov))
     add("rmsprop_direct_", *made.rmsprop_direct(shape, ok=True))
     add("apply_dense_", *made.apply_dense(shape, BF16, rounding=True, layout="transposed"))
     add("stochastic_round_", *made.stochastic_round(shape))
+    add("gaussian_", *made.gaussian(shape))
     return found

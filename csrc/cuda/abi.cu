@@ -10,7 +10,7 @@ using namespace lowrank;
 
 namespace {
 
-constexpr int ABI_VERSION = 1;
+constexpr int ABI_VERSION = 2;
 
 template <class Op, class Run, class Units>
 int run_many(const Op* ops, int64_t count, const Units& units_of, const Run& run) {
@@ -53,6 +53,15 @@ LOWRANK_API int lowrank_optim_cuda_adam(const AdamElement* ops, const int64_t* s
                   [&](const Many<AdamElement>& chunk, int64_t units) { return run_elements(chunk, units, stream); });
 }
 
+// lion_direct_, sgd_direct_, rmsprop_direct_.
+LOWRANK_API int lowrank_optim_cuda_rule(const RuleElement* op, int64_t size, void* stream) {
+  return run_elements(*op, size, stream);
+}
+
+LOWRANK_API int lowrank_optim_cuda_gaussian(const GaussianElement* op, void* stream) {
+  return run_elements(*op, op->pairs(), stream);
+}
+
 // stochastic_round_, apply_dense_.
 LOWRANK_API int lowrank_optim_cuda_store(const StoreElement* op, int64_t size, void* stream) {
   return run_elements(*op, size, stream);
@@ -70,5 +79,13 @@ LOWRANK_API int lowrank_optim_cuda_quantize_rows(const QuantizeBlock* op, void* 
 }
 
 LOWRANK_API int lowrank_optim_cuda_dequantize_rows(const DequantizeBlock* op, void* stream) {
+  return run_segments(*op, segments(op->coding), stream);
+}
+
+LOWRANK_API int lowrank_optim_cuda_pack_basis(const PackBlock* op, void* stream) {
+  return run_segments(*op, segments(op->coding), stream);
+}
+
+LOWRANK_API int lowrank_optim_cuda_unpack_basis(const UnpackBlock* op, void* stream) {
   return run_segments(*op, segments(op->coding), stream);
 }

@@ -1,8 +1,8 @@
-// The arithmetic of single numbers: hash, conversions, rounding, codes, Adam. For the device under nvcc, for the host under any
-// C++17 compiler, with the same bits.
+// The arithmetic of single numbers: hash, conversions, rounding, codes, rules of moments. For the device under nvcc, for the host under
+// any C++17 compiler, with the same bits (but for the last ones of `log`, `cos` and `sin`, in float64).
 //
-// Definitions: lowrank_optim/kernels/{counter_rng,reference}.py and lowrank_optim/quantization/{rows,moments}.py. Every operation is
-// rounded to float32 once, in the order written there: compile with --fmad=false (-ffp-contract=off), IEEE division and roots.
+// Definitions: lowrank_optim/kernels/{counter_rng,reference}.py and lowrank_optim/quantization/{rows,moments,basis}.py. Every operation
+// is rounded to float32 once, in the order written there: compile with --fmad=false (-ffp-contract=off), IEEE division and roots.
 #pragma once
 
 #include <cmath>
@@ -52,6 +52,11 @@ LOWRANK_HD uint32_t random_bits(uint64_t key, int64_t position) {
   const uint64_t at = static_cast<uint64_t>(position);
   const uint32_t x = mix(static_cast<uint32_t>(at) ^ static_cast<uint32_t>(key));
   return mix(x ^ (static_cast<uint32_t>(at >> 32) * 0x9E3779B9u) ^ static_cast<uint32_t>(key >> 32));
+}
+
+// In (0, 1), never 0 or 1, to 32 bits.
+LOWRANK_HD double uniform(uint64_t key, int64_t position) {
+  return (static_cast<double>(random_bits(key, position)) + 0.5) * 2.3283064365386963e-10;  // 2⁻³²
 }
 
 // Random bits of positions from `start` on, moved by `shift` (turn times the golden ratio); `on` 0 rounds to nearest.
@@ -165,7 +170,25 @@ LOWRANK_HD int code_of(float x, float factor, int bits, bool with_sign, const No
   return static_cast<int>(level + (with_sign ? (bits == 4 ? 8.0f : 0.0f) : -1.0f));
 }
 
-// ------------------------------------------------------------------------------------------------------------------------- Adam
+// The bits of floats as unsigned integers in the order of their values (NaNs at both ends), and back.
+LOWRANK_HD uint32_t ordered(uint32_t bits) { return bits >> 31 ? ~bits : bits | 0x80000000u; }
+
+LOWRANK_HD uint32_t disordered(uint32_t place) { return place >> 31 ? place & MAGNITUDE : ~place; }
+
+// The step between the codes of a group of a basis; NaN where an end is NaN or infinite, or the span overflows.
+LOWRANK_HD float step_of(float least, float greatest, int bits) {
+  const float step = (greatest - least) / (bits == 8 ? 255.0f : 15.0f);
+  if (bits_of(step) >= INFINITE) return float_of(NOT_A_NUMBER);
+  return step < 1.1754943508222875e-38f ? 0.0f : step;  // 2⁻¹²⁶
+}
+
+// The code of x in a group with this zero point and step; 0 where there is no step, or it is NaN.
+LOWRANK_HD int code_between(float x, float zero, float step, int bits) {
+  if (!(step > 0.0f)) return 0;
+  return static_cast<int>(fminf(fmaxf(rintf((x - zero) / step), 0.0f), bits == 8 ? 255.0f : 15.0f));
+}
+
+// ------------------------------------------------------------------------------------------------------------- rules of moments
 
 // towards = 1 − β₁, rest2 = 1 − β₂; N = m / (√v · root_factor + root_offset)
 struct Adam {
@@ -186,10 +209,15 @@ LOWRANK_HD float lerp(float start, float end, float weight) {
   return (near ? start : end) + (near ? weight : weight - 1.0f) * (end - start);
 }
 
+LOWRANK_HD float square_update(float v, float g, float beta, float rest) { return v * beta + (g * rest) * g; }
+
 LOWRANK_HD Moments adam_step(float g, float m, float v, const Adam& adam) {
   m = lerp(m, g, adam.towards);
-  v = v * adam.beta2 + (g * adam.rest2) * g;
+  v = square_update(v, g, adam.beta2, adam.rest2);
   return {m, v, m / (sqrtf(v) * adam.root_factor + adam.root_offset)};
 }
+
+// −1, 0 or 1; 0 for NaN.
+LOWRANK_HD float sign_of(float x) { return static_cast<float>((x > 0.0f) - (x < 0.0f)); }
 
 }  // namespace lowrank

@@ -36,6 +36,55 @@ struct AdamElement {
   }
 };
 
+enum Rule : int32_t { LION = 0, SGD = 1, NESTEROV = 2, RMSPROP = 3 };
+
+// lion_direct_ (first = 1 − β₁, second = 1 − β₂), sgd_direct_ (first = μ), rmsprop_direct_ (first = α, second = 1 − α, third = ε).
+struct RuleElement {
+  const float* grad;
+  float *moment, *out;
+  const uint8_t* ok;
+  int32_t rule;
+  float first, second, third;
+
+  LOWRANK_HD void operator()(int64_t i) const {
+    if (ok && !*ok) {
+      out[i] = 0.0f;
+      return;
+    }
+    const float g = grad[i];
+    float m = moment[i], direction;
+    if (rule == LION) {
+      direction = sign_of(lerp(m, g, first));
+      m = lerp(m, g, second);
+    } else if (rule == RMSPROP) {
+      m = square_update(m, g, first, second);
+      direction = g / (sqrtf(m) + third);
+    } else {
+      m = m * first + g;
+      direction = rule == NESTEROV ? g + m * first : m;
+    }
+    moment[i] = m;
+    out[i] = direction;
+  }
+};
+
+// gaussian_: elements i and pairs + i by Box-Muller, i < pairs = ⌈size/2⌉.
+struct GaussianElement {
+  float* out;
+  int64_t size;
+  uint64_t key;
+
+  LOWRANK_HD int64_t pairs() const { return (size + 1) / 2; }
+
+  LOWRANK_HD void operator()(int64_t i) const {
+    const int64_t second = pairs() + i;
+    const double radius = sqrt(log(uniform(key, i)) * -2.0);
+    const double angle = uniform(key, second) * 6.283185307179586;  // 2π
+    out[i] = static_cast<float>(radius * cos(angle));
+    if (second < size) out[second] = static_cast<float>(radius * sin(angle));
+  }
+};
+
 // A (batch, rows, cols) tensor of any strides, counted in elements.
 struct Strided {
   int64_t batch, row, col;
@@ -175,6 +224,64 @@ struct DequantizeBlock {
         float x = decoded(code_in(byte, k, coding, with_sign), s, coding, with_sign);
         if (b.col_scale) x *= b.col_scale[b.col(cell, k)];
         store(out, dtype, b.at(cell, k), x, nearest, 0);
+      }
+    }
+  }
+};
+
+// pack_basis: codes between each group's least and greatest element.
+struct PackBlock {
+  Coding coding;
+  const void* basis;
+  uint8_t* codes;
+  float *scale, *zero;
+  int32_t dtype;
+
+  template <class Lanes>
+  LOWRANK_HD void operator()(const Lanes& lanes, int64_t segment) const {
+    const Block b(coding, segment);
+    // `low` counts down from the top, so that its largest value is that of the least element. A NaN is at one of the ends.
+    uint32_t low = 0, high = 0;
+    for (int64_t cell = lanes.first; cell < b.cells(); cell += lanes.count) {
+      for (int k = 0; k < b.columns(cell); ++k) {
+        const uint32_t place = ordered(bits_of(load(basis, dtype, b.at(cell, k))));
+        low = ~place > low ? ~place : low;
+        high = place > high ? place : high;
+      }
+    }
+    const float least = float_of(disordered(~lanes.max(low))), greatest = float_of(disordered(lanes.max(high)));
+    const float step = step_of(least, greatest, coding.bits);
+    for (int64_t cell = lanes.first; cell < b.cells(); cell += lanes.count) {
+      uint8_t byte = 0;
+      for (int k = 0; k < b.columns(cell); ++k) {
+        byte = with_code(byte, k, code_between(load(basis, dtype, b.at(cell, k)), least, step, coding.bits), coding);
+      }
+      codes[b.byte(cell)] = byte;
+    }
+    if (lanes.first == 0) {
+      scale[segment] = step;
+      zero[segment] = step == step ? least : step;
+    }
+  }
+};
+
+// unpack_basis: zero + code · scale.
+struct UnpackBlock {
+  Coding coding;
+  const uint8_t* codes;
+  const float *scale, *zero;
+  void* out;
+  int32_t dtype;
+
+  template <class Lanes>
+  LOWRANK_HD void operator()(const Lanes& lanes, int64_t segment) const {
+    const Block b(coding, segment);
+    const float s = scale[segment], z = zero[segment];
+    const Noise nearest{};
+    for (int64_t cell = lanes.first; cell < b.cells(); cell += lanes.count) {
+      const uint8_t byte = codes[b.byte(cell)];
+      for (int k = 0; k < b.columns(cell); ++k) {
+        store(out, dtype, b.at(cell, k), static_cast<float>(code_in(byte, k, coding, false)) * s + z, nearest, 0);
       }
     }
   }

@@ -258,19 +258,23 @@ def adam_dense(
     return w, g, draw(3, shape), draw(4, shape).square_(), scalars, _ok(ok), _words(rounding, start)
 
 
-def lion_direct(shape: Shape, ok: bool | None = None, layout: str = "plain") -> Arguments:
-    grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else "plain"), layout)
+def lion_direct(shape: Shape, ok: bool | None = None, fill: str = "plain", layout: str = "plain") -> Arguments:
+    grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else fill), layout)
     return grad, draw(2, shape), api.numbers(0.9, 0.99), _ok(ok)
 
 
-def sgd_direct(shape: Shape, ok: bool | None = None, nesterov: bool = False, layout: str = "plain") -> Arguments:
-    grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else "plain"), layout)
+def sgd_direct(
+    shape: Shape, ok: bool | None = None, nesterov: bool = False, fill: str = "plain", layout: str = "plain"
+) -> Arguments:
+    grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else fill), layout)
     return grad, draw(2, shape), api.numbers(0.9), _ok(ok), nesterov
 
 
-def rmsprop_direct(shape: Shape, ok: bool | None = None, layout: str = "plain") -> Arguments:
-    grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else "plain"), layout)
-    return grad, draw(2, shape).square_(), api.numbers(0.99, 1e-8), _ok(ok)
+def rmsprop_direct(
+    shape: Shape, ok: bool | None = None, alpha: float = 0.99, fill: str = "plain", layout: str = "plain"
+) -> Arguments:
+    grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else fill), layout)
+    return grad, draw(2, shape).square_(), api.numbers(alpha, 1e-8), _ok(ok)
 
 
 def coded_adam_direct(
@@ -350,7 +354,17 @@ def dequantize_rows(
 def pack_basis(
     shape: Shape, dtype: torch.dtype = F32, bits: int = 4, group: int = 256, fill: str = "plain", layout: str = "plain"
 ) -> Arguments:
-    return as_layout(spoiled(draw(1, shape, dtype), fill), layout), bits, group
+    basis = _between_codes(shape, bits, group) if fill == "between" else spoiled(draw(1, shape, dtype), fill)
+    return as_layout(basis.to(dtype), layout), bits, group
+
+
+def _between_codes(shape: Shape, bits: int, group: int) -> Tensor:
+    """Elements halfway between two codes, where the last bit of a quotient decides; each group's first two span it."""
+    top, step = 2**bits - 1, 0.3
+    basis = (torch.randint(top, shape, generator=torch.Generator().manual_seed(1)) + 0.5) * step
+    basis[..., 0::group] = 0.0
+    basis[..., 1::group] = top * step
+    return basis
 
 
 def unpack_basis(shape: Shape, dtype: torch.dtype = F32, bits: int = 4, group: int = 256) -> Arguments:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lowrank_optim.kernels.dispatch import Unavailable
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """Raised, here and in csrc/cuda/abi.cu, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CUDA_LIBRARY"
@@ -65,6 +65,23 @@ class AdamElement(Structure):
     )
 
 
+class RuleElement(Structure):
+    _fields_ = (
+        ("grad", c_void_p),
+        ("moment", c_void_p),
+        ("out", c_void_p),
+        ("ok", c_void_p),
+        ("rule", c_int32),
+        ("first", c_float),
+        ("second", c_float),
+        ("third", c_float),
+    )
+
+
+class GaussianElement(Structure):
+    _fields_ = (("out", c_void_p), ("size", c_int64), ("key", c_uint64))
+
+
 class StoreElement(Structure):
     _fields_ = (
         ("target", c_void_p),
@@ -107,6 +124,28 @@ class DequantizeBlock(Structure):
     )
 
 
+class PackBlock(Structure):
+    _fields_ = (
+        ("coding", Coding),
+        ("basis", c_void_p),
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("dtype", c_int32),
+    )
+
+
+class UnpackBlock(Structure):
+    _fields_ = (
+        ("coding", Coding),
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("out", c_void_p),
+        ("dtype", c_int32),
+    )
+
+
 class CodedAdamBlock(Structure):
     _fields_ = (
         ("coding", Coding),
@@ -129,10 +168,14 @@ class CodedAdamBlock(Structure):
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "adam": (POINTER(AdamElement), POINTER(c_int64), c_int64, c_void_p),
+    "rule": (POINTER(RuleElement), c_int64, c_void_p),
+    "gaussian": (POINTER(GaussianElement), c_void_p),
     "store": (POINTER(StoreElement), c_int64, c_void_p),
     "coded_adam": (POINTER(CodedAdamBlock), c_int64, c_void_p),
     "quantize_rows": (POINTER(QuantizeBlock), c_void_p),
     "dequantize_rows": (POINTER(DequantizeBlock), c_void_p),
+    "pack_basis": (POINTER(PackBlock), c_void_p),
+    "unpack_basis": (POINTER(UnpackBlock), c_void_p),
 }
 """Arguments of every function; the last is the stream."""
 

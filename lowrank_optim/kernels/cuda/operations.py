@@ -21,17 +21,24 @@ from lowrank_optim.kernels.cuda.library import (
     CodedAdamBlock,
     Coding,
     DequantizeBlock,
+    GaussianElement,
     Library,
     Noise,
+    PackBlock,
     QuantizeBlock,
+    RuleElement,
     StoreElement,
     Strided,
+    UnpackBlock,
     Write,
 )
 from lowrank_optim.kernels.schemas import coded_shapes
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers of the storage types in csrc/cuda/arithmetic.h."""
+
+LION, SGD, NESTEROV, RMSPROP = range(4)
+"""The numbers of the rules in csrc/cuda/operations.h."""
 
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]
 """ratio, ratio_scale, root, root_scale"""
@@ -108,6 +115,40 @@ def adam_direct_(
     )
     _call(library, grad, "adam", op, ctypes.c_int64(grad.numel()), 1)
     return out
+
+
+def _rule(library: Library, rule: int, grad: Tensor, moment: Tensor, ok: Tensor | None, *numbers: float) -> Any:
+    if not _float32(grad) or not moment.is_contiguous():
+        return NotImplemented
+    g, out = grad.contiguous(), torch.empty_like(moment)
+    op = RuleElement(g.data_ptr(), moment.data_ptr(), out.data_ptr(), _pointer(ok), rule, *numbers)
+    _call(library, grad, "rule", op, grad.numel())
+    return out
+
+
+def lion_direct_(library: Library, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Any:
+    beta1, beta2 = scalars.tolist()
+    return _rule(library, LION, grad, exp_avg, ok, 1.0 - beta1, 1.0 - beta2)
+
+
+def sgd_direct_(
+    library: Library, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None, nesterov: bool
+) -> Any:
+    (momentum,) = scalars.tolist()
+    return _rule(library, NESTEROV if nesterov else SGD, grad, exp_avg, ok, momentum)
+
+
+def rmsprop_direct_(library: Library, grad: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> Any:
+    alpha, eps = scalars.tolist()
+    return _rule(library, RMSPROP, grad, exp_avg_sq, ok, alpha, 1.0 - alpha, eps)
+
+
+def gaussian_(library: Library, out: Tensor, key: Tensor) -> Any:
+    if not _float32(out):
+        return NotImplemented
+    (word,) = key.tolist()
+    _call(library, out, "gaussian", GaussianElement(out.data_ptr(), out.numel(), unsigned_key(word)))
+    return None
 
 
 def _dense(
@@ -198,6 +239,13 @@ def stochastic_round_(library: Library, target: Tensor, value: Tensor, rounding:
 # ----------------------------------------------------------------------------------------------------------------------- codes
 
 
+def _new(shape: tuple[int, ...], bits: int, signed: bool, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix, uninitialised."""
+    codes, scale = coded_shapes(shape, bits, block)
+    kind = torch.int8 if bits == 8 and signed else torch.uint8
+    return torch.empty(codes, dtype=kind, device=device), torch.empty(scale, dtype=torch.float32, device=device)
+
+
 def quantize_rows(
     library: Library,
     x: Tensor,
@@ -210,10 +258,7 @@ def quantize_rows(
     if not _covered(x) or not _float32(col_scale):
         return NotImplemented
     shape = tuple(x.shape)
-    code_shape, scale_shape = coded_shapes(shape, bits, block)
-    kind = torch.int8 if bits == 8 and signed else torch.uint8
-    codes = torch.empty(code_shape, dtype=kind, device=x.device)
-    scale = torch.empty(scale_shape, dtype=torch.float32, device=x.device)
+    codes, scale = _new(shape, bits, signed, block, x.device)
     if x.numel() == 0:
         return codes, scale
     source, (coding, columns) = x.contiguous(), _coding(shape, bits, block, col_scale)
@@ -249,6 +294,45 @@ def dequantize_rows(
     op = DequantizeBlock(coding, source.whole.data_ptr(), scale.data_ptr(), out.data_ptr(), TYPES[dtype], signed)
     _call(library, codes, "dequantize_rows", op)
     del columns
+    return out
+
+
+def pack_basis(library: Library, basis: Tensor, bits: int, group: int) -> Any:
+    if not _covered(basis):
+        return NotImplemented
+    shape = tuple(basis.shape)
+    codes, scale = _new(shape, bits, False, group, basis.device)
+    zero = torch.empty_like(scale)
+    if basis.numel() == 0:
+        return codes, scale, zero
+    source, (coding, _) = basis.contiguous(), _coding(shape, bits, group, None)
+    target = KernelCodes.of(codes, shape[-1], bits, coding.packed)
+    results = (target.whole.data_ptr(), scale.data_ptr(), zero.data_ptr())
+    _call(library, basis, "pack_basis", PackBlock(coding, source.data_ptr(), *results, TYPES[basis.dtype]))
+    target.store()
+    return codes, scale, zero
+
+
+def unpack_basis(
+    library: Library,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    group: int,
+    cols: int,
+    dtype: torch.dtype,
+) -> Any:
+    contiguous = codes.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
+    if dtype not in TYPES or not _float32(scale, zero) or not contiguous:
+        return NotImplemented
+    out = torch.empty((*codes.shape[:-1], cols), dtype=dtype, device=codes.device)
+    if out.numel() == 0:
+        return out
+    coding, _ = _coding(tuple(out.shape), bits, group, None)
+    source = KernelCodes.of(codes, cols, bits, coding.packed).whole
+    pointers = (source.data_ptr(), scale.data_ptr(), zero.data_ptr(), out.data_ptr())
+    _call(library, codes, "unpack_basis", UnpackBlock(coding, *pointers, TYPES[dtype]))
     return out
 
 
@@ -389,10 +473,16 @@ def multi_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> None:
 _OPERATIONS: tuple[Callable[..., Any], ...] = (
     adam_direct_,
     adam_dense_,
+    lion_direct_,
+    sgd_direct_,
+    rmsprop_direct_,
     apply_dense_,
     stochastic_round_,
+    gaussian_,
     quantize_rows,
     dequantize_rows,
+    pack_basis,
+    unpack_basis,
     coded_adam_direct_,
     coded_adam_dense_,
 )

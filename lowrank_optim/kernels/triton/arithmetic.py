@@ -29,6 +29,12 @@ def random_bits(key, positions):
 
 
 @triton.jit
+def uniform(key, positions):
+    """Numbers of `counter_rng.uniform` in float64: in (0, 1), never 0 or 1, to 32 bits."""
+    return (random_bits(key, positions).to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2⁻³²
+
+
+@triton.jit
 def widen(x):
     """A float of any type as float32."""
     if x.dtype == tl.bfloat16:

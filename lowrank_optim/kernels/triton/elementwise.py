@@ -1,4 +1,4 @@
-"""Operations of one pass over tensors of one shape: moments and directions, dense updates, rounding.
+"""Operations of one pass over tensors of one shape: moments and directions, dense updates, rounding, random numbers.
 
 A program takes BLOCK consecutive elements. Moments are contiguous; targets of rounding and dense updates may have any three strides
 (matrices of a stack), with positions counted row by row whatever the strides.
@@ -17,6 +17,7 @@ from lowrank_optim.kernels.triton.arithmetic import (
     narrow,
     sign,
     to_bfloat16_stochastically,
+    uniform,
     widen,
 )
 from lowrank_optim.kernels.triton.launching import covered, flags, key_and_start, launch
@@ -109,8 +110,8 @@ def store_weight(pointers, value, inside, key, positions, STOCHASTIC: tl.constex
 
 
 @triton.jit
-def one_moment_kernel(g_ptr, m_ptr, out_ptr, ok_ptr, n, first, second, RULE: tl.constexpr, BLOCK: tl.constexpr):
-    """Moment in place, N into out. Lion: first = 1−β₁, second = 1−β₂; SGD, Nesterov: first = μ; RMSprop: first = α, second = ε."""
+def one_moment_kernel(g_ptr, m_ptr, out_ptr, ok_ptr, n, first, second, third, RULE: tl.constexpr, BLOCK: tl.constexpr):
+    """Moment in place, N into out. Lion: first = 1−β₁, second = 1−β₂; SGD, Nesterov: first = μ; RMSprop: α, 1−α, ε."""
     index, inside = _indices(n, BLOCK)
     if ok_ptr is not None:
         if not holds(ok_ptr):
@@ -122,8 +123,8 @@ def one_moment_kernel(g_ptr, m_ptr, out_ptr, ok_ptr, n, first, second, RULE: tl.
         direction = sign(lerp(m, g, first))
         m = lerp(m, g, second)
     elif RULE == "rmsprop":
-        m = m * first + (g * (1.0 - first)) * g
-        direction = tl.math.div_rn(g, tl.sqrt_rn(m) + second)
+        m = m * first + (g * second) * g
+        direction = tl.math.div_rn(g, tl.sqrt_rn(m) + third)
     else:
         m = m * first + g
         direction = m
@@ -131,6 +132,17 @@ def one_moment_kernel(g_ptr, m_ptr, out_ptr, ok_ptr, n, first, second, RULE: tl.
             direction = g + m * first
     tl.store(m_ptr + index, m, mask=inside)
     tl.store(out_ptr + index, direction, mask=inside)
+
+
+@triton.jit(do_not_specialize=["key"])
+def gaussian_kernel(out_ptr, n, pairs, key: tl.int64, BLOCK: tl.constexpr):
+    """Elements i and pairs + i of out (n,) by Box-Muller, i < pairs = ⌈n/2⌉; in float64, as `counter_rng.fill_gaussian_`."""
+    index, inside = _indices(pairs, BLOCK)
+    second = index + pairs
+    radius = tl.sqrt(tl.log(uniform(key, index)) * -2.0)
+    angle = uniform(key, second) * 6.283185307179586  # 2π
+    tl.store(out_ptr + index, (radius * tl.cos(angle)).to(tl.float32), mask=inside)
+    tl.store(out_ptr + second, (radius * tl.sin(angle)).to(tl.float32), mask=second < n)
 
 
 @triton.jit
@@ -240,27 +252,37 @@ def adam_dense_(
     return None
 
 
-def _one_moment(rule: str, grad: Tensor, moment: Tensor, first: float, second: float, ok: Tensor | None) -> Any:
+def _one_moment(rule: str, grad: Tensor, moment: Tensor, ok: Tensor | None, *numbers: float) -> Any:
     if not covered(grad) or not moment.is_contiguous():
         return NotImplemented
     g, out, n = grad.contiguous(), torch.empty_like(moment), grad.numel()
-    launch(one_moment_kernel, _grid(n), g, g, moment, out, flags(ok), n, first, second, RULE=rule, BLOCK=BLOCK)
+    three = (*numbers, 0.0, 0.0)[:3]
+    launch(one_moment_kernel, _grid(n), g, g, moment, out, flags(ok), n, *three, RULE=rule, BLOCK=BLOCK)
     return out
 
 
 def lion_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Any:
     beta1, beta2 = scalars.tolist()
-    return _one_moment("lion", grad, exp_avg, 1.0 - beta1, 1.0 - beta2, ok)
+    return _one_moment("lion", grad, exp_avg, ok, 1.0 - beta1, 1.0 - beta2)
 
 
 def sgd_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None, nesterov: bool) -> Any:
     (momentum,) = scalars.tolist()
-    return _one_moment("nesterov" if nesterov else "sgd", grad, exp_avg, momentum, 0.0, ok)
+    return _one_moment("nesterov" if nesterov else "sgd", grad, exp_avg, ok, momentum)
 
 
 def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> Any:
     alpha, eps = scalars.tolist()
-    return _one_moment("rmsprop", grad, exp_avg_sq, alpha, eps, ok)
+    return _one_moment("rmsprop", grad, exp_avg_sq, ok, alpha, 1.0 - alpha, eps)
+
+
+def gaussian_(out: Tensor, key: Tensor) -> Any:
+    if not covered(out):
+        return NotImplemented
+    n, (word,) = out.numel(), key.tolist()
+    pairs = triton.cdiv(n, 2)
+    launch(gaussian_kernel, _grid(pairs), out, out, n, pairs, word, BLOCK=BLOCK)
+    return None
 
 
 def _store(
@@ -329,4 +351,5 @@ OPERATIONS = {
     "rmsprop_direct_": rmsprop_direct_,
     "apply_dense_": apply_dense_,
     "stochastic_round_": stochastic_round_,
+    "gaussian_": gaussian_,
 }
