@@ -165,7 +165,7 @@ def tasks(rows: int, cols: int, rank: int) -> list[Task]:
     ]
     for bits in (8, 4):
         coded, share = codes((rows, cols), bits), bits / 8
-        args = (w, g, *coded, dense, noise, None, rounding, bits, 256)
+        args = (w, g, *coded, None, dense, noise, None, rounding, bits, 256)
         found.append(Task("coded_adam_dense_", f"{name} {bits} bits", args, matrix * (3 * size + 4 * share)))
         found.append(
             Task(

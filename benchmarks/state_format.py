@@ -29,15 +29,7 @@ from pretraining.data import BYTE_VOCABULARY, FileBatches, read_text, standard_l
 
 import lowrank_optim as lo
 from lowrank_optim import kernels
-from lowrank_optim.kernels.counter_rng import PURPOSE_ROUNDING, make_key
-from lowrank_optim.quantization import (
-    column_scale,
-    decode_moments,
-    encode_moments,
-    pack_basis,
-    packed_basis_bytes,
-    unpack_basis,
-)
+from lowrank_optim.quantization import column_scale, pack_basis, packed_basis_bytes, unpack_basis
 
 CPU = torch.device("cpu")
 EPS = 1e-8
@@ -124,7 +116,9 @@ class Format:
     v: str = "linear"  # of the root of v, unless `v_power` is 1
     v_power: float = 0.5
     block: int = 256
-    column: str = "rms^0.5"  # none, or a power of the root mean square of the columns of R at the refresh
+    column: str = (
+        "fitted"  # none; a power of the root mean square of the columns of R at the refresh; or fitted to √v, see `fit`
+    )
     m_rounding: str = "nearest"
     v_rounding: str = "nearest"
     ratio: bool = False  # code m/√v instead of m
@@ -157,7 +151,7 @@ class Format:
 
     def column_scale(self, reduced: Tensor) -> Tensor | None:
         """From the projected gradient of a refresh, (…, rows, r)."""
-        if self.column == "none":
+        if self.column in ("none", "fitted"):
             return None
         rms = reduced.square().mean(-2, keepdim=True).sqrt()
         rms = rms.clamp_min(2.0**-20 * rms.amax(-1, keepdim=True)).clamp_min(2.0**-60)
@@ -174,12 +168,11 @@ PLAIN = Format(8, column="none")
 SMALL = [
     BNB,
     PLAIN,
-    replace(PLAIN, column="rms^1"),
-    replace(PLAIN, column="rms^0.5"),
+    replace(EIGHT, column="none"),
+    replace(EIGHT, column="rms^0.5"),
+    EIGHT,
     replace(EIGHT, v_rounding="nearest"),
     replace(EIGHT, v_rounding="stochastic"),
-    replace(EIGHT, column="none"),
-    EIGHT,
     replace(EIGHT, v="power2"),
     TORCHAO,
     replace(FOUR, v_rounding="nearest"),
@@ -187,6 +180,7 @@ SMALL = [
     FOUR,
 ]
 WIDE = [replace(form, block=block) for form in (EIGHT, FOUR) for block in (64, 128, 256)] + [BNB, TORCHAO]
+WIDE += [replace(EIGHT, column="rms^0.5"), replace(EIGHT, column="none")]
 
 
 # Shadow moments -----------------------------------------------------------------------------------------------------------------
@@ -208,19 +202,30 @@ class Shadow:
             self.exact = torch.zeros_like(reduced), torch.zeros_like(reduced)
             self.stored = [self.exact] * len(self.formats)
             self.columns = [None if refreshed is None else f.column_scale(reduced) for f in self.formats]
+            self.since = torch.zeros(len(reduced), 1, 1, dtype=torch.int64)
         elif refreshed is not None and refreshed.any():
             for i, (form, old) in enumerate(zip(self.formats, self.columns, strict=True)):
                 new = form.column_scale(reduced)
                 if new is None or old is None:
                     continue
                 self.columns[i] = torch.where(refreshed[:, None, None], new, old)
-        self.steps += 1
+        if refreshed is not None:
+            self.since[refreshed] = 0
+        self.steps, self.since = self.steps + 1, self.since + 1
         self.exact = self._moments(*self.exact, reduced)
         self.last = [self._moments(*pair, reduced) for pair in self.stored]
+        for i, form in enumerate(self.formats):
+            if form.column == "fitted":
+                self.columns[i] = self.fit(self.last[i][1], self.columns[i])
         self.stored = [
             f.store(*pair, column, self.steps)
             for f, pair, column in zip(self.formats, self.last, self.columns, strict=True)
         ]
+
+    def fit(self, v: Tensor, old: Tensor | None) -> Tensor:
+        """Root mean squares of the columns of √v, measured anew 1, 2, 4, 8, … steps after a refresh."""
+        new = column_scale(v.double().mean(-2, keepdim=True))
+        return new if old is None else torch.where(self.since & (self.since - 1) == 0, new, old)
 
     def _moments(self, m: Tensor, v: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor]:
         return m.lerp(reduced, 1 - self.beta1), (v * self.beta2).addcmul_(reduced, reduced, value=1 - self.beta2)
@@ -340,41 +345,11 @@ def directions(setup: Setup, formats: list[Format], report_at: list[int]) -> dic
     return result
 
 
-def losses(setup: Setup, form: Format | None) -> dict[str, float]:
-    """Train with moments that are stored in a format between the steps; None keeps them in float32."""
-    columns: dict[int, tuple[int, Tensor | None]] = {}
-    keys: dict[int, int] = {}
-
-    class StoredAdam(lo.Adam):
-        """Decode, Adam, encode."""
-
-        def direction(self, grad: Tensor, state: Any, options: Any, context: Any) -> Any:
-            found = super().direction(grad, state, options, context)
-            if form is None or grad.dim() != 2:
-                return found
-            if "basis" in state:
-                refreshed, known = int(state["last_refresh"]), columns.get(id(state), (-2, None))
-                if known[0] != refreshed:
-                    scale = column_scale(grad) if form in (EIGHT, FOUR) else form.column_scale(grad)
-                    columns[id(state)] = known = refreshed, scale
-                column = known[1]
-            else:
-                column = None
-            step = int(context.step)
-            if form in (EIGHT, FOUR):  # what the package does, to the bit
-                key = keys.setdefault(id(state), make_key(0, len(keys), 0, PURPOSE_ROUNDING))
-                codes = encode_moments(
-                    state["exp_avg"], state["exp_avg_sq"], form.bits, col_scale=column, key=key, turn=step
-                )
-                m, v = decode_moments(codes, form.bits, col_scale=column)
-            else:
-                m, v = form.store(state["exp_avg"], state["exp_avg_sq"], column, step)
-            state["exp_avg"].copy_(m)
-            state["exp_avg_sq"].copy_(v)
-            return found
+def losses(setup: Setup, bits: int) -> dict[str, float]:
+    """Train with moments of the package in so many bits."""
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return lo.LowRankOptimizer(groups, rule=StoredAdam(setup.betas, EPS), weight_decay=0.1, **setup.options())
+        return lo.GaLoreAdamW(groups, betas=setup.betas, state_bits=bits, **setup.options())
 
     steps = list(setup.train(make))
     recent = [loss for *_, loss in steps]
@@ -434,7 +409,7 @@ def table(results: dict[str, Any], step: int) -> None:
         )
 
 
-TRAINED = {(0.9, 0.999): [FOUR, EIGHT], (0.9, 0.95): [FOUR, EIGHT]}
+TRAINED = [(0.9, 0.999), (0.9, 0.95)]
 
 
 def save(name: str, result: Any) -> None:
@@ -468,16 +443,14 @@ def main() -> None:
         print(f"rows of 256, step {steps}, {time.perf_counter() - began:.0f} s")
         table(found, steps)
     if "train" in args.only:
-        for betas, formats in TRAINED.items():
+        for betas in TRAINED:
             setup = Setup("cpu", args.steps // 2, 16, betas, gap=100)
             runs: dict[str, dict[str, float]] = {}
-            for form in [None, *formats]:
-                torch.manual_seed(0)
-                name = form.name if form else "float32"
-                runs[name] = run = losses(setup, form)
-                run["val_loss_over_float32"] = ratio = run["val_loss"] / runs["float32"]["val_loss"]
+            for bits in (32, 8, 4):
+                runs[f"{bits} bit"] = run = losses(setup, bits)
+                run["val_loss_over_float32"] = ratio = run["val_loss"] / runs["32 bit"]["val_loss"]
                 elapsed = time.perf_counter() - began
-                print(f"{name:72} {run['val_loss']:.4f}  ×{ratio:.4f}  {elapsed:.0f} s", flush=True)
+                print(f"{bits} bit {run['val_loss']:.4f}  ×{ratio:.4f}  {elapsed:.0f} s", flush=True)
                 keep(f"training, {setup.steps} steps, betas {betas}", runs)
     if "bases" in args.only:
         rows = bases(Setup("cpu", 50, 16, (0.9, 0.999)))

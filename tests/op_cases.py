@@ -130,10 +130,11 @@ def _coded_adam() -> Iterator[Case]:
             yield case(direct, made.coded_adam_direct, shape, bits)
             yield case(direct, made.coded_adam_direct, shape, bits, turn=None, col_scale="shared", fresh=True)
             yield case(dense, made.coded_adam_dense, shape, BF16, BF16, bits, rounding=True, start=9)
-            yield case(dense, made.coded_adam_dense, shape, bits=bits)
+            yield case(dense, made.coded_adam_dense, shape, bits=bits, col_scale="shared")
         for block in (1, 3, 64, 255, 1000, 5000):
             yield case(direct, made.coded_adam_direct, (2, 3, 301), bits, block, col_scale="batch", start=11)
             yield case(dense, made.coded_adam_dense, (3, 301), F32, BF16, bits, block)
+            yield case(dense, made.coded_adam_dense, (2, 3, 301), F32, BF16, bits, block, col_scale="batch", start=11)
         for fill in ("nonfinite", "zeros", "tiny", "huge"):
             yield case(direct, made.coded_adam_direct, (4, 600), bits, fill=fill)
             yield case(direct, made.coded_adam_direct, (4, 600), bits, fill=fill, fresh=True, turn=None)
@@ -149,7 +150,7 @@ def _coded_adam() -> Iterator[Case]:
             for grad in STORED:
                 yield case(dense, made.coded_adam_dense, (3, 301), weight, grad, bits)
             yield case(dense, made.coded_adam_dense, (3, 301), weight, bits=bits, **LARGE)
-        yield case(direct, made.coded_adam_direct, (3, 301), bits, start=2**32 - 400, turn=2**31 + 7)
+        yield case(direct, made.coded_adam_direct, (3, 301), bits, start=2**33 - 401, turn=2**31 + 7)
 
 
 def _codes() -> Iterator[Case]:
@@ -172,7 +173,8 @@ def _codes() -> Iterator[Case]:
                 yield case("dequantize_rows", made.dequantize_rows, (3, 301), dtype, **coding)
             for layout in LAYOUTS:
                 yield case("quantize_rows", made.quantize_rows, (2, 3, 301), **coding, layout=layout)
-            yield case("quantize_rows", made.quantize_rows, (3, 301), **coding, start=2**32 - 400, turn=2**40 + 3)
+            yield case("quantize_rows", made.quantize_rows, (3, 301), **coding, start=2**33 - 401, turn=2**40 + 3)
+            yield case("quantize_rows", made.quantize_rows, (3, 301), **coding, start=2**33 - 400, turn=1)
 
 
 def _bases() -> Iterator[Case]:

@@ -247,13 +247,13 @@ def test_noise_belongs_to_the_position_not_to_the_shard():
         words = api.words(made.ROUNDING_KEY, 2**32 - 500 + first * 300)
         OPERATIONS["stochastic_round_"](target[first:], value[first:], words)
         assert torch.equal(target[first:], whole[0][first:])
-    whole = made.coded_adam_dense((6, 300), BF16, rounding=True)
+    whole = made.coded_adam_dense((6, 301), BF16, rounding=True)
     OPERATIONS["coded_adam_dense_"](*whole)
     for first in (1, 4):
-        part = list(made.coded_adam_dense((6, 300), BF16, rounding=True))
+        part = list(made.coded_adam_dense((6, 301), BF16, rounding=True))
         for i in range(6):
             part[i] = part[i][first:].clone()
-        part[7], part[9] = api.words(made.KEY, 5, first * 300), api.words(made.ROUNDING_KEY, first * 300)
+        part[8], part[10] = api.words(made.KEY, 5, first * 301), api.words(made.ROUNDING_KEY, first * 301)
         OPERATIONS["coded_adam_dense_"](*part)
         for i in range(6):
             assert torch.equal(part[i], whole[i][first:])
@@ -284,9 +284,28 @@ def test_autograd_notices_that_a_saved_weight_has_changed():
         weight = torch.ones(4, 6, dtype=BF16, requires_grad=True)
         loss = weight.square().sum()
         with torch.no_grad():
-            OPERATIONS[op](*make(weight))
+            getattr(torch.ops.lowrank_optim, op)(*make(weight))
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+def test_every_written_argument_has_a_new_version():
+    seen = set()
+    for one in made.quick_cases():
+        operation = getattr(torch.ops.lowrank_optim, one.op)
+        args = one.make()
+        written = [
+            a
+            for a, said in zip(args, operation.default._schema.arguments, strict=True)
+            if said.is_out or (said.alias_info and said.alias_info.is_write)
+        ]
+        if one.op in seen or not written or any(tensor.numel() == 0 for tensor in written):
+            continue
+        before = [tensor._version for tensor in written]
+        operation(*args)
+        assert all(tensor._version > old for tensor, old in zip(written, before, strict=True)), one.op
+        seen.add(one.op)
+    assert len(seen) == 11
 
 
 # ------------------------------------------------------------------------------------------------------------ other libraries

@@ -12,8 +12,9 @@ import torch
 from op_cases import CASES
 from torch import Tensor
 
-from lowrank_optim.kernels import dispatch
+from lowrank_optim.kernels import api, dispatch
 from lowrank_optim.kernels import selftest as made
+from lowrank_optim.kernels.counter_rng import random_halves, turn_offset
 from lowrank_optim.kernels.cuda.build import TARGETS, build, build_for_host
 from lowrank_optim.kernels.cuda.library import ABI_VERSION, NAME, VARIABLE, Library, open_library
 from lowrank_optim.kernels.cuda.operations import multi_adam_dense_, multi_coded_adam_direct_, operations
@@ -62,6 +63,53 @@ def test_the_suite_passes_with_the_undefined_behaviour_sanitizer(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------------- last bits
+
+
+def between_levels(bits: int, signed: bool, turn: int) -> made.Arguments:
+    """Arguments of `quantize_rows`: numbers within two units in the last place of where their noise decides between two levels."""
+    levels, at = {(8, True): 127, (4, True): 7, (8, False): 256, (4, False): 16}[bits, signed], torch.arange(40 * 256)
+    half = (random_halves(made.KEY, at) + turn_offset(turn)) & 0xFFFF
+    part = (half + 0.5).double() / 2**16 - 0.5
+    middle = at % (levels - 2) + (0.5 if signed else 1.5)
+    if signed:
+        middle[1::2] *= -1
+    x = (middle - part * (1 - (middle - part).abs() / 2**19)).float()
+    x = (x.view(torch.int32) + (at // 3 % 5 - 2).int()).view(F32).view(40, 256)
+    x[:, 0] = levels  # the scale, so that numbers are coded as they are
+    return x, None, api.words(made.KEY, turn, 0), bits, signed, 256
+
+
+def one_step(bits: int, start: int) -> list[object]:
+    """Arguments of `coded_adam_direct_` with both betas 0: m = g and v = g², in which nothing can be rounded in another order."""
+    args = list(made.coded_adam_direct((40, 301), bits, col_scale="shared", start=start))
+    args[6] = api.numbers(0.0, 0.0, 1e-8, 1.0)
+    return args
+
+
+CODINGS = [(8, True), (4, True), (8, False), (4, False)]
+
+
+@pytest.mark.parametrize(("bits", "signed"), CODINGS)
+def test_noise_decides_as_in_the_definition_to_the_last_bit(bits, signed, library):
+    for turn in (0, 3):
+        args = between_levels(bits, signed, turn)
+        want = dispatch._DEFINITIONS["quantize_rows"](*args)
+        assert (want[1] == args[0][:, :1]).all()
+        for expected, got in zip(want, operations(library)["quantize_rows"](*args), strict=True):
+            assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_step_codes_as_the_definition_to_the_last_bit(bits, library):
+    for start in (0, 7):
+        want, got = one_step(bits, start), one_step(bits, start)
+        dispatch._DEFINITIONS["coded_adam_direct_"](*want)
+        operations(library)["coded_adam_direct_"](*got)
+        for expected, found in zip(want[1:5], got[1:5], strict=True):
+            assert torch.equal(expected, found)
 
 
 # ---------------------------------------------------------------------------------------------------------------- many at once

@@ -94,7 +94,7 @@ def step(t, lr, key, start):
     dense = api.numbers(*adam, lr, 1 - lr)
     OPS["adam_direct_"](empty(64, 512), empty(64, 512), empty(64, 512), api.numbers(*adam), ok)
     OPS["adam_dense_"](w, g, empty(64, 512), empty(64, 512), dense, ok, rounding)
-    OPS["coded_adam_dense_"](w, g, codes[0], scales[0], codes[1], scales[1], dense, noise, ok, rounding, 8, 256)
+    OPS["coded_adam_dense_"](w, g, codes[0], scales[0], codes[1], scales[1], None, dense, noise, ok, rounding, 8, 256)
     OPS["apply_"](w, empty(64, 16), empty(512, 16).mT, api.numbers(lr, 1 - lr), None, ok, rounding, *(None,) * 4, False)
     OPS["lion_direct_"](empty(64, 512), empty(64, 512), api.numbers(0.9, 0.99), ok)
     OPS["rmsprop_direct_"](empty(64, 512), empty(64, 512), api.numbers(lr, 1e-8), ok)

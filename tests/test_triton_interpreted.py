@@ -14,8 +14,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton
 import triton.language as tl
+from test_cuda import CODINGS, between_levels, one_step
 
 from lowrank_optim.kernels import api, dispatch, reference
+from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.counter_rng import make_key, random_bits
 from lowrank_optim.kernels.triton import arithmetic, launching, products
 
@@ -79,6 +81,38 @@ def test_conversions_to_bfloat16_and_back_are_torchs():
     assert torch.equal(narrow[~nan], x.to(BF16)[~nan])
     assert narrow[nan].isnan().all()
     assert torch.equal(back[~nan], narrow.float()[~nan])
+
+
+# ---------------------------------------------------------------------------------------------------------------------- codes
+
+
+@pytest.mark.parametrize(("bits", "signed"), CODINGS)
+def test_noise_decides_as_in_the_definition_to_the_last_bit(bits, signed):
+    for turn in (0, 3):
+        args = between_levels(bits, signed, turn)
+        want = dispatch._DEFINITIONS["quantize_rows"](*args)
+        for expected, got in zip(want, OPS["quantize_rows"](*args), strict=True):
+            assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_step_codes_as_the_definition_to_the_last_bit(bits):
+    for start in (0, 7):
+        want, got = one_step(bits, start), one_step(bits, start)
+        dispatch._DEFINITIONS["coded_adam_direct_"](*want)
+        OPS["coded_adam_direct_"](*got)
+        for expected, found in zip(want[1:5], got[1:5], strict=True):
+            assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("block", [1, 3, 255])
+def test_only_blocks_start_in_the_middle_of_a_word_of_noise(block, bits):
+    """Rows, and the matrix, start at even positions."""
+    args = made.quantize_rows((5, 300), bits=bits, block=block, turn=3, start=2)
+    want = dispatch._DEFINITIONS["quantize_rows"](*args)
+    for expected, got in zip(want, OPS["quantize_rows"](*args), strict=True):
+        assert torch.equal(expected, got)
 
 
 # ------------------------------------------------------------------------------------------------------------------- products

@@ -39,7 +39,10 @@ def calls() -> list[Callable[[], object]]:
     shape = (512, 512)
     for bits in (8, 4):
         add("coded_adam_direct_", *made.coded_adam_direct(shape, bits, col_scale="shared", ok=True))
-        add("coded_adam_dense_", *made.coded_adam_dense(shape, BF16, BF16, bits, ok=True, rounding=True))
+        add(
+            "coded_adam_dense_",
+            *made.coded_adam_dense(shape, BF16, BF16, bits, col_scale="shared", ok=True, rounding=True),
+        )
         add("quantize_rows", *made.quantize_rows(shape, bits=bits, signed=False, turn=3, col_scale="shared"))
         add("dequantize_rows", *made.dequantize_rows(shape, BF16, bits))
         add("pack_basis", *made.pack_basis(shape, bits=bits))

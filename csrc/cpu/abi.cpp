@@ -2,9 +2,13 @@
 //
 // They return 0, or 1 where there is no memory for working space; nothing has been changed then. Arguments are not checked.
 // Whoever changes a signature raises ABI_VERSION here and in library.py.
+#include <cfloat>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <vector>
 
 #include "ops.h"
 #include "pool.h"
@@ -12,7 +16,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 2;
+constexpr int ABI_VERSION = 3;
 constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thread
 
 #define LOWRANK_TEXT_(x) #x
@@ -63,6 +67,16 @@ using OnUnits = void (*)(const Args&, int64_t, int64_t);
 template <class Args>
 using OnBlocks = void (*)(const Args&, int64_t, int64_t, float*);
 
+// 1 where there is no memory.
+template <class Body>
+int guarded(const Body& body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
 // A kernel over `units` of `size` elements.
 template <class Args>
 int run(OnUnits<Args> kernel, const Args& args, int64_t units, int64_t size, int threads) {
@@ -82,21 +96,31 @@ int run(OnUnits<Args> kernel, const Args& args, int64_t units, int64_t size, int
   return 0;
 }
 
-// The same for coded matrices, whose kernels need working memory.
+// The same for coded matrices, whose kernels need working memory: several at once.
 template <class Args>
-int run(OnBlocks<Args> kernel, const Args& args, int threads) {
-  const Coding& c = args.coding;
-  if (c.rows == 0 || c.cols == 0) return 0;
-  const int64_t width = span(c), units = c.rows * pieces(c.cols, width), floats = scratch_floats(c);
-  if (width > INT32_MAX / 2) return 1;  // kernels count the elements of a unit in an int
-  if (c.rows * c.cols <= ALONE) threads = 1;
+int run_many(OnBlocks<Args> kernel, const std::vector<Args>& calls, int threads) {
   if (threads > MAX_THREADS) threads = MAX_THREADS;
+  std::vector<int64_t> first(calls.size() + 1);  // units of all matrices in a row; the first one of each
+  int64_t elements = 0, floats = 0, widest = 1;
+  for (size_t k = 0; k < calls.size(); ++k) {
+    const Coding& c = calls[k].coding;
+    const bool empty = c.rows == 0 || c.cols == 0;
+    const int64_t width = empty ? 1 : span(c);
+    if (width > INT32_MAX / 2) return 1;  // kernels count the elements of a unit in an int
+    first[k + 1] = first[k] + (empty ? 0 : c.rows * pieces(c.cols, width));
+    elements += c.rows * c.cols;
+    if (!empty && scratch_floats(c) > floats) floats = scratch_floats(c);
+    if (width > widest) widest = width;
+  }
+  if (elements == 0) return 0;
+  if (elements <= ALONE) threads = 1;
   struct Call {
     OnBlocks<Args> kernel;
-    const Args* args;
+    const std::vector<Args>& calls;
+    const std::vector<int64_t>& first;
     float* scratch;
     int64_t floats;
-  } call = {kernel, &args, nullptr, floats};
+  } call = {kernel, calls, first, nullptr, floats};
   alignas(64) float few[8192];  // arrays begin with a cache line: a vector across two of them costs twice
   std::unique_ptr<float, decltype(&std::free)> many(nullptr, &std::free);
   if (floats * threads <= int64_t(sizeof few / sizeof *few)) {
@@ -106,18 +130,41 @@ int run(OnBlocks<Args> kernel, const Args& args, int threads) {
     if (!many) return 1;
     call.scratch = many.get();
   }
-  const int64_t piece = ALONE / width > 1 ? ALONE / width : 1;
+  const int64_t piece = ALONE / widest > 1 ? ALONE / widest : 1;
   parallel(
-      units, piece, threads,
+      first.back(), piece, threads,
       [](void* context, int64_t begin, int64_t end, int worker) {
-        const Call* k = static_cast<Call*>(context);
-        k->kernel(*k->args, begin, end, k->scratch + worker * k->floats);
+        const Call& c = *static_cast<Call*>(context);
+        for (size_t k = 0; k < c.calls.size(); ++k) {
+          const int64_t from = begin > c.first[k] ? begin : c.first[k], to = end < c.first[k + 1] ? end : c.first[k + 1];
+          if (from < to) c.kernel(c.calls[k], from - c.first[k], to - c.first[k], c.scratch + worker * c.floats);
+        }
       },
       &call);
   return 0;
 }
 
-Noise noise_of(int on, uint64_t key, int64_t start, uint32_t offset) { return Noise{on != 0, key, start, offset}; }
+template <class Args>
+int run(OnBlocks<Args> kernel, const Args& args, int threads) {
+  return guarded([&] { return run_many<Args>(kernel, std::vector<Args>(1, args), threads); });
+}
+
+// 1/c of the column scales, for as long as a call takes; null where there are none, or, which `failed` says, no memory.
+struct Inverse {
+  std::unique_ptr<f32, decltype(&std::free)> numbers{nullptr, &std::free};
+  bool failed = false;
+
+  explicit Inverse(Coding& c) {
+    if (!c.col_scale || c.rows == 0 || c.cols == 0) return;
+    const int64_t count = pieces(c.rows, c.rows_per_scale) * c.cols;
+    numbers.reset(static_cast<f32*>(std::malloc(size_t(count) * sizeof(f32))));
+    failed = !numbers;
+    for (int64_t k = 0; !failed && k < count; ++k) numbers.get()[k] = 1.0f / c.col_scale[k];
+    c.inverse = numbers.get();
+  }
+};
+
+Noise noise_of(int on, uint64_t key, int64_t start, uint16_t offset) { return Noise{on != 0, key, start, offset}; }
 
 int limited(int threads) { return threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads; }
 
@@ -145,6 +192,9 @@ LOWRANK_API int lowrank_optim_use_simd(const char* name) {
   return 1;
 }
 
+// Run on the threads of an OpenMP runtime, from its GOMP_parallel; null stands for threads of our own.
+LOWRANK_API void lowrank_optim_use_openmp(void* runtime) { use_openmp(reinterpret_cast<OpenMP>(runtime)); }
+
 // adam_direct_ with `out`, adam_dense_ with `weight`: the other is null.
 LOWRANK_API int lowrank_optim_adam(int64_t n, const void* grad, int grad_type, f32* exp_avg, f32* exp_avg_sq, f32* out, void* weight,
                                    int weight_type, float weight1, float beta2, float weight2, float correction, float floor,
@@ -166,38 +216,86 @@ LOWRANK_API int lowrank_optim_rule(int rule, int64_t n, const f32* grad, f32* mo
   return run<RuleArgs>(chosen->kernels->rule, args, n, 1, limited(threads));
 }
 
-// coded_adam_direct_ with `out`, coded_adam_dense_ with `weight`.
-LOWRANK_API int lowrank_optim_coded_adam(int64_t rows, int64_t cols, int64_t block, int bits, const void* grad, int grad_type, void* ratio,
-                                         f32* ratio_scale, void* root, f32* root_scale, const f32* col_scale, int64_t rows_per_scale,
-                                         f32* out, void* weight, int weight_type, float weight1, float beta2, float weight2,
-                                         float correction, float floor, int noisy, uint64_t noise_key, int64_t noise_start,
-                                         uint32_t offset, float keep, float alpha, int rounding, uint64_t key, int64_t start,
-                                         int threads) {
-  CodedAdamArgs args;
-  args.coding = {rows, cols, block, bits, col_scale, rows_per_scale};
-  args.grad = {grad, grad_type, cols};
-  args.ratio = static_cast<u8*>(ratio);
-  args.root = static_cast<u8*>(root);
-  args.ratio_scale = ratio_scale;
-  args.root_scale = root_scale;
-  args.out = out;
-  args.weight = {weight, weight_type, cols};
-  args.adam = {weight1, beta2, weight2, correction, floor};
-  args.noise = noise_of(noisy, noise_key, noise_start, offset);
-  args.write = {keep, alpha, noise_of(rounding, key, start, 0)};
-  return run<CodedAdamArgs>(chosen->kernels->coded_adam, args, limited(threads));
+// coded_adam_direct_ with `out`, coded_adam_dense_ with `weight`, of `count` matrices at once: for each, a row of WORDS integers and
+// addresses and a row of NUMBERS floats, in the order in which they are read here.
+LOWRANK_API int lowrank_optim_coded_adam(int64_t count, const int64_t* words, const float* numbers, int threads) {
+  return guarded([&] {
+    constexpr int WORDS = 22, NUMBERS = 7;
+    std::vector<CodedAdamArgs> calls(static_cast<size_t>(count));
+    std::vector<Inverse> inverses;
+    inverses.reserve(calls.size());
+    for (CodedAdamArgs& args : calls) {
+      const auto at = [&](int i) { return reinterpret_cast<void*>(words[i]); };
+      args.coding = {words[0], words[1], words[2], int32_t(words[3]), static_cast<const f32*>(at(10)), words[11]};
+      args.grad = {at(4), int32_t(words[5]), words[1]};
+      args.ratio = static_cast<u8*>(at(6));
+      args.ratio_scale = static_cast<f32*>(at(7));
+      args.root = static_cast<u8*>(at(8));
+      args.root_scale = static_cast<f32*>(at(9));
+      args.out = static_cast<f32*>(at(12));
+      args.weight = {at(13), int32_t(words[14]), words[1]};
+      args.noise = noise_of(words[15] != 0, uint64_t(words[16]), words[17], uint16_t(words[18]));
+      args.adam = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+      args.write = {numbers[5], numbers[6], noise_of(words[19] != 0, uint64_t(words[20]), words[21], 0)};
+      inverses.emplace_back(args.coding);
+      if (inverses.back().failed) return 1;
+      words += WORDS;
+      numbers += NUMBERS;
+    }
+    return run_many<CodedAdamArgs>(chosen->kernels->coded_adam, calls, limited(threads));
+  });
+}
+
+// ‖x‖ of `count` flat tensors: for each its address, type and number of elements.
+LOWRANK_API int lowrank_optim_norms(int64_t count, const int64_t* words, float* norms, int threads) {
+  return guarded([&] {
+    std::vector<SquaresArgs> calls(static_cast<size_t>(count));
+    int64_t tiles = 0;
+    for (int64_t i = 0; i < count; ++i) tiles += pieces(words[3 * i + 2], TILE);
+    std::vector<double> sums(static_cast<size_t>(tiles));
+    std::vector<int64_t> first(static_cast<size_t>(count) + 1);
+    for (int64_t i = 0; i < count; ++i) {
+      const size_t k = static_cast<size_t>(i);
+      calls[k] = {{reinterpret_cast<const void*>(words[3 * i]), int32_t(words[3 * i + 1]), 0}, sums.data() + first[k]};
+      first[k + 1] = first[k] + pieces(words[3 * i + 2], TILE);
+    }
+    struct Call {
+      const std::vector<SquaresArgs>& calls;
+      const std::vector<int64_t>& first;
+      const int64_t* words;
+    } call = {calls, first, words};
+    parallel(
+        tiles, ALONE / TILE, tiles * TILE <= ALONE ? 1 : limited(threads),
+        [](void* context, int64_t begin, int64_t end, int) {
+          const Call& c = *static_cast<Call*>(context);
+          for (size_t k = 0; k < c.calls.size(); ++k) {
+            const int64_t from = begin > c.first[k] ? begin : c.first[k], to = end < c.first[k + 1] ? end : c.first[k + 1];
+            if (from >= to) continue;
+            const int64_t size = c.words[3 * k + 2], last = (to - c.first[k]) * TILE;
+            chosen->kernels->squares(c.calls[k], (from - c.first[k]) * TILE, last < size ? last : size);
+          }
+        },
+        &call);
+    for (size_t k = 0; k < calls.size(); ++k) {
+      double total = 0.0;
+      for (int64_t tile = first[k]; tile < first[k + 1]; ++tile) total += sums[static_cast<size_t>(tile)];
+      norms[k] = total > double(FLT_MAX) ? HUGE_VALF : float(std::sqrt(total));  // as if summed in float32: v would overflow, too
+    }
+    return 0;
+  });
 }
 
 LOWRANK_API int lowrank_optim_quantize_rows(int64_t rows, int64_t cols, int64_t block, int bits, int is_signed, const void* x, int x_type,
                                             int64_t x_stride, const f32* col_scale, int64_t rows_per_scale, void* codes, f32* scale,
-                                            int noisy, uint64_t key, int64_t start, uint32_t offset, int threads) {
-  const QuantizeArgs args = {{rows, cols, block, bits, col_scale, rows_per_scale},
-                             is_signed != 0,
-                             {x, x_type, x_stride},
-                             static_cast<u8*>(codes),
-                             scale,
-                             noise_of(noisy, key, start, offset)};
-  return run<QuantizeArgs>(chosen->kernels->quantize, args, limited(threads));
+                                            int noisy, uint64_t key, int64_t start, uint16_t offset, int threads) {
+  QuantizeArgs args = {{rows, cols, block, bits, col_scale, rows_per_scale},
+                       is_signed != 0,
+                       {x, x_type, x_stride},
+                       static_cast<u8*>(codes),
+                       scale,
+                       noise_of(noisy, key, start, offset)};
+  const Inverse inverse(args.coding);
+  return inverse.failed ? 1 : run<QuantizeArgs>(chosen->kernels->quantize, args, limited(threads));
 }
 
 LOWRANK_API int lowrank_optim_dequantize_rows(int64_t rows, int64_t cols, int64_t block, int bits, int is_signed, const void* codes,

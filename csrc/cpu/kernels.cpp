@@ -1,8 +1,9 @@
 // The operations, compiled once for each instruction set: LOWRANK_TABLE names the table that this copy defines.
 //
-// Plain loops over at most a block or TILE elements, which stay in the first-level cache and which the compiler turns into vector
-// instructions; a ragged end runs the same operations one by one. Only builtins are used: an inline function of the standard
+// Loops over at most a block or TILE elements, which stay in the first-level cache. The compiler turns plain ones into vector
+// instructions; those of coded moments, in which bytes and floats meet, are written in vectors (lanes.h). Only builtins are used: an inline function of the standard
 // library compiled here for AVX-512 could be the copy that the linker keeps for every processor.
+#include "lanes.h"
 #include "numbers.h"
 #include "ops.h"
 
@@ -18,12 +19,21 @@ struct Lerp {
 
   explicit Lerp(float weight) : coefficient(weight < 0.5f ? weight : -(1.0f - weight)), near_end(!(weight < 0.5f)) {}
 
-  float operator()(float from, float to) const { return (near_end ? to : from) + coefficient * (to - from); }
+  template <class T>  // a float, or a vector of them
+  INLINE T operator()(T from, T to) const {
+    return (near_end ? to : from) + coefficient * (to - from);
+  }
 };
 
-inline float square_update(float v, float g, float beta, float weight) { return v * beta + (weight * g) * g; }
+template <class T>
+INLINE T square_update(T v, T g, float beta, float weight) {
+  return v * beta + (weight * g) * g;
+}
 
-inline float adam_direction(float m, float root, const Adam& a) { return m / (root * a.correction + a.floor); }
+template <class T>
+INLINE T adam_direction(T m, T root, const Adam& a) {
+  return m / (root * a.correction + a.floor);
+}
 
 // W ← keep W − alpha N for n elements of W.
 INLINE void write(const Rows& weight, int64_t at, const float* direction, int n, const Write& w, int64_t first, float* buffer) {
@@ -109,8 +119,9 @@ struct Unit {
   }
 };
 
-inline const f32* columns(const Coding& c, const Unit& unit) {
-  return c.col_scale ? c.col_scale + unit.row / c.rows_per_scale * c.cols + unit.col : nullptr;
+// Where the numbers of a unit's columns begin, of one number for each column.
+inline const f32* columns(const f32* numbers, const Coding& c, const Unit& unit) {
+  return numbers ? numbers + unit.row / c.rows_per_scale * c.cols + unit.col : nullptr;
 }
 
 inline int64_t code_at(const Coding& c, const Unit& unit) {
@@ -131,16 +142,32 @@ inline void unpack_nibbles(const u8* packed, u8* level, int n) {
   if (n % 2) level[n - 1] = packed[n / 2] & 0xF;
 }
 
-inline int levels_of(int bits, bool is_signed) { return is_signed ? (bits == 8 ? 127 : 7) : (bits == 8 ? 256 : 16); }
+// How numbers become levels and levels are stored, signed or not, in 8 bits or 4: x = (level (1/L)) s, level = (code ^ flip) + zero.
+struct Code {
+  float levels, unit;  // L and 1/L
+  int zero, least;  // the lowest level, if it is not −L
+  u8 flip;  // codes of 8 bits with a sign are two's complement
 
-// x = (level (1/L)) s; codes of one block, a byte each.
-INLINE void decode(const u8* code, int n, int bits, bool is_signed, float scale, float* x) {
-  const float unit = float(1.0 / levels_of(bits, is_signed)), zero = is_signed ? -8.0f : 1.0f;
-  if (is_signed && bits == 8) {
-    EACH(j, n) x[j] = float(s8(code[j])) * unit * scale;
-  } else {
-    EACH(j, n) x[j] = (float(code[j]) + zero) * unit * scale;
+  Code(int bits, bool is_signed)
+      : levels(is_signed ? (bits == 8 ? 127.0f : 7.0f) : (bits == 8 ? 256.0f : 16.0f)),
+        unit(float(1.0 / double(levels))),
+        zero(is_signed ? (bits == 8 ? -128 : -8) : 1),
+        least(is_signed ? 0 : 1),
+        flip(is_signed && bits == 8 ? 0x80 : 0) {}
+
+  INLINE Floats decoded(Bytes code, float scale) const {
+    const Floats level = floats(ints(code ^ flip)) + float(zero);
+    return least ? level * (unit * scale) : level * unit * scale;  // without a sign, the unit is a power of two
   }
+  // `shifted`: y + SHIFTER, whose low bits are the nearest level; those of the sum, 2²³ + 2²², end in a byte of zeros.
+  INLINE Bytes stored(Floats shifted) const {
+    const Ints level = least > 0 ? larger(Ints(shifted), Ints(Floats{} + (SHIFTER + float(least)))) : Ints(shifted);
+    return (bytes(level) - u8(zero)) ^ flip;
+  }
+};
+
+INLINE void decode(const Code& how, const u8* code, int n, float scale, float* x) {
+  over(0, n, [&](int j, auto part) __attribute__((always_inline)) { part.store(x + j, how.decoded(part.load(code + j), scale)); });
 }
 
 // The bits of |x|: as integers they are ordered as the magnitudes are, infinity above all numbers and NaN above infinity.
@@ -156,130 +183,104 @@ inline float scale_of(int32_t most) {
 
 inline int between(int least, int x, int most) { return x < least ? least : x > most ? most : x; }
 
-// Noise of one block: `first` is the number of its first element.
-inline void draw(const Noise& noise, int64_t first, int n, float* __restrict uniform) {
-  for (int done = 0; done < n;) {
-    const Stream random(noise, first + done, n - done);
-    EACH(j, random.left) uniform[done + j] = random.uniform(j);
-    done += random.left;
-  }
+// y + ρ, whose nearest level is y on average: ρ = (r + 1/2)/2¹⁶ − 1/2 with a random r of 16 bits. What was decoded comes back within
+// 2⁻²² |y|, and has to stay what it was: hence the factor of ρ.
+INLINE Floats moved(Floats y, Halves random) {
+  const Floats part = floats(ints(random)) - 32767.5f;  // 2¹⁶ρ: powers of two change no rounding
+  return y + part * (0x1p-16f - Floats(magnitude(y)) * 0x1p-35f);
 }
 
-// Codes of one block, a byte each, rounded by the numbers in `uniform`, or to nearest without them; `level` is working memory.
-// (Loops over bytes and words at once make poor vector code: the levels are narrowed in a loop of their own.)
-INLINE void encode(const float* __restrict x, int n, int bits, bool is_signed, float scale, const float* __restrict uniform,
-                   int* __restrict level, u8* __restrict code) {
-  const int zero = is_signed ? (bits == 8 ? 0 : -8) : 1, least = is_signed ? -128 : 1;
+// Random halves of the elements `first` … `first` + n, of which two share a word; returns where they begin in `words`.
+INLINE const u16* draw(const Noise& noise, int64_t first, int n, uint32_t* words) {
+  const uint64_t position = uint64_t(noise.start) + uint64_t(first), pair = position / 2;
+  const int count = int((position + uint64_t(n) - 1) / 2 - pair) + 1;
+  for (int done = 0; done < count;) {
+    const Stream random(noise, pair + uint64_t(done), count - done);
+    // What is written beyond the end of a stream is written again, or never read.
+    for (int j = 0; j < random.left; j += LANES) {
+      const Pairs halves = Pairs(random.halves(numbered() + uint32_t(j))) + random.offset;
+      __builtin_memcpy(words + done + j, &halves, sizeof halves);
+    }
+    done += random.left;
+  }
+  return reinterpret_cast<const u16*>(words) + position % 2;  // (bytes of a word in little-endian order)
+}
+
+// Codes of one block, a byte each, rounded to nearest, or by random halves.
+INLINE void encode(const Code& how, const float* __restrict x, int n, float scale, const u16* random, u8* __restrict code) {
   if (!(scale > 0.0f)) {
-    EACH(j, n) code[j] = u8(is_signed ? -zero : 0);
+    const u8 nothing = how.least > 0 ? 0 : u8(-how.zero) ^ how.flip;
+    EACH(j, n) code[j] = nothing;
     return;
   }
   // y is at most L and three roundings of it, so that no level is above L.
-  const float factor = (1.0f / scale) * float(levels_of(bits, is_signed));  // as torch divides a number by a tensor
-  if (uniform) {
-    EACH(j, n) {
-      // With d = y − nearest, which is exact, y − ⌊y⌋ is d, or d + 1 where d < 0: then ⌊y⌋ is one below the nearest.
-      const float y = x[j] * factor, shifted = y + SHIFTER, nearest = shifted - SHIFTER, d = y - nearest;
-      const int below = d < 0.0f ? 1 : 0, up = uniform[j] < (d < 0.0f ? d + 1.0f : d) ? 1 : 0;
-      // What was decoded comes back within four roundings, and has to stay what it was.
-      const int move = __builtin_fabsf(d) <= __builtin_fabsf(nearest) * 0x1p-21f ? 0 : up - below;
-      level[j] = larger(int32_t(bits_of(shifted) - bits_of(SHIFTER)) + move, least) - zero;
-    }
+  const float factor = (1.0f / scale) * how.levels;  // as torch divides a number by a tensor
+  if (random) {
+    over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
+      part.store(code + j, how.stored(moved(part.load(x + j) * factor, part.load(random + j)) + SHIFTER));
+    });
   } else {
-    EACH(j, n) level[j] = larger(int32_t(bits_of(x[j] * factor + SHIFTER) - bits_of(SHIFTER)), least) - zero;
+    over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
+      part.store(code + j, how.stored(part.load(x + j) * factor + SHIFTER));
+    });
   }
-  EACH(j, n) code[j] = u8(level[j]);
 }
 
-// Working arrays of a block: in, m/√v and √v as they were decoded; out, as they are to be coded, the direction, and the noise for
-// coding √v. Drawn in the same loop, the noise costs nothing: the loop waits for the divider.
-struct Block {
-  float *__restrict ratio, *__restrict root, *__restrict direction, *__restrict uniform;
-  int32_t most_ratio, most_root;  // the bits of the largest magnitudes
-};
-
-template <bool NOISY>
-INLINE void step_block(Block& b, const f32* __restrict g, int from, int n, const Adam& a, const Stream& random) {
-  float *__restrict ratio = b.ratio + from, *__restrict root = b.root + from;
-  float *__restrict direction = b.direction + from, *__restrict uniform = b.uniform + from;
-  int32_t most_ratio = b.most_ratio, most_root = b.most_root;
-  const Lerp lerp(a.weight1);
-  EACH(j, n) {
-    const float m = lerp(ratio[j] * root[j], g[from + j]);
-    const float s = __builtin_sqrtf(square_update(root[j] * root[j], g[from + j], a.beta2, a.weight2));
-    const float quotient = m / s, q = s > 0.0f ? quotient : 0.0f;
-    direction[j] = adam_direction(m, s, a);
-    ratio[j] = q;
-    root[j] = s;
-    if (NOISY) uniform[j] = random.uniform(j);
-    most_ratio = larger(most_ratio, magnitude(q));
-    most_root = larger(most_root, magnitude(s));
-  }
-  b.most_ratio = most_ratio;
-  b.most_root = most_root;
-}
-
-// Working memory of `coded_adam`.
+// Working arrays of one block: m, then m/√v, and √v as they are to be coded, and copies of gradient and weight of other types.
 struct Work {
-  Block block;
-  float* buffer;
-  int* levels;
+  float *__restrict ratio, *__restrict root, *__restrict grad, *__restrict weight;
+  uint32_t* random;
 };
 
-// One block of n elements: `from` is its first column in the unit, `index` the number of its scales.
-INLINE void coded_block(const CodedAdamArgs& args, Work& work, int64_t element, const int n, const f32* scales, int64_t index,
-                        u8* __restrict ratio_code, u8* __restrict root_code) {
-  const int bits = args.coding.bits;
-  Block& b = work.block;
-  float *__restrict root = b.root, *buffer = work.buffer;
-  decode(ratio_code, n, bits, true, args.ratio_scale[index], b.ratio);
-  decode(root_code, n, bits, false, args.root_scale[index], root);
-  if (scales) {
-    EACH(j, n) root[j] *= scales[j];
-  }
-  const f32* g = load(args.grad, element, buffer, n);
-  b.most_ratio = b.most_root = 0;
-  const Stream random(args.noise, element, n);
-  if (!args.noise.on) {
-    step_block<false>(b, g, 0, n, args.adam, random);
-  } else if (random.left == n) {
-    step_block<true>(b, g, 0, n, args.adam, random);
-  } else {
-    step_block<true>(b, g, 0, random.left, args.adam, random);
-    step_block<true>(b, g, random.left, n - random.left, args.adam, Stream(args.noise, element + random.left, n));
-  }
-  if (scales) {
-    int32_t most_root = 0;
-    EACH(j, n) {
-      root[j] /= scales[j];
-      most_root = larger(most_root, magnitude(root[j]));
-    }
-    b.most_root = most_root;
-  }
-  const float ratio_scale = scale_of(b.most_ratio), root_scale = scale_of(b.most_root);
-  encode(b.ratio, n, bits, true, ratio_scale, nullptr, work.levels, ratio_code);
-  encode(root, n, bits, false, root_scale, args.noise.on ? b.uniform : nullptr, work.levels, root_code);
-  args.ratio_scale[index] = ratio_scale;
-  args.root_scale[index] = root_scale;
-  if (f32* out = args.out) {
-    out += element;
-    EACH(j, n) out[j] = b.direction[j];
-  } else {
-    write(args.weight, element, b.direction, n, args.write, element, buffer);
-  }
+// One block of n elements: `index` is the number of its scales. Codes come last: they need the largest element.
+INLINE void coded_block(const CodedAdamArgs& args, const Work& work, int64_t element, const int n, const f32* scales,
+                        const f32* inverse, int64_t index, u8* __restrict ratio_code, u8* __restrict root_code) {
+  const Code ratios(args.coding.bits, true), roots(args.coding.bits, false);
+  const float ratio_scale = args.ratio_scale[index], root_scale = args.root_scale[index];
+  const f32* g = load(args.grad, element, work.grad, n);
+  const bool direct = args.out, in_place = !direct && args.weight.dtype == FLOAT32;
+  if (!direct && !in_place) load(args.weight, element, work.weight, n);
+  f32* to = direct ? args.out + element : in_place ? static_cast<f32*>(args.weight.data) + element : work.weight;
+  const Adam a = args.adam;
+  const Lerp lerp(a.weight1);
+  const float keep = args.write.keep, step = -args.write.alpha;
+  Ints most_ratio = {}, most_root = {};
+  // In two loops: the square root and the divisions take long, and more of them are under way at a time in short ones.
+  over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
+    const Floats grad = part.load(g + j), ratio = ratios.decoded(part.load(ratio_code + j), ratio_scale);
+    Floats root = roots.decoded(part.load(root_code + j), root_scale);
+    if (scales) root *= part.load(scales + j);
+    part.store(work.ratio + j, lerp(ratio * root, grad));
+    part.store(work.root + j, square_root(square_update(root * root, grad, a.beta2, a.weight2)));
+  });
+  over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
+    const Floats m = part.load(work.ratio + j), s = part.load(work.root + j);
+    const Floats direction = adam_direction(m, s, a), quotient = m / s;
+    const Floats ratio = s > 0.0f ? quotient : Floats{}, root = scales ? s * part.load(inverse + j) : s;
+    part.store(work.ratio + j, ratio);
+    if (scales) part.store(work.root + j, root);
+    most_ratio = larger(most_ratio, part.only(magnitude(ratio)));
+    most_root = larger(most_root, part.only(magnitude(root)));
+    part.store(to + j, direct ? direction : part.load(to + j) * keep + step * direction);
+  });
+  const float new_ratio_scale = scale_of(largest(most_ratio)), new_root_scale = scale_of(largest(most_root));
+  encode(ratios, work.ratio, n, new_ratio_scale, nullptr, ratio_code);
+  encode(roots, work.root, n, new_root_scale, args.noise.on ? draw(args.noise, element, n, work.random) : nullptr, root_code);
+  args.ratio_scale[index] = new_ratio_scale;
+  args.root_scale[index] = new_root_scale;
+  if (!direct && !in_place) store(args.weight, element, work.weight, n, args.write.rounding, element);
 }
 
 void coded_adam(const CodedAdamArgs& args, int64_t first, int64_t last, float* scratch) {
   const Coding& c = args.coding;
   const int64_t most = padded(c);
-  Work work = {{scratch, scratch + most, scratch + 2 * most, scratch + 3 * most, 0, 0},
-               scratch + 4 * most,
-               reinterpret_cast<int*>(scratch + 5 * most)};
-  u8* ratio_levels = reinterpret_cast<u8*>(work.levels + most);
+  const Work work = {scratch, scratch + most, scratch + 2 * most, scratch + 3 * most,
+                     reinterpret_cast<uint32_t*>(scratch + 4 * most)};
+  u8* ratio_levels = reinterpret_cast<u8*>(scratch + 5 * most);
   u8* root_levels = ratio_levels + most;
   for (int64_t index = first; index < last; ++index) {
     const Unit unit(c, index);
-    const f32* scales = columns(c, unit);
+    const f32 *scales = columns(c.col_scale, c, unit), *inverse = columns(c.inverse, c, unit);
     const int64_t at = code_at(c, unit);
     u8 *ratio_code = args.ratio + at, *root_code = args.root + at;
     if (c.bits == 4) {
@@ -290,11 +291,11 @@ void coded_adam(const CodedAdamArgs& args, int64_t first, int64_t last, float* s
     }
     for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
       const int n = smaller(c.block, unit.n - from);
-      const f32* own = scales ? scales + from : nullptr;
+      const f32 *own = scales ? scales + from : nullptr, *over_own = scales ? inverse + from : nullptr;
       if (n == USUAL) {
-        coded_block(args, work, unit.element + from, USUAL, own, block, ratio_code + from, root_code + from);
+        coded_block(args, work, unit.element + from, USUAL, own, over_own, block, ratio_code + from, root_code + from);
       } else {
-        coded_block(args, work, unit.element + from, n, own, block, ratio_code + from, root_code + from);
+        coded_block(args, work, unit.element + from, n, own, over_own, block, ratio_code + from, root_code + from);
       }
     }
     if (c.bits == 4) {
@@ -307,12 +308,13 @@ void coded_adam(const CodedAdamArgs& args, int64_t first, int64_t last, float* s
 void quantize(const QuantizeArgs& args, int64_t first, int64_t last, float* scratch) {
   const Coding& c = args.coding;
   const int64_t most = padded(c);
-  float *buffer = scratch, *__restrict y = buffer + most, *uniform = y + most;
-  int* wide = reinterpret_cast<int*>(uniform + most);
-  u8* levels = reinterpret_cast<u8*>(wide + most);
+  const Code how(c.bits, args.is_signed);
+  float *buffer = scratch, *__restrict y = buffer + most;
+  uint32_t* words = reinterpret_cast<uint32_t*>(y + most);
+  u8* levels = reinterpret_cast<u8*>(words + most);
   for (int64_t index = first; index < last; ++index) {
     const Unit unit(c, index);
-    const f32* scales = columns(c, unit);
+    const f32* inverse = columns(c.inverse, c, unit);
     u8* codes = args.codes + code_at(c, unit);
     u8* to = c.bits == 4 ? levels : codes;
     for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
@@ -320,13 +322,12 @@ void quantize(const QuantizeArgs& args, int64_t first, int64_t last, float* scra
       const f32* x = load(args.x, unit.row * args.x.stride + unit.col + from, buffer, n);
       int32_t greatest = 0;
       EACH(j, n) {
-        y[j] = scales ? x[j] / scales[from + j] : x[j];
+        y[j] = inverse ? x[j] * inverse[from + j] : x[j];
         greatest = larger(greatest, magnitude(y[j]));
       }
       const float scale = scale_of(greatest);
       args.scale[block] = scale;
-      if (args.noise.on) draw(args.noise, unit.element + from, n, uniform);
-      encode(y, n, c.bits, args.is_signed, scale, args.noise.on ? uniform : nullptr, wide, to + from);
+      encode(how, y, n, scale, args.noise.on ? draw(args.noise, unit.element + from, n, words) : nullptr, to + from);
     }
     if (c.bits == 4) pack_nibbles(levels, codes, unit.n);
   }
@@ -335,18 +336,19 @@ void quantize(const QuantizeArgs& args, int64_t first, int64_t last, float* scra
 void dequantize(const DequantizeArgs& args, int64_t first, int64_t last, float* scratch) {
   const Coding& c = args.coding;
   const int64_t most = padded(c);
+  const Code how(c.bits, args.is_signed);
   float* y = scratch;
   u8* levels = reinterpret_cast<u8*>(y + most);
   for (int64_t index = first; index < last; ++index) {
     const Unit unit(c, index);
-    const f32* scales = columns(c, unit);
+    const f32* scales = columns(c.col_scale, c, unit);
     const u8* codes = args.codes + code_at(c, unit);
     if (c.bits == 4) {
       unpack_nibbles(codes, levels, unit.n);
       codes = levels;
     }
     for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
-      decode(codes + from, smaller(c.block, unit.n - from), c.bits, args.is_signed, args.scale[block], y + from);
+      decode(how, codes + from, smaller(c.block, unit.n - from), args.scale[block], y + from);
     }
     if (scales) {
       EACH(j, unit.n) y[j] *= scales[j];
@@ -469,6 +471,22 @@ void store_rows(const StoreArgs& args, int64_t first, int64_t last) {
   }
 }
 
+void squares(const SquaresArgs& args, int64_t first, int64_t last) {
+  float buffer[TILE];
+  for (int64_t at = first; at < last; at += TILE) {
+    const int n = smaller(TILE, last - at);
+    const f32* x = load(args.x, at, buffer, n);
+    Floats sums[4] = {};
+    over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
+      const Floats value = part.load(x + j);
+      sums[j / LANES % 4] += value * value;
+    });
+    double total = 0.0;
+    for (int k = 0; k < 4 * LANES; ++k) total += double(sums[k / LANES][k % LANES]);
+    args.sums[at / TILE] = total;
+  }
+}
+
 // In (0, 1), to 32 bits.
 inline double uniform(uint64_t key, uint64_t position) {
   const uint32_t upper = (uint32_t(position >> 32) * GOLDEN) ^ uint32_t(key >> 32);
@@ -488,6 +506,6 @@ void gaussian(const GaussianArgs& args, int64_t first, int64_t last) {
 }  // namespace
 
 extern const Kernels LOWRANK_TABLE = {adam,   rule,   coded_adam, quantize, dequantize, pack,
-                                      unpack, update, store_rows, gaussian};
+                                      unpack, update, store_rows, gaussian,   squares};
 
 }  // namespace lowrank

@@ -79,31 +79,38 @@ INLINE const f32* load(const Rows& x, int64_t at, float* buffer, int n) {
 
 // ------------------------------------------------------------------------------------------------------------- random bits
 
-inline uint32_t mix(uint32_t x) {
+template <class T>  // uint32_t, or a vector of them
+INLINE T mix(T x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
   return x ^ (x >> 16);
 }
 
-// Random bits of the elements `first` + j, for j < `left`: where the lower word of the position wraps around, a new stream begins.
+// Random words number `position` + j, for j < `left`: where the lower half of the number wraps around, a new stream begins.
 struct Stream {
-  uint32_t low, key, upper, offset;
+  uint32_t low, key, upper;
+  uint16_t offset;  // for halves of words, which are added to it
   int left;
 
-  Stream(const Noise& noise, int64_t first, int n) {
-    const uint64_t position = uint64_t(noise.start) + uint64_t(first);
-    low = uint32_t(position);
-    key = uint32_t(noise.key);
-    upper = (uint32_t(position >> 32) * GOLDEN) ^ uint32_t(noise.key >> 32);
-    offset = noise.offset;
+  Stream(const Noise& noise, uint64_t position, int n)
+      : low(uint32_t(position)),
+        key(uint32_t(noise.key)),
+        upper((uint32_t(position >> 32) * GOLDEN) ^ uint32_t(noise.key >> 32)),
+        offset(noise.offset) {
     const uint32_t before_wrap = 0u - low;
     left = before_wrap && before_wrap < uint32_t(n) ? int(before_wrap) : n;
   }
 
-  uint32_t operator()(int j) const { return mix(mix((low + uint32_t(j)) ^ key) ^ upper) + offset; }
+  template <class T>
+  INLINE T operator()(T j) const {
+    return mix(mix((j + low) ^ key) ^ upper);
+  }
 
-  // In [0, 1), in multiples of 2⁻²⁴.
-  float uniform(int j) const { return float(int32_t((*this)(j) >> 8)) * 0x1p-24f; }
+  // A word of two random halves, mixed once: enough for the noise of codes.
+  template <class T>
+  INLINE T halves(T j) const {
+    return mix((j + low) ^ (key ^ upper));
+  }
 };
 
 // Round n floats into elements `at` … of x; `first` is the number of the first one, for the noise.
@@ -120,9 +127,9 @@ INLINE void store(const Rows& x, int64_t at, const float* __restrict value, int 
     EACH(j, n) to[j] = u16(to_bfloat16(bits_of(value[j])));
   } else {
     while (n > 0) {
-      const Stream random(noise, first, n);
+      const Stream random(noise, uint64_t(noise.start) + uint64_t(first), n);
       EACH(j, random.left) {
-        const uint32_t u = bits_of(value[j]), up = (u + (random(j) & 0xFFFF)) >> 16;
+        const uint32_t u = bits_of(value[j]), up = (u + (random(uint32_t(j)) & 0xFFFF)) >> 16;
         const uint32_t rounded = (u & MAGNITUDE) < INFINITE ? up : to_bfloat16(u);
         to[j] = u16(rounded);
       }

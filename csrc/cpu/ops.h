@@ -35,7 +35,7 @@ struct Noise {
   bool on;
   uint64_t key;
   int64_t start;    // position of the first element
-  uint32_t offset;  // added to the bits: turn times the golden ratio
+  uint16_t offset;  // added to the bits of codes: turn times the golden ratio
 };
 
 // m ← lerp(m, g, weight1), v ← beta2 v + weight2 g², N = m / (√v correction + floor)
@@ -73,6 +73,7 @@ struct Coding {
   int32_t bits;
   const f32* col_scale;
   int64_t rows_per_scale;
+  const f32* inverse = nullptr;  // 1/col_scale, for what is to be coded
 };
 
 struct CodedAdamArgs {
@@ -154,9 +155,15 @@ inline int64_t span(const Coding& c) {
   return c.bits == 4 && block % 2 && block < c.cols ? 2 * block : block;
 }
 
-// Working memory of a thread, in floats: seven arrays of the size of a unit, apart from each other.
-inline int64_t padded(const Coding& c) { return (span(c) + 31) / 16 * 16; }
-inline int64_t scratch_floats(const Coding& c) { return 7 * padded(c); }
+// Working memory of a thread, in floats: six arrays of the size of a unit, apart from each other.
+inline int64_t padded(const Coding& c) { return (span(c) + 47) / 16 * 16; }
+inline int64_t scratch_floats(const Coding& c) { return 6 * padded(c); }
+
+// Σx² of n elements, in parts of float32.
+struct SquaresArgs {
+  ConstRows x;
+  double* sums;  // one for each TILE of the tensor
+};
 
 struct Kernels {
   void (*adam)(const AdamArgs&, int64_t first, int64_t last);  // elements
@@ -169,6 +176,7 @@ struct Kernels {
   void (*update)(const UpdateArgs&, int64_t first, int64_t last);  // units of TILE
   void (*store)(const StoreArgs&, int64_t first, int64_t last);
   void (*gaussian)(const GaussianArgs&, int64_t first, int64_t last);  // pairs
+  void (*squares)(const SquaresArgs&, int64_t first, int64_t last);    // elements, from the beginning of a TILE
 };
 
 extern const Kernels kernels_baseline;

@@ -16,6 +16,9 @@ struct Job {
   Work work;
   void* context;
   std::atomic<int64_t> next{0};
+  std::atomic<int> joined{0};
+
+  void join() { run(joined.fetch_add(1, std::memory_order_relaxed)); }
 
   void run(int worker) {
     for (;;) {
@@ -91,7 +94,12 @@ Pool* pool() {
   return there;
 }
 
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
+std::atomic<OpenMP> openmp{nullptr};
+
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] {
+  the_pool.store(nullptr);
+  openmp.store(nullptr);  // its threads are gone, too, which it does not notice
+});
 
 }  // namespace
 
@@ -99,19 +107,25 @@ void parallel(int64_t count, int64_t piece, int threads, Work work, void* contex
   const int64_t parts = (count + piece - 1) / piece;
   if (threads > parts) threads = static_cast<int>(parts);
   if (threads > 1) {
+    Job job;
+    job.count = count;
+    job.piece = piece;
+    job.work = work;
+    job.context = context;
+    if (const OpenMP runtime = openmp.load(std::memory_order_acquire)) {
+      runtime([](void* data) { static_cast<Job*>(data)->join(); }, &job, static_cast<unsigned>(threads), 0);
+      return;
+    }
     Pool* shared = pool();
     std::unique_lock<std::mutex> mine(shared->busy, std::try_to_lock);
     if (mine.owns_lock()) {
-      Job job;
-      job.count = count;
-      job.piece = piece;
-      job.work = work;
-      job.context = context;
       shared->run(job, threads - 1);
       return;
     }
   }
   if (count > 0) work(context, 0, count, 0);
 }
+
+void use_openmp(OpenMP runtime) { openmp.store(runtime, std::memory_order_release); }
 
 }  // namespace lowrank

@@ -1,4 +1,6 @@
-// Threads that wait for work. A library of its own threads needs no OpenMP runtime beside the one in torch.
+// Threads that wait for work: those of torch, if `use_openmp` has been told of its OpenMP runtime, else the library's own.
+//
+// After its own loops OpenMP's threads wait busily for a while, and would take the processors from any others.
 #pragma once
 
 #include <cstdint>
@@ -12,5 +14,9 @@ constexpr int MAX_THREADS = 256;
 // The calling thread takes part, and does everything if the others are busy: with another call, or because this is a forked child.
 typedef void (*Work)(void* context, int64_t begin, int64_t end, int worker);
 void parallel(int64_t count, int64_t piece, int threads, Work work, void* context);
+
+// GOMP_parallel(function, data, threads, flags) of an OpenMP runtime; null goes back to the library's own threads.
+typedef void (*OpenMP)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+void use_openmp(OpenMP runtime);
 
 }  // namespace lowrank

@@ -54,15 +54,22 @@ LOWRANK_HD uint32_t random_bits(uint64_t key, int64_t position) {
   return mix(x ^ (static_cast<uint32_t>(at >> 32) * 0x9E3779B9u) ^ static_cast<uint32_t>(key >> 32));
 }
 
+// Two random halves in a word, mixed once: enough for the noise of codes.
+LOWRANK_HD uint32_t random_halves(uint64_t key, int64_t pair) {
+  const uint64_t at = static_cast<uint64_t>(pair);
+  const uint32_t upper = (static_cast<uint32_t>(at >> 32) * 0x9E3779B9u) ^ static_cast<uint32_t>(key ^ (key >> 32));
+  return mix(static_cast<uint32_t>(at) ^ upper);
+}
+
 // In (0, 1), never 0 or 1, to 32 bits.
 LOWRANK_HD double uniform(uint64_t key, int64_t position) {
   return (static_cast<double>(random_bits(key, position)) + 0.5) * 2.3283064365386963e-10;  // 2⁻³²
 }
 
-// Random bits of positions from `start` on, moved by `shift` (turn times the golden ratio); `on` 0 rounds to nearest.
+// Random bits of positions from `start` on, those of codes moved by `shift` (turn times the golden ratio); `on` 0 rounds to nearest.
 struct Noise {
   int32_t on;
-  uint32_t shift;
+  uint16_t shift;
   uint64_t key;
   int64_t start;
 };
@@ -152,19 +159,33 @@ LOWRANK_HD float scale_of(uint32_t largest) {
 
 LOWRANK_HD float factor_of(float scale, float levels) { return scale > 0.0f ? (1.0f / scale) * levels : 0.0f; }
 
-// The code of x in a block of this factor; `position` decides the noise.
-LOWRANK_HD int code_of(float x, float factor, int bits, bool with_sign, const Noise& noise, int64_t position) {
+// What moves a number before it goes to the nearest level: 0 without noise, else ρ = (r + 1/2)/2¹⁶ − 1/2 for a random r of 16 bits.
+// An even position and the odd one after it share a word, hashed once where they are asked for in a row.
+struct Parts {
+  const Noise& noise;
+  int64_t pair;  // the number of the word
+  uint32_t word;
+
+  LOWRANK_HD explicit Parts(const Noise& n) : noise(n), pair(-1), word(0) {}
+
+  LOWRANK_HD float operator()(int64_t position) {
+    if (!noise.on) return 0.0f;
+    const int64_t at = noise.start + position;
+    if (at >> 1 != pair) {
+      pair = at >> 1;
+      word = random_halves(noise.key, pair);
+    }
+    const uint32_t random = ((at & 1 ? word >> 16 : word) + noise.shift) & 0xFFFFu;
+    return static_cast<float>(random) * 1.52587890625e-05f - 0.49999237060546875f;  // 2⁻¹⁶, 1/2 − 2⁻¹⁷
+  }
+};
+
+// The code of x in a block of this factor, moved by `part`. What was decoded comes back within 2⁻²¹ |y|, and has to stay what it was:
+// hence the factor of `part`.
+LOWRANK_HD int code_of(float x, float factor, int bits, bool with_sign, float part) {
   float y = x * factor;
   if (!(y == y)) y = 0.0f;
-  const float nearest = rintf(y);
-  float level = nearest;
-  if (noise.on) {
-    const float lower = floorf(y);
-    const uint32_t random = random_bits(noise.key, noise.start + position) + noise.shift;
-    const float uniform = static_cast<float>(random >> 8) * 5.9604644775390625e-08f;  // 2⁻²⁴
-    const bool close = fabsf(y - nearest) <= fabsf(nearest) * 4.76837158203125e-07f;   // 2⁻²¹
-    level = close ? nearest : uniform < y - lower ? lower + 1.0f : lower;
-  }
+  float level = rintf(y + part * (1.0f - fabsf(y) * 1.9073486328125e-06f));  // 2⁻¹⁹
   const float levels = levels_of(bits, with_sign), least = with_sign ? -levels : 1.0f;
   level = fminf(fmaxf(level, least), levels);
   return static_cast<int>(level + (with_sign ? (bits == 4 ? 8.0f : 0.0f) : -1.0f));

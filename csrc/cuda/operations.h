@@ -180,7 +180,7 @@ struct QuantizeBlock {
 
   LOWRANK_HD float value(const Block& b, int64_t cell, int k) const {
     const float raw = load(x, dtype, b.at(cell, k));
-    return b.col_scale ? raw / b.col_scale[b.col(cell, k)] : raw;
+    return b.col_scale ? raw * (1.0f / b.col_scale[b.col(cell, k)]) : raw;
   }
 
   template <class Lanes>
@@ -196,8 +196,9 @@ struct QuantizeBlock {
     const float s = scale_of(lanes.max(largest)), factor = factor_of(s, levels_of(coding.bits, with_sign));
     for (int64_t cell = lanes.first; cell < b.cells(); cell += lanes.count) {
       uint8_t byte = 0;
+      Parts part(noise);
       for (int k = 0; k < b.columns(cell); ++k) {
-        byte = with_code(byte, k, code_of(value(b, cell, k), factor, coding.bits, with_sign, noise, b.at(cell, k)), coding);
+        byte = with_code(byte, k, code_of(value(b, cell, k), factor, coding.bits, with_sign, part(b.at(cell, k))), coding);
       }
       codes[b.byte(cell)] = byte;
     }
@@ -315,7 +316,7 @@ struct CodedAdamBlock {
 
   LOWRANK_HD Coded coded(const Moments& now, float c) const {
     const float r = sqrtf(now.v);
-    return {coding.col_scale ? r / c : r, r > 0.0f ? now.m / r : 0.0f};
+    return {coding.col_scale ? r * (1.0f / c) : r, r > 0.0f ? now.m / r : 0.0f};
   }
 
   LOWRANK_HD float column(const Block& b, int64_t cell, int k) const {
@@ -378,14 +379,14 @@ struct CodedAdamBlock {
     const float n_root = scale_of(lanes.max(largest_root)), n_ratio = scale_of(lanes.max(largest_ratio));
     const float f_root = factor_of(n_root, levels_of(coding.bits, false));
     const float f_ratio = factor_of(n_ratio, levels_of(coding.bits, true));
-    const Noise nearest{};
     auto code = [&](int64_t cell, const Coded* x) {
       uint8_t r = 0, q = 0;
+      Parts part(noise);
 #pragma unroll
       for (int k = 0; k < PER; ++k) {
         if (k < b.columns(cell)) {
-          r = with_code(r, k, code_of(x[k].root, f_root, coding.bits, false, noise, b.at(cell, k)), coding);
-          q = with_code(q, k, code_of(x[k].ratio, f_ratio, coding.bits, true, nearest, 0), coding);
+          r = with_code(r, k, code_of(x[k].root, f_root, coding.bits, false, part(b.at(cell, k))), coding);
+          q = with_code(q, k, code_of(x[k].ratio, f_ratio, coding.bits, true, 0.0f), coding);
         }
       }
       root[b.byte(cell)] = r;

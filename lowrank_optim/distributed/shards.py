@@ -77,7 +77,7 @@ class Shards:
         if name.endswith("_row"):
             return self.reduced.drop(-1)
         if name == "col_scale":
-            return self.reduced.only(-3)
+            return self.reduced.only(-3, -1)
         if side is None:
             return self.reduced
         if name.startswith("basis_right"):

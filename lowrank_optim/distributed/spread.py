@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.quantization import column_scale
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -234,16 +232,3 @@ def _from_end(shape: tuple[int, ...]) -> range:
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-
-
-def whole_column_scale(reduced: Tensor, spread: Spread, exact: bool = False) -> Tensor:
-    """`quantization.column_scale` of R, whose rows `spread` says; `exact`: with the same bits on any number of processes."""
-    if not spread.splits(-2) and not exact:
-        return column_scale(reduced)
-    x = reduced.to(torch.float32)
-    rms = spread.mean(x.double().square(), -2).unsqueeze(-2).sqrt_()
-    largest = x.abs().amax((-2, -1), keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-2], 1, 1)
-    for group in spread.groups(-2):
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
-    unit = torch.where(largest > 0.0, rms / largest, 1.0).to(torch.float32)
-    return unit.clamp_min(2.0**-20).sqrt()

@@ -7,6 +7,7 @@ of its tensors (`dispatch`); the definition in torch ops (`reference`) serves ev
 from lowrank_optim.kernels.api import (
     AdamNumbers,
     adam_dense_,
+    adam_dense_call,
     adam_direct_,
     apply_,
     apply_dense_,
@@ -20,7 +21,7 @@ from lowrank_optim.kernels.api import (
     store_,
     words,
 )
-from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition
+from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition, norms, run_many
 from lowrank_optim.kernels.reference import (
     ResidualTerm,
     compute_dtype,
@@ -38,6 +39,7 @@ __all__ = [
     "ResidualTerm",
     "Unavailable",
     "adam_dense_",
+    "adam_dense_call",
     "adam_direct_",
     "apply_",
     "apply_dense_",
@@ -49,11 +51,13 @@ __all__ = [
     "lion_direct_",
     "masked_scalar",
     "norm",
+    "norms",
     "numbers",
     "project",
     "project_with_norms",
     "rmsprop_direct_",
     "row_chunks",
+    "run_many",
     "scalar",
     "sgd_direct_",
     "stochastic_round",

@@ -3,10 +3,12 @@
 Equations, shapes and types are those of the definitions in `reference`.
 """
 
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lowrank_optim.kernels import reference
 from lowrank_optim.kernels.counter_rng import fill_gaussian_, signed_key, unsigned_key
@@ -90,8 +92,22 @@ def adam_dense_(
     start: int = 0,
 ) -> None:
     """A whole step of Adam on a dense parameter, contiguous tensors of one shape: `adam_direct_`, then `apply_dense_`."""
-    scalars = numbers(beta1, beta2, eps, step, alpha, keep)
-    _ops.adam_dense_(weight, grad, exp_avg, exp_avg_sq, scalars, ok, words(rounding_key, start))
+    adam: AdamNumbers = {"beta1": beta1, "beta2": beta2, "eps": eps, "step": step}
+    write = {"alpha": alpha, "keep": keep, "ok": ok, "rounding_key": rounding_key}
+    _ops.adam_dense_(*adam_dense_call(weight, grad, (exp_avg, exp_avg_sq), start, write, **adam))
+
+
+def adam_dense_call(
+    weight: Tensor,
+    grad: Tensor,
+    moments: tuple[Tensor, Tensor],
+    start: int,
+    write: Mapping[str, Any],
+    **adam: Unpack[AdamNumbers],
+) -> tuple[Any, ...]:
+    """The arguments of the operation `adam_dense_`, for `run_many`."""
+    scalars = numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"])
+    return weight, grad, *moments, scalars, write["ok"], words(write["rounding_key"], start)
 
 
 def lion_direct_(grad: Tensor, exp_avg: Tensor, *, beta1: float, beta2: float, ok: Tensor | None = None) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
-GOLDEN = 0x9E3779B9
-"""The golden ratio's fraction in units of 2⁻³²: how far the noise of an element moves from one turn to the next."""
+GOLDEN = 0x9E37
+"""The golden ratio's fraction in units of 2⁻¹⁶: how far the noise of a code moves from one turn to the next."""
 
 # Separate streams for separate purposes, so that no two draws of one step are ever correlated.
 PURPOSE_BASIS = 1
@@ -57,8 +57,8 @@ def unsigned_key(word: int) -> int:
 
 
 def turn_offset(turn: int) -> int:
-    """What is added to the random bits of every element in turn number `turn`, modulo 2³²."""
-    return turn * GOLDEN & _MASK32
+    """What is added to the random half of every element in turn number `turn`, modulo 2¹⁶."""
+    return turn * GOLDEN & 0xFFFF
 
 
 def _mix32_(x: Tensor) -> Tensor:
@@ -83,6 +83,18 @@ def random_bits(key: int, positions: Tensor) -> Tensor:
     x = _mix32_((positions & _MASK32).bitwise_xor_(low))
     x.bitwise_xor_((positions >> 32).mul_(0x9E3779B9).bitwise_and_(_MASK32)).bitwise_xor_(high)
     return _mix32_(x)
+
+
+def random_halves(key: int, positions: Tensor) -> Tensor:
+    """16 random bits for each position, int64 in [0, 2**16), for the rounding of codes.
+
+    Two positions share a word, even ones its lower half, and words are mixed once only: keys give permutations of one sequence, which
+    is enough where elements of different keys are never compared, and takes a quarter of the time.
+    """
+    pairs = positions >> 1
+    upper = (pairs >> 32).mul_(0x9E3779B9).bitwise_and_(_MASK32).bitwise_xor_((key ^ key >> 32) & _MASK32)
+    words = _mix32_((pairs & _MASK32).bitwise_xor_(upper))
+    return (words >> (positions & 1) * 16).bitwise_and_(0xFFFF)
 
 
 def uniform(key: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

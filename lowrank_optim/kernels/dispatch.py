@@ -14,15 +14,17 @@ The environment variable LOWRANK_OPTIM_BACKEND names the one backend to use besi
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from lowrank_optim.kernels import schemas
+from lowrank_optim.kernels import reference, schemas
 
 VARIABLE = "LOWRANK_OPTIM_BACKEND"
 BACKENDS = ("cpu", "triton", "cuda")
@@ -37,14 +39,25 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A backend that works: the device types that it serves, its operations by name, and what `lowrank-optim doctor` says of it."""
+    """A backend that works.
+
+    devices: the types that it serves.
+    operations: by name.
+    about: what `lowrank-optim doctor` says of it.
+    many: by name of the operation, functions of a list of its arguments, which say of each whether they did it (`run_many`); and
+        "norm", of a list of contiguous tensors (`norms`).
+    """
 
     devices: frozenset[str]
     operations: Mapping[str, Kernel]
     about: str = ""
+    many: Mapping[str, Kernel] = field(default_factory=dict)
 
 
 _DEFINITIONS: dict[str, Kernel] = {}
+_WRITTEN: dict[str, list[int]] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
+_SHORT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def definition(name: str) -> Callable[[Kernel], Kernel]:
@@ -60,31 +73,76 @@ def definition(name: str) -> Callable[[Kernel], Kernel]:
 
 def _dispatcher(name: str) -> Kernel:
     check, define = schemas.CHECKS[name], _DEFINITIONS[name]
+    arguments = getattr(torch.ops.lowrank_optim, name).default._schema.arguments
+    written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+    _WRITTEN[name] = written
 
     def kernel(*args: Any) -> Any:
         check(*args)
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
-        for operations in _chain(device, os.environ.get(VARIABLE)):
-            if name in operations:
-                result = operations[name](*args)
+        for backend in _chain(device, os.environ.get(VARIABLE)):
+            if name in backend.operations:
+                result = backend.operations[name](*args)
                 if result is not NotImplemented:
+                    _changed(args, written)
                     return result
         return define(*args)
 
     return kernel
 
 
+def _changed(args: Sequence[Any], written: Iterable[int]) -> None:
+    """Tell autograd: a tensor that was saved for a backward pass must not be used with other values."""
+    increment_version([tensor for i in written if not (tensor := args[i]).is_inference()])
+
+
+def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> None:
+    """An operation that returns nothing, on the arguments of each of `calls`: in one launch for all on a device where a backend can.
+
+    Nothing that one of them writes may be read by another.
+    """
+    left: dict[str, list[tuple[Any, ...]]] = {}
+    for args in calls:
+        # Tensors of other kinds (fake ones, quantised weights) have ways of their own, which only the operation itself goes.
+        plain = all(type(arg) in _PLAIN for arg in args if isinstance(arg, Tensor))
+        left.setdefault(args[0].device.type if plain else "", []).append(args)
+    for device, same in left.items():
+        for backend in _chain(device, os.environ.get(VARIABLE)) if device and len(same) > 1 else ():
+            if name in backend.many:
+                for args in same:
+                    schemas.CHECKS[name](*args)
+                done = backend.many[name](same)
+                for args, did in zip(same, done, strict=True):
+                    if did:
+                        _changed(args, _WRITTEN[name])
+                same = [args for args, did in zip(same, done, strict=True) if not did]
+        for args in same:
+            getattr(torch.ops.lowrank_optim, name)(*args)
+
+
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each tensor, 0-d: in one launch where a backend can."""
+    found: dict[int, Tensor] = {}
+    plain = [i for i, x in enumerate(tensors) if type(x) in _PLAIN and x.is_contiguous() and x.dtype in _SHORT]
+    for device in {tensors[i].device.type for i in plain}:
+        same = [i for i in plain if tensors[i].device.type == device]
+        for backend in _chain(device, os.environ.get(VARIABLE)):
+            if "norm" in backend.many and not found.keys() & set(same):
+                found |= dict(zip(same, backend.many["norm"]([tensors[i] for i in same]).unbind(), strict=True))
+    return [found[i] if i in found else reference.norm(x) for i, x in enumerate(tensors)]
+
+
 @cache
-def _chain(device: str, forced: str | None) -> tuple[Mapping[str, Kernel], ...]:
-    """The operations of the backends that serve a device type, in order of preference."""
+def _chain(device: str, forced: str | None) -> tuple[Loaded, ...]:
+    """The backends that serve a device type, in order of preference."""
     if not forced:
         loaded = [backend for backend in map(_try, BACKENDS) if isinstance(backend, Loaded)]
-        return tuple(backend.operations for backend in loaded if device in backend.devices)
+        return tuple(backend for backend in loaded if device in backend.devices)
     if forced == "reference":
         return ()
     backend = _try(forced) if forced in BACKENDS else None
     if isinstance(backend, Loaded) and device in backend.devices:
-        return (backend.operations,)
+        return (backend,)
     there = [name for name in BACKENDS if isinstance(other := _try(name), Loaded) and device in other.devices]
     if backend is None:
         near = get_close_matches(forced, (*BACKENDS, "reference"), n=1)

@@ -398,7 +398,8 @@ def coded_adam_direct_(
 
 @operation(
     "coded_adam_dense_(Tensor(a!) weight, Tensor grad, Tensor(b!) ratio, Tensor(c!) ratio_scale, Tensor(d!) root, "
-    "Tensor(e!) root_scale, Tensor scalars, Tensor? noise, Tensor? ok, Tensor? rounding, int bits, int block) -> ()"
+    "Tensor(e!) root_scale, Tensor? col_scale, Tensor scalars, Tensor? noise, Tensor? ok, Tensor? rounding, int bits, int block) "
+    "-> ()"
 )
 def coded_adam_dense_(
     weight: Tensor,
@@ -407,6 +408,7 @@ def coded_adam_dense_(
     ratio_scale: Tensor,
     root: Tensor,
     root_scale: Tensor,
+    col_scale: Tensor | None,
     scalars: Tensor,
     noise: Tensor | None,
     ok: Tensor | None,
@@ -417,7 +419,7 @@ def coded_adam_dense_(
     """`adam_dense_` on coded moments, one pass over weights, gradient and codes."""
     op = "coded_adam_dense_"
     _floating(op, weight=weight, grad=grad)
-    _check_coded(op, grad, (ratio, ratio_scale, root, root_scale), None, noise, bits, block)
+    _check_coded(op, grad, (ratio, ratio_scale, root, root_scale), col_scale, noise, bits, block)
     _same_device(op, weight=weight, grad=grad, ok=ok)
     _shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
     _contiguous(op, weight=weight, grad=grad)

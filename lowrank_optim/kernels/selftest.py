@@ -307,6 +307,7 @@ def coded_adam_dense(
     grad: torch.dtype = F32,
     bits: int = 8,
     block: int = 256,
+    col_scale: str | None = None,
     turn: int | None = 5,
     start: int = 0,
     ok: bool | None = None,
@@ -316,10 +317,10 @@ def coded_adam_dense(
     fill: str = "plain",
     layout: str = "plain",
 ) -> Arguments:
-    g, *codes, _, _, noise, flag, _, _ = coded_adam_direct(shape, bits, block, None, turn, start, ok, fill)
+    g, *codes, columns, _, noise, flag, _, _ = coded_adam_direct(shape, bits, block, col_scale, turn, start, ok, fill)
     w = as_layout(draw(9, shape, weight), layout)
     scalars = api.numbers(0.9, 0.999, 1e-8, 7.0, alpha, keep)
-    return w, as_layout(g.to(grad), layout), *codes, scalars, noise, flag, _words(rounding, start), bits, block
+    return w, as_layout(g.to(grad), layout), *codes, columns, scalars, noise, flag, _words(rounding, start), bits, block
 
 
 def quantize_rows(

@@ -9,7 +9,7 @@ the life of the state: made with the optimizer, plain tensors only, exact throug
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,7 +21,6 @@ from lowrank_optim import kernels, projectors
 from lowrank_optim.distributed import HERE
 from lowrank_optim.distributed.agreement import check_agreement
 from lowrank_optim.distributed.dtensor import LocalState, local_grad, place_all
-from lowrank_optim.distributed.spread import whole_column_scale
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, PURPOSE_STATE, make_key
 from lowrank_optim.layerwise.accumulation import ACCUMULATORS
 from lowrank_optim.layerwise.clipping import MEASURED
@@ -29,9 +28,9 @@ from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.compiling import outside_graph
 from lowrank_optim.optimizers.job import Job
-from lowrank_optim.optimizers.later import Later, summed
+from lowrank_optim.optimizers.later import Later, Waiting, summed
 from lowrank_optim.optimizers.layout import Layout, check_parts, make_layouts, matrix_view, unknown_parameter
-from lowrank_optim.optimizers.nonfinite import SkippedUpdates, sharded_norms
+from lowrank_optim.optimizers.nonfinite import SkippedUpdates, first_norms
 from lowrank_optim.optimizers.options import (
     DEFAULTS,
     SHORTHANDS,
@@ -44,7 +43,7 @@ from lowrank_optim.optimizers.options import (
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
 from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, stagger_offset
 from lowrank_optim.projectors import Basis, Projector, Space, Write
-from lowrank_optim.projectors.exact import basis_of, is_exact, refresh, widen
+from lowrank_optim.projectors.exact import basis_of, refresh, widen
 from lowrank_optim.quantization import state as coding
 from lowrank_optim.rules import Context, Direction, FusedDense, Rule
 
@@ -206,7 +205,7 @@ class LowRankOptimizer(Optimizer):
         if not self._is_coded(param, layout, group["state_bits"]):
             return self._rule.init(shape, group, dtype, device)
         like = self._rule.init(shape, group, dtype, torch.device("meta"))
-        return coding.zeros(like, group["state_bits"], layout.space is not None, device)
+        return coding.zeros(like, group["state_bits"], device)
 
     @staticmethod
     def _moment_shape(param: Tensor, layout: Layout, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
@@ -257,12 +256,13 @@ class LowRankOptimizer(Optimizer):
             self._in_backward.finish_step()
         else:
             self.param_groups[0].pop(MEASURED, None)  # from a checkpoint written with updates in backward
-            norms = sharded_norms(self.param_groups, self._layouts)
-            later: list[Later] = []
+            norms = first_norms(self.param_groups, self._layouts)
+            later = Waiting()
             for group in self.param_groups:
                 for param in group["params"]:
                     self.step_param(param, group, norms.get(param), later)
-            for step in summed(later):
+            later.run_dense()
+            for step in summed(later.matrices):
                 self._finish(step)
         self._skipped.poll()
         self._end_step()
@@ -287,7 +287,7 @@ class LowRankOptimizer(Optimizer):
         param: Tensor,
         group: Mapping[str, Any],
         norm: Tensor | None = None,
-        later: list[Later] | None = None,
+        later: Waiting | None = None,
     ) -> None:
         """Update one parameter from its gradient: the single entry that `step` and hooks use. No gradient, no change.
 
@@ -304,8 +304,11 @@ class LowRankOptimizer(Optimizer):
             )
         with self._job(param, group, layout) as job:
             if layout.space is None:
-                with job.whole(grad) if layout.shards.whole else nullcontext((job, grad)) as dense:
-                    self._step_dense(*dense, norm)
+                if layout.shards.whole:
+                    with job.whole(grad) as dense:
+                        self._step_dense(*dense, norm, None)
+                else:
+                    self._step_dense(job, grad, norm, later)
                 return
             weight, grad = (matrix_view(tensor, layout.layout) for tensor in (job.weight, grad))
             step = self._step_low_rank(job, layout.space, weight, grad, None if layout.shards is HERE else norm)
@@ -355,18 +358,25 @@ class LowRankOptimizer(Optimizer):
         yield Job(param, group, layout, state, moments)
         moments.close(int(state["step"]))
 
-    def _step_dense(self, job: Job, grad: Tensor, norm: Tensor | None) -> None:
+    def _step_dense(self, job: Job, grad: Tensor, norm: Tensor | None, later: Waiting | None) -> None:
         """One parameter that is trained directly, in chunks where the rule allows it: no working copy is as large as an embedding."""
         ok = self._finite(grad if norm is None else norm, job)
         job.state["step"] += 1
         if ok is False:
             return
         age, dtype = float(job.state["step"]), kernels.compute_dtype(job.param.dtype)
+        job.fit_columns(grad, self._rule, int(age), ok)
         shards = job.layout.shards
         whole = Context(age, age, job.weight, ok, True, age == 1, shards)
         fused = self._rule.fused_dense(job.weight, grad, job.moments, job.group, whole)
         if fused is not None:
-            fused.run(**vars(self._write(job, fused, 1.0, ok)))
+            call = fused.call(vars(self._write(job, fused, 1.0, ok)))
+            if later is not None and fused.after is None:
+                later.dense.setdefault(fused.op, []).append(call)
+                return
+            kernels.run_many(fused.op, [call])
+            if fused.after is not None:
+                fused.after()
             return
         for weight, part, moments, start in job.dense_parts(grad, self._rule.elementwise):
             part = part.to(dtype) if ok is None else torch.where(ok, part.to(dtype), 0.0)
@@ -417,11 +427,7 @@ class LowRankOptimizer(Optimizer):
             reduced = torch.where(ok, reduced, 0.0)
             squares = None if squares is None else torch.where(ok, squares, 0.0)
         steps, age = self._moment_steps(job.state, job.group), float(job.state["step"])
-        if "col_scale" in job.state and age == int(job.state["last_refresh"]) + 1:  # R is the first in its basis
-            if isinstance(job.moments, coding.CodedMoments):
-                job.moments.open()  # they are coded with the old scale
-            scale = whole_column_scale(reduced, job.layout.shards.reduced, is_exact(reduced.dtype))
-            job.state["col_scale"].copy_(scale if ok is None else torch.where(ok, scale, job.state["col_scale"]))
+        job.fit_columns(reduced, self._rule, int(age) - max(int(job.state["last_refresh"]), 0), ok)
         fresh = (steps if job.layout.projector.resizes else age) == 1
         shards = job.layout.shards
         context = Context(steps, age, weight, ok, fresh=fresh, shards=shards)
@@ -432,10 +438,10 @@ class LowRankOptimizer(Optimizer):
         step = Reduced(grad, projected, squares, direction, move.correction, unit, basis, ok)
         return Later(job, weight, move, replace(step, sums=self._residual.sums(step, job.group)))
 
-    def _finish_or_wait(self, step: Later, later: list[Later] | None) -> None:
+    def _finish_or_wait(self, step: Later, later: Waiting | None) -> None:
         """Finish a step now, or with others where its sums can go in one message with theirs."""
         if later is not None and step.waits:
-            later.append(step)
+            later.matrices.append(step)
             return
         self._finish(*summed([step]))
 

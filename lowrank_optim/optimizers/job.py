@@ -11,7 +11,9 @@ from lowrank_optim import kernels
 from lowrank_optim.distributed import HERE
 from lowrank_optim.distributed.dtensor import local
 from lowrank_optim.optimizers.layout import Layout
+from lowrank_optim.quantization import scale_is_due
 from lowrank_optim.quantization.state import CodedMoments
+from lowrank_optim.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class Job:
     def weight(self) -> Tensor:
         """What is updated: the parameter, or its master copy where the state has one."""
         return self.state.get("master", local(self.param))
+
+    def fit_columns(self, grad: Tensor, rule: Rule, steps: int, ok: Tensor | None) -> None:
+        """Measure the column scales of coded moments where that is due, `steps` steps after they began or changed their basis."""
+        if not isinstance(self.moments, CodedMoments) or "col_scale" not in self.state or not scale_is_due(steps):
+            return
+        squares = self.moments.squares(grad, rule.gradient_share(self.group))
+        squares = self.layout.shards.reduced.sum(squares, -2)
+        self.moments.rescale_(squares, int(self.state["step"]), ok)
 
     @contextmanager
     def whole(self, grad: Tensor) -> Iterator[tuple["Job", Tensor]]:

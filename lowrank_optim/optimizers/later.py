@@ -1,14 +1,17 @@
-"""The second half of a matrix' step: what waits for sums over the processes that share its rows of R.
+"""What an ordinary step leaves for its end, where it is done for all parameters at once; inside backward each goes alone.
 
-In an ordinary step all matrices come to this point first, so that their sums go in one message; inside backward each goes alone.
+The second half of a matrix' step waits for sums over the processes that share its rows of R, which go in one message. Dense
+parameters with a fused operation are updated in one launch where a backend can.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.optimizers.job import Job
 from lowrank_optim.optimizers.residuals import Reduced
 from lowrank_optim.rules import Direction
@@ -27,6 +30,23 @@ class Later:
     def waits(self) -> bool:
         """Whether other processes have a part of the sums."""
         return self.reduced.sums is not None and self.job.layout.shards.reduced.splits(-2)
+
+
+@dataclass
+class Waiting:
+    """Of one step, in order.
+
+    matrices: their second halves.
+    dense: arguments of fused operations, by the operation's name.
+    """
+
+    matrices: list[Later] = field(default_factory=list)
+    dense: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+
+    def run_dense(self) -> None:
+        """Update the dense parameters."""
+        for op, calls in self.dense.items():
+            kernels.run_many(op, calls)
 
 
 def summed(steps: Iterable[Later]) -> list[Later]:

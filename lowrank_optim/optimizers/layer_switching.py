@@ -21,7 +21,7 @@ from lowrank_optim.layerwise.layers import describe_layers
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.job import Job
-from lowrank_optim.optimizers.later import Later
+from lowrank_optim.optimizers.later import Waiting
 from lowrank_optim.optimizers.layout import Layout
 from lowrank_optim.optimizers.options import Options
 from lowrank_optim.optimizers.residuals import Residual
@@ -167,7 +167,7 @@ class LayerSwitching(LowRankOptimizer):
         param: Tensor,
         group: Mapping[str, Any],
         norm: Tensor | None = None,
-        later: list[Later] | None = None,
+        later: Waiting | None = None,
     ) -> None:
         if param.grad is not None and not _is_trained(group):
             self._refuse(param)

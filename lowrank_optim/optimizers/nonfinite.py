@@ -20,24 +20,27 @@ POLL_EVERY = 100
 """Steps between two looks at the counters of an accelerator."""
 
 
-def sharded_norms(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, Layout]) -> dict[Tensor, Tensor]:
-    """A number for each sharded parameter with a gradient that is finite where all parts of the gradient are, 0-d.
+def first_norms(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, Layout]) -> dict[Tensor, Tensor]:
+    """A number that is finite where the gradient is, 0-d, for every dense parameter and every sharded one.
 
-    One message a step for all parameters that lie on the same processes.
+    Together: one launch where a backend can, and one message for all parameters that lie on the same processes.
     """
-    found: dict[tuple[Any, ...], dict[Tensor, Tensor]] = {}
+    grads: dict[Tensor, Tensor] = {}
+    found: dict[tuple[Any, ...], list[Tensor]] = {}
     for group in groups:
         for param in group["params"]:
             layout = layouts.get(param)
-            if layout is None or param.grad is None or group["on_nonfinite"] == "propagate":
+            if layout is None or param.grad is None or group["on_nonfinite"] == "propagate" or param.grad.is_sparse:
                 continue
-            if layout.shards.matrix.splits():
-                key = (param.device, *layout.shards.matrix.groups())
-                found.setdefault(key, {})[param] = kernels.norm(local_grad(param)).double()
-    norms: dict[Tensor, Tensor] = {}
-    for parts in found.values():
-        spread = layouts[next(iter(parts))].shards.matrix
-        norms |= dict(zip(parts, spread.sum(torch.stack(list(parts.values()))).unbind(), strict=True))
+            sharded = layout.shards.matrix.splits()
+            if sharded:
+                found.setdefault((param.device, *layout.shards.matrix.groups()), []).append(param)
+            if sharded or layout.space is None:
+                grads[param] = local_grad(param)
+    norms = dict(zip(grads, kernels.norms(list(grads.values())), strict=True))
+    for params in found.values():
+        total = layouts[params[0]].shards.matrix.sum(torch.stack([norms[param].double() for param in params]))
+        norms |= dict(zip(params, total.unbind(), strict=True))
     return norms
 
 
@@ -67,9 +70,7 @@ class SkippedUpdates:
         """
         if policy == "propagate":
             return None
-        norm = kernels.norm(seen)
-        if seen.dim():
-            norm = layout.shards.matrix.sum(norm)
+        norm = layout.shards.matrix.sum(kernels.norm(seen)) if seen.dim() else seen
         if policy == "skip" and (norm.device.type != "cpu" or mask_on_device):
             ok = torch.isfinite(norm)
             self.add(layout.name, ~ok)

@@ -17,6 +17,7 @@ from lowrank_optim.quantization.moments import (
     column_scale,
     decode_moments,
     encode_moments,
+    scale_is_due,
 )
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
 from lowrank_optim.quantization.rows import (
@@ -45,6 +46,7 @@ __all__ = [
     "quantize_rows",
     "quantized_bytes",
     "quantized_shapes",
+    "scale_is_due",
     "unpack_basis",
     "unpack_nibbles",
     "zero_rows",

@@ -34,10 +34,12 @@ Trained with these moments for 500 steps, the model ends at a validation loss of
 float32 moments, with betas (0.9, 0.95) at 1.0008 and 0.9898 times.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lowrank_optim import kernels
 from lowrank_optim.quantization.rows import BLOCK, dequantize_rows, quantize_rows
@@ -152,6 +154,7 @@ def coded_adam_dense_(
     alpha: float,
     keep: float,
     block: int = BLOCK,
+    col_scale: Tensor | None = None,
     key: int | None = None,
     turn: int = 0,
     start: int = 0,
@@ -159,9 +162,29 @@ def coded_adam_dense_(
     rounding_key: int | None = None,
 ) -> None:
     """A whole step of Adam with coded moments on a dense parameter (…, cols), contiguous: W ← keep·W − α·N."""
-    scalars = kernels.numbers(beta1, beta2, eps, step, alpha, keep)
-    noise, rounding = kernels.words(key, turn, start), kernels.words(rounding_key, start)
-    torch.ops.lowrank_optim.coded_adam_dense_(weight, grad, *codes, scalars, noise, ok, rounding, bits, block)
+    adam: kernels.AdamNumbers = {"beta1": beta1, "beta2": beta2, "eps": eps, "step": step}
+    write = {"alpha": alpha, "keep": keep, "ok": ok, "rounding_key": rounding_key}
+    noise = kernels.words(key, turn, start)
+    call = coded_adam_dense_call(weight, grad, codes, bits, block, col_scale, noise, start, write, **adam)
+    torch.ops.lowrank_optim.coded_adam_dense_(*call)
+
+
+def coded_adam_dense_call(
+    weight: Tensor,
+    grad: Tensor,
+    codes: MomentCodes,
+    bits: int,
+    block: int,
+    col_scale: Tensor | None,
+    noise: Tensor | None,
+    start: int,
+    write: Mapping[str, Any],
+    **adam: Unpack[kernels.AdamNumbers],
+) -> tuple[Any, ...]:
+    """The arguments of the operation `coded_adam_dense_`, for `kernels.run_many`."""
+    scalars = kernels.numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"])
+    rounding = kernels.words(write["rounding_key"], start)
+    return weight, grad, *codes, col_scale, scalars, noise, write["ok"], rounding, bits, block
 
 
 @kernels.definition("coded_adam_direct_")
@@ -198,6 +221,7 @@ def _coded_adam_dense_(
     ratio_scale: Tensor,
     root: Tensor,
     root_scale: Tensor,
+    col_scale: Tensor | None,
     scalars: Tensor,
     noise: Tensor | None,
     ok: Tensor | None,
@@ -210,41 +234,45 @@ def _coded_adam_dense_(
     *adam, alpha, keep = scalars.tolist()
     key, (turn, start) = kernels.key_of(noise)
     rounding_key, (first, *_) = kernels.key_of(rounding)
-    cols = weight.shape[-1]
-    flat = [tensor.view(-1, tensor.shape[-1]) for tensor in (weight, grad, ratio, ratio_scale, root, root_scale)]
-    for chunk in kernels.row_chunks(weight.numel() // max(cols, 1), cols):
-        w, g, *codes = (tensor[chunk] for tensor in flat)
-        part = None if noise is None else kernels.words(key, turn, start + chunk.start * cols)
-        direction = _coded_adam_direct_(
-            g.to(torch.float32), *codes, None, torch.tensor(adam, dtype=torch.float64), part, ok, bits, block
-        )
-        kernels.apply_dense_(
-            w,
-            direction.to(kernels.compute_dtype(w.dtype)),
-            alpha=alpha,
-            keep=keep,
-            ok=ok,
-            rounding_key=rounding_key,
-            start=first + chunk.start * cols,
-        )
+    rows, cols = weight.shape[-2] if weight.dim() > 1 else 1, weight.shape[-1]
+    stacks = [
+        tensor.view(-1, rows, tensor.shape[-1]) for tensor in (weight, grad, ratio, ratio_scale, root, root_scale)
+    ]
+    columns = None if col_scale is None else col_scale.expand(*weight.shape[:-2], 1, cols).reshape(-1, cols)
+    for i, matrices in enumerate(zip(*stacks, strict=True)):
+        for chunk in kernels.row_chunks(rows, cols):
+            w, g, *codes = (matrix[chunk] for matrix in matrices)
+            own, element = None if columns is None else columns[i], (i * rows + chunk.start) * cols
+            part = None if noise is None else kernels.words(key, turn, start + element)
+            direction = _coded_adam_direct_(
+                g.to(torch.float32), *codes, own, torch.tensor(adam, dtype=torch.float64), part, ok, bits, block
+            )
+            kernels.apply_dense_(
+                w,
+                direction.to(kernels.compute_dtype(w.dtype)),
+                alpha=alpha,
+                keep=keep,
+                ok=ok,
+                rounding_key=rounding_key,
+                start=first + element,
+            )
 
 
-def column_scale(reduced: Tensor) -> Tensor:
-    """The `col_scale` of a new basis from its first projected gradient R: the square root of the root mean square of each column.
+def column_scale(mean_square: Tensor) -> Tensor:
+    """The `col_scale` of a matrix from the mean squares of its columns (…, 1, cols), of √v that is v: their roots, relative to the
+    largest one and rounded to bfloat16, so that sums in another order give the same scale.
 
-    The columns of R fall off like the singular values of the gradient that the basis was made from, those of later gradients about
-    half as fast (on a log scale): hence the root. A factor that all columns share makes no difference. Columns of zeros count as 2⁻²⁰
-    of the largest element; where all are zero, the scale is 1.
-
-    Args:
-        reduced: R, (…, rows, cols), finite.
+    Columns of zeros count as 2⁻²⁰ of the largest; where all are zero, or one is not finite, the scale is 1.
 
     Returns:
         float32 (…, 1, cols), positive.
     """
-    x = reduced.to(torch.float32)
-    # Divided by the largest element first: squares of a gradient of any size must neither overflow nor vanish.
-    largest = x.abs().amax((-2, -1), keepdim=True) if x.numel() else x.new_ones(*x.shape[:-2], 1, 1)
-    unit = torch.where(largest > 0.0, x / largest, 1.0)
-    rms = unit.square().mean(-2, keepdim=True).sqrt() if x.shape[-2] else unit.new_ones(*x.shape[:-2], 1, x.shape[-1])
-    return rms.clamp_min(2.0**-20).sqrt()
+    root = mean_square.sqrt()
+    largest = root.amax(-1, keepdim=True) if root.shape[-1] else root.new_ones((*root.shape[:-1], 1))
+    unit = torch.where((largest > 0.0) & torch.isfinite(largest), root / largest, 1.0)
+    return unit.clamp_min(2.0**-20).to(torch.bfloat16).to(torch.float32)
+
+
+def scale_is_due(steps: int) -> bool:
+    """Whether columns are measured anew, `steps` steps (from 1) after their moments began or changed their basis: 1, 2, 4, 8, …"""
+    return steps > 0 and steps & (steps - 1) == 0

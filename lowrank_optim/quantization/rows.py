@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.kernels import row_chunks
-from lowrank_optim.kernels.counter_rng import random_bits, turn_offset
+from lowrank_optim.kernels.counter_rng import random_halves, turn_offset
 from lowrank_optim.kernels.schemas import check_coding, coded_shapes
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
 
@@ -33,7 +33,6 @@ BLOCK = 256
 MIN_SCALE = 2.0**-100
 """Blocks of smaller magnitude are stored as zeros, so that no division overflows and denormal numbers play no part."""
 
-_MASK32 = 0xFFFFFFFF
 _LEVELS = {(8, True): 127, (4, True): 7, (8, False): 256, (4, False): 16}
 
 
@@ -50,7 +49,7 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of a matrix.
 
-        s = max |x/c| over a block,   y = (x/c)·(L/s),   level = round(y)
+        s = max |x·(1/c)| over a block,   y = (x·(1/c))·(L/s),   level = round(y)
 
     Encoding a decoded matrix gives the same codes and scales (the same up to the last bit of the scale, where `col_scale` is not a
     power of two). NaN and infinity are for the caller to mask: a block that holds one decodes to NaN throughout.
@@ -62,7 +61,8 @@ def quantize_rows(
         block: columns that share a scale.
         col_scale: c, (cols,) or broadcastable (…, 1, cols), positive; None means 1.
         key: round stochastically with this key (`counter_rng.make_key`): up with a probability equal to the distance from the lower
-            level, so that the decoded value is x in expectation (between the lowest and the highest level). None rounds to nearest.
+            level, so that the decoded value is x in expectation (between the lowest and the highest level, and up to 2⁻²⁰ of x).
+            None rounds to nearest.
         turn: number of the draw. Draws with one key and consecutive turns are spread evenly for every element, golden-ratio steps
             from a random phase: a value that is rounded again and again is rounded up as often as it should be within a few times,
             not within √turns.
@@ -91,12 +91,12 @@ def _quantize_rows(
     cols = x.shape[-1]
     if x.numel() == 0:
         return codes, scale
-    matrix, divisor = x.reshape(-1, cols), _per_row(col_scale, x)
+    matrix, factor = x.reshape(-1, cols), None if col_scale is None else _per_row(col_scale.reciprocal(), x)
     flat_codes, flat_scale = codes.view(-1, codes.shape[-1]), scale.view(-1, scale.shape[-1])
     for chunk in row_chunks(len(matrix), cols):
         part = matrix[chunk].to(torch.float32)
-        if divisor is not None:
-            part = part / (divisor if divisor.dim() == 1 else divisor[chunk])
+        if factor is not None:
+            part = part * (factor if factor.dim() == 1 else factor[chunk])
         first = start + chunk.start * cols
         flat_codes[chunk], flat_scale[chunk] = _encode(part, bits, signed, block, (key, turn, first))
     return codes, scale
@@ -198,9 +198,9 @@ def _code_dtype(bits: int, signed: bool) -> torch.dtype:
     return torch.int8 if bits == 8 and signed else torch.uint8
 
 
-def _per_row(col_scale: Tensor | None, x: Tensor) -> Tensor | None:
+def _per_row(col_scale: Tensor, x: Tensor) -> Tensor:
     """The column scales of each row of x seen as a matrix, or of all of them, (cols,)."""
-    if col_scale is None or col_scale.dim() == 1:
+    if col_scale.dim() == 1:
         return col_scale
     return col_scale.expand(x.shape).reshape(-1, x.shape[-1])
 
@@ -228,11 +228,13 @@ def _encode(
 
 
 def _round_stochastically(y: Tensor, key: int, turn: int, start: int) -> Tensor:
-    """⌊y⌋ or ⌊y⌋ + 1, the latter with probability y − ⌊y⌋ (in multiples of 2⁻²⁴)."""
-    nearest, lower = y.round(), y.floor()
+    """⌊y⌋ or ⌊y⌋ + 1, the latter with probability y − ⌊y⌋ up to 2⁻²⁰ |y|, in multiples of 2⁻¹⁶.
+
+    With a random r of 16 bits, ρ = (r + 1/2)/2¹⁶ − 1/2 lies evenly in (−1/2, 1/2), and the level nearest to y + ρ is y on average.
+    What was decoded comes back as y within four roundings of its level, 2⁻²² |y|, and has to stay what it was: the factor of ρ keeps
+    it from being moved.
+    """
     positions = torch.arange(start, start + y.numel(), device=y.device).view(y.shape)
-    bits = (random_bits(key, positions) + turn_offset(turn)).bitwise_and_(_MASK32)
-    noise = (bits >> 8).to(torch.float32).mul_(2.0**-24)
-    rounded = lower + (noise < y - lower)
-    # A decoded level comes back as y within four roundings of it, 2⁻²² y, and has to stay what it was.
-    return torch.where((y - nearest).abs() <= nearest.abs() * 2.0**-21, nearest, rounded)
+    halves = (random_halves(key, positions) + turn_offset(turn)).bitwise_and_(0xFFFF)
+    part = halves.to(torch.float32).mul_(2.0**-16).sub_(0.5 - 2.0**-17)
+    return (y + part.mul_(1.0 - y.abs().mul_(2.0**-19))).round_()

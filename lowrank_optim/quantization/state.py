@@ -7,8 +7,9 @@
 Codes are stored under the moment's own name, scales under `…_scale`. Other moments (Adafactor's rows and columns), and tensors of
 fewer than `MIN_CODED` elements, stay as they are. Arithmetic is done on decoded moments, whatever the storage.
 
-`col_scale` is there where moments of a projected gradient are coded: the columns of R fall off like the singular values of G, so that
-blocks along a row would lose the small ones (see `moments.column_scale`).
+Matrices have a `col_scale` besides, (…, 1, cols): the columns of a projected gradient fall off like singular values, and those of an
+embedding differ, too, so that blocks along a row would lose the small ones. It is measured anew 1, 2, 4, 8, … steps after moments
+begin or change their basis (`CodedMoments.rescale_`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from lowrank_optim.kernels import stochastic_round
 from lowrank_optim.kernels.counter_rng import derive_key
 from lowrank_optim.quantization import moments as coded
 from lowrank_optim.quantization.moments import MomentCodes, decode_moments, encode_moments
-from lowrank_optim.quantization.rows import dequantize_rows, quantize_rows, zero_rows
+from lowrank_optim.quantization.rows import BLOCK, dequantize_rows, quantize_rows, zero_rows
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 """The moments that can be coded, and whether they have a sign."""
@@ -47,8 +48,8 @@ def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-2]) if len(shape) > 1 and shape[-1] == 1 else shape
 
 
-def zeros(moments: Mapping[str, Tensor], bits: int, projected: bool, device: torch.device) -> dict[str, Tensor]:
-    """Stored form of zero moments of these shapes and types (which may be on the meta device); `projected`: of an R with columns."""
+def zeros(moments: Mapping[str, Tensor], bits: int, device: torch.device) -> dict[str, Tensor]:
+    """Stored form of zero moments of these shapes and types (which may be on the meta device)."""
     stored = {}
     for name, like in moments.items():
         if name not in SIGNED:
@@ -58,7 +59,7 @@ def zeros(moments: Mapping[str, Tensor], bits: int, projected: bool, device: tor
         else:
             codes = zero_rows(row_shape(tuple(like.shape)), bits, SIGNED[name], device=device)
             stored[name], stored[f"{name}_scale"] = codes
-            if projected and like.shape[-1] != 1:
+            if like.dim() in (2, 3) and like.shape[-1] != 1:
                 stored["col_scale"] = torch.ones((*like.shape[:-2], 1, like.shape[-1]), device=device)
     return stored
 
@@ -124,6 +125,58 @@ class CodedMoments(Mapping[str, Tensor]):
             opened, self._open = self._open, None
             encode_(self.state, opened, self.bits, self.key, step, self.start)
 
+    def squares(self, grad: Tensor, share: float) -> Tensor:
+        """Sums over the local rows of the squares that the moments will have after a step, and the number of rows.
+
+        Args:
+            grad: of the step, of the moments' shape.
+            share: `Rule.gradient_share`, how much of a squared gradient goes into a square.
+
+        Returns:
+            (…, 1, cols + 1), float64, to be summed over processes that hold other rows.
+        """
+        name, rows = "exp_avg_sq" if "exp_avg_sq" in self.state else "exp_avg", self.shape[-2]
+        sums = grad.new_zeros((*self.shape[:-2], 1, self.shape[-1] + 1), dtype=torch.float64)
+        sums[..., -1] = rows
+        for i, (matrix, total) in enumerate(zip(_matrices(grad), _matrices(sums), strict=True)):
+            for chunk in kernels.row_chunks(rows, self.shape[-1]):
+                if self._open is not None:
+                    value = _matrices(self._open[name])[i][chunk]
+                    kept = value if name == "exp_avg_sq" else value.square()
+                else:
+                    kept = self._decode_rows(name, i, chunk).square()
+                total[:, :-1] += kept.sum(0, dtype=torch.float64) + share * matrix[chunk].double().square().sum(0)
+        return sums
+
+    def rescale_(self, squares: Tensor, turn: int, ok: Tensor | None) -> None:
+        """Take the columns' scale from `squares` of all rows, and code what is stored anew, before step number `turn`.
+
+        Args:
+            ok: 0-d bool; where it is false, nothing changes. None means true.
+        """
+        name = "exp_avg_sq" if "exp_avg_sq" in self.state else "exp_avg"
+        old = self.state["col_scale"]
+        new = coded.column_scale(squares[..., :-1] / squares[..., -1:].clamp_min(1.0))
+        new = new if ok is None else torch.where(ok, new, old)
+        if self._open is None:
+            signed, (rows, cols) = SIGNED[name], self.shape[-2:]
+            key = None if signed else derive_key(self.key, 1)
+            for i, column in enumerate(_matrices(new)):
+                for chunk in kernels.row_chunks(rows, cols):
+                    start = self.start + (i * rows + chunk.start) * cols
+                    value = self._decode_rows(name, i, chunk)
+                    codes = quantize_rows(value, self.bits, signed, col_scale=column, key=key, turn=turn, start=start)
+                    for part, fresh in zip(("", "_scale"), codes, strict=True):
+                        stored = _matrices(self.state[f"{name}{part}"])[i][chunk]
+                        stored.copy_(fresh if ok is None else torch.where(ok, fresh, stored))
+        old.copy_(new)
+
+    def _decode_rows(self, name: str, matrix: int, rows: slice) -> Tensor:
+        """√v or m as it is stored, some rows of matrix number `matrix`."""
+        codes, scale = (_matrices(self.state[f"{name}{part}"])[matrix][rows] for part in ("", "_scale"))
+        column = _matrices(self.state["col_scale"])[matrix]
+        return dequantize_rows(codes, scale, self.bits, SIGNED[name], cols=self.shape[-1], col_scale=column)
+
     def forget(self, shape: tuple[int, ...]) -> None:
         """The state has been replaced, by moments of this shape: what was opened is void."""
         self.shape, self._open = shape, None
@@ -145,7 +198,7 @@ class CodedMoments(Mapping[str, Tensor]):
         )
         return direction.view(self.shape)
 
-    def adam_dense_(
+    def adam_dense_call(
         self,
         weight: Tensor,
         grad: Tensor,
@@ -153,14 +206,20 @@ class CodedMoments(Mapping[str, Tensor]):
         turn: int,
         write: Mapping[str, Any],
         **adam: Unpack[kernels.AdamNumbers],
-    ) -> None:
-        """`kernels.adam_dense_` on the codes; `weight` and `grad` are contiguous."""
+    ) -> tuple[Any, ...]:
+        """The arguments of `coded_adam_dense_`, `kernels.adam_dense_` on the codes; `weight` and `grad` are contiguous."""
         shape = row_shape(self.shape)
         if tuple(weight.shape) != shape:  # a view of a quantised weight would be a copy
             weight, grad = weight.view(shape), grad.view(shape)
-        coded.coded_adam_dense_(
-            weight, grad, codes, self.bits, key=self.key, turn=turn, start=self.start, **write, **adam
+        noise, scale = kernels.words(self.key, turn, self.start), self.state.get("col_scale")
+        return coded.coded_adam_dense_call(
+            weight, grad, codes, self.bits, BLOCK, scale, noise, self.start, write, **adam
         )
+
+
+def _matrices(tensor: Tensor) -> Tensor:
+    """The matrices of a stack, or the only one, along the first dimension: a view."""
+    return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
 
 
 def encode_(

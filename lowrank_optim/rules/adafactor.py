@@ -94,6 +94,9 @@ class Adafactor(Rule):
             update, size = update.masked_fill(~context.ok, 0.0), size * context.ok
         return Direction(update, 1.0, size)
 
+    def gradient_share(self, options: Mapping[str, Any]) -> float:
+        return 0.0  # the average is one of steps, whose columns are alike
+
     def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
         """A ← A C; V ← V (C∘C), factored again."""
         if step < 1:

@@ -65,21 +65,21 @@ class Adam(Rule):
         lr, (numbers, _) = float(options["lr"]), self._numbers(options, context)
         codes = state.codes() if isinstance(state, CodedMoments) else None
         plain = codes is None and not isinstance(state, CodedMoments)
-        moments = [state["exp_avg"], state["exp_avg_sq"]] if plain else []
-        if (codes is None and not plain) or not all(moment.is_contiguous() for moment in moments):
+        if codes is None and not (plain and state["exp_avg"].is_contiguous() and state["exp_avg_sq"].is_contiguous()):
             return None
         # Other memory orders (channels last) go through a copy, so that they give the same bits.
         target, part = weight.contiguous(), grad.contiguous()
 
-        def run(**write: Any) -> None:
+        def call(write: Mapping[str, Any]) -> tuple[Any, ...]:
             if codes is not None and isinstance(state, CodedMoments):
-                state.adam_dense_(target, part, codes, int(context.age), write, **numbers)
-            else:
-                kernels.adam_dense_(target, part, *moments, start=context.shards.matrix.start, **write, **numbers)
-            if target is not weight:
-                weight.copy_(target)
+                return state.adam_dense_call(target, part, codes, int(context.age), write, **numbers)
+            moments, start = (state["exp_avg"], state["exp_avg_sq"]), context.shards.matrix.start
+            return kernels.adam_dense_call(target, part, moments, start, write, **numbers)
 
-        return FusedDense(lr, lr, run)
+        # Copies must not wait with others: together they could be as large as the model.
+        copied = target is not weight or part is not grad
+        after = (lambda: target is weight or weight.copy_(target)) if copied else None
+        return FusedDense(lr, lr, "adam_dense_" if codes is None else "coded_adam_dense_", call, after)
 
     def _numbers(self, options: Mapping[str, Any], context: Context) -> tuple[kernels.AdamNumbers, float]:
         """β₁, β₂, ε and t of the operations, and the factor of N that is the bias correction."""
@@ -93,6 +93,9 @@ class Adam(Rule):
 
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
         return state["exp_avg"] / (1.0 - float(options["betas"][0]) ** step) if step >= 1 else None
+
+    def gradient_share(self, options: Mapping[str, Any]) -> float:
+        return 1.0 - float(options["betas"][1])
 
     def memory(self, options: Mapping[str, Any]) -> float:
         beta1 = float(options["betas"][0])

@@ -34,14 +34,19 @@ class Direction:
 
 @dataclass(frozen=True)
 class FusedDense:
-    """A rule's whole step on a dense parameter in one pass: run(alpha=…, keep=…, ok=…, rounding_key=…).
+    """A rule's whole step on a dense parameter as one operation.
 
-    `step` and `decay` are those of `Direction`.
+    step, decay: those of `Direction`.
+    op: its name.
+    call: its arguments, from those of `projectors.Write` by name.
+    after: what is left to do then, if anything.
     """
 
     step: float
     decay: float
-    run: Callable[..., None]
+    op: str
+    call: Callable[[Mapping[str, Any]], tuple[Any, ...]]
+    after: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,10 @@ class Rule(ABC):
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
         """An estimate of the mean gradient from the moments of `step` steps, in R's coordinates; None where there is none."""
         return None
+
+    def gradient_share(self, options: Mapping[str, Any]) -> float:
+        """How much of a squared gradient a step adds to the squares whose roots are stored in few bits: v, or else m²."""
+        return 1.0
 
     def memory(self, options: Mapping[str, Any]) -> float:
         """c: in the next moments, `exp_avg` weighs as much as a new gradient of c·exp_avg. 0 for rules without momentum."""

@@ -37,6 +37,9 @@ class Lion(MomentumRule):
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
         return state["exp_avg"] / (1.0 - float(options["betas"][1]) ** step) if step >= 1 else None
 
+    def gradient_share(self, options: Mapping[str, Any]) -> float:
+        return (1.0 - float(options["betas"][1])) ** 2
+
     def memory(self, options: Mapping[str, Any]) -> float:
         beta2 = float(options["betas"][1])
         return beta2 / (1.0 - beta2)

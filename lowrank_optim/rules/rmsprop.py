@@ -41,6 +41,9 @@ class RMSprop(Rule):
         direction = kernels.rmsprop_direct_(grad, state["exp_avg_sq"], alpha=alpha, eps=eps, ok=context.ok)
         return Direction(direction, lr, lr)
 
+    def gradient_share(self, options: Mapping[str, Any]) -> float:
+        return 1.0 - float(options["alpha"])
+
     def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
         """v ← v (C∘C): the entries of R are taken as uncorrelated."""
         state["exp_avg_sq"].copy_(move(state["exp_avg_sq"], 2))

@@ -4,11 +4,12 @@
 """
 
 from lowrank_optim.kernels.cpu.library import open_library
-from lowrank_optim.kernels.cpu.operations import operations
+from lowrank_optim.kernels.cpu.operations import Operations, many, operations
 from lowrank_optim.kernels.dispatch import Loaded
 
 
 def load() -> Loaded:
     """The backend; raises `Unavailable` where the library is not there or not ours."""
     library = open_library()
-    return Loaded(frozenset({"cpu"}), operations(library), f"{library.simd}; {library.build_info}; {library.path}")
+    ops, about = Operations(library), f"{library.simd}; {library.build_info}; {library.path}"
+    return Loaded(frozenset({"cpu"}), operations(ops), about, many(ops))

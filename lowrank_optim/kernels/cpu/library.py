@@ -7,12 +7,14 @@ sanitizers, say. A library with another ABI number than ABI_VERSION comes from a
 import ctypes
 import json
 import os
-from ctypes import c_char_p, c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
+import re
+from ctypes import c_char_p, c_float, c_int, c_int64, c_uint16, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 from lowrank_optim.kernels.dispatch import Unavailable
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
@@ -21,11 +23,13 @@ RECORD = "build.json"
 """Beside the library: what setup.py did, and why it failed where it did."""
 
 HERE = Path(__file__).parent
+MAPS = Path("/proc/self/maps")
+"""The libraries of this process, on Linux."""
 REBUILD = "install a C++17 compiler and run `pip install --force-reinstall --no-deps` on the package again"
 
 _ADAM = (c_float,) * 5
 _WRITE = (c_float, c_float, c_int, c_uint64, c_int64)  # keep, alpha; rounding: on, key, start
-_NOISE = (c_int, c_uint64, c_int64, c_uint32)
+_NOISE = (c_int, c_uint64, c_int64, c_uint16)
 _CODING = (c_int64, c_int64, c_int64, c_int)  # rows, cols, block, bits
 _ROWS = (c_void_p, c_int, c_int64)  # data, type, stride
 _FLAT = (c_void_p, c_int)
@@ -34,7 +38,8 @@ _P, _N = c_void_p, c_int64
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "adam": (_N, *_FLAT, _P, _P, _P, *_FLAT, *_ADAM, *_WRITE),
     "rule": (c_int, _N, _P, _P, _P, c_float, c_float, c_float),
-    "coded_adam": (*_CODING, *_FLAT, _P, _P, _P, _P, _P, _N, _P, *_FLAT, *_ADAM, *_NOISE, *_WRITE),
+    "coded_adam": (_N, _P, _P),  # rows of words and of numbers, one for each matrix
+    "norms": (_N, _P, _P),
     "quantize_rows": (*_CODING, c_int, *_ROWS, _P, _N, _P, _P, *_NOISE),
     "dequantize_rows": (*_CODING, c_int, _P, _P, _P, _N, *_FLAT),
     "pack_basis": (*_CODING, *_ROWS, _P, _P, _P),
@@ -58,8 +63,9 @@ class Library:
         for name in ("build_info", "simd"):
             getattr(handle, f"lowrank_optim_{name}").restype = c_char_p
         handle.lowrank_optim_use_simd.argtypes = (c_char_p,)
+        handle.lowrank_optim_use_openmp.argtypes, handle.lowrank_optim_use_openmp.restype = (c_void_p,), None
 
-    def call(self, name: str, *args: float | int | None) -> None:
+    def call(self, name: str, *args: Any) -> None:
         """Call a function, the number of threads among its arguments."""
         if getattr(self._handle, f"lowrank_optim_{name}")(*args):
             raise MemoryError(f"lowrank_optim: no memory for the working space of {name}")
@@ -73,6 +79,10 @@ class Library:
     def simd(self) -> str:
         """The instruction set in use: "avx512", "avx2" or "baseline"."""
         return str(self._handle.lowrank_optim_simd().decode())
+
+    def use_openmp(self, runtime: "ctypes.CDLL | None") -> None:
+        """Run on the threads of an OpenMP runtime from now on; None: on threads of the library's own."""
+        self._handle.lowrank_optim_use_openmp(ctypes.cast(runtime.GOMP_parallel, c_void_p) if runtime else None)
 
     def use_simd(self, name: str) -> bool:
         """Use an instruction set from now on; False if the processor or the library does not have it."""
@@ -104,9 +114,25 @@ def open_library() -> Library:
             f"{ABI_VERSION}. To build it anew: {REBUILD}."
         )
     try:
-        return Library(path, handle)
+        library = Library(path, handle)
     except AttributeError as error:
         raise Unavailable(f"{where} lacks a function of ABI {ABI_VERSION}: {error}. To build it: {REBUILD}.") from None
+    library.use_openmp(openmp_of_torch())
+    return library
+
+
+def openmp_of_torch() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch has loaded, if it can be found and speaks GCC's dialect (LLVM's and Intel's do)."""
+    try:
+        loaded = {line.split(maxsplit=5)[5].strip() for line in MAPS.read_text().splitlines() if "omp" in line}
+    except (OSError, IndexError):
+        return None
+    torch_has = sorted(path for path in loaded if re.search(r"/torch[^/]*/.*lib(gomp|iomp5|omp)[^/]*\.so", path))
+    try:
+        runtime = ctypes.CDLL(torch_has[0])
+        return runtime if hasattr(runtime, "GOMP_parallel") else None
+    except (OSError, IndexError):
+        return None
 
 
 def _not_built() -> str:

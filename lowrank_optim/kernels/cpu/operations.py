@@ -4,7 +4,8 @@ A function declines with NotImplemented, before it changes anything, what the li
 are not of unit stride where a copy would be large. `ok` is read on the host: these tensors are there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from ctypes import c_float, c_int64
 from typing import Any
 
 import torch
@@ -24,9 +25,8 @@ NO_WORDS = (0, 0, 0)
 Declined = Any  # NotImplemented
 
 
-def operations(library: Library) -> dict[str, Callable[..., Any]]:
+def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """The kernels by the names of their operations."""
-    ops = Operations(library)
     names = (
         "adam_direct_",
         "adam_dense_",
@@ -47,13 +47,18 @@ def operations(library: Library) -> dict[str, Callable[..., Any]]:
     return {name: getattr(ops, name) for name in names}
 
 
+def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
+    """Those that take several tensors in one go (`dispatch.run_many`, `dispatch.norms`)."""
+    return {"coded_adam_dense_": ops.many_coded_adam_dense_, "norm": ops.norms}
+
+
 class Operations:
     """The operations, with their arguments, on one library."""
 
     def __init__(self, library: Library) -> None:
         self.library = library
 
-    def _call(self, name: str, *args: float | int | None) -> None:
+    def _call(self, name: str, *args: Any) -> None:
         self.library.call(name, *args, torch.get_num_threads())
 
     def gaussian_(self, out: Tensor, key: Tensor) -> Declined | None:
@@ -61,7 +66,6 @@ class Operations:
             return NotImplemented
         (word,) = key.tolist()
         self._call("gaussian", out.numel(), out.data_ptr(), unsigned_key(word))
-        _changed(out)
         return None
 
     # -------------------------------------------------------------------------------------------------- moments and directions
@@ -107,7 +111,6 @@ class Operations:
             alpha,
             *_rounding(rounding),
         )
-        _changed(weight)
         return None
 
     def lion_direct_(self, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor | Declined:
@@ -155,62 +158,44 @@ class Operations:
         if _off(ok):
             return torch.zeros_like(grad, memory_format=torch.contiguous_format)
         g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
+        codes = (ratio, ratio_scale, root, root_scale)
         scale, rows_per_scale = columns
-        self._call(
-            "coded_adam",
-            *_coding(grad.shape, block, bits),
-            *_flat(g),
-            *(codes.data_ptr() for codes in (ratio, ratio_scale, root, root_scale)),
-            _pointer(scale),
-            rows_per_scale,
-            out.data_ptr(),
-            None,
-            0,
-            *_adam(*scalars.tolist()),
-            *_noise(noise),
-            1.0,
-            0.0,
-            *NO_WORDS,
-        )
+        words = (*_coded_words(g, codes, bits, block, scale, rows_per_scale, noise), *NO_WORDS)
+        words = (*words[:12], out.data_ptr(), 0, 0, *words[12:])
+        self._coded_adam([(words, (*_adam(*scalars.tolist()), 1.0, 0.0))])
         return out
 
-    def coded_adam_dense_(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        ratio: Tensor,
-        ratio_scale: Tensor,
-        root: Tensor,
-        root_scale: Tensor,
-        scalars: Tensor,
-        noise: Tensor | None,
-        ok: Tensor | None,
-        rounding: Tensor | None,
-        bits: int,
-        block: int,
-    ) -> Declined | None:
-        if not _storable(weight, grad):
-            return NotImplemented
-        if _off(ok):
-            return None
-        *adam, alpha, keep = scalars.tolist()
-        self._call(
-            "coded_adam",
-            *_coding(weight.shape, block, bits),
-            *_flat(grad),
-            *(codes.data_ptr() for codes in (ratio, ratio_scale, root, root_scale)),
-            None,
-            1,
-            None,
-            *_flat(weight),
-            *_adam(*adam),
-            *_noise(noise),
-            keep,
-            alpha,
-            *_rounding(rounding),
-        )
-        _changed(weight)
-        return None
+    def coded_adam_dense_(self, *args: Any) -> Declined | None:
+        return None if self.many_coded_adam_dense_([args]) == [True] else NotImplemented
+
+    def many_coded_adam_dense_(self, calls: Sequence[Sequence[Any]]) -> list[bool]:
+        """`coded_adam_dense_` of several parameters in one go; False for those that are left to the definition."""
+        done, rows, alive = [], [], []
+        for weight, grad, *four, col_scale, scalars, noise, ok, rounding, bits, block in calls:
+            columns = _columns(col_scale, grad.shape)
+            done.append(_storable(weight, grad) and columns is not None)
+            if columns is None or not done[-1] or _off(ok):
+                continue
+            *adam, alpha, keep = scalars.tolist()
+            words = (*_coded_words(grad, four, bits, block, *columns, noise), *_rounding(rounding))
+            words = (*words[:12], 0, *_flat(weight), *words[12:])
+            rows.append((words, (*_adam(*adam), keep, alpha)))
+            alive.append(columns)  # what may be a copy
+        if rows:
+            self._coded_adam(rows)
+        return done
+
+    def _coded_adam(self, rows: Sequence[tuple[tuple[int, ...], tuple[float, ...]]]) -> None:
+        words = [word for row, _ in rows for word in row]
+        numbers = [number for _, row in rows for number in row]
+        self._call("coded_adam", len(rows), (c_int64 * len(words))(*words), (c_float * len(numbers))(*numbers))
+
+    def norms(self, tensors: Sequence[Tensor]) -> Tensor:
+        """‖x‖ of contiguous tensors, (count,) float32, summed in float32."""
+        words = [word for x in tensors for word in (x.data_ptr(), TYPES[x.dtype], x.numel())]
+        found = torch.empty(len(tensors), dtype=F32)
+        self._call("norms", len(tensors), (c_int64 * len(words))(*words), found.data_ptr())
+        return found
 
     # ----------------------------------------------------------------------------------------------------------------- weights
 
@@ -279,7 +264,6 @@ class Operations:
                     key,
                     start + i * rows * cols + at * cols,
                 )
-        _changed(weight)
         return None
 
     def apply_dense_(
@@ -318,7 +302,6 @@ class Operations:
                 key,
                 start + first,
             )
-        _changed(weight)
         return None
 
     def stochastic_round_(self, target: Tensor, value: Tensor, rounding: Tensor | None) -> Declined | None:
@@ -332,7 +315,6 @@ class Operations:
         for rows, cols, t, t_stride, v, v_stride, first in pairs:
             place = (t.data_ptr(), TYPES[t.dtype], t_stride)
             self._call("store", rows, cols, *place, v.data_ptr(), v_stride, on, key, start + first)
-        _changed(target)
         return None
 
     # ------------------------------------------------------------------------------------------------------------------- codes
@@ -419,12 +401,6 @@ def _off(ok: Tensor | None) -> bool:
     return ok is not None and not bool(ok)
 
 
-def _changed(tensor: Tensor) -> None:
-    """Tell autograd: a tensor that was saved for a backward pass must not be used with other values."""
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
-
-
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -470,6 +446,27 @@ def _coding(shape: torch.Size, block: int, bits: int) -> tuple[int, int, int, in
     """Rows, columns, block and bits."""
     cols = shape[-1]
     return (shape.numel() // cols if cols else 0), cols, block, bits
+
+
+def _coded_words(
+    grad: Tensor,
+    codes: Sequence[Tensor],
+    bits: int,
+    block: int,
+    col_scale: Tensor | None,
+    rows_per_scale: int,
+    noise: Tensor | None,
+) -> tuple[int, ...]:
+    """The row of a matrix for the library's coded_adam, but for what is written and how that is rounded."""
+    on, key, start, offset = _noise(noise)
+    where = (_pointer(col_scale) or 0, rows_per_scale)
+    return (
+        *_coding(grad.shape, block, bits),
+        *_flat(grad),
+        *(tensor.data_ptr() for tensor in codes),
+        *where,
+        *(on, key, start, offset),
+    )
 
 
 def _coded(x: Tensor, bits: int, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,13 @@ such as the host build, which does on CPU tensors what the device does.
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_uint16, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
 from lowrank_optim.kernels.dispatch import Unavailable
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Raised, here and in csrc/cuda/abi.cu, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CUDA_LIBRARY"
@@ -22,7 +22,7 @@ REBUILD = "run `python -m lowrank_optim.kernels.cuda.build` in a checkout, with 
 
 
 class Noise(Structure):
-    _fields_ = (("on", c_int32), ("shift", c_uint32), ("key", c_uint64), ("start", c_int64))
+    _fields_ = (("on", c_int32), ("shift", c_uint16), ("key", c_uint64), ("start", c_int64))
 
 
 class Adam(Structure):

@@ -416,6 +416,7 @@ def coded_adam_dense_(
     ratio_scale: Tensor,
     root: Tensor,
     root_scale: Tensor,
+    col_scale: Tensor | None,
     scalars: Tensor,
     noise: Tensor | None,
     ok: Tensor | None,
@@ -423,13 +424,13 @@ def coded_adam_dense_(
     bits: int,
     block: int,
 ) -> Any:
-    if not _covered(weight, grad):
+    if not _covered(weight, grad) or not _float32(col_scale):
         return NotImplemented
     if weight.numel() == 0:
         return None
     codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
     write = Write(alpha, keep)
-    step = _CodedAdam(weight, weight, grad, codes, None, adam, write, noise, ok, rounding, bits, block)
+    step = _CodedAdam(weight, weight, grad, codes, col_scale, adam, write, noise, ok, rounding, bits, block)
     _launch(library, weight, [step])
     return None
 

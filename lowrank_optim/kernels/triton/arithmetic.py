@@ -29,6 +29,13 @@ def random_bits(key, positions):
 
 
 @triton.jit
+def random_halves(key, pairs):
+    """Words of `counter_rng.random_halves`, as uint32: the lower half is that of position 2·pair, the upper that of the next."""
+    upper = (pairs >> 32).to(tl.uint32) * 0x9E3779B9
+    return mix(pairs.to(tl.uint32) ^ upper ^ (key ^ (key >> 32)).to(tl.uint32))
+
+
+@triton.jit
 def uniform(key, positions):
     """Numbers of `counter_rng.uniform` in float64: in (0, 1), never 0 or 1, to 32 bits."""
     return (random_bits(key, positions).to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2⁻³²

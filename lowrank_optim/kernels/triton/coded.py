@@ -245,6 +245,7 @@ def coded_adam_dense_(
     ratio_scale: Tensor,
     root: Tensor,
     root_scale: Tensor,
+    col_scale: Tensor | None,
     scalars: Tensor,
     noise: Tensor | None,
     ok: Tensor | None,
@@ -252,7 +253,7 @@ def coded_adam_dense_(
     bits: int,
     block: int,
 ) -> Any:
-    if not covered(weight, grad):
+    if not covered(weight, grad) or not _float32(col_scale):
         return NotImplemented
     if weight.numel() == 0:
         return None
@@ -260,7 +261,7 @@ def coded_adam_dense_(
     if c is None:
         return NotImplemented
     codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-    _coded_adam(weight, grad, codes, None, adam, (alpha, keep), noise, ok, rounding, c)
+    _coded_adam(weight, grad, codes, col_scale, adam, (alpha, keep), noise, ok, rounding, c)
     return None
 
 

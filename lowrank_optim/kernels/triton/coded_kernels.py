@@ -9,7 +9,7 @@ All launches forbid fused multiply-adds, divisions and roots are the correctly r
 import triton
 import triton.language as tl
 
-from lowrank_optim.kernels.triton.arithmetic import holds, narrow, nearest_integer, random_bits, widen
+from lowrank_optim.kernels.triton.arithmetic import holds, narrow, nearest_integer, random_halves, widen
 from lowrank_optim.kernels.triton.elementwise import adam_step, store_weight
 
 # ------------------------------------------------------------------------------------------------------------- parts of kernels
@@ -109,6 +109,20 @@ def _magnitudes(x, inside):
 
 
 @triton.jit
+def _halves(key, shift, start, number, row, cols, block, WIDTH: tl.constexpr):
+    """`counter_rng.random_halves` of a tile, moved by `shift`: an even position and the odd one after it share a word."""
+    first = start + row * cols + number * block
+    pair = (first >> 1) + tl.arange(0, WIDTH // 2)[None, :]
+    word = random_halves(key, pair)
+    after = word
+    if ((start | cols | block) & 1) != 0:  # a block may start in the middle of a word
+        after = random_halves(key, pair + 1)
+    odd = (first & 1) != 0
+    halves = tl.interleave(tl.where(odd, word >> 16, word), tl.where(odd, after, word >> 16))
+    return (halves + shift.to(tl.uint32)) & 0xFFFF
+
+
+@triton.jit
 def _store_values(
     codes_ptr,
     scale_ptr,
@@ -147,15 +161,11 @@ def _store_values(
     factor = tl.where(scale > 0.0, tl.math.div_rn(1.0, scale) * levels, 0.0)
     y = x * factor
     y = tl.where(y == y, y, 0.0)
-    level = nearest_integer(y)
     if STOCHASTIC:
-        lower = tl.floor(y)
-        bits = random_bits(key, start + row * cols + col) + shift.to(tl.uint32)
-        noise = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2⁻²⁴
-        up = tl.where(noise < y - lower, lower + 1.0, lower)
-        close = tl.abs(y - level) <= tl.abs(level) * 4.76837158203125e-07  # 2⁻²¹
-        level = tl.where(close, level, up)
-    level = tl.minimum(tl.maximum(level, least), levels) - lowest
+        random = _halves(key, shift, start, number, row, cols, block, WIDTH)
+        part = random.to(tl.float32) * 1.52587890625e-05 - 0.49999237060546875  # 2⁻¹⁶, 1/2 − 2⁻¹⁷
+        y = y + part * (1.0 - tl.abs(y) * 1.9073486328125e-06)  # 2⁻¹⁹
+    level = tl.minimum(tl.maximum(nearest_integer(y), least), levels) - lowest
     _store_codes(codes_ptr, level, number, row, col, inside, rows, cols, block, PACKED, ROWS, WIDTH)
     tl.store(scale_ptr + row * blocks + number, scale, mask=row < rows)
 
@@ -193,11 +203,11 @@ def quantize_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Codes and scales of x (rows, cols), each column divided by c."""
+    """Codes and scales of x (rows, cols), each column times 1/c."""
     row, col, number, inside = _tile(rows, cols, block, blocks, ROWS, WIDTH)
     x = widen(tl.load(x_ptr + row * cols + col, mask=inside, other=0.0))
     if c_ptr is not None:
-        x = tl.math.div_rn(x, _column_scales(c_ptr, row, col, inside, cols, matrix_rows))
+        x = x * tl.math.div_rn(1.0, _column_scales(c_ptr, row, col, inside, cols, matrix_rows))
     _store_values(
         codes_ptr,
         scale_ptr,
@@ -311,7 +321,7 @@ def coded_adam_kernel(
     root = tl.sqrt_rn(v)
     ratio = tl.where(root > 0.0, tl.math.div_rn(m, root), 0.0)
     if c_ptr is not None:
-        root = tl.math.div_rn(root, column)
+        root = root * tl.math.div_rn(1.0, column)
     _store_values(
         root_ptr,
         root_scale_ptr,

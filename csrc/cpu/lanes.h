@@ -1,0 +1,146 @@
+// Vectors of as many floats as the instruction set computes at a time, in the compiler's own vector types.
+//
+// For loops in which bytes, integers and floats meet, which compilers turn into poor vector code by themselves. An operation on a
+// vector is the operation on each of its lanes, rounded alike, so that all instruction sets give the same bits.
+#pragma once
+
+#ifdef __SSE2__
+#include <immintrin.h>  // intrinsics alone, which are inlined always
+#endif
+
+#include "numbers.h"
+
+namespace lowrank {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef u8 Bytes __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t Pairs __attribute__((vector_size(4 * LANES)));  // the halves of Words, the lower ones first
+
+// A cast between vectors of one size takes the bits as they are; this takes the values.
+INLINE Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+INLINE Ints ints(Bytes x) {
+#if defined(__AVX512F__)
+  return Ints(_mm512_cvtepu8_epi32(__m128i(x)));
+#elif defined(__AVX2__)
+  return Ints(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(x))));
+#else
+  return __builtin_convertvector(x, Ints);
+#endif
+}
+
+INLINE Ints ints(Halves x) {
+#if defined(__AVX512F__)
+  return Ints(_mm512_cvtepu16_epi32(__m256i(x)));
+#elif defined(__AVX2__)
+  return Ints(_mm256_cvtepu16_epi32(__m128i(x)));
+#else
+  return __builtin_convertvector(x, Ints);
+#endif
+}
+
+// Their low bytes.
+INLINE Bytes bytes(Ints x) {
+#if defined(__AVX512F__)
+  return Bytes(_mm512_cvtepi32_epi8(__m512i(x)));
+#elif defined(__AVX2__)
+  x &= 0xFF;
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(__m256i(x)), _mm256_extracti128_si256(__m256i(x), 1));
+  return Bytes(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+#else
+  return __builtin_convertvector(x, Bytes);
+#endif
+}
+
+INLINE Words numbered() {  // 0, 1, 2, …
+  Words x;
+  for (int k = 0; k < LANES; ++k) x[k] = uint32_t(k);
+  return x;
+}
+
+INLINE Floats square_root(Floats x) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_sqrt_ps(__m512(x)));
+#elif defined(__AVX2__)
+  return Floats(_mm256_sqrt_ps(__m256(x)));
+#elif defined(__SSE2__)
+  return Floats(_mm_sqrt_ps(__m128(x)));
+#else
+  for (int k = 0; k < LANES; ++k) x[k] = __builtin_sqrtf(x[k]);
+  return x;
+#endif
+}
+
+// The bits of |x|.
+INLINE Ints magnitude(Floats x) { return Ints(x) & int32_t(MAGNITUDE); }
+INLINE Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+
+INLINE int32_t largest(Ints x) {
+  int32_t most = x[0];
+  for (int k = 1; k < LANES; ++k) most = x[k] > most ? x[k] : most;
+  return most;
+}
+
+// How a vector comes from memory and goes there: all of its lanes, or the first n, the others being 0.
+struct All {
+  INLINE Floats load(const f32* from) const { return get<Floats>(from); }
+  INLINE Bytes load(const u8* from) const { return get<Bytes>(from); }
+  INLINE Halves load(const u16* from) const { return get<Halves>(from); }
+  INLINE void store(f32* to, Floats x) const { __builtin_memcpy(to, &x, sizeof x); }
+  INLINE void store(u8* to, Bytes x) const { __builtin_memcpy(to, &x, sizeof x); }
+  INLINE Ints only(Ints x) const { return x; }
+
+ private:
+  template <class T>
+  INLINE static T get(const void* from) {
+    T x;
+    __builtin_memcpy(&x, from, sizeof x);
+    return x;
+  }
+};
+
+struct First {
+  int n;
+
+  INLINE Floats load(const f32* from) const { return get<Floats>(from); }
+  INLINE Bytes load(const u8* from) const { return get<Bytes>(from); }
+  INLINE Halves load(const u16* from) const { return get<Halves>(from); }
+  INLINE void store(f32* to, Floats x) const { put(to, x); }
+  INLINE void store(u8* to, Bytes x) const { put(to, x); }
+  INLINE Ints only(Ints x) const { return Ints(numbered()) < n ? x : Ints{}; }
+
+ private:
+  template <class V, class T>
+  INLINE V get(const T* from) const {
+    V x = {};
+    for (int k = 0; k < n; ++k) x[k] = from[k];
+    return x;
+  }
+  template <class V, class T>
+  INLINE void put(T* to, V x) const {
+    for (int k = 0; k < n; ++k) to[k] = x[k];
+  }
+};
+
+// body(j, part) for vectors from `begin` to `end`; `part` moves their lanes.
+template <class Body>
+INLINE void over(int begin, int end, const Body& body) {
+  int j = begin;
+  for (; j + LANES <= end; j += LANES) body(j, All{});
+  if (j < end) body(j, First{end - j});
+}
+
+}  // namespace
+}  // namespace lowrank
