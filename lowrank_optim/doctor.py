@@ -81,6 +81,8 @@ def _backend(name: str, backend: Loaded | dispatch.Unavailable) -> Iterator[str]
         yield SHOWN.format("    library", built.path)
         yield SHOWN.format("    compiler, flags", built.build_info)
         yield SHOWN.format("    instruction set", built.simd)
+        runtime = library.openmp_of_torch()
+        yield SHOWN.format("    threads", "its own" if runtime is None else f"torch's OpenMP, {runtime._name}")
     elif backend.about:
         yield SHOWN.format("   ", backend.about)
 

@@ -1,14 +1,17 @@
 """Every operation of every backend that is there, against the definition, on the cases of `op_cases`."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from op_cases import CASES
 
 from lowrank_optim.kernels import Loaded, api, dispatch, schemas
+from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.selftest import Case, answer, compare
 
+F32, BF16 = torch.float32, torch.bfloat16
 DECLINED_LAYOUTS = ("transposed", "strided")
 """Layouts that a backend may leave to the definition."""
 
@@ -52,6 +55,86 @@ def test_an_odd_number_of_normal_numbers_is_written_and_no_more(name: str, size:
     memory = torch.full((size + 9,), 777.0, device=device_of(LOADED[name]))
     LOADED[name].operations["gaussian_"](memory[4 : size + 4], api.words(5))
     assert (memory == 777.0).nonzero().flatten().tolist() == [*range(4), *range(size + 4, size + 9)]
+
+
+def calls_of(op: str) -> list[tuple[Any, ...]]:
+    """Arguments for parameters of many sizes, types and options, some of them empty or masked."""
+    shapes = [(1 + i % 7, 1 + 37 * i % 600) for i in range(70)] + [(0, 5), (2, 3, 40), (300, 300)]
+    calls = []
+    for i, shape in enumerate(shapes):
+        kind, options = (F32, BF16)[i % 2], {"start": 3 * i, "ok": (None, True, False)[i % 3], "rounding": i % 4 == 1}
+        if op == "adam_dense_":
+            calls.append(made.adam_dense(shape, kind, F32, **options))
+            continue
+        column = (None, "shared")[i // 2 % 2]
+        calls.append(
+            made.coded_adam_dense(shape, kind, F32, (8, 4)[i // 4 % 2], (256, 3)[i % 5 == 0], column, **options)
+        )
+    return calls
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=f"{name}: many") for name in LOADED if LOADED[name].many])
+@pytest.mark.parametrize("op", ["adam_dense_", "coded_adam_dense_"])
+def test_many_parameters_in_one_launch_come_out_as_one_by_one(name: str, op: str):
+    backend = LOADED[name]
+    if op not in backend.many:
+        pytest.skip(f"{name} does {op} one by one")
+    device = device_of(backend)
+
+    def there() -> list[list[Any]]:
+        names = [argument.name for argument in getattr(torch.ops.lowrank_optim, op).default._schema.arguments]
+        return [
+            [
+                made.to_device(x, device) if isinstance(x, torch.Tensor) and n not in made.HOST else x
+                for n, x in zip(names, c, strict=True)
+            ]
+            for c in calls_of(op)
+        ]
+
+    alone, together = there(), there()
+    for call in alone:
+        backend.operations[op](*call)
+    assert all(backend.many[op](together))
+    for one, other in zip(alone, together, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert backend.many[op]([]) == []
+
+
+@pytest.mark.parametrize("forced", ["cpu", "reference"])
+def test_what_runs_together_is_sorted_by_kind(forced: str, monkeypatch):
+    """float64 and other declined ones go one by one, whatever is between them; every written tensor has a new version."""
+    if forced == "cpu" and "cpu" not in LOADED:
+        pytest.skip("no library")
+    monkeypatch.setenv(dispatch.VARIABLE, forced)
+    calls = [*calls_of("coded_adam_dense_")[:6], made.coded_adam_dense((3, 40), torch.float64, torch.float64)]
+    calls.insert(2, made.coded_adam_dense((3, 40), torch.float64))
+    expected = [
+        made.answer(dispatch._DEFINITIONS["coded_adam_dense_"], Case("coded_adam_dense_", "", lambda c=c: clones(c)))
+        for c in calls
+    ]
+    before = [call[0]._version for call in calls]
+    dispatch.run_many("coded_adam_dense_", calls)
+    for call, want, version in zip(calls, expected, before, strict=True):
+        torch.testing.assert_close(call[0], want["weight"], rtol=1e-2 if call[0].dtype == BF16 else 1e-6, atol=1e-6)
+        assert call[0].numel() == 0 or call[8 + 1] is not None or call[0]._version > version
+
+
+def clones(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def test_norms_are_those_of_torch_one_by_one():
+    tensors = [torch.randn(n) * 3.0 for n in (0, 1, 17, 1023, 1024, 1025, 100_000, 1 << 20)]
+    tensors += [torch.randn(300, 200).to(kind) for kind in (BF16, torch.float16, torch.float64)]
+    tensors += [torch.randn(50, 60).T, torch.full((3000,), 1e17), torch.tensor(2.5)]
+    for got, x in zip(dispatch.norms(tensors), tensors, strict=True):
+        assert got.shape == ()
+        torch.testing.assert_close(float(got), float(x.double().norm()), rtol=2e-5, atol=0)
+    for bad in (torch.nan, torch.inf, -torch.inf, 1e30):
+        spoiled = [torch.ones(100_000) for _ in range(3)]
+        spoiled[1][77_777] = bad
+        assert [bool(norm.isfinite()) for norm in dispatch.norms(spoiled)] == [True, False, True]
 
 
 def _rarely_used(case: Case) -> bool:

@@ -39,11 +39,17 @@ def test_the_library_is_there_where_there_is_a_compiler():
     assert isinstance(backend, Loaded), f"{backend} Run `python setup.py build_ext --inplace`."
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
+@pytest.fixture(params=["of torch", "our own"])
+def threads(request):
+    """Sets the number of threads; which threads they are."""
+    used, before = OPERATIONS["apply_"].__self__.library, torch.get_num_threads()
+    if request.param == "our own":
+        used.use_openmp(None)
+    elif library.openmp_of_torch() is None:
+        pytest.skip("torch's OpenMP was not found")
     yield torch.set_num_threads
     torch.set_num_threads(before)
+    used.use_openmp(library.openmp_of_torch())
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from op_cases import CASES
-from torch import Tensor
 
 from lowrank_optim.kernels import api, dispatch
 from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.counter_rng import random_halves, turn_offset
 from lowrank_optim.kernels.cuda.build import TARGETS, build, build_for_host
 from lowrank_optim.kernels.cuda.library import ABI_VERSION, NAME, VARIABLE, Library, open_library
-from lowrank_optim.kernels.cuda.operations import multi_adam_dense_, multi_coded_adam_direct_, operations
+from lowrank_optim.kernels.cuda.operations import operations
 from lowrank_optim.kernels.selftest import answer, compare
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -110,52 +109,6 @@ def test_a_step_codes_as_the_definition_to_the_last_bit(bits, library):
         operations(library)["coded_adam_direct_"](*got)
         for expected, found in zip(want[1:5], got[1:5], strict=True):
             assert torch.equal(expected, found)
-
-
-# ---------------------------------------------------------------------------------------------------------------- many at once
-
-
-def clones(args: tuple[object, ...]) -> list[object]:
-    return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("block", [256, 3])
-def test_many_coded_matrices_come_out_as_one_by_one(bits, block, library):
-    shapes = [(1 + i % 7, 1 + 37 * i % 600) for i in range(70)] + [(0, 5), (2, 3, 40)]
-    calls = [
-        made.coded_adam_direct(
-            shape, bits, block, col_scale=(None, "shared")[i % 2], start=i, ok=(None, True, False)[i % 3]
-        )
-        for i, shape in enumerate(shapes)
-    ]
-    alone, together = ([clones(call[:-2]) for call in calls] for _ in range(2))
-    one = operations(library)["coded_adam_direct_"]
-    expected = [one(*call, bits, block) for call in alone]
-    found = multi_coded_adam_direct_(library, together, bits, block)
-    for a, b, want, got in zip(alone, together, expected, found, strict=True):
-        assert torch.equal(want, got)
-        for x, y in zip(a[1:5], b[1:5], strict=True):
-            assert torch.equal(x, y)
-
-
-def test_many_dense_parameters_come_out_as_one_by_one(library):
-    dtypes = [(F32, F32), (BF16, BF16), (BF16, F32)]
-    calls = [
-        made.adam_dense(
-            (1 + 61 * i % 900,), *dtypes[i % 3], ok=(None, True, False)[i % 3 - 1], rounding=i % 3 == 1, start=i
-        )
-        for i in range(70)
-    ]
-    alone, together = ([clones(call) for call in calls] for _ in range(2))
-    for call in alone:
-        operations(library)["adam_dense_"](*call)
-    multi_adam_dense_(library, together)
-    for a, b in zip(alone, together, strict=True):
-        for x, y in zip(a[:4], b[:4], strict=True):
-            assert torch.equal(x, y)
-    multi_adam_dense_(library, [])
-    assert multi_coded_adam_direct_(library, [], 8, 256) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- halves, far offsets

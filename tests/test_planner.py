@@ -39,8 +39,8 @@ def scales(rows: int, cols: int) -> int:
 
 
 def dense_moments_8bit() -> int:
-    """Both moments of embedding, head and norms; norms of 4,096 elements are coded too, as one row."""
-    matrices = 2 * 2 * (VOCABULARY * HIDDEN + scales(VOCABULARY, HIDDEN))
+    """Both moments of embedding and head, and the scales of their columns; norms of 4,096 elements are coded too, as one row."""
+    matrices = 2 * (2 * (VOCABULARY * HIDDEN + scales(VOCABULARY, HIDDEN)) + 4 * HIDDEN)
     return matrices + (2 * LAYERS + 1) * 2 * (HIDDEN + scales(1, HIDDEN))
 
 

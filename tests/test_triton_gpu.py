@@ -9,7 +9,6 @@ from torch import Tensor
 
 import lowrank_optim as lo
 from lowrank_optim.kernels import Loaded, api, dispatch
-from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.selftest import Case, answer, compare
 
 pytestmark = pytest.mark.gpu
@@ -93,26 +92,6 @@ def test_kernels_run_on_the_tensors_device_and_torchs_current_stream():
             loaded.operations["stochastic_round_"](target, value, None)
         stream.synchronize()
         assert bool((target == 3.0).all()), name
-
-
-def test_many_matrices_in_one_launch_come_out_as_one_by_one():
-    from lowrank_optim.kernels.cuda.library import open_library
-    from lowrank_optim.kernels.cuda.operations import multi_coded_adam_direct_
-
-    operations, library = backend("cuda").operations, open_library()
-    shapes = [(1 + i % 7, 1 + 37 * i % 600) for i in range(70)]
-    calls = [made.coded_adam_direct(shape, 8, col_scale="shared") for shape in shapes]
-
-    def there(call: tuple[object, ...]) -> list[object]:
-        return [
-            arg.cuda() if isinstance(arg, Tensor) and arg.dtype not in (torch.float64, torch.int64) else arg
-            for arg in call
-        ]
-
-    expected = [operations["coded_adam_direct_"](*there(call)) for call in calls]
-    found = multi_coded_adam_direct_(library, [there(call)[:-2] for call in calls], 8, 256)
-    for want, got in zip(expected, found, strict=True):
-        assert torch.equal(want, got)
 
 
 @pytest.mark.parametrize("state_bits", [32, 8, 4])

@@ -101,13 +101,13 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> None:
 
     Nothing that one of them writes may be read by another.
     """
-    left: dict[str, list[tuple[Any, ...]]] = {}
+    left: dict[torch.device | None, list[tuple[Any, ...]]] = {}
     for args in calls:
         # Tensors of other kinds (fake ones, quantised weights) have ways of their own, which only the operation itself goes.
         plain = all(type(arg) in _PLAIN for arg in args if isinstance(arg, Tensor))
-        left.setdefault(args[0].device.type if plain else "", []).append(args)
+        left.setdefault(args[0].device if plain else None, []).append(args)
     for device, same in left.items():
-        for backend in _chain(device, os.environ.get(VARIABLE)) if device and len(same) > 1 else ():
+        for backend in _chain(device.type, os.environ.get(VARIABLE)) if device and len(same) > 1 else ():
             if name in backend.many:
                 for args in same:
                     schemas.CHECKS[name](*args)
@@ -124,9 +124,9 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each tensor, 0-d: in one launch where a backend can."""
     found: dict[int, Tensor] = {}
     plain = [i for i, x in enumerate(tensors) if type(x) in _PLAIN and x.is_contiguous() and x.dtype in _SHORT]
-    for device in {tensors[i].device.type for i in plain}:
-        same = [i for i in plain if tensors[i].device.type == device]
-        for backend in _chain(device, os.environ.get(VARIABLE)):
+    for device in {tensors[i].device for i in plain}:
+        same = [i for i in plain if tensors[i].device == device]
+        for backend in _chain(device.type, os.environ.get(VARIABLE)):
             if "norm" in backend.many and not found.keys() & set(same):
                 found |= dict(zip(same, backend.many["norm"]([tensors[i] for i in same]).unbind(), strict=True))
     return [found[i] if i in found else reference.norm(x) for i, x in enumerate(tensors)]

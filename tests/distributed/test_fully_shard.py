@@ -294,6 +294,31 @@ def test_limiters_send_one_message_a_step():
     spawn(2, count_messages)
 
 
+def coded_columns() -> None:
+    """Column scales of dense matrices are those of one process, whether rows are split or columns (moments are then kept whole)."""
+    coded.MIN_CODED = 1
+    for layout in ("tp columns", "tp rows"):
+        shapes = {"tall": (26, 10), "wide": (10, 34), "experts": (4, 14, 8), "embedding": (50, 8)}
+        alone, spread = Model(shapes), place(Model(shapes), layout)
+        pair = [
+            lo.GaLoreAdamW([{"params": list(model.parameters()), "rank": None}], lr=1e-3, state_bits=8)
+            for model in (alone, spread)
+        ]
+        for model, optimizer in zip((alone, spread), pair, strict=True):
+            train(model, optimizer, range(9))
+        for name, state in states(pair[0], alone).items():
+            kept = pair[1].state[getattr(spread, name)]["col_scale"]
+            assert kept.placements == (Shard(0) if name == "experts" and layout == "tp rows" else Replicate(),)
+            assert torch.equal(whole(kept), state["col_scale"]), (layout, name)
+            assert state["col_scale"].min() < 0.99
+        moved = distance(weights(alone), weights(Model(shapes)))
+        assert distance(weights(spread), weights(alone)) < 0.01 * moved
+
+
+def test_column_scales_of_shards_are_those_of_one_process():
+    spawn(2, coded_columns)
+
+
 def check_state() -> None:
     """Placements of the state; one process per 5 rows."""
     model = shard(Model({"tall": (18, 6), "wide": (6, 18)}))

@@ -7,7 +7,7 @@ call cuBLAS.
 import torch
 
 from lowrank_optim.kernels.cuda.library import open_library
-from lowrank_optim.kernels.cuda.operations import operations
+from lowrank_optim.kernels.cuda.operations import many, operations
 from lowrank_optim.kernels.dispatch import Loaded, Unavailable
 
 
@@ -17,4 +17,4 @@ def load() -> Loaded:
     if not library.on_host and not (torch.cuda.is_available() and torch.version.cuda):
         raise Unavailable(f"{library.path} is there, but no CUDA device.")
     device = "cpu" if library.on_host else "cuda"
-    return Loaded(frozenset({device}), operations(library), f"{library.build_info}; {library.path}")
+    return Loaded(frozenset({device}), operations(library), f"{library.build_info}; {library.path}", many(library))

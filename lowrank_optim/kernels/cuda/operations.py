@@ -404,12 +404,19 @@ def coded_adam_direct_(
 ) -> Any:
     if not _float32(grad, col_scale):
         return NotImplemented
-    codes = (ratio, ratio_scale, root, root_scale)
-    return multi_coded_adam_direct_(library, [(grad, *codes, col_scale, scalars, noise, ok)], bits, block)[0]
+    out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    if grad.numel():
+        codes, adam = (ratio, ratio_scale, root, root_scale), scalars.tolist()
+        step = _CodedAdam(out, None, grad, codes, col_scale, adam, Write(), noise, ok, None, bits, block)
+        _launch(library, grad, [step])
+    return out
 
 
-def coded_adam_dense_(
-    library: Library,
+def coded_adam_dense_(library: Library, *args: Any) -> Any:
+    return None if many_coded_adam_dense_(library, [args]) == [True] else NotImplemented
+
+
+def _coded_dense(
     weight: Tensor,
     grad: Tensor,
     ratio: Tensor,
@@ -423,52 +430,45 @@ def coded_adam_dense_(
     rounding: Tensor | None,
     bits: int,
     block: int,
-) -> Any:
+) -> _CodedAdam | bool:
+    """One parameter's step; whether it is done where there is nothing to do."""
     if not _covered(weight, grad) or not _float32(col_scale):
-        return NotImplemented
+        return False
     if weight.numel() == 0:
-        return None
+        return True
     codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
     write = Write(alpha, keep)
-    step = _CodedAdam(weight, weight, grad, codes, col_scale, adam, write, noise, ok, rounding, bits, block)
-    _launch(library, weight, [step])
-    return None
+    return _CodedAdam(weight, weight, grad, codes, col_scale, adam, write, noise, ok, rounding, bits, block)
 
 
 # ---------------------------------------------------------------------------------------------------------------- many at once
 
 
-def multi_coded_adam_direct_(library: Library, calls: Sequence[Sequence[Any]], bits: int, block: int) -> list[Tensor]:
-    """`coded_adam_direct_` for many small matrices of one device: one launch for about twenty of them.
-
-    Args:
-        calls: for each matrix, the operation's arguments up to `ok`; gradients float32, nothing checked.
-
-    Returns:
-        The directions.
-    """
-    outs, steps = [], []
-    for grad, *codes, col_scale, scalars, noise, ok in calls:
-        outs.append(torch.empty_like(grad, memory_format=torch.contiguous_format))
-        if grad.numel():
-            ratio, ratio_scale, root, root_scale = codes
-            four, adam = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-            steps.append(_CodedAdam(outs[-1], None, grad, four, col_scale, adam, Write(), noise, ok, None, bits, block))
-    if outs:
-        _launch(library, outs[0], steps)
-    return outs
-
-
-def multi_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> None:
-    """`adam_dense_` for many small parameters of one device: one launch for about thirty of them.
-
-    Args:
-        calls: for each parameter, the operation's arguments; nothing checked.
-    """
+def many_coded_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[bool]:
+    """`coded_adam_dense_` of several parameters of one device: one launch for about twenty of them; False for those left out."""
+    steps = [_coded_dense(*call) for call in calls]
     if calls:
-        ops = (AdamElement * len(calls))(*(_dense(*call) for call in calls))
-        sizes = (ctypes.c_int64 * len(calls))(*(call[0].numel() for call in calls))
-        _call(library, calls[0][0], "adam", ops, sizes, len(calls))
+        _launch(library, calls[0][0], [step for step in steps if isinstance(step, _CodedAdam)])
+    return [step is not False for step in steps]
+
+
+def many_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[bool]:
+    """`adam_dense_` of several parameters of one device: one launch for about thirty of them; False for those left out."""
+    done = [_covered(*call[:2]) and _float32(*call[2:4]) for call in calls]
+    taken = [call for call, did in zip(calls, done, strict=True) if did]
+    if taken:
+        ops = (AdamElement * len(taken))(*(_dense(*call) for call in taken))
+        sizes = (ctypes.c_int64 * len(taken))(*(call[0].numel() for call in taken))
+        _call(library, taken[0][0], "adam", ops, sizes, len(taken))
+    return done
+
+
+def many(library: Library) -> dict[str, Callable[..., Any]]:
+    """What takes several tensors in one launch (`dispatch.run_many`)."""
+    return {
+        "adam_dense_": partial(many_adam_dense_, library),
+        "coded_adam_dense_": partial(many_coded_adam_dense_, library),
+    }
 
 
 _OPERATIONS: tuple[Callable[..., Any], ...] = (
