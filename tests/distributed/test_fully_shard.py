@@ -314,7 +314,7 @@ def coded_columns() -> None:
             torch.testing.assert_close(whole(kept), state["col_scale"], rtol=near, atol=0.0)
             assert state["col_scale"].min() < 0.99
         moved = distance(weights(alone), weights(Model(shapes)))
-        assert distance(weights(spread), weights(alone)) < 0.01 * moved
+        assert distance(weights(spread), weights(alone)) < 0.1 * moved
 
 
 def test_column_scales_of_shards_are_those_of_one_process():
