@@ -4,6 +4,8 @@ thread count and address, the noise of a shard, no use of a library that is not 
 
 import ctypes
 import json
+import math
+import mmap
 import os
 import shutil
 import subprocess
@@ -242,6 +244,35 @@ def test_coding_with_noise_is_unbiased(bits: int, signed: bool, levels: int):
     fraction = 0.4321 * levels % 1.0
     error = (decoded[:, 1:].to(F64).mean().item() - 0.4321) * levels
     assert abs(error) < 5 * (fraction * (1 - fraction) / x.numel()) ** 0.5
+
+
+def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are written."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+@built
+@pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 18 * 2**30, reason="takes 13 GiB")
+def test_coded_adam_beyond_two_to_the_31_elements():
+    """The last row of a matrix of 2³¹ elements and some, all of whose other gradients are 0, is what it is alone."""
+    rows, cols = 2**31 // 65536 + 2, 65536
+    weight, grad = (untouched((rows, cols), BF16) for _ in range(2))
+    ratio, root = untouched((rows, cols), torch.int8), untouched((rows, cols), torch.uint8)
+    scales = [torch.zeros(rows, cols // 256) for _ in range(2)]
+    grad[-1] = made.draw(1, (cols,), BF16)
+    last = [tensor[-1:].clone() for tensor in (weight, grad, ratio, scales[0], root, scales[1])]
+    numbers, more = api.numbers(0.9, 0.999, 1e-8, 1.0, 0.01, 1.0), (None, None, 8, 256)
+    OPERATIONS["coded_adam_dense_"](
+        weight, grad, ratio, scales[0], root, scales[1], None, numbers, api.words(5, 3, 0), *more
+    )
+    alone = api.words(5, 3, (rows - 1) * cols)
+    OPERATIONS["coded_adam_dense_"](*last, None, numbers, alone, *more)
+    for tensor, want in zip((weight, grad, ratio, scales[0], root, scales[1]), last, strict=True):
+        assert torch.equal(tensor[-1:], want)
+    assert last[0].count_nonzero() > 0.9 * cols
+    assert not weight[-2].any()
+    assert not scales[1][:-1].any()
 
 
 @built
