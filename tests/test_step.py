@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -298,4 +300,23 @@ def test_importing_the_package_loads_no_heavy_libraries():
         "heavy = {'transformers', 'triton', 'bitsandbytes', 'matplotlib', 'rich', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_nothing_keeps_a_gradient_alive_after_the_step(bits):
+    """Not even for the garbage collector, and not from the first step, which looks for the backends."""
+    code = f"""
+import gc, weakref, torch, lowrank_optim as lo
+gc.disable()
+params = [torch.nn.Parameter(torch.zeros(128, 128)) for _ in range(4)]
+optimizer = lo.GaLoreAdamW([dict(params=params[:2], rank=None), dict(params=params[2:], rank=8)], state_bits={bits})
+for _ in range(2):
+    for p in params:
+        p.grad = torch.randn(128, 128)
+    grads = [weakref.ref(p.grad) for p in params]
+    optimizer.step()
+    optimizer.zero_grad()
+    assert [grad() for grad in grads] == [None] * 4
+"""
     subprocess.run([sys.executable, "-c", code], check=True)

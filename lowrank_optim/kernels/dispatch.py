@@ -159,7 +159,7 @@ def _try(name: str) -> Loaded | Unavailable:
     try:
         loaded: Loaded = importlib.import_module(f"lowrank_optim.kernels.{name}").load()
     except Unavailable as why:
-        return why
+        return why.with_traceback(None)  # whose frames would keep the tensors of their callers alive
     return loaded
 
 
