@@ -174,3 +174,15 @@ def test_a_parameter_without_gradient_is_skipped_and_its_state_untouched():
 def test_an_unknown_method_name_lists_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'galore'"):
         lo.by_name("galor")
+
+
+def test_parameters_before_one_that_raises_are_updated_and_count_it():
+    """Dense parameters are updated together at the end of a step, whatever stops it."""
+    first, second = (nn.Parameter(torch.ones(8, 8)) for _ in range(2))
+    optimizer = lo.GaLoreAdamW([first, second], lr=0.1, weight_decay=0.0, on_nonfinite="raise")
+    first.grad, second.grad = torch.ones(8, 8), torch.full((8, 8), torch.nan)
+    with pytest.raises(RuntimeError, match=r"the gradient of 0\.1"):
+        optimizer.step()
+    assert torch.allclose(first, torch.full((8, 8), 0.9))
+    assert torch.equal(second, torch.ones(8, 8))
+    assert [float(optimizer.state[p]["step"]) for p in (first, second)] == [1.0, 0.0]

@@ -437,3 +437,23 @@ def test_doctor_fails_where_an_operation_is_wrong(capsys, monkeypatch):
     monkeypatch.setitem(dispatch.backends()["cpu"].operations, "quantize_rows", wrong)  # type: ignore[union-attr]
     assert cli.main(["doctor"]) == 1
     assert "quantize_rows        FAILED" in capsys.readouterr().out
+
+
+@built
+def test_openmp_is_found_whatever_else_is_mapped(tmp_path: Path, monkeypatch):
+    """Files with names in any encoding, and runtimes of others."""
+    torch_has = library.openmp_of_torch()
+    if torch_has is None:
+        pytest.skip("torch's OpenMP was not found")
+    for other in (
+        b"/srv/donn\xe9es.omp",
+        b"/home/u/torch-env/lib/scikit_learn.libs/libgomp-a1.so.1",
+        b"/a/faiss/libomp.so",
+    ):
+        maps = tmp_path / "maps"
+        maps.write_bytes(b"00-01 r-xp 0 0 0 " + other + b"\n" + library.MAPS.read_bytes())
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "MAPS", maps)
+            assert library.openmp_of_torch()._name == torch_has._name
+            maps.write_bytes(b"00-01 r-xp 0 0 0 " + other + b"\n")
+            assert library.openmp_of_torch() is None

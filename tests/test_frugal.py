@@ -746,3 +746,25 @@ def test_a_density_above_zero_gives_some_tensor_its_turn(count: int, density: fl
     params = [nn.Parameter(torch.zeros(12, 8)) for _ in range(count)]
     optimizer = lo.FrugalAdamW(params, blocks="descending", density=density)
     assert sum(optimizer.state[p]["exp_avg"].numel() > 0 for p in params) == active
+
+
+def test_tensors_of_one_column_take_turns_with_coded_moments():
+    """Coded as a row, without column scales; of no column while others have their turn."""
+
+    def made() -> tuple[list[nn.Parameter], lo.FrugalAdamW]:
+        params = [nn.Parameter(torch.zeros(*shape)) for shape in ((5000, 1), (5001, 1), (100, 90))]
+        options = {"blocks": "descending", "update_proj_gap": 2, "on_refresh": "reset", "state_bits": 8}
+        return params, lo.FrugalAdamW([{"params": params, "density": 0.5}], lr=0.1, **options)
+
+    params, optimizer = made()
+    for step in range(9):
+        again, loaded = made()
+        loaded.load_state_dict(optimizer.state_dict())
+        for old, new in zip(params, again, strict=True):
+            new.data.copy_(old.data)
+            old.grad = torch.randn(old.shape, generator=torch.Generator().manual_seed(step))
+            new.grad = old.grad.clone()
+        optimizer.step()
+        loaded.step()
+        assert all(torch.equal(old, new) for old, new in zip(params, again, strict=True))
+    assert all(param.abs().max() > 0.1 for param in params)

@@ -312,3 +312,18 @@ def test_bad_input() -> None:
         lo.nn.quantize_weights_(nn.Conv1d(2, 2, 1))
     with pytest.raises(ValueError, match="'atn' matches no parameter"):
         lo.nn.quantize_weights_(make_model(), include="atn")
+
+
+def test_a_dense_weight_of_many_chunks_trains_with_coded_moments():
+    """Its column scales are the same for all chunks of rows."""
+    torch.manual_seed(0)
+    start = torch.randn(2100, 512).bfloat16()
+    weight = nn.Parameter(lo.nn.QuantizedWeight.from_float(start))
+    optimizer = lo.GaLoreAdamW([weight], lr=1e-2, state_bits=8, rank=None)
+    grad = torch.randn(2100, 512).bfloat16()
+    for _ in range(3):
+        weight.grad = grad.clone()
+        optimizer.step()
+    right = (weight.dequantize() - start.float()).sign() == -grad.float().sign()
+    assert right[:2048].float().mean() > 0.9
+    assert right[2048:].float().mean() > 0.9

@@ -30,6 +30,9 @@ VARIABLE = "LOWRANK_OPTIM_BACKEND"
 BACKENDS = ("cpu", "triton", "cuda")
 """In order of preference on a device that several serve; the reference comes last."""
 
+PROCESS = os.getpid()
+"""That imported the package: others are forks of it."""
+
 Kernel = Callable[..., Any]
 
 

@@ -171,7 +171,7 @@ def _by_rows(func: Any, weight: QuantizedWeight, *args: Any) -> None:
         weight.store_rows_(chunk, values, key, start + first)
 
 
-_WHOLE = ("right", "subtract_right", "scalars", "keep", "ok")
+_WHOLE = ("right", "subtract_right", "scalars", "keep", "ok", "col_scale")
 
 
 def _has_rows(name: str, value: Tensor, rows: int) -> bool:

@@ -41,7 +41,7 @@ from lowrank_optim.optimizers.options import (
     projector_option,
 )
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
-from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, stagger_offset
+from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, moment_steps, own_gap, stagger_offset
 from lowrank_optim.projectors import Basis, Projector, Space, Write
 from lowrank_optim.projectors.exact import basis_of, refresh, widen
 from lowrank_optim.quantization import state as coding
@@ -225,7 +225,8 @@ class LowRankOptimizer(Optimizer):
         layout = self._layouts[param]
         if layout.space is None or not layout.projector.resizes or "turn" not in saved:
             return own
-        return own | self._placed(layout, self._init_moments(param, layout, group, saved, torch.device("meta")))
+        moments = self._placed(layout, self._init_moments(param, layout, group, saved, torch.device("meta")))
+        return {name: tensor for name, tensor in own.items() if name != "col_scale"} | moments
 
     @staticmethod
     def _state_device(name: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
@@ -258,10 +259,12 @@ class LowRankOptimizer(Optimizer):
             self.param_groups[0].pop(MEASURED, None)  # from a checkpoint written with updates in backward
             norms = first_norms(self.param_groups, self._layouts)
             later = Waiting()
-            for group in self.param_groups:
-                for param in group["params"]:
-                    self.step_param(param, group, norms.get(param), later)
-            later.run_dense()
+            try:
+                for group in self.param_groups:
+                    for param in group["params"]:
+                        self.step_param(param, group, norms.get(param), later)
+            finally:  # whatever a later parameter raises, those before it are updated
+                later.run_dense()
             for step in summed(later.matrices):
                 self._finish(step)
         self._skipped.poll()
@@ -426,7 +429,7 @@ class LowRankOptimizer(Optimizer):
         if ok is not None:
             reduced = torch.where(ok, reduced, 0.0)
             squares = None if squares is None else torch.where(ok, squares, 0.0)
-        steps, age = self._moment_steps(job.state, job.group), float(job.state["step"])
+        steps, age = moment_steps(job.state, job.group), float(job.state["step"])
         job.fit_columns(reduced, self._rule, int(age) - max(int(job.state["last_refresh"]), 0), ok)
         fresh = (steps if job.layout.projector.resizes else age) == 1
         shards = job.layout.shards
@@ -484,7 +487,7 @@ class LowRankOptimizer(Optimizer):
         space, state = self._layouts[param].space, self.state[param]
         if space is None or space.rank == 0:
             return False
-        scheduled = latest_refresh(int(state["step"]), self._gap(state, group), self._offset(param))
+        scheduled = latest_refresh(int(state["step"]), own_gap(state, group), self._offset(param))
         return int(state["last_refresh"]) < scheduled
 
     def _refresh_if_due(self, job: Job, space: Space, grad: Tensor, ok: Tensor | None) -> None:
@@ -495,7 +498,7 @@ class LowRankOptimizer(Optimizer):
         now, last = int(state["step"]), int(state["last_refresh"])
         momentum = None
         if layout.projector.uses_momentum:
-            momentum = self._rule.mean_gradient(job.moments, group, self._moment_steps(state, group))
+            momentum = self._rule.mean_gradient(job.moments, group, moment_steps(state, group))
         key = self._key(group, layout, now)
         new = refresh(layout.projector, grad, space, state, key, last < 0, momentum)
         if new is None:
@@ -517,8 +520,10 @@ class LowRankOptimizer(Optimizer):
     def _reset(self, job: Job) -> None:
         """Zero moments, of the shape that the new subspace needs."""
         fresh = self._init_moments(job.param, job.layout, job.group, job.state, job.layout.device)
+        if "col_scale" in job.state and "col_scale" not in fresh:
+            job.state.pop("col_scale")  # of no column, while it was not this tensor's turn
         for name, tensor in fresh.items():
-            same = job.state[name].shape == tensor.shape
+            same = name in job.state and job.state[name].shape == tensor.shape
             job.state[name] = job.state[name].copy_(tensor) if same else tensor
         if isinstance(job.moments, coding.CodedMoments):
             job.moments.forget(self._moment_shape(job.param, job.layout, job.state))
@@ -531,17 +536,6 @@ class LowRankOptimizer(Optimizer):
         self._rule.transport(job.moments, lambda moment, power: new.transport(moment, old, power), job.group, steps)
         if weight:
             new.apply_(job.state["error"], job.moments["exp_avg"], Write(weight, 1.0))
-
-    @staticmethod
-    def _gap(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
-        """Steps between two refreshes of a matrix: its own number where refreshes are lazy, else the group's."""
-        return int(state["gap"]) if "gap" in state else int(group["update_proj_gap"])
-
-    @staticmethod
-    def _moment_steps(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> float:
-        """The steps that the moments have seen; a reset starts them, and so their bias correction, again."""
-        since = max(int(state["last_refresh"]), 0) if group["on_refresh"] == "reset" else 0
-        return float(state["step"]) - since
 
     def _offset(self, param: Tensor) -> int:
         """How many steps before a multiple of its gap this parameter is refreshed."""

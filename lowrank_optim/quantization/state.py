@@ -12,6 +12,7 @@ embedding differ, too, so that blocks along a row would lose the small ones. It 
 begin or change their basis (`CodedMoments.rescale_`).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -135,17 +136,18 @@ class CodedMoments(Mapping[str, Tensor]):
         Returns:
             (…, 1, cols + 1), float64, to be summed over processes that hold other rows.
         """
-        name, rows = "exp_avg_sq" if "exp_avg_sq" in self.state else "exp_avg", self.shape[-2]
+        name = self._scaled
         sums = grad.new_zeros((*self.shape[:-2], 1, self.shape[-1] + 1), dtype=torch.float64)
-        sums[..., -1] = rows
-        for i, (matrix, total) in enumerate(zip(_matrices(grad), _matrices(sums), strict=True)):
-            for chunk in kernels.row_chunks(rows, self.shape[-1]):
-                if self._open is not None:
-                    value = _matrices(self._open[name])[i][chunk]
-                    kept = value if name == "exp_avg_sq" else value.square()
-                else:
-                    kept = self._decode_rows(name, i, chunk).square()
-                total[:, :-1] += kept.sum(0, dtype=torch.float64) + share * matrix[chunk].double().square().sum(0)
+        sums[..., -1] = self.shape[-2]
+        totals, grads = _stack(sums)[..., :-1], _stack(grad)
+        for part in self._parts():
+            if self._open is not None:
+                value = _stack(self._open[name])[part]
+                kept = value if name == "exp_avg_sq" else value.square()
+            else:
+                kept = self._decoded(part).square()
+            squares = kept.sum(-2, True, dtype=torch.float64) + share * grads[part].double().square().sum(-2, True)
+            totals[part[0]] += squares
         return sums
 
     def rescale_(self, squares: Tensor, turn: int, ok: Tensor | None) -> None:
@@ -154,28 +156,38 @@ class CodedMoments(Mapping[str, Tensor]):
         Args:
             ok: 0-d bool; where it is false, nothing changes. None means true.
         """
-        name = "exp_avg_sq" if "exp_avg_sq" in self.state else "exp_avg"
         old = self.state["col_scale"]
         new = coded.column_scale(squares[..., :-1] / squares[..., -1:].clamp_min(1.0))
         new = new if ok is None else torch.where(ok, new, old)
         if self._open is None:
-            signed, (rows, cols) = SIGNED[name], self.shape[-2:]
+            signed, (rows, cols) = SIGNED[self._scaled], self.shape[-2:]
             key = None if signed else derive_key(self.key, 1)
-            for i, column in enumerate(_matrices(new)):
-                for chunk in kernels.row_chunks(rows, cols):
-                    start = self.start + (i * rows + chunk.start) * cols
-                    value = self._decode_rows(name, i, chunk)
-                    codes = quantize_rows(value, self.bits, signed, col_scale=column, key=key, turn=turn, start=start)
-                    for part, fresh in zip(("", "_scale"), codes, strict=True):
-                        stored = _matrices(self.state[f"{name}{part}"])[i][chunk]
-                        stored.copy_(fresh if ok is None else torch.where(ok, fresh, stored))
+            for part in self._parts():
+                start = self.start + (part[0].start * rows + part[1].start) * cols
+                column, value = _stack(new)[part[0]], self._decoded(part)
+                codes = quantize_rows(value, self.bits, signed, col_scale=column, key=key, turn=turn, start=start)
+                for suffix, fresh in zip(("", "_scale"), codes, strict=True):
+                    stored = _stack(self.state[f"{self._scaled}{suffix}"])[part]
+                    stored.copy_(fresh if ok is None else torch.where(ok, fresh, stored))
         old.copy_(new)
 
-    def _decode_rows(self, name: str, matrix: int, rows: slice) -> Tensor:
-        """√v or m as it is stored, some rows of matrix number `matrix`."""
-        codes, scale = (_matrices(self.state[f"{name}{part}"])[matrix][rows] for part in ("", "_scale"))
-        column = _matrices(self.state["col_scale"])[matrix]
-        return dequantize_rows(codes, scale, self.bits, SIGNED[name], cols=self.shape[-1], col_scale=column)
+    @property
+    def _scaled(self) -> str:
+        """The moment whose columns are scaled."""
+        return "exp_avg_sq" if "exp_avg_sq" in self.state else "exp_avg"
+
+    def _parts(self) -> Iterator[tuple[slice, slice]]:
+        """Matrices of the stack and rows of them that together cover it, few enough elements at a time."""
+        rows, cols = self.shape[-2:]
+        for matrices in kernels.row_chunks(math.prod(self.shape[:-2]), rows * cols):
+            for chunk in kernels.row_chunks(rows, cols):
+                yield matrices, chunk
+
+    def _decoded(self, part: tuple[slice, slice]) -> Tensor:
+        """√v or m as it is stored."""
+        codes, scale = (_stack(self.state[f"{self._scaled}{suffix}"])[part] for suffix in ("", "_scale"))
+        column, signed = _stack(self.state["col_scale"])[part[0]], SIGNED[self._scaled]
+        return dequantize_rows(codes, scale, self.bits, signed, cols=self.shape[-1], col_scale=column)
 
     def forget(self, shape: tuple[int, ...]) -> None:
         """The state has been replaced, by moments of this shape: what was opened is void."""
@@ -217,7 +229,7 @@ class CodedMoments(Mapping[str, Tensor]):
         )
 
 
-def _matrices(tensor: Tensor) -> Tensor:
+def _stack(tensor: Tensor) -> Tensor:
     """The matrices of a stack, or the only one, along the first dimension: a view."""
     return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
 

@@ -12,7 +12,7 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_uint16, c_uint64, c_void
 from pathlib import Path
 from typing import Any
 
-from lowrank_optim.kernels.dispatch import Unavailable
+from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
 ABI_VERSION = 3
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature changes."""
@@ -117,17 +117,18 @@ def open_library() -> Library:
         library = Library(path, handle)
     except AttributeError as error:
         raise Unavailable(f"{where} lacks a function of ABI {ABI_VERSION}: {error}. To build it: {REBUILD}.") from None
-    library.use_openmp(openmp_of_torch())
+    if os.getpid() == PROCESS:  # the threads of a runtime stay behind in a fork, which it does not notice
+        library.use_openmp(openmp_of_torch())
     return library
 
 
 def openmp_of_torch() -> ctypes.CDLL | None:
     """The OpenMP runtime that torch has loaded, if it can be found and speaks GCC's dialect (LLVM's and Intel's do)."""
     try:
-        loaded = {line.split(maxsplit=5)[5].strip() for line in MAPS.read_text().splitlines() if "omp" in line}
-    except (OSError, IndexError):
+        maps = MAPS.read_text(errors="surrogateescape")  # anybody may have mapped a file of any name
+    except OSError:
         return None
-    torch_has = sorted(path for path in loaded if re.search(r"/torch[^/]*/.*lib(gomp|iomp5|omp)[^/]*\.so", path))
+    torch_has = sorted(set(re.findall(r"/\S.*/torch(?:\.libs|/lib)/lib(?:gomp|iomp5|omp)\b[^/\n]*\.so[^/\n]*", maps)))
     try:
         runtime = ctypes.CDLL(torch_has[0])
         return runtime if hasattr(runtime, "GOMP_parallel") else None
