@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from op_cases import CASES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_optim.kernels import Loaded, api, dispatch, schemas
 from lowrank_optim.kernels import selftest as made
@@ -118,6 +119,22 @@ def test_what_runs_together_is_sorted_by_kind(forced: str, monkeypatch):
     for call, want, version in zip(calls, expected, before, strict=True):
         torch.testing.assert_close(call[0], want["weight"], rtol=1e-2 if call[0].dtype == BF16 else 1e-6, atol=1e-6)
         assert call[0].numel() == 0 or call[8 + 1] is not None or call[0]._version > version
+
+
+def test_a_mode_sees_every_operation():
+    """Of tensors in the planner's mode there may be nothing in memory."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        dispatch.run_many("coded_adam_dense_", calls_of("coded_adam_dense_")[:3])
+        dispatch.norms([torch.ones(5), torch.ones(6)])
+    assert seen.count("lowrank_optim.coded_adam_dense_.default") == 3
+    assert seen.count("aten.linalg_vector_norm.default") == 2
 
 
 def clones(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -99,6 +99,17 @@ def _changed(args: Sequence[Any], written: Iterable[int]) -> None:
     increment_version([tensor for i in written if not (tensor := args[i]).is_inference()])
 
 
+def _is_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether these tensors are in memory for all to see.
+
+    Others (fake ones, quantised weights) have ways of their own, which only the operation itself goes; and where a mode of torch is
+    active (the planner's, say), it wants to see the operation.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    return all(type(tensor) in _PLAIN for tensor in tensors)
+
+
 def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> None:
     """An operation that returns nothing, on the arguments of each of `calls`: in one launch for all on a device where a backend can.
 
@@ -106,8 +117,7 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> None:
     """
     left: dict[torch.device | None, list[tuple[Any, ...]]] = {}
     for args in calls:
-        # Tensors of other kinds (fake ones, quantised weights) have ways of their own, which only the operation itself goes.
-        plain = all(type(arg) in _PLAIN for arg in args if isinstance(arg, Tensor))
+        plain = _is_plain(arg for arg in args if isinstance(arg, Tensor))
         left.setdefault(args[0].device if plain else None, []).append(args)
     for device, same in left.items():
         for backend in _chain(device.type, os.environ.get(VARIABLE)) if device and len(same) > 1 else ():
@@ -126,7 +136,7 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> None:
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each tensor, 0-d: in one launch where a backend can."""
     found: dict[int, Tensor] = {}
-    plain = [i for i, x in enumerate(tensors) if type(x) in _PLAIN and x.is_contiguous() and x.dtype in _SHORT]
+    plain = [i for i, x in enumerate(tensors) if _is_plain([x]) and x.is_contiguous() and x.dtype in _SHORT]
     for device in {tensors[i].device for i in plain}:
         same = [i for i in plain if tensors[i].device == device]
         for backend in _chain(device.type, os.environ.get(VARIABLE)):
