@@ -1,8 +1,8 @@
 // The operations, compiled once for each instruction set: LOWRANK_TABLE names the table that this copy defines.
 //
 // Loops over at most a block or TILE elements, which stay in the first-level cache. The compiler turns plain ones into vector
-// instructions; those of coded moments, in which bytes and floats meet, are written in vectors (lanes.h). Only builtins are used: an inline function of the standard
-// library compiled here for AVX-512 could be the copy that the linker keeps for every processor.
+// instructions; those of coded moments, in which bytes and floats meet, are written in vectors (lanes.h). Only builtins are used: an
+// inline function of the standard library compiled here for AVX-512 could be the copy that the linker keeps for every processor.
 #include "lanes.h"
 #include "numbers.h"
 #include "ops.h"
@@ -506,6 +506,6 @@ void gaussian(const GaussianArgs& args, int64_t first, int64_t last) {
 }  // namespace
 
 extern const Kernels LOWRANK_TABLE = {adam,   rule,   coded_adam, quantize, dequantize, pack,
-                                      unpack, update, store_rows, gaussian,   squares};
+                                      unpack, update, store_rows, gaussian, squares};
 
 }  // namespace lowrank

@@ -159,10 +159,8 @@ class Operations:
             return torch.zeros_like(grad, memory_format=torch.contiguous_format)
         g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
         codes = (ratio, ratio_scale, root, root_scale)
-        scale, rows_per_scale = columns
-        words = (*_coded_words(g, codes, bits, block, scale, rows_per_scale, noise), *NO_WORDS)
-        words = (*words[:12], out.data_ptr(), 0, 0, *words[12:])
-        self._coded_adam([(words, (*_adam(*scalars.tolist()), 1.0, 0.0))])
+        words = _coded_words(g, codes, bits, block, columns, (out.data_ptr(), 0, 0), noise)
+        self._coded_adam([((*words, *NO_WORDS), (*_adam(*scalars.tolist()), 1.0, 0.0))])
         return out
 
     def coded_adam_dense_(self, *args: Any) -> Declined | None:
@@ -177,9 +175,8 @@ class Operations:
             if columns is None or not done[-1] or _off(ok):
                 continue
             *adam, alpha, keep = scalars.tolist()
-            words = (*_coded_words(grad, four, bits, block, *columns, noise), *_rounding(rounding))
-            words = (*words[:12], 0, *_flat(weight), *words[12:])
-            rows.append((words, (*_adam(*adam), keep, alpha)))
+            words = _coded_words(grad, four, bits, block, columns, (0, *_flat(weight)), noise)
+            rows.append(((*words, *_rounding(rounding)), (*_adam(*adam), keep, alpha)))
             alive.append(columns)  # what may be a copy
         if rows:
             self._coded_adam(rows)
@@ -453,19 +450,23 @@ def _coded_words(
     codes: Sequence[Tensor],
     bits: int,
     block: int,
-    col_scale: Tensor | None,
-    rows_per_scale: int,
+    columns: tuple[Tensor | None, int],
+    to: tuple[int, int, int],
     noise: Tensor | None,
 ) -> tuple[int, ...]:
-    """The row of a matrix for the library's coded_adam, but for what is written and how that is rounded."""
-    on, key, start, offset = _noise(noise)
-    where = (_pointer(col_scale) or 0, rows_per_scale)
+    """The row of a matrix for the library's coded_adam, but for how weights are rounded.
+
+    `columns` is from `_columns`; `to` the address of the direction, that of the weight and its type.
+    """
+    col_scale, rows_per_scale = columns
     return (
         *_coding(grad.shape, block, bits),
         *_flat(grad),
         *(tensor.data_ptr() for tensor in codes),
-        *where,
-        *(on, key, start, offset),
+        _pointer(col_scale) or 0,
+        rows_per_scale,
+        *to,
+        *_noise(noise),
     )
 
 
