@@ -16,7 +16,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 3;
+constexpr int ABI_VERSION = 4;
 constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thread
 
 #define LOWRANK_TEXT_(x) #x
@@ -192,8 +192,10 @@ LOWRANK_API int lowrank_optim_use_simd(const char* name) {
   return 1;
 }
 
-// Run on the threads of an OpenMP runtime, from its GOMP_parallel; null stands for threads of our own.
-LOWRANK_API void lowrank_optim_use_openmp(void* runtime) { use_openmp(reinterpret_cast<OpenMP>(runtime)); }
+// Run on the threads of an OpenMP runtime, from its GOMP_parallel and omp_get_thread_num; null stands for threads of our own.
+LOWRANK_API void lowrank_optim_use_openmp(void* runtime, void* number) {
+  use_openmp(reinterpret_cast<OpenMP>(runtime), reinterpret_cast<Number>(number));
+}
 
 // adam_direct_ with `out`, adam_dense_ with `weight`: the other is null.
 LOWRANK_API int lowrank_optim_adam(int64_t n, const void* grad, int grad_type, f32* exp_avg, f32* exp_avg_sq, f32* out, void* weight,

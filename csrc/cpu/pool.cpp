@@ -11,20 +11,40 @@
 namespace lowrank {
 namespace {
 
+// A worker does its own share of the work first, the same one in every call, so that it finds in its caches what it had there; then
+// what others have left.
 struct Job {
-  int64_t count, piece;
+  struct alignas(64) Share {  // a cache line, which nobody else writes to
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  int64_t piece;
+  int workers;
   Work work;
   void* context;
-  std::atomic<int64_t> next{0};
-  std::atomic<int> joined{0};
+  Share shares[MAX_THREADS];
 
-  void join() { run(joined.fetch_add(1, std::memory_order_relaxed)); }
+  Job(int64_t count, int64_t piece, int workers, Work work, void* context)
+      : piece(piece), workers(workers), work(work), context(context) {
+    const int64_t parts = (count + piece - 1) / piece, each = parts / workers, more = parts % workers;
+    int64_t next = 0;
+    for (int k = 0; k < workers; ++k) {
+      const int64_t end = next + (each + (k < more)) * piece;
+      shares[k].next.store(next, std::memory_order_relaxed);
+      shares[k].end = end < count ? end : count;
+      next = end;
+    }
+  }
 
   void run(int worker) {
-    for (;;) {
-      const int64_t begin = next.fetch_add(piece, std::memory_order_relaxed);
-      if (begin >= count) return;
-      work(context, begin, begin + piece < count ? begin + piece : count, worker);
+    for (int k = 0; k < workers; ++k) {
+      Share& share = shares[(worker + k) % workers];
+      for (;;) {
+        const int64_t begin = share.next.fetch_add(piece, std::memory_order_relaxed);
+        if (begin >= share.end) break;
+        work(context, begin, begin + piece < share.end ? begin + piece : share.end, worker);
+      }
     }
   }
 };
@@ -95,6 +115,7 @@ Pool* pool() {
 }
 
 std::atomic<OpenMP> openmp{nullptr};
+std::atomic<Number> number_of_thread{nullptr};
 
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] {
   the_pool.store(nullptr);
@@ -107,13 +128,9 @@ void parallel(int64_t count, int64_t piece, int threads, Work work, void* contex
   const int64_t parts = (count + piece - 1) / piece;
   if (threads > parts) threads = static_cast<int>(parts);
   if (threads > 1) {
-    Job job;
-    job.count = count;
-    job.piece = piece;
-    job.work = work;
-    job.context = context;
+    Job job(count, piece, threads, work, context);
     if (const OpenMP runtime = openmp.load(std::memory_order_acquire)) {
-      runtime([](void* data) { static_cast<Job*>(data)->join(); }, &job, static_cast<unsigned>(threads), 0);
+      runtime([](void* data) { static_cast<Job*>(data)->run(number_of_thread.load(std::memory_order_relaxed)()); }, &job, static_cast<unsigned>(threads), 0);
       return;
     }
     Pool* shared = pool();
@@ -126,6 +143,9 @@ void parallel(int64_t count, int64_t piece, int threads, Work work, void* contex
   if (count > 0) work(context, 0, count, 0);
 }
 
-void use_openmp(OpenMP runtime) { openmp.store(runtime, std::memory_order_release); }
+void use_openmp(OpenMP runtime, Number number) {
+  number_of_thread.store(number, std::memory_order_relaxed);
+  openmp.store(runtime, std::memory_order_release);
+}
 
 }  // namespace lowrank

@@ -15,8 +15,9 @@ constexpr int MAX_THREADS = 256;
 typedef void (*Work)(void* context, int64_t begin, int64_t end, int worker);
 void parallel(int64_t count, int64_t piece, int threads, Work work, void* context);
 
-// GOMP_parallel(function, data, threads, flags) of an OpenMP runtime; null goes back to the library's own threads.
+// GOMP_parallel(function, data, threads, flags) and omp_get_thread_num() of an OpenMP runtime; null goes back to own threads.
 typedef void (*OpenMP)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
-void use_openmp(OpenMP runtime);
+typedef int (*Number)();
+void use_openmp(OpenMP runtime, Number number);
 
 }  // namespace lowrank

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
@@ -63,7 +63,7 @@ class Library:
         for name in ("build_info", "simd"):
             getattr(handle, f"lowrank_optim_{name}").restype = c_char_p
         handle.lowrank_optim_use_simd.argtypes = (c_char_p,)
-        handle.lowrank_optim_use_openmp.argtypes, handle.lowrank_optim_use_openmp.restype = (c_void_p,), None
+        handle.lowrank_optim_use_openmp.argtypes, handle.lowrank_optim_use_openmp.restype = (c_void_p, c_void_p), None
 
     def call(self, name: str, *args: Any) -> None:
         """Call a function, the number of threads among its arguments."""
@@ -82,7 +82,8 @@ class Library:
 
     def use_openmp(self, runtime: "ctypes.CDLL | None") -> None:
         """Run on the threads of an OpenMP runtime from now on; None: on threads of the library's own."""
-        self._handle.lowrank_optim_use_openmp(ctypes.cast(runtime.GOMP_parallel, c_void_p) if runtime else None)
+        functions = (runtime.GOMP_parallel, runtime.omp_get_thread_num) if runtime else (None, None)
+        self._handle.lowrank_optim_use_openmp(*(ctypes.cast(function, c_void_p) for function in functions))
 
     def use_simd(self, name: str) -> bool:
         """Use an instruction set from now on; False if the processor or the library does not have it."""
@@ -131,7 +132,7 @@ def openmp_of_torch() -> ctypes.CDLL | None:
     torch_has = sorted(set(re.findall(r"/\S.*/torch(?:\.libs|/lib)/lib(?:gomp|iomp5|omp)\b[^/\n]*\.so[^/\n]*", maps)))
     try:
         runtime = ctypes.CDLL(torch_has[0])
-        return runtime if hasattr(runtime, "GOMP_parallel") else None
+        return runtime if hasattr(runtime, "GOMP_parallel") and hasattr(runtime, "omp_get_thread_num") else None
     except (OSError, IndexError):
         return None
 
