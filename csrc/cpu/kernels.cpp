@@ -3,6 +3,8 @@
 // Loops over at most a block or TILE elements, which stay in the first-level cache. The compiler turns plain ones into vector
 // instructions; those of coded moments, in which bytes and floats meet, are written in vectors (lanes.h). Only builtins are used: an
 // inline function of the standard library compiled here for AVX-512 could be the copy that the linker keeps for every processor.
+#include <type_traits>  // no function, which a linker could take from here
+
 #include "lanes.h"
 #include "numbers.h"
 #include "ops.h"
@@ -156,7 +158,7 @@ struct Code {
         flip(is_signed && bits == 8 ? 0x80 : 0) {}
 
   INLINE Floats decoded(Bytes code, float scale) const {
-    const Floats level = floats(ints(code ^ flip)) + float(zero);
+    const Floats level = flip ? floats(signed_ints(code)) : floats(ints(code)) + float(zero);
     return least ? level * (unit * scale) : level * unit * scale;  // without a sign, the unit is a power of two
   }
   // `shifted`: y + SHIFTER, whose low bits are the nearest level; those of the sum, 2²³ + 2²², end in a byte of zeros.
@@ -173,21 +175,19 @@ INLINE void decode(const Code& how, const u8* code, int n, float scale, float* x
 // The bits of |x|: as integers they are ordered as the magnitudes are, infinity above all numbers and NaN above infinity.
 inline int32_t magnitude(float x) { return int32_t(bits_of(x) & MAGNITUDE); }
 
-inline int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
-
-// The scale of a block from its largest magnitude; NaN where it holds one or infinity.
-inline float scale_of(int32_t most) {
-  const float s = float_of(uint32_t(most));
-  return uint32_t(most) >= INFINITE ? __builtin_nanf("") : s < MIN_SCALE ? 0.0f : s;
+// The scale of a block from the bits of its largest magnitude, whatever their sign; NaN where it holds one or infinity.
+inline float scale_of(uint32_t most) {
+  const float s = float_of(most & MAGNITUDE);
+  return (most & MAGNITUDE) >= INFINITE ? __builtin_nanf("") : s < MIN_SCALE ? 0.0f : s;
 }
 
 inline int between(int least, int x, int most) { return x < least ? least : x > most ? most : x; }
 
 // y + ρ, whose nearest level is y on average: ρ = (r + 1/2)/2¹⁶ − 1/2 with a random r of 16 bits. What was decoded comes back within
-// 2⁻²² |y|, and has to stay what it was: hence the factor of ρ.
-INLINE Floats moved(Floats y, Halves random) {
+// 2⁻²² |y|, and has to stay what it was: hence the factor of ρ. `size` is |y|.
+INLINE Floats moved(Floats y, Floats size, Halves random) {
   const Floats part = floats(ints(random)) - 32767.5f;  // 2¹⁶ρ: powers of two change no rounding
-  return y + part * (0x1p-16f - Floats(magnitude(y)) * 0x1p-35f);
+  return y + part * (0x1p-16f - size * 0x1p-35f);
 }
 
 // Random halves of the elements `first` … `first` + n, of which two share a word; returns where they begin in `words`.
@@ -206,6 +206,9 @@ INLINE const u16* draw(const Noise& noise, int64_t first, int n, uint32_t* words
   return reinterpret_cast<const u16*>(words) + position % 2;  // (bytes of a word in little-endian order)
 }
 
+// The factor that takes the numbers of a block to levels. Those of the largest are at most L and three roundings of it: none is above L.
+inline float to_levels(const Code& how, float scale) { return (1.0f / scale) * how.levels; }  // as torch divides a number by a tensor
+
 // Codes of one block, a byte each, rounded to nearest, or by random halves.
 INLINE void encode(const Code& how, const float* __restrict x, int n, float scale, const u16* random, u8* __restrict code) {
   if (!(scale > 0.0f)) {
@@ -213,11 +216,11 @@ INLINE void encode(const Code& how, const float* __restrict x, int n, float scal
     EACH(j, n) code[j] = nothing;
     return;
   }
-  // y is at most L and three roundings of it, so that no level is above L.
-  const float factor = (1.0f / scale) * how.levels;  // as torch divides a number by a tensor
+  const float factor = to_levels(how, scale);
   if (random) {
     over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
-      part.store(code + j, how.stored(moved(part.load(x + j) * factor, part.load(random + j)) + SHIFTER));
+      const Floats y = part.load(x + j) * factor;
+      part.store(code + j, how.stored(moved(y, Floats(magnitude(y)), part.load(random + j)) + SHIFTER));
     });
   } else {
     over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
@@ -226,27 +229,63 @@ INLINE void encode(const Code& how, const float* __restrict x, int n, float scal
   }
 }
 
-// Working arrays of one block: m, then m/√v, and √v as they are to be coded, and copies of gradient and weight of other types.
+// Working arrays of one block: m, then m/√v, and √v as they are to be coded, random words; copies of gradient and weight of other types.
 struct Work {
   float *__restrict ratio, *__restrict root, *__restrict grad, *__restrict weight;
   uint32_t* random;
 };
 
-// One block of n elements: `index` is the number of its scales. Codes come last: they need the largest element.
-INLINE void coded_block(const CodedAdamArgs& args, const Work& work, int64_t element, const int n, const f32* scales,
-                        const f32* inverse, int64_t index, u8* __restrict ratio_code, u8* __restrict root_code) {
+// A block of n elements whose codes are still to be written.
+struct Coded {
+  int n = 0;
+  const float *ratio, *root;
+  float ratio_scale, root_scale;
+  const u16* random;
+  u8 *ratio_code, *root_code;
+
+  INLINE void finish(const Code& ratios, const Code& roots) {
+    encode(ratios, ratio, n, ratio_scale, nullptr, ratio_code);
+    encode(roots, root, n, root_scale, random, root_code);
+    n = 0;
+  }
+};
+
+// Asks for the memory of a tensor that blocks to come will want. The processor does so by itself, but not beyond a page of 4 KiB.
+struct Ahead {
+  const char* next;
+  int size;
+
+  INLINE Ahead(const void* data, int32_t dtype, int64_t at) : size(dtype == FLOAT32 ? 4 : 2) {
+    next = static_cast<const char*>(data) + at * size;
+    __builtin_prefetch(next + 4096);
+  }
+  INLINE void operator()(int j) const { __builtin_prefetch(next + j * size); }
+};
+
+// One block of n elements: `index` is the number of its scales. Its codes, which need the largest element, are left to be written:
+// here those of the block before are, if there is one (`both`; it has n elements, and noise), so that its multiplications are done
+// while the divisions of this one are under way.
+template <bool both>
+INLINE Coded coded_block(const CodedAdamArgs& args, const Work& work, int64_t element, const int n, const f32* scales,
+                         const f32* inverse, int64_t index, u8* __restrict ratio_code, u8* __restrict root_code, const Coded& before) {
   const Code ratios(args.coding.bits, true), roots(args.coding.bits, false);
   const float ratio_scale = args.ratio_scale[index], root_scale = args.root_scale[index];
   const f32* g = load(args.grad, element, work.grad, n);
   const bool direct = args.out, in_place = !direct && args.weight.dtype == FLOAT32;
   if (!direct && !in_place) load(args.weight, element, work.weight, n);
   f32* to = direct ? args.out + element : in_place ? static_cast<f32*>(args.weight.data) + element : work.weight;
+  const Ahead grads(args.grad.data, args.grad.dtype, element + n);
+  const Ahead weights(direct ? args.out : args.weight.data, direct ? FLOAT32 : args.weight.dtype, element + n);
   const Adam a = args.adam;
   const Lerp lerp(a.weight1);
   const float keep = args.write.keep, step = -args.write.alpha;
-  Ints most_ratio = {}, most_root = {};
+  const float ratio_factor = both ? to_levels(ratios, before.ratio_scale) : 0.0f;
+  const float root_factor = both ? to_levels(roots, before.root_scale) : 0.0f;
+  Words most_ratio = {}, most_root = {};
   // In two loops: the square root and the divisions take long, and more of them are under way at a time in short ones.
   over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
+    grads(j);
+    weights(j);
     const Floats grad = part.load(g + j), ratio = ratios.decoded(part.load(ratio_code + j), ratio_scale);
     Floats root = roots.decoded(part.load(root_code + j), root_scale);
     if (scales) root *= part.load(scales + j);
@@ -259,25 +298,33 @@ INLINE void coded_block(const CodedAdamArgs& args, const Work& work, int64_t ele
     const Floats ratio = s > 0.0f ? quotient : Floats{}, root = scales ? s * part.load(inverse + j) : s;
     part.store(work.ratio + j, ratio);
     if (scales) part.store(work.root + j, root);
-    most_ratio = larger(most_ratio, part.only(magnitude(ratio)));
-    most_root = larger(most_root, part.only(magnitude(root)));
+    most_ratio = larger(most_ratio, part.only(Words(magnitude(ratio))));
+    most_root = larger(most_root, part.only(Words(root)));  // not below 0; a NaN, of any sign, is above all
     part.store(to + j, direct ? direction : part.load(to + j) * keep + step * direction);
+    if (both) {
+      part.store(before.ratio_code + j, ratios.stored(part.load(before.ratio + j) * ratio_factor + SHIFTER));
+      const Floats y = part.load(before.root + j) * root_factor;
+      part.store(before.root_code + j, roots.stored(moved(y, y, part.load(before.random + j)) + SHIFTER));
+    }
   });
-  const float new_ratio_scale = scale_of(largest(most_ratio)), new_root_scale = scale_of(largest(most_root));
-  encode(ratios, work.ratio, n, new_ratio_scale, nullptr, ratio_code);
-  encode(roots, work.root, n, new_root_scale, args.noise.on ? draw(args.noise, element, n, work.random) : nullptr, root_code);
-  args.ratio_scale[index] = new_ratio_scale;
-  args.root_scale[index] = new_root_scale;
+  args.ratio_scale[index] = scale_of(largest(most_ratio));
+  args.root_scale[index] = scale_of(largest(most_root));
   if (!direct && !in_place) store(args.weight, element, work.weight, n, args.write.rounding, element);
+  const u16* random = args.noise.on ? draw(args.noise, element, n, work.random) : nullptr;
+  return {n, work.ratio, work.root, args.ratio_scale[index], args.root_scale[index], random, ratio_code, root_code};
 }
 
 void coded_adam(const CodedAdamArgs& args, int64_t first, int64_t last, float* scratch) {
   const Coding& c = args.coding;
   const int64_t most = padded(c);
-  const Work work = {scratch, scratch + most, scratch + 2 * most, scratch + 3 * most,
-                     reinterpret_cast<uint32_t*>(scratch + 4 * most)};
-  u8* ratio_levels = reinterpret_cast<u8*>(scratch + 5 * most);
+  const auto array = [&](int i) { return scratch + i * most; };
+  const Work works[] = {{array(0), array(1), array(4), array(5), reinterpret_cast<uint32_t*>(array(6))},
+                        {array(2), array(3), array(4), array(5), reinterpret_cast<uint32_t*>(array(7))}};
+  u8* ratio_levels = reinterpret_cast<u8*>(array(8));
   u8* root_levels = ratio_levels + most;
+  const Code ratios(c.bits, true), roots(c.bits, false);
+  Coded before;
+  int turn = 0;
   for (int64_t index = first; index < last; ++index) {
     const Unit unit(c, index);
     const f32 *scales = columns(c.col_scale, c, unit), *inverse = columns(c.inverse, c, unit);
@@ -289,20 +336,27 @@ void coded_adam(const CodedAdamArgs& args, int64_t first, int64_t last, float* s
       ratio_code = ratio_levels;
       root_code = root_levels;
     }
-    for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block) {
+    for (int64_t from = 0, block = unit.blocks; from < unit.n; from += c.block, ++block, turn ^= 1) {
       const int n = smaller(c.block, unit.n - from);
       const f32 *own = scales ? scales + from : nullptr, *over_own = scales ? inverse + from : nullptr;
-      if (n == USUAL) {
-        coded_block(args, work, unit.element + from, USUAL, own, over_own, block, ratio_code + from, root_code + from);
+      const auto run = [&](auto both, const int size) __attribute__((always_inline)) {
+        return coded_block<decltype(both)::value>(args, works[turn], unit.element + from, size, own, over_own, block, ratio_code + from,
+                                       root_code + from, before);
+      };
+      if (before.n == USUAL && n == USUAL && before.random && before.ratio_scale > 0.0f && before.root_scale > 0.0f) {
+        before = run(std::true_type{}, USUAL);
       } else {
-        coded_block(args, work, unit.element + from, n, own, over_own, block, ratio_code + from, root_code + from);
+        if (before.n) before.finish(ratios, roots);
+        before = n == USUAL ? run(std::false_type{}, USUAL) : run(std::false_type{}, n);
       }
     }
     if (c.bits == 4) {
+      before.finish(ratios, roots);
       pack_nibbles(ratio_levels, args.ratio + at, unit.n);
       pack_nibbles(root_levels, args.root + at, unit.n);
     }
   }
+  if (before.n) before.finish(ratios, roots);
 }
 
 void quantize(const QuantizeArgs& args, int64_t first, int64_t last, float* scratch) {

@@ -25,6 +25,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef u8 Bytes __attribute__((vector_size(LANES)));
+typedef s8 SignedBytes __attribute__((vector_size(LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint16_t Pairs __attribute__((vector_size(4 * LANES)));  // the halves of Words, the lower ones first
 
@@ -38,6 +39,17 @@ INLINE Ints ints(Bytes x) {
   return Ints(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(x))));
 #else
   return __builtin_convertvector(x, Ints);
+#endif
+}
+
+// Of bytes with a sign, in two's complement.
+INLINE Ints signed_ints(Bytes x) {
+#if defined(__AVX512F__)
+  return Ints(_mm512_cvtepi8_epi32(__m128i(x)));
+#elif defined(__AVX2__)
+  return Ints(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(int64_t(x))));
+#else
+  return __builtin_convertvector(SignedBytes(x), Ints);
 #endif
 }
 
@@ -85,10 +97,14 @@ INLINE Floats square_root(Floats x) {
 
 // The bits of |x|.
 INLINE Ints magnitude(Floats x) { return Ints(x) & int32_t(MAGNITUDE); }
-INLINE Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 
-INLINE int32_t largest(Ints x) {
-  int32_t most = x[0];
+template <class T>  // a number, or a vector of them
+INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+INLINE uint32_t largest(Words x) {
+  uint32_t most = x[0];
   for (int k = 1; k < LANES; ++k) most = x[k] > most ? x[k] : most;
   return most;
 }
@@ -100,7 +116,7 @@ struct All {
   INLINE Halves load(const u16* from) const { return get<Halves>(from); }
   INLINE void store(f32* to, Floats x) const { __builtin_memcpy(to, &x, sizeof x); }
   INLINE void store(u8* to, Bytes x) const { __builtin_memcpy(to, &x, sizeof x); }
-  INLINE Ints only(Ints x) const { return x; }
+  INLINE Words only(Words x) const { return x; }
 
  private:
   template <class T>
@@ -119,7 +135,7 @@ struct First {
   INLINE Halves load(const u16* from) const { return get<Halves>(from); }
   INLINE void store(f32* to, Floats x) const { put(to, x); }
   INLINE void store(u8* to, Bytes x) const { put(to, x); }
-  INLINE Ints only(Ints x) const { return Ints(numbered()) < n ? x : Ints{}; }
+  INLINE Words only(Words x) const { return Ints(numbered()) < n ? x : Words{}; }
 
  private:
   template <class V, class T>

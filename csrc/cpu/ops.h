@@ -155,9 +155,9 @@ inline int64_t span(const Coding& c) {
   return c.bits == 4 && block % 2 && block < c.cols ? 2 * block : block;
 }
 
-// Working memory of a thread, in floats: six arrays of the size of a unit, apart from each other.
+// Working memory of a thread, in floats: nine arrays of the size of a unit, apart from each other.
 inline int64_t padded(const Coding& c) { return (span(c) + 47) / 16 * 16; }
-inline int64_t scratch_floats(const Coding& c) { return 6 * padded(c); }
+inline int64_t scratch_floats(const Coding& c) { return 9 * padded(c); }
 
 // Σx² of n elements, in parts of float32.
 struct SquaresArgs {
