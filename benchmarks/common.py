@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -38,13 +39,18 @@ def _synchronize() -> None:
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each candidate, all measured in turn in every round, so that a noisy machine disturbs them alike."""
+    """Median seconds of each candidate, all measured in every round, so that a noisy machine disturbs them alike.
+
+    Each round has an order of its own: what a candidate finds in the caches is what the one before has left there.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order, shuffle = list(candidates), random.Random(0).shuffle
     for i in range(rounds + warmup):
-        for name, run in candidates.items():
+        shuffle(order)
+        for name in order:
             _synchronize()
             start = time.perf_counter()
-            run()
+            candidates[name]()
             _synchronize()
             if i >= warmup:
                 times[name].append(time.perf_counter() - start)

@@ -123,6 +123,32 @@ def _direct() -> Iterator[Case]:
     yield case("rmsprop_direct_", made.rmsprop_direct, (3, 257), fill="nonfinite")
 
 
+def _direct_with_norms() -> Iterator[Case]:
+    """Rows of many lengths, and of more than a tile; NaN and infinity stay in their own row."""
+    op, make = "adam_direct_with_norms_", made.adam_direct
+    for shape in [shape for shape in SHAPES if len(shape) > 1] + [(7, 33), (3, 2500), (300, 128), (2000, 1)]:
+        yield case(op, make, shape)
+    for ok in (True, False):
+        yield case(op, make, (3, 257), ok=ok)
+    for layout in LAYOUTS:
+        yield case(op, make, (3, 257), layout=layout)
+    yield case(op, make, (3, 257), step=1.0)
+    for fill in ("nonfinite", "zeros", "tiny", "huge"):
+        yield case(op, make, (3, 257), fill=fill)
+    op, coded = "coded_adam_direct_with_norms_", made.coded_adam_direct
+    for bits in (8, 4):
+        for shape in [shape for shape in SHAPES if len(shape) > 1] + [(7, 33), (3, 2500), (300, 128), (2000, 1)]:
+            yield case(op, coded, shape, bits)
+        for block in (1, 3, 64, 255, 5000):
+            yield case(op, coded, (2, 3, 301), bits, block, col_scale="batch", start=11)
+        for fill in ("nonfinite", "zeros", "tiny", "huge"):
+            yield case(op, coded, (4, 600), bits, fill=fill)
+        for ok in (True, False):
+            yield case(op, coded, (4, 600), bits, ok=ok)
+        for layout in LAYOUTS:
+            yield case(op, coded, (2, 3, 301), bits, layout=layout, col_scale="batch")
+
+
 def _coded_adam() -> Iterator[Case]:
     direct, dense = "coded_adam_direct_", "coded_adam_dense_"
     for bits in (8, 4):
@@ -201,6 +227,7 @@ def _gaussian() -> Iterator[Case]:
 
 
 CASES: dict[str, list[Case]] = {}
-for _cases in (_products, _apply, _dense, _stochastic_round, _direct, _coded_adam, _codes, _bases, _gaussian):
+MAKERS = (_products, _apply, _dense, _stochastic_round, _direct, _direct_with_norms, _coded_adam, _codes, _bases, _gaussian)
+for _cases in MAKERS:
     for _case in _cases():
         CASES.setdefault(_case.op, []).append(_case)

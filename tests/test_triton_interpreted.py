@@ -34,7 +34,8 @@ def test_the_backend_is_interpreted_and_serves_cpu_tensors():
     assert isinstance(LOADED, dispatch.Loaded)
     assert LOADED.devices == {"cpu"}
     assert "interpreted" in LOADED.about
-    assert set(OPS) == set(dispatch._DEFINITIONS)
+    left = {"adam_direct_with_norms_", "coded_adam_direct_with_norms_"}  # to their definitions: the others, then norms
+    assert set(OPS) == set(dispatch._DEFINITIONS) - left
 
 
 # ----------------------------------------------------------------------------------------------------------------- arithmetic

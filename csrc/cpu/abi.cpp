@@ -77,6 +77,9 @@ int guarded(const Body& body) {
   }
 }
 
+// Units of a coded matrix that is not empty.
+int64_t units_of(const Coding& c) { return c.rows * pieces(c.cols, span(c)); }
+
 // A kernel over `units` of `size` elements.
 template <class Args>
 int run(OnUnits<Args> kernel, const Args& args, int64_t units, int64_t size, int threads) {
@@ -107,7 +110,7 @@ int run_many(OnBlocks<Args> kernel, const std::vector<Args>& calls, int threads)
     const bool empty = c.rows == 0 || c.cols == 0;
     const int64_t width = empty ? 1 : span(c);
     if (width > INT32_MAX / 2) return 1;  // kernels count the elements of a unit in an int
-    first[k + 1] = first[k] + (empty ? 0 : c.rows * pieces(c.cols, width));
+    first[k + 1] = first[k] + (empty ? 0 : units_of(c));
     elements += c.rows * c.cols;
     if (!empty && scratch_floats(c) > floats) floats = scratch_floats(c);
     if (width > widest) widest = width;
@@ -166,6 +169,22 @@ struct Inverse {
 
 Noise noise_of(int on, uint64_t key, int64_t start, uint16_t offset) { return Noise{on != 0, key, start, offset}; }
 
+// √total as if summed in float32: what is too large for it is infinite, as v would be.
+float root_of(double total) { return total > double(FLT_MAX) ? HUGE_VALF : float(std::sqrt(total)); }
+
+// ‖N_j‖ and ‖g_j‖ of rows from the sums of the units that each has.
+void write_lengths(const Squares* squares, int64_t rows, int64_t units, f32* lengths, f32* grad_lengths) {
+  for (int64_t row = 0; row < rows; ++row) {
+    Squares sum = {};
+    for (int64_t k = 0; k < units; ++k, ++squares) {
+      sum.direction += squares->direction;
+      sum.grad += squares->grad;
+    }
+    lengths[row] = root_of(sum.direction);
+    grad_lengths[row] = root_of(sum.grad);
+  }
+}
+
 int limited(int threads) { return threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads; }
 
 }  // namespace
@@ -197,19 +216,29 @@ LOWRANK_API void lowrank_optim_use_openmp(void* runtime, void* number) {
   use_openmp(reinterpret_cast<OpenMP>(runtime), reinterpret_cast<Number>(number));
 }
 
-// adam_direct_ with `out`, adam_dense_ with `weight`: the other is null.
-LOWRANK_API int lowrank_optim_adam(int64_t n, const void* grad, int grad_type, f32* exp_avg, f32* exp_avg_sq, f32* out, void* weight,
-                                   int weight_type, float weight1, float beta2, float weight2, float correction, float floor,
-                                   float keep, float alpha, int rounding, uint64_t key, int64_t start, int threads) {
-  AdamArgs args;
-  args.grad = {grad, grad_type, 0};
-  args.exp_avg = exp_avg;
-  args.exp_avg_sq = exp_avg_sq;
-  args.out = out;
-  args.weight = {weight, weight_type, 0};
-  args.adam = {weight1, beta2, weight2, correction, floor};
-  args.write = {keep, alpha, noise_of(rounding, key, start, 0)};
-  return run<AdamArgs>(chosen->kernels->adam, args, n, 1, limited(threads));
+// adam_direct_ with `out`, adam_dense_ with `weight`: the other is null. `n` elements in rows of `cols`; with `lengths`, which go
+// with `out`, ‖N_j‖ of every row is written there, and ‖g_j‖ to `grad_lengths`.
+LOWRANK_API int lowrank_optim_adam(int64_t n, int64_t cols, const void* grad, int grad_type, f32* exp_avg, f32* exp_avg_sq, f32* out,
+                                   f32* lengths, f32* grad_lengths, void* weight, int weight_type, float weight1, float beta2,
+                                   float weight2, float correction, float floor, float keep, float alpha, int rounding, uint64_t key,
+                                   int64_t start, int threads) {
+  return guarded([&] {
+    const int64_t rows = lengths ? n / cols : 0;
+    std::vector<Squares> squares(static_cast<size_t>(rows));
+    AdamArgs args;
+    args.grad = {grad, grad_type, 0};
+    args.exp_avg = exp_avg;
+    args.exp_avg_sq = exp_avg_sq;
+    args.out = out;
+    args.weight = {weight, weight_type, 0};
+    args.adam = {weight1, beta2, weight2, correction, floor};
+    args.write = {keep, alpha, noise_of(rounding, key, start, 0)};
+    args.cols = cols;
+    args.squares = lengths ? squares.data() : nullptr;
+    run<AdamArgs>(chosen->kernels->adam, args, lengths ? rows : n, lengths ? cols : 1, limited(threads));
+    write_lengths(squares.data(), rows, 1, lengths, grad_lengths);
+    return 0;
+  });
 }
 
 LOWRANK_API int lowrank_optim_rule(int rule, int64_t n, const f32* grad, f32* moment, f32* out, float first, float second, float third,
@@ -219,12 +248,14 @@ LOWRANK_API int lowrank_optim_rule(int rule, int64_t n, const f32* grad, f32* mo
 }
 
 // coded_adam_direct_ with `out`, coded_adam_dense_ with `weight`, of `count` matrices at once: for each, a row of WORDS integers and
-// addresses and a row of NUMBERS floats, in the order in which they are read here.
+// addresses and a row of NUMBERS floats, in the order in which they are read here. `lengths` as in lowrank_optim_adam.
 LOWRANK_API int lowrank_optim_coded_adam(int64_t count, const int64_t* words, const float* numbers, int threads) {
   return guarded([&] {
-    constexpr int WORDS = 22, NUMBERS = 7;
+    constexpr int WORDS = 24, NUMBERS = 7;
     std::vector<CodedAdamArgs> calls(static_cast<size_t>(count));
     std::vector<Inverse> inverses;
+    std::vector<std::vector<Squares>> squares;
+    std::vector<f32*> lengths, grad_lengths;
     inverses.reserve(calls.size());
     for (CodedAdamArgs& args : calls) {
       const auto at = [&](int i) { return reinterpret_cast<void*>(words[i]); };
@@ -241,10 +272,20 @@ LOWRANK_API int lowrank_optim_coded_adam(int64_t count, const int64_t* words, co
       args.write = {numbers[5], numbers[6], noise_of(words[19] != 0, uint64_t(words[20]), words[21], 0)};
       inverses.emplace_back(args.coding);
       if (inverses.back().failed) return 1;
+      lengths.push_back(static_cast<f32*>(at(22)));
+      grad_lengths.push_back(static_cast<f32*>(at(23)));
+      squares.emplace_back(lengths.back() ? static_cast<size_t>(units_of(args.coding)) : 0);
+      args.squares = lengths.back() ? squares.back().data() : nullptr;
       words += WORDS;
       numbers += NUMBERS;
     }
-    return run_many<CodedAdamArgs>(chosen->kernels->coded_adam, calls, limited(threads));
+    if (run_many<CodedAdamArgs>(chosen->kernels->coded_adam, calls, limited(threads))) return 1;
+    for (size_t k = 0; k < calls.size(); ++k) {
+      const int64_t rows = calls[k].coding.rows;
+      if (!lengths[k]) continue;
+      write_lengths(squares[k].data(), rows, units_of(calls[k].coding) / rows, lengths[k], grad_lengths[k]);
+    }
+    return 0;
   });
 }
 
@@ -281,7 +322,7 @@ LOWRANK_API int lowrank_optim_norms(int64_t count, const int64_t* words, float* 
     for (size_t k = 0; k < calls.size(); ++k) {
       double total = 0.0;
       for (int64_t tile = first[k]; tile < first[k + 1]; ++tile) total += sums[static_cast<size_t>(tile)];
-      norms[k] = total > double(FLT_MAX) ? HUGE_VALF : float(std::sqrt(total));  // as if summed in float32: v would overflow, too
+      norms[k] = root_of(total);
     }
     return 0;
   });

@@ -54,8 +54,7 @@ void adam(const AdamArgs& args, int64_t first, int64_t last) {
   float g_buffer[TILE], w_buffer[TILE], direction[TILE];
   const Adam a = args.adam;
   const Lerp lerp(a.weight1);
-  for (int64_t at = first; at < last; at += TILE) {
-    const int n = smaller(TILE, last - at);
+  const auto tile = [&](int64_t at, int n, Squares* squares) {
     const f32* g = load(args.grad, at, g_buffer, n);
     f32 *m = args.exp_avg + at, *v = args.exp_avg_sq + at;
     EACH(j, n) {
@@ -68,6 +67,20 @@ void adam(const AdamArgs& args, int64_t first, int64_t last) {
       EACH(j, n) out[j] = direction[j];
     } else {
       write(args.weight, at, direction, n, args.write, at, w_buffer);
+    }
+    if (squares) {
+      squares->direction += sum_of_squares(direction, n);
+      squares->grad += sum_of_squares(g, n);
+    }
+  };
+  if (!args.squares) {
+    for (int64_t at = first; at < last; at += TILE) tile(at, smaller(TILE, last - at), nullptr);
+    return;
+  }
+  for (int64_t row = first; row < last; ++row) {
+    args.squares[row] = {};
+    for (int64_t col = 0; col < args.cols; col += TILE) {
+      tile(row * args.cols + col, smaller(TILE, args.cols - col), args.squares + row);
     }
   }
 }
@@ -267,7 +280,7 @@ struct Ahead {
 // while the divisions of this one are under way.
 template <bool both>
 INLINE Coded coded_block(const CodedAdamArgs& args, const Work& work, int64_t element, const int n, const f32* scales,
-                         const f32* inverse, int64_t index, u8* __restrict ratio_code, u8* __restrict root_code, const Coded& before) {
+                         const f32* inverse, int64_t index, u8* __restrict ratio_code, u8* __restrict root_code, Squares* squares, const Coded& before) {
   const Code ratios(args.coding.bits, true), roots(args.coding.bits, false);
   const float ratio_scale = args.ratio_scale[index], root_scale = args.root_scale[index];
   const f32* g = load(args.grad, element, work.grad, n);
@@ -307,6 +320,10 @@ INLINE Coded coded_block(const CodedAdamArgs& args, const Work& work, int64_t el
       part.store(before.root_code + j, roots.stored(moved(y, y, part.load(before.random + j)) + SHIFTER));
     }
   });
+  if (squares) {
+    squares->direction += sum_of_squares(to, n);
+    squares->grad += sum_of_squares(g, n);
+  }
   args.ratio_scale[index] = scale_of(largest(most_ratio));
   args.root_scale[index] = scale_of(largest(most_root));
   if (!direct && !in_place) store(args.weight, element, work.weight, n, args.write.rounding, element);
@@ -330,6 +347,8 @@ void coded_adam(const CodedAdamArgs& args, int64_t first, int64_t last, float* s
     const f32 *scales = columns(c.col_scale, c, unit), *inverse = columns(c.inverse, c, unit);
     const int64_t at = code_at(c, unit);
     u8 *ratio_code = args.ratio + at, *root_code = args.root + at;
+    Squares* squares = args.squares ? args.squares + index : nullptr;
+    if (squares) *squares = {};
     if (c.bits == 4) {
       unpack_nibbles(ratio_code, ratio_levels, unit.n);
       unpack_nibbles(root_code, root_levels, unit.n);
@@ -341,7 +360,7 @@ void coded_adam(const CodedAdamArgs& args, int64_t first, int64_t last, float* s
       const f32 *own = scales ? scales + from : nullptr, *over_own = scales ? inverse + from : nullptr;
       const auto run = [&](auto both, const int size) __attribute__((always_inline)) {
         return coded_block<decltype(both)::value>(args, works[turn], unit.element + from, size, own, over_own, block, ratio_code + from,
-                                       root_code + from, before);
+                                       root_code + from, squares, before);
       };
       if (before.n == USUAL && n == USUAL && before.random && before.ratio_scale > 0.0f && before.root_scale > 0.0f) {
         before = run(std::true_type{}, USUAL);
@@ -529,15 +548,7 @@ void squares(const SquaresArgs& args, int64_t first, int64_t last) {
   float buffer[TILE];
   for (int64_t at = first; at < last; at += TILE) {
     const int n = smaller(TILE, last - at);
-    const f32* x = load(args.x, at, buffer, n);
-    Floats sums[4] = {};
-    over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
-      const Floats value = part.load(x + j);
-      sums[j / LANES % 4] += value * value;
-    });
-    double total = 0.0;
-    for (int k = 0; k < 4 * LANES; ++k) total += double(sums[k / LANES][k % LANES]);
-    args.sums[at / TILE] = total;
+    args.sums[at / TILE] = sum_of_squares(load(args.x, at, buffer, n), n);
   }
 }
 

@@ -158,5 +158,18 @@ INLINE void over(int begin, int end, const Body& body) {
   if (j < end) body(j, First{end - j});
 }
 
+// Σx² of n floats, in 16 parts of float32 whatever the instruction set.
+INLINE double sum_of_squares(const f32* x, int n) {
+  constexpr int PARTS = 16 / LANES;
+  Floats sums[PARTS] = {};
+  over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
+    const Floats value = part.load(x + j);
+    sums[j / LANES % PARTS] += value * value;
+  });
+  double total = 0.0;
+  for (int k = 0; k < 16; ++k) total += double(sums[k / LANES][k % LANES]);
+  return total;
+}
+
 }  // namespace
 }  // namespace lowrank

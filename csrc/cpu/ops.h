@@ -38,6 +38,11 @@ struct Noise {
   uint16_t offset;  // added to the bits of codes: turn times the golden ratio
 };
 
+// Of a row or a unit of one: Σ N² and Σ g².
+struct Squares {
+  double direction, grad;
+};
+
 // m ← lerp(m, g, weight1), v ← beta2 v + weight2 g², N = m / (√v correction + floor)
 struct Adam {
   float weight1, beta2, weight2, correction, floor;
@@ -49,13 +54,15 @@ struct Write {
   Noise rounding;
 };
 
-// adam_direct_ (out) and adam_dense_ (weight); flat tensors.
+// adam_direct_ (out) and adam_dense_ (weight); flat tensors, or, with `squares`, rows of `cols` elements.
 struct AdamArgs {
   ConstRows grad;
   f32 *exp_avg, *exp_avg_sq, *out;
   Rows weight;
   Adam adam;
   Write write;
+  int64_t cols;
+  Squares* squares;
 };
 
 // lion_direct_, sgd_direct_ and rmsprop_direct_; flat tensors of float32.
@@ -85,6 +92,7 @@ struct CodedAdamArgs {
   Adam adam;
   Noise noise;
   Write write;
+  Squares* squares;  // with `out`: one for each unit; may be null
 };
 
 struct QuantizeArgs {
@@ -166,7 +174,7 @@ struct SquaresArgs {
 };
 
 struct Kernels {
-  void (*adam)(const AdamArgs&, int64_t first, int64_t last);  // elements
+  void (*adam)(const AdamArgs&, int64_t first, int64_t last);  // elements, or rows
   void (*rule)(const RuleArgs&, int64_t first, int64_t last);  // elements
   void (*coded_adam)(const CodedAdamArgs&, int64_t first, int64_t last, float* scratch);  // units
   void (*quantize)(const QuantizeArgs&, int64_t first, int64_t last, float* scratch);

@@ -203,6 +203,14 @@ def _adam_direct_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Te
     return reference.adam_direct_(grad, exp_avg, exp_avg_sq, beta1=beta1, beta2=beta2, eps=eps, step=step, ok=ok)
 
 
+@definition("adam_direct_with_norms_")
+def _adam_direct_with_norms_(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    direction: Tensor = _ops.adam_direct_(grad, exp_avg, exp_avg_sq, scalars, ok)
+    return direction, *reference.line_norms(direction, grad)
+
+
 @definition("adam_dense_")
 def _adam_dense_(
     weight: Tensor,

@@ -299,6 +299,24 @@ def adam_direct_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Ten
     return _check_moments(op, grad, scalars, op, ok, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
 
+def _line_norms(grad: Tensor) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], 1))
+
+
+@operation(
+    "adam_direct_with_norms_(Tensor grad, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor scalars, Tensor? ok) -> "
+    "(Tensor, Tensor, Tensor)"
+)
+def adam_direct_with_norms_(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`adam_direct_`, and ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
+    op = "adam_direct_with_norms_"
+    _matrix(op, "grad", grad)
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    return _check_moments(op, grad, scalars, "adam_direct_", ok, **moments), _line_norms(grad), _line_norms(grad)
+
+
 @operation("lion_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor scalars, Tensor? ok) -> Tensor")
 def lion_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor:
     """N = sign(β₁m + (1−β₁)g), m ← β₂m + (1−β₂)g."""
@@ -394,6 +412,35 @@ def coded_adam_direct_(
     _scalars(op, scalars, "adam_direct_")
     _ok(op, ok)
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+@operation(
+    "coded_adam_direct_with_norms_(Tensor grad, Tensor(a!) ratio, Tensor(b!) ratio_scale, Tensor(c!) root, "
+    "Tensor(d!) root_scale, Tensor? col_scale, Tensor scalars, Tensor? noise, Tensor? ok, int bits, int block) -> "
+    "(Tensor, Tensor, Tensor)"
+)
+def coded_adam_direct_with_norms_(
+    grad: Tensor,
+    ratio: Tensor,
+    ratio_scale: Tensor,
+    root: Tensor,
+    root_scale: Tensor,
+    col_scale: Tensor | None,
+    scalars: Tensor,
+    noise: Tensor | None,
+    ok: Tensor | None,
+    bits: int,
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`coded_adam_direct_`, and ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
+    op = "coded_adam_direct_with_norms_"
+    _floating(op, COMPUTE, grad=grad)
+    _matrix(op, "grad", grad)
+    _check_coded(op, grad, (ratio, ratio_scale, root, root_scale), col_scale, noise, bits, block)
+    _scalars(op, scalars, "adam_direct_")
+    _ok(op, ok)
+    direction = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return direction, _line_norms(grad), _line_norms(grad)
 
 
 @operation(

@@ -57,8 +57,13 @@ class Tolerance:
 EXACT = Tolerance()
 TOLERANCE = {
     **dict.fromkeys(("quantize_rows", "dequantize_rows", "pack_basis", "unpack_basis", "stochastic_round_"), EXACT),
-    **dict.fromkeys(("coded_adam_direct_", "coded_adam_dense_"), Tolerance(4e-6, 1e-6, 1e-3)),
-    **dict.fromkeys(("adam_direct_", "sgd_direct_", "rmsprop_direct_", "lion_direct_"), Tolerance(4e-6, 1e-6)),
+    **dict.fromkeys(
+        ("coded_adam_direct_", "coded_adam_direct_with_norms_", "coded_adam_dense_"), Tolerance(4e-6, 1e-6, 1e-3)
+    ),
+    **dict.fromkeys(
+        ("adam_direct_", "adam_direct_with_norms_", "sgd_direct_", "rmsprop_direct_", "lion_direct_"),
+        Tolerance(4e-6, 1e-6),
+    ),
     **dict.fromkeys(("adam_dense_", "apply_dense_"), Tolerance(4e-6, 1e-6, 1e-2)),
     "apply_": Tolerance(1e-5, 3e-6, 1e-2),
     **dict.fromkeys(("project", "project_with_norms"), Tolerance(1e-5, 3e-6)),
@@ -517,11 +522,13 @@ def quick_cases() -> Iterator[Case]:
     yield case("stochastic_round_", stochastic_round, (5, 300), start=2**32 - 700)
     yield case("stochastic_round_", stochastic_round, (5, 300), F16, rounding=False)
     yield case("adam_direct_", adam_direct, (20, 33))
+    yield case("adam_direct_with_norms_", adam_direct, (20, 33))
     yield case("lion_direct_", lion_direct, (20, 33))
     yield case("sgd_direct_", sgd_direct, (20, 33), nesterov=True)
     yield case("rmsprop_direct_", rmsprop_direct, (20, 33))
     for bits in (8, 4):
         yield case("coded_adam_direct_", coded_adam_direct, (2, 20, 301), bits, col_scale="batch")
+        yield case("coded_adam_direct_with_norms_", coded_adam_direct, (2, 20, 301), bits, col_scale="batch")
         yield case("coded_adam_dense_", coded_adam_dense, (20, 301), BF16, BF16, bits, rounding=True)
         yield case("quantize_rows", quantize_rows, (20, 301), bits=bits, signed=False, turn=3)
         yield case("quantize_rows", quantize_rows, (20, 301), BF16, bits, block=64, fill="nonfinite")

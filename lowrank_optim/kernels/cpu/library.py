@@ -36,7 +36,7 @@ _FLAT = (c_void_p, c_int)
 _P, _N = c_void_p, c_int64
 
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    "adam": (_N, *_FLAT, _P, _P, _P, *_FLAT, *_ADAM, *_WRITE),
+    "adam": (_N, _N, *_FLAT, _P, _P, _P, _P, _P, *_FLAT, *_ADAM, *_WRITE),
     "rule": (c_int, _N, _P, _P, _P, c_float, c_float, c_float),
     "coded_adam": (_N, _P, _P),  # rows of words and of numbers, one for each matrix
     "norms": (_N, _P, _P),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.cpu.library import Library
-from lowrank_optim.kernels.reference import row_chunks
+from lowrank_optim.kernels.reference import line_norms, row_chunks
 
 F32 = torch.float32
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,11 +29,13 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """The kernels by the names of their operations."""
     names = (
         "adam_direct_",
+        "adam_direct_with_norms_",
         "adam_dense_",
         "lion_direct_",
         "sgd_direct_",
         "rmsprop_direct_",
         "coded_adam_direct_",
+        "coded_adam_direct_with_norms_",
         "coded_adam_dense_",
         "apply_",
         "apply_dense_",
@@ -78,10 +80,28 @@ class Operations:
         if _off(ok):
             return torch.zeros_like(grad, memory_format=torch.contiguous_format)
         g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
-        moments = (exp_avg.data_ptr(), exp_avg_sq.data_ptr())
-        adam = _adam(*scalars.tolist())
-        self._call("adam", g.numel(), g.data_ptr(), 0, *moments, out.data_ptr(), None, 0, *adam, 1.0, 0.0, *NO_WORDS)
+        self._adam_direct(g, exp_avg, exp_avg_sq, scalars, out, ())
         return out
+
+    def adam_direct_with_norms_(
+        self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor] | Declined:
+        if grad.dtype != F32 or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+            return NotImplemented
+        if grad.numel() == 0 or _off(ok):
+            return _nothing(grad)
+        g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
+        lengths = _lengths(grad)
+        self._adam_direct(g, exp_avg, exp_avg_sq, scalars, out, lengths)
+        return out, *lengths
+
+    def _adam_direct(
+        self, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, out: Tensor, lengths: Sequence[Tensor]
+    ) -> None:
+        cols = g.shape[-1] if g.dim() else 1
+        moments, adam = (exp_avg.data_ptr(), exp_avg_sq.data_ptr()), _adam(*scalars.tolist())
+        results = (out.data_ptr(), *_addresses(lengths))
+        self._call("adam", g.numel(), cols, g.data_ptr(), 0, *moments, *results, None, 0, *adam, 1.0, 0.0, *NO_WORDS)
 
     def adam_dense_(
         self,
@@ -101,10 +121,12 @@ class Operations:
         self._call(
             "adam",
             weight.numel(),
+            weight.numel(),
             *_flat(grad),
             exp_avg.data_ptr(),
             exp_avg_sq.data_ptr(),
             None,
+            *_addresses(()),
             *_flat(weight),
             *_adam(*adam),
             keep,
@@ -152,16 +174,52 @@ class Operations:
         bits: int,
         block: int,
     ) -> Tensor | Declined:
+        found = self._coded_direct(
+            grad, (ratio, ratio_scale, root, root_scale), col_scale, scalars, noise, ok, bits, block
+        )
+        return found if found is NotImplemented else found[0]
+
+    def coded_adam_direct_with_norms_(
+        self,
+        grad: Tensor,
+        ratio: Tensor,
+        ratio_scale: Tensor,
+        root: Tensor,
+        root_scale: Tensor,
+        col_scale: Tensor | None,
+        scalars: Tensor,
+        noise: Tensor | None,
+        ok: Tensor | None,
+        bits: int,
+        block: int,
+    ) -> tuple[Tensor, Tensor, Tensor] | Declined:
+        if grad.dtype == F32 and (grad.numel() == 0 or _off(ok)):
+            return _nothing(grad)
+        lengths, codes = _lengths(grad), (ratio, ratio_scale, root, root_scale)
+        found = self._coded_direct(grad, codes, col_scale, scalars, noise, ok, bits, block, lengths)
+        return found if found is NotImplemented else (*found, *lengths)
+
+    def _coded_direct(
+        self,
+        grad: Tensor,
+        codes: Sequence[Tensor],
+        col_scale: Tensor | None,
+        scalars: Tensor,
+        noise: Tensor | None,
+        ok: Tensor | None,
+        bits: int,
+        block: int,
+        lengths: Sequence[Tensor] = (),
+    ) -> tuple[Tensor] | Declined:
         columns = _columns(col_scale, grad.shape)
         if grad.dtype != F32 or columns is None:
             return NotImplemented
         if _off(ok):
-            return torch.zeros_like(grad, memory_format=torch.contiguous_format)
+            return (torch.zeros_like(grad, memory_format=torch.contiguous_format),)
         g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
-        codes = (ratio, ratio_scale, root, root_scale)
         words = _coded_words(g, codes, bits, block, columns, (out.data_ptr(), 0, 0), noise)
-        self._coded_adam([((*words, *NO_WORDS), (*_adam(*scalars.tolist()), 1.0, 0.0))])
-        return out
+        self._coded_adam([((*words, *NO_WORDS, *_addresses(lengths)), (*_adam(*scalars.tolist()), 1.0, 0.0))])
+        return (out,)
 
     def coded_adam_dense_(self, *args: Any) -> Declined | None:
         return None if self.many_coded_adam_dense_([args]) == [True] else NotImplemented
@@ -176,7 +234,7 @@ class Operations:
                 continue
             *adam, alpha, keep = scalars.tolist()
             words = _coded_words(grad, four, bits, block, columns, (0, *_flat(weight)), noise)
-            rows.append(((*words, *_rounding(rounding)), (*_adam(*adam), keep, alpha)))
+            rows.append(((*words, *_rounding(rounding), *_addresses(())), (*_adam(*adam), keep, alpha)))
             alive.append(columns)  # what may be a copy
         if rows:
             self._coded_adam(rows)
@@ -417,6 +475,24 @@ def _phi(scale: Tensor | None, first_row: int) -> tuple[int | None, int, int]:
         return None, 0, 0
     row, col = (int(size > 1) for size in scale.shape)
     return scale.data_ptr() + 4 * first_row * row, row, col
+
+
+def _nothing(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A direction of zeros, and its and the gradient's norms."""
+    direction = torch.zeros_like(grad, memory_format=torch.contiguous_format)
+    return direction, *line_norms(direction, grad)
+
+
+def _lengths(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
+    above, below = (torch.empty((*grad.shape[:-1], 1), dtype=F32) for _ in range(2))
+    return above, below
+
+
+def _addresses(lengths: Sequence[Tensor]) -> tuple[int, int]:
+    """Of both `_lengths`; 0 where they are not wanted."""
+    above, below = (tensor.data_ptr() for tensor in lengths) if lengths else (0, 0)
+    return above, below
 
 
 def _adam(beta1: float, beta2: float, eps: float, step: float) -> tuple[float, float, float, float, float]:
