@@ -227,7 +227,18 @@ def _gaussian() -> Iterator[Case]:
 
 
 CASES: dict[str, list[Case]] = {}
-MAKERS = (_products, _apply, _dense, _stochastic_round, _direct, _direct_with_norms, _coded_adam, _codes, _bases, _gaussian)
+MAKERS = (
+    _products,
+    _apply,
+    _dense,
+    _stochastic_round,
+    _direct,
+    _direct_with_norms,
+    _coded_adam,
+    _codes,
+    _bases,
+    _gaussian,
+)
 for _cases in MAKERS:
     for _case in _cases():
         CASES.setdefault(_case.op, []).append(_case)
