@@ -63,19 +63,22 @@ def calls_of(op: str) -> list[tuple[Any, ...]]:
     shapes = [(1 + i % 7, 1 + 37 * i % 600) for i in range(70)] + [(0, 5), (2, 3, 40), (300, 300)]
     calls = []
     for i, shape in enumerate(shapes):
-        kind, options = (F32, BF16)[i % 2], {"start": 3 * i, "ok": (None, True, False)[i % 3], "rounding": i % 4 == 1}
-        if op == "adam_dense_":
-            calls.append(made.adam_dense(shape, kind, F32, **options))
-            continue
-        column = (None, "shared")[i // 2 % 2]
-        calls.append(
-            made.coded_adam_dense(shape, kind, F32, (8, 4)[i // 4 % 2], (256, 3)[i % 5 == 0], column, **options)
-        )
+        kind, start, ok, rounding = (F32, BF16)[i % 2], 3 * i, (None, True, False)[i % 3], i % 4 == 1
+        coding = ((8, 4)[i // 4 % 2], (256, 3)[i % 5 == 0], (None, "shared")[i // 2 % 2])
+        layout = "transposed" if i % 7 == 3 and len(shape) == 2 else "plain"
+        if op == "adam_direct_":
+            calls.append(made.adam_direct(shape, ok=ok, layout=layout))
+        elif op == "coded_adam_direct_":
+            calls.append(made.coded_adam_direct(shape, *coding, start=start, ok=ok, layout=layout))
+        elif op == "adam_dense_":
+            calls.append(made.adam_dense(shape, kind, F32, start=start, ok=ok, rounding=rounding))
+        else:
+            calls.append(made.coded_adam_dense(shape, kind, F32, *coding, start=start, ok=ok, rounding=rounding))
     return calls
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, id=f"{name}: many") for name in LOADED if LOADED[name].many])
-@pytest.mark.parametrize("op", ["adam_dense_", "coded_adam_dense_"])
+@pytest.mark.parametrize("op", ["adam_direct_", "adam_dense_", "coded_adam_direct_", "coded_adam_dense_"])
 def test_many_parameters_in_one_launch_come_out_as_one_by_one(name: str, op: str):
     backend = LOADED[name]
     if op not in backend.many:
@@ -93,11 +96,11 @@ def test_many_parameters_in_one_launch_come_out_as_one_by_one(name: str, op: str
         ]
 
     alone, together = there(), there()
-    for call in alone:
-        backend.operations[op](*call)
-    assert all(backend.many[op](together))
-    for one, other in zip(alone, together, strict=True):
-        for a, b in zip(one, other, strict=True):
+    expected = [backend.operations[op](*call) for call in alone]
+    results = backend.many[op](together)
+    for one, other, want, got in zip(alone, together, expected, results, strict=True):
+        assert got is not NotImplemented
+        for a, b in zip((*one, want), (*other, got), strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     assert backend.many[op]([]) == []
 
@@ -119,6 +122,24 @@ def test_what_runs_together_is_sorted_by_kind(forced: str, monkeypatch):
     for call, want, version in zip(calls, expected, before, strict=True):
         torch.testing.assert_close(call[0], want["weight"], rtol=1e-2 if call[0].dtype == BF16 else 1e-6, atol=1e-6)
         assert call[0].numel() == 0 or call[8 + 1] is not None or call[0]._version > version
+
+
+@pytest.mark.parametrize("op", ["adam_direct_", "coded_adam_direct_"])
+def test_results_come_in_the_order_of_the_calls(op: str):
+    """Whatever is left to the definition between them."""
+    calls = calls_of(op)[:9]
+    for at in (0, 4):
+        grad, *others = calls[at]
+        wide = [x.double() if op == "adam_direct_" and i < 2 else x for i, x in enumerate(others)]
+        calls[at] = (grad.double(), *wide)
+    expected = [getattr(torch.ops.lowrank_optim, op)(*clones(call)) for call in calls]
+    before = [call[1]._version for call in calls]
+    results = dispatch.run_many(op, calls)
+    assert [result.dtype for result in results].count(torch.float64) == 2
+    for call, result, want, version in zip(calls, results, expected, before, strict=True):
+        assert torch.equal(result, want)
+        assert call[1]._version > version
+    assert dispatch.run_many(op, []) == []
 
 
 def test_a_mode_sees_every_operation():

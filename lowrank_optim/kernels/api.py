@@ -71,8 +71,16 @@ def adam_direct_(
     ok: Tensor | None = None,
 ) -> Tensor:
     """Adam's moments and direction, see `reference.adam_direct_`."""
-    result: Tensor = _ops.adam_direct_(grad, exp_avg, exp_avg_sq, numbers(beta1, beta2, eps, step), ok)
+    adam: AdamNumbers = {"beta1": beta1, "beta2": beta2, "eps": eps, "step": step}
+    result: Tensor = _ops.adam_direct_(*adam_direct_call(grad, (exp_avg, exp_avg_sq), ok, **adam))
     return result
+
+
+def adam_direct_call(
+    grad: Tensor, moments: tuple[Tensor, Tensor], ok: Tensor | None, **adam: Unpack[AdamNumbers]
+) -> tuple[Any, ...]:
+    """The arguments of the operation `adam_direct_`, for `run_many`."""
+    return grad, *moments, numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"]), ok
 
 
 def adam_dense_(

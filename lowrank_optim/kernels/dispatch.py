@@ -47,8 +47,8 @@ class Loaded:
     devices: the types that it serves.
     operations: by name.
     about: what `lowrank-optim doctor` says of it.
-    many: by name of the operation, functions of a list of its arguments, which say of each whether they did it (`run_many`); and
-        "norm", of a list of contiguous tensors (`norms`).
+    many: by name of the operation, functions of a list of its arguments, which return what it returns for each, NotImplemented
+        where they left it alone (`run_many`); and "norm", of a list of contiguous tensors (`norms`).
     """
 
     devices: frozenset[str]
@@ -110,27 +110,29 @@ def _is_plain(tensors: Iterable[Tensor]) -> bool:
     return all(type(tensor) in _PLAIN for tensor in tensors)
 
 
-def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> None:
-    """An operation that returns nothing, on the arguments of each of `calls`: in one launch for all on a device where a backend can.
+def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What an operation returns for the arguments of each of `calls`: in one launch for all on a device where a backend can.
 
     Nothing that one of them writes may be read by another.
     """
-    left: dict[torch.device | None, list[tuple[Any, ...]]] = {}
-    for args in calls:
+    results: list[Any] = [NotImplemented] * len(calls)
+    left: dict[torch.device | None, list[int]] = {}
+    for i, args in enumerate(calls):
         plain = _is_plain(arg for arg in args if isinstance(arg, Tensor))
-        left.setdefault(args[0].device if plain else None, []).append(args)
+        left.setdefault(args[0].device if plain else None, []).append(i)
     for device, same in left.items():
         for backend in _chain(device.type, os.environ.get(VARIABLE)) if device and len(same) > 1 else ():
             if name in backend.many:
-                for args in same:
-                    schemas.CHECKS[name](*args)
-                done = backend.many[name](same)
-                for args, did in zip(same, done, strict=True):
-                    if did:
-                        _changed(args, _WRITTEN[name])
-                same = [args for args, did in zip(same, done, strict=True) if not did]
-        for args in same:
-            getattr(torch.ops.lowrank_optim, name)(*args)
+                for i in same:
+                    schemas.CHECKS[name](*calls[i])
+                for i, result in zip(same, backend.many[name]([calls[i] for i in same]), strict=True):
+                    if result is not NotImplemented:
+                        _changed(calls[i], _WRITTEN[name])
+                        results[i] = result
+                same = [i for i in same if results[i] is NotImplemented]
+        for i in same:
+            results[i] = getattr(torch.ops.lowrank_optim, name)(*calls[i])
+    return results
 
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:

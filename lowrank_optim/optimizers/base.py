@@ -41,7 +41,7 @@ from lowrank_optim.optimizers.options import (
     projector_option,
 )
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
-from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, moment_steps, own_gap, stagger_offset
+from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, moment_steps, own_gap, stagger_offsets
 from lowrank_optim.projectors import Basis, Projector, Space, Write
 from lowrank_optim.projectors.exact import basis_of, refresh, widen
 from lowrank_optim.quantization import state as coding
@@ -264,9 +264,9 @@ class LowRankOptimizer(Optimizer):
                     for param in group["params"]:
                         self.step_param(param, group, norms.get(param), later)
             finally:  # whatever a later parameter raises, those before it are updated
-                later.run_dense()
-            for step in summed(later.matrices):
-                self._finish(step)
+                later.run()
+                for step in summed(later.matrices):
+                    self._finish(step)
         self._skipped.poll()
         self._end_step()
         return loss
@@ -295,7 +295,7 @@ class LowRankOptimizer(Optimizer):
         """Update one parameter from its gradient: the single entry that `step` and hooks use. No gradient, no change.
 
         `norm`, where it is known already, says whether the gradient is finite; of a sharded parameter, it is that of the whole. What
-        has to wait for other processes is appended to `later`, if that is given.
+        is better done together with other parameters is left to `later`, if that is given.
         """
         if param.grad is None:
             return
@@ -314,9 +314,7 @@ class LowRankOptimizer(Optimizer):
                     self._step_dense(job, grad, norm, later)
                 return
             weight, grad = (matrix_view(tensor, layout.layout) for tensor in (job.weight, grad))
-            step = self._step_low_rank(job, layout.space, weight, grad, None if layout.shards is HERE else norm)
-            if step is not None:
-                self._finish_or_wait(step, later)
+            self._step_low_rank(job, layout.space, weight, grad, None if layout.shards is HERE else norm, later)
 
     @torch.no_grad()
     def project_param(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Basis, Tensor]:
@@ -343,9 +341,7 @@ class LowRankOptimizer(Optimizer):
         with self._job(param, group, layout) as job:
             weight, unused = matrix_view(job.weight, layout.layout), reduced.new_empty(0)
             basis = self.subspace(param, group)
-            step = self._update(job, weight, unused, basis, reduced, None, self._finite(reduced, job))
-            if step is not None:
-                self._finish_or_wait(step, None)
+            self._update(job, weight, unused, basis, reduced, None, self._finite(reduced, job), None)
 
     @contextmanager
     def _job(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Iterator[Job]:
@@ -386,14 +382,16 @@ class LowRankOptimizer(Optimizer):
             move = self._rule.direction(part, moments, job.group, Context(age, age, weight, ok, True, age == 1, shards))
             kernels.apply_dense_(weight, move.matrix, start=start, **vars(self._write(job, move, 1.0, ok)))
 
-    def _step_low_rank(self, job: Job, space: Space, weight: Tensor, grad: Tensor, norm: Tensor | None) -> Later | None:
-        """One matrix in its subspace: refresh, project, direction; what is left to do, if anything."""
+    def _step_low_rank(
+        self, job: Job, space: Space, weight: Tensor, grad: Tensor, norm: Tensor | None, later: Waiting | None
+    ) -> None:
+        """One matrix in its subspace: refresh, project, update."""
         ok: Literal[False] | Tensor | None = None
         if self._residual.feeds_back:
             ok = self._finite(grad if norm is None else norm, job)
             if ok is False:
                 job.state["step"] += 1
-                return None
+                return
             grad = self._residual.absorb(grad, job.state, ok)
         self._refresh_if_due(job, space, grad, ok if isinstance(ok, Tensor) else None)
         basis = self.subspace(job.param, job.group)
@@ -404,7 +402,7 @@ class LowRankOptimizer(Optimizer):
             seen = reduced if shows_all or not self._residual.uses_gradient else grad
             seen = seen if squares is None else squares.sqrt()
             ok = self._finite(seen if norm is None else norm, job)
-        return self._update(job, weight, grad, basis, reduced, squares, ok)
+        self._update(job, weight, grad, basis, reduced, squares, ok, later)
 
     _mask_on_device = False  # tests set it, to run on the CPU what accelerators run
 
@@ -421,11 +419,12 @@ class LowRankOptimizer(Optimizer):
         reduced: Tensor,
         squares: Tensor | None,
         ok: Literal[False] | Tensor | None,
-    ) -> Later | None:
-        """One low-rank matrix from its projected gradient: direction, and the sums that its residual needs."""
+        later: Waiting | None,
+    ) -> None:
+        """One low-rank matrix from its projected gradient: direction, sums that its residual needs, weights; now or with others."""
         job.state["step"] += 1
         if ok is False:
-            return None
+            return
         if ok is not None:
             reduced = torch.where(ok, reduced, 0.0)
             squares = None if squares is None else torch.where(ok, squares, 0.0)
@@ -434,19 +433,23 @@ class LowRankOptimizer(Optimizer):
         fresh = (steps if job.layout.projector.resizes else age) == 1
         shards = job.layout.shards
         context = Context(steps, age, weight, ok, fresh=fresh, shards=shards)
-        move = self._rule.direction(reduced, job.moments, job.group, context)
-        same = isinstance(move.decay, float) and move.decay == move.step
-        unit = 1.0 if same else move.decay / move.step
-        projected, direction = widen(reduced), widen(move.matrix)
-        step = Reduced(grad, projected, squares, direction, move.correction, unit, basis, ok)
-        return Later(job, weight, move, replace(step, sums=self._residual.sums(step, job.group)))
 
-    def _finish_or_wait(self, step: Later, later: Waiting | None) -> None:
-        """Finish a step now, or with others where its sums can go in one message with theirs."""
-        if later is not None and step.waits:
-            later.matrices.append(step)
-            return
-        self._finish(*summed([step]))
+        def go_on(move: Direction) -> None:
+            same = isinstance(move.decay, float) and move.decay == move.step
+            unit = 1.0 if same else move.decay / move.step
+            step = Reduced(grad, widen(reduced), squares, widen(move.matrix), move.correction, unit, basis, ok)
+            half = Later(job, weight, move, replace(step, sums=self._residual.sums(step, job.group)))
+            if later is not None and half.waits:
+                later.matrices.append(half)
+            else:
+                self._finish(*summed([half]))
+
+        seen = (reduced, job.moments, job.group, context)
+        fused = self._rule.fused_direction(*seen) if later is not None and later.takes(job) else None
+        if later is not None and fused is not None:
+            later.directions.append((fused, go_on))
+        else:
+            go_on(self._rule.direction(*seen))
 
     def _finish(self, step: Later) -> None:
         """The second half of a matrix' step: residual and weights."""
@@ -540,11 +543,7 @@ class LowRankOptimizer(Optimizer):
     def _offset(self, param: Tensor) -> int:
         """How many steps before a multiple of its gap this parameter is refreshed."""
         if not self._offsets:
-            low_rank = [(p, g) for g in self.param_groups for p in g["params"] if self._layouts[p].space is not None]
-            for ordinal, (p, group) in enumerate(low_rank):
-                together = group["match_reference"] or not self._layouts[p].projector.staggers
-                staggered = group["stagger"] and not together
-                self._offsets[p] = stagger_offset(ordinal, len(low_rank), group["update_proj_gap"]) if staggered else 0
+            self._offsets = stagger_offsets(self.param_groups, self._layouts)
         return self._offsets[param]
 
     # -------------------------------------------------------------------------------------------------------------- state

@@ -35,6 +35,11 @@ class Job:
         """What is updated: the parameter, or its master copy where the state has one."""
         return self.state.get("master", local(self.param))
 
+    @property
+    def in_place(self) -> bool:
+        """Whether an operation on the moments changes the state itself, so that nothing has to be coded after it."""
+        return not isinstance(self.moments, CodedMoments) or self.moments.codes() is not None
+
     def fit_columns(self, grad: Tensor, rule: Rule, steps: int, ok: Tensor | None) -> None:
         """Measure the column scales of coded moments where that is due, `steps` steps after they began or changed their basis."""
         if not isinstance(self.moments, CodedMoments) or "col_scale" not in self.state or not scale_is_due(steps):

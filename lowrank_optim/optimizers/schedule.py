@@ -1,14 +1,27 @@
 """When a subspace is refreshed: a pure function of the step and the gap, so that nothing else has to be saved."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+
+from lowrank_optim.optimizers.layout import Layout
 
 
 def stagger_offset(ordinal: int, count: int, gap: int) -> int:
     """How many steps before a multiple of the gap the low-rank parameter number `ordinal` of `count` is refreshed: in [0, gap)."""
     return ordinal * gap // max(count, 1)
+
+
+def stagger_offsets(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, Layout]) -> dict[Tensor, int]:
+    """How many steps before a multiple of its gap each low-rank parameter is refreshed; 0 in groups that refresh together."""
+    low_rank = [(param, group) for group in groups for param in group["params"] if layouts[param].space is not None]
+    offsets = {}
+    for ordinal, (param, group) in enumerate(low_rank):
+        together = group["match_reference"] or not layouts[param].projector.staggers
+        staggered = group["stagger"] and not together
+        offsets[param] = stagger_offset(ordinal, len(low_rank), group["update_proj_gap"]) if staggered else 0
+    return offsets
 
 
 def latest_refresh(step: int, gap: int, offset: int) -> int:

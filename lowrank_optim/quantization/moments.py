@@ -139,10 +139,26 @@ def coded_adam_direct_(
 
     The others are those of `encode_moments` and `kernels.adam_direct_`.
     """
-    scalars, noise = kernels.numbers(beta1, beta2, eps, step), kernels.words(key, turn, start)
-    op = torch.ops.lowrank_optim.coded_adam_direct_
-    direction: Tensor = op(grad, *codes, col_scale, scalars, noise, ok, bits, block)
+    adam: kernels.AdamNumbers = {"beta1": beta1, "beta2": beta2, "eps": eps, "step": step}
+    noise = kernels.words(key, turn, start)
+    call = coded_adam_direct_call(grad, codes, bits, block, col_scale, noise, ok, **adam)
+    direction: Tensor = torch.ops.lowrank_optim.coded_adam_direct_(*call)
     return direction
+
+
+def coded_adam_direct_call(
+    grad: Tensor,
+    codes: MomentCodes,
+    bits: int,
+    block: int,
+    col_scale: Tensor | None,
+    noise: Tensor | None,
+    ok: Tensor | None,
+    **adam: Unpack[kernels.AdamNumbers],
+) -> tuple[Any, ...]:
+    """The arguments of the operation `coded_adam_direct_`, for `kernels.run_many`."""
+    scalars = kernels.numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"])
+    return grad, *codes, col_scale, scalars, noise, ok, bits, block
 
 
 def coded_adam_dense_(

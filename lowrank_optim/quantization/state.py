@@ -200,15 +200,13 @@ class CodedMoments(Mapping[str, Tensor]):
             return None
         return MomentCodes(*(self.state[f"{name}{part}"] for name in SIGNED for part in ("", "_scale")))
 
-    def adam_direct_(
+    def adam_direct_call(
         self, grad: Tensor, codes: MomentCodes, turn: int, ok: Tensor | None, **adam: Unpack[kernels.AdamNumbers]
-    ) -> Tensor:
-        """`kernels.adam_direct_` on the codes."""
-        rows, col_scale = grad.reshape(row_shape(self.shape)), self.state.get("col_scale")
-        direction = coded.coded_adam_direct_(
-            rows, codes, self.bits, col_scale=col_scale, key=self.key, turn=turn, start=self.start, ok=ok, **adam
-        )
-        return direction.view(self.shape)
+    ) -> tuple[Any, ...]:
+        """The arguments of `coded_adam_direct_`, `kernels.adam_direct_` on the codes, for the gradient in `row_shape`."""
+        rows, scale = grad.reshape(row_shape(self.shape)), self.state.get("col_scale")
+        noise = kernels.words(self.key, turn, self.start)
+        return coded.coded_adam_direct_call(rows, codes, self.bits, BLOCK, scale, noise, ok, **adam)
 
     def adam_dense_call(
         self,

@@ -2,7 +2,7 @@
 
 from lowrank_optim.rules.adafactor import Adafactor
 from lowrank_optim.rules.adam import Adam, TorchAdam
-from lowrank_optim.rules.base import Context, Direction, FusedDense, Rule, Transport
+from lowrank_optim.rules.base import Context, Direction, FusedDense, FusedDirection, Rule, Transport
 from lowrank_optim.rules.lion import Lion
 from lowrank_optim.rules.rmsprop import RMSprop
 from lowrank_optim.rules.sgd import SGD
@@ -14,6 +14,7 @@ __all__ = [
     "Context",
     "Direction",
     "FusedDense",
+    "FusedDirection",
     "Lion",
     "RMSprop",
     "Rule",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.quantization.state import CodedMoments
-from lowrank_optim.rules.base import Context, Direction, FusedDense, Rule, Transport
+from lowrank_optim.rules.base import Context, Direction, FusedDense, FusedDirection, Rule, Transport
 
 
 def check_betas(betas: Any) -> None:
@@ -47,12 +47,26 @@ class Adam(Rule):
     def direction(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
-        lr, numbers, correction = float(options["lr"]), *self._numbers(options, context)
+        return self._fused(grad, state, options, context).run()
+
+    def fused_direction(
+        self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
+    ) -> FusedDirection | None:
+        return self._fused(grad, state, options, context)
+
+    def _fused(
+        self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
+    ) -> FusedDirection:
+        lr, shape, (numbers, correction) = float(options["lr"]), grad.shape, self._numbers(options, context)
         if isinstance(state, CodedMoments) and (codes := state.codes()) is not None:
-            direction = state.adam_direct_(grad, codes, int(context.age), context.ok, **numbers)
+            op, args = (
+                "coded_adam_direct_",
+                state.adam_direct_call(grad, codes, int(context.age), context.ok, **numbers),
+            )
         else:
-            direction = kernels.adam_direct_(grad, state["exp_avg"], state["exp_avg_sq"], ok=context.ok, **numbers)
-        return Direction(direction, lr, lr, correction)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            op, args = "adam_direct_", kernels.adam_direct_call(grad, moments, context.ok, **numbers)
+        return FusedDirection(op, args, lambda matrix: Direction(matrix.view(shape), lr, lr, correction))
 
     def fused_dense(
         self,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.distributed import HERE, Shards
 
 Transport = Callable[[Tensor, int], Tensor]
@@ -30,6 +31,24 @@ class Direction:
     step: float
     decay: float | Tensor
     correction: float = 1.0
+
+
+@dataclass(frozen=True)
+class FusedDirection:
+    """A rule's direction as one operation, which changes the moments and returns the matrix.
+
+    op: its name.
+    args: its arguments.
+    direction: of its result.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    direction: Callable[[Tensor], Direction]
+
+    def run(self) -> Direction:
+        """The direction, computed now."""
+        return self.direction(*kernels.run_many(self.op, [self.args]))
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,12 @@ class Rule(ABC):
     decays_last: ClassVar[bool] = True
     """Whether the released code decays the weights after the update (`match_reference`)."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "direction" in vars(cls):  # fused operations of a parent compute another one
+            for name in {"fused_direction", "fused_dense"} - vars(cls).keys():
+                setattr(cls, name, getattr(Rule, name))
+
     def options(self) -> dict[str, Any]:
         """Default hyperparameters by name, as they go into the param groups."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
@@ -101,6 +126,12 @@ class Rule(ABC):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         """Update the moments in `state` with `grad`, in place, and return what to apply."""
+
+    def fused_direction(
+        self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
+    ) -> FusedDirection | None:
+        """`direction` as one operation, which can be run together with those of other matrices; None where there is none."""
+        return None
 
     def fused_dense(
         self,

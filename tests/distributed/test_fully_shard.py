@@ -1,5 +1,7 @@
 """fully_shard (FSDP2) and tensor parallelism: every optimizer ends at the weights that one process ends at."""
 
+import itertools
+
 import pytest
 import torch
 from distributed_harness import (
@@ -23,6 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import lowrank_optim as lo
+from lowrank_optim.optimizers import later
 from lowrank_optim.quantization import state as coded
 
 STEPS, GAP = 20, 5
@@ -292,6 +295,44 @@ def count_messages() -> None:
 
 def test_limiters_send_one_message_a_step():
     spawn(2, count_messages)
+
+
+def compare_parts(cases) -> None:
+    """Directions of a few matrices at a time, with larger matrices between: messages have to keep their order."""
+    later.SMALL, later.TOGETHER = 70, 120
+    compare(cases)
+    compare(cases, "tp columns")
+
+
+def test_directions_of_a_few_matrices_at_a_time_agree_with_one_process():
+    spawn(4, compare_parts, [(name, {"proj_type": side}) for name in ("galore", "fira") for side in ("right", "left")])
+
+
+def raise_midway() -> None:
+    """Matrices before the one that raises, on all processes, are updated; those after it are not."""
+    for name, side in itertools.product(("galore", "fira"), ("right", "left")):
+        models = [shard(Model(SHAPES)) for _ in range(2)]
+        both = [build(model, name, proj_type=side, on_nonfinite="raise") for model in models]
+        for model, optimizer in zip(models, both, strict=True):
+            train(model, optimizer, range(2))
+            model(2).backward()
+        before = weights(models[0])
+        bad = models[0].uneven.grad.to_local()
+        if torch.distributed.get_rank() == 0:
+            bad[0, 0] = torch.nan
+        with pytest.raises(RuntimeError, match=r"the gradient of .* holds NaN"):
+            both[0].step()
+        both[1].step()
+        got, expected = weights(models[0]), weights(models[1])
+        for number, key in enumerate(SHAPES):
+            assert torch.equal(got[key], (expected if number < list(SHAPES).index("uneven") else before)[key]), (
+                name,
+                key,
+            )
+
+
+def test_matrices_before_one_that_raises_are_updated():
+    spawn(2, raise_midway)
 
 
 def coded_columns() -> None:

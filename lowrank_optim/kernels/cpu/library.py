@@ -82,8 +82,10 @@ class Library:
 
     def use_openmp(self, runtime: "ctypes.CDLL | None") -> None:
         """Run on the threads of an OpenMP runtime from now on; None: on threads of the library's own."""
-        functions = (runtime.GOMP_parallel, runtime.omp_get_thread_num) if runtime else (None, None)
-        self._handle.lowrank_optim_use_openmp(*(ctypes.cast(function, c_void_p) for function in functions))
+        names = ("GOMP_parallel", "omp_get_thread_num")
+        self._handle.lowrank_optim_use_openmp(
+            *(ctypes.cast(getattr(runtime, name), c_void_p) if runtime else None for name in names)
+        )
 
     def use_simd(self, name: str) -> bool:
         """Use an instruction set from now on; False if the processor or the library does not have it."""

@@ -51,7 +51,12 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
 
 def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """Those that take several tensors in one go (`dispatch.run_many`, `dispatch.norms`)."""
-    return {"coded_adam_dense_": ops.many_coded_adam_dense_, "norm": ops.norms}
+    return {
+        "coded_adam_direct_": ops.many_coded_adam_direct_,
+        "coded_adam_direct_with_norms_": ops.many_coded_adam_direct_with_norms_,
+        "coded_adam_dense_": ops.many_coded_adam_dense_,
+        "norm": ops.norms,
+    }
 
 
 class Operations:
@@ -160,87 +165,71 @@ class Operations:
         self._call("rule", rule, g.numel(), g.data_ptr(), moment.data_ptr(), out.data_ptr(), *three)
         return out
 
-    def coded_adam_direct_(
-        self,
-        grad: Tensor,
-        ratio: Tensor,
-        ratio_scale: Tensor,
-        root: Tensor,
-        root_scale: Tensor,
-        col_scale: Tensor | None,
-        scalars: Tensor,
-        noise: Tensor | None,
-        ok: Tensor | None,
-        bits: int,
-        block: int,
-    ) -> Tensor | Declined:
-        found = self._coded_direct(
-            grad, (ratio, ratio_scale, root, root_scale), col_scale, scalars, noise, ok, bits, block
-        )
-        return found if found is NotImplemented else found[0]
+    def coded_adam_direct_(self, *args: Any) -> Tensor | Declined:
+        return self.many_coded_adam_direct_([args])[0]
 
-    def coded_adam_direct_with_norms_(
-        self,
-        grad: Tensor,
-        ratio: Tensor,
-        ratio_scale: Tensor,
-        root: Tensor,
-        root_scale: Tensor,
-        col_scale: Tensor | None,
-        scalars: Tensor,
-        noise: Tensor | None,
-        ok: Tensor | None,
-        bits: int,
-        block: int,
-    ) -> tuple[Tensor, Tensor, Tensor] | Declined:
-        if grad.dtype == F32 and (grad.numel() == 0 or _off(ok)):
-            return _nothing(grad)
-        lengths, codes = _lengths(grad), (ratio, ratio_scale, root, root_scale)
-        found = self._coded_direct(grad, codes, col_scale, scalars, noise, ok, bits, block, lengths)
-        return found if found is NotImplemented else (*found, *lengths)
+    def coded_adam_direct_with_norms_(self, *args: Any) -> tuple[Tensor, Tensor, Tensor] | Declined:
+        return self.many_coded_adam_direct_with_norms_([args])[0]
 
-    def _coded_direct(
-        self,
-        grad: Tensor,
-        codes: Sequence[Tensor],
-        col_scale: Tensor | None,
-        scalars: Tensor,
-        noise: Tensor | None,
-        ok: Tensor | None,
-        bits: int,
-        block: int,
-        lengths: Sequence[Tensor] = (),
-    ) -> tuple[Tensor] | Declined:
-        columns = _columns(col_scale, grad.shape)
-        if grad.dtype != F32 or columns is None:
-            return NotImplemented
-        if _off(ok):
-            return (torch.zeros_like(grad, memory_format=torch.contiguous_format),)
-        g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
-        words = _coded_words(g, codes, bits, block, columns, (out.data_ptr(), 0, 0), noise)
-        self._coded_adam([((*words, *NO_WORDS, *_addresses(lengths)), (*_adam(*scalars.tolist()), 1.0, 0.0))])
-        return (out,)
+    def many_coded_adam_direct_(self, calls: Sequence[Sequence[Any]]) -> list[Tensor | Declined]:
+        """`coded_adam_direct_` of several gradients in one go."""
+        found = self._coded_directions(calls, lambda grad: ())
+        return [result if result is NotImplemented else result[0] for result in found]
+
+    def many_coded_adam_direct_with_norms_(
+        self, calls: Sequence[Sequence[Any]]
+    ) -> list[tuple[Tensor, Tensor, Tensor] | Declined]:
+        """`coded_adam_direct_with_norms_` of several gradients in one go."""
+        return self._coded_directions(calls, _lengths)
+
+    def _coded_directions(
+        self, calls: Sequence[Sequence[Any]], make_lengths: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> list[tuple[Tensor, ...] | Declined]:
+        """The direction, and its and the gradient's lengths where there is room for them."""
+        results: list[Any] = []
+        rows, alive = [], []
+        for grad, *four, col_scale, scalars, noise, ok, bits, block in calls:
+            columns = _columns(col_scale, grad.shape)
+            if grad.dtype != F32 or columns is None:
+                results.append(NotImplemented)
+                continue
+            lengths = make_lengths(grad)
+            if grad.numel() == 0 or _off(ok):
+                results.append(_nothing(grad)[: 1 + len(lengths)])
+                continue
+            g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
+            words = _coded_words(g, four, bits, block, columns, (out.data_ptr(), 0, 0), noise)
+            rows.append(((*words, *NO_WORDS, *_addresses(lengths)), (*_adam(*scalars.tolist()), 1.0, 0.0)))
+            results.append((out, *lengths))
+            alive.append((g, columns))  # what may be copies
+        self._coded_adam(rows)
+        return results
 
     def coded_adam_dense_(self, *args: Any) -> Declined | None:
-        return None if self.many_coded_adam_dense_([args]) == [True] else NotImplemented
+        return self.many_coded_adam_dense_([args])[0]
 
-    def many_coded_adam_dense_(self, calls: Sequence[Sequence[Any]]) -> list[bool]:
-        """`coded_adam_dense_` of several parameters in one go; False for those that are left to the definition."""
-        done, rows, alive = [], [], []
+    def many_coded_adam_dense_(self, calls: Sequence[Sequence[Any]]) -> list[Declined | None]:
+        """`coded_adam_dense_` of several parameters in one go."""
+        results: list[Any] = []
+        rows, alive = [], []
         for weight, grad, *four, col_scale, scalars, noise, ok, rounding, bits, block in calls:
             columns = _columns(col_scale, grad.shape)
-            done.append(_storable(weight, grad) and columns is not None)
-            if columns is None or not done[-1] or _off(ok):
+            if not _storable(weight, grad) or columns is None:
+                results.append(NotImplemented)
+                continue
+            results.append(None)
+            if _off(ok):
                 continue
             *adam, alpha, keep = scalars.tolist()
             words = _coded_words(grad, four, bits, block, columns, (0, *_flat(weight)), noise)
             rows.append(((*words, *_rounding(rounding), *_addresses(())), (*_adam(*adam), keep, alpha)))
             alive.append(columns)  # what may be a copy
-        if rows:
-            self._coded_adam(rows)
-        return done
+        self._coded_adam(rows)
+        return results
 
     def _coded_adam(self, rows: Sequence[tuple[tuple[int, ...], tuple[float, ...]]]) -> None:
+        if not rows:
+            return
         words = [word for row, _ in rows for word in row]
         numbers = [number for _, row in rows for number in row]
         self._call("coded_adam", len(rows), (c_int64 * len(words))(*words), (c_float * len(numbers))(*numbers))

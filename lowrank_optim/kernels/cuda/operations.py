@@ -98,23 +98,22 @@ def _coding(shape: tuple[int, ...], bits: int, block: int, col_scale: Tensor | N
 # -------------------------------------------------------------------------------------------------------------------- elements
 
 
-def adam_direct_(
-    library: Library, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
-) -> Any:
-    if not _float32(grad) or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
-        return NotImplemented
-    g, out = grad.contiguous(), torch.empty_like(exp_avg)
-    op = AdamElement(
-        g.data_ptr(),
+def adam_direct_(library: Library, *args: Any) -> Any:
+    return many_adam_direct_(library, [args])[0]
+
+
+def _direct(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None, out: Tensor
+) -> AdamElement:
+    return AdamElement(
+        grad.data_ptr(),
         exp_avg.data_ptr(),
         exp_avg_sq.data_ptr(),
         out.data_ptr(),
         ok=_pointer(ok),
-        grad_dtype=TYPES[g.dtype],
+        grad_dtype=TYPES[grad.dtype],
         adam=_adam(*scalars.tolist()),
     )
-    _call(library, grad, "adam", op, ctypes.c_int64(grad.numel()), 1)
-    return out
 
 
 def _rule(library: Library, rule: int, grad: Tensor, moment: Tensor, ok: Tensor | None, *numbers: float) -> Any:
@@ -177,11 +176,7 @@ def _dense(
 
 
 def adam_dense_(library: Library, *args: Any) -> Any:
-    weight, grad, exp_avg, exp_avg_sq, *_ = args
-    if not _covered(weight, grad) or not _float32(exp_avg, exp_avg_sq):
-        return NotImplemented
-    _call(library, weight, "adam", _dense(*args), ctypes.c_int64(weight.numel()), 1)
-    return None
+    return many_adam_dense_(library, [args])[0]
 
 
 def _store(
@@ -381,15 +376,12 @@ class _CodedAdam:
             codes.store()
 
 
-def _launch(library: Library, on: Tensor, steps: list[_CodedAdam]) -> None:
-    if steps:
-        _call(library, on, "coded_adam", (CodedAdamBlock * len(steps))(*(step.op for step in steps)), len(steps))
-        for step in steps:
-            step.store()
+def coded_adam_direct_(library: Library, *args: Any) -> Any:
+    return many_coded_adam_direct_(library, [args])[0]
 
 
-def coded_adam_direct_(
-    library: Library,
+def _coded_direct(
+    out: Tensor,
     grad: Tensor,
     ratio: Tensor,
     ratio_scale: Tensor,
@@ -401,19 +393,13 @@ def coded_adam_direct_(
     ok: Tensor | None,
     bits: int,
     block: int,
-) -> Any:
-    if not _float32(grad, col_scale):
-        return NotImplemented
-    out = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    if grad.numel():
-        codes, adam = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-        step = _CodedAdam(out, None, grad, codes, col_scale, adam, Write(), noise, ok, None, bits, block)
-        _launch(library, grad, [step])
-    return out
+) -> _CodedAdam:
+    codes, adam = (ratio, ratio_scale, root, root_scale), scalars.tolist()
+    return _CodedAdam(out, None, grad, codes, col_scale, adam, Write(), noise, ok, None, bits, block)
 
 
 def coded_adam_dense_(library: Library, *args: Any) -> Any:
-    return None if many_coded_adam_dense_(library, [args]) == [True] else NotImplemented
+    return many_coded_adam_dense_(library, [args])[0]
 
 
 def _coded_dense(
@@ -430,12 +416,7 @@ def _coded_dense(
     rounding: Tensor | None,
     bits: int,
     block: int,
-) -> _CodedAdam | bool:
-    """One parameter's step; whether it is done where there is nothing to do."""
-    if not _covered(weight, grad) or not _float32(col_scale):
-        return False
-    if weight.numel() == 0:
-        return True
+) -> _CodedAdam:
     codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
     write = Write(alpha, keep)
     return _CodedAdam(weight, weight, grad, codes, col_scale, adam, write, noise, ok, rounding, bits, block)
@@ -444,29 +425,78 @@ def _coded_dense(
 # ---------------------------------------------------------------------------------------------------------------- many at once
 
 
-def many_coded_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[bool]:
-    """`coded_adam_dense_` of several parameters of one device: one launch for about twenty of them; False for those left out."""
-    steps = [_coded_dense(*call) for call in calls]
-    if calls:
-        _launch(library, calls[0][0], [step for step in steps if isinstance(step, _CodedAdam)])
-    return [step is not False for step in steps]
+# All tensors of one device: one launch for about thirty of them, twenty where moments are coded.
 
 
-def many_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[bool]:
-    """`adam_dense_` of several parameters of one device: one launch for about thirty of them; False for those left out."""
-    done = [_covered(*call[:2]) and _float32(*call[2:4]) for call in calls]
-    taken = [call for call, did in zip(calls, done, strict=True) if did]
+def _launch(library: Library, on: Tensor, steps: list[AdamElement], sizes: list[int]) -> None:
+    ops, numbers = (AdamElement * len(steps))(*steps), (ctypes.c_int64 * len(sizes))(*sizes)
+    _call(library, on, "adam", ops, numbers, len(steps))
+
+
+def _launch_coded(library: Library, on: Tensor, steps: list[_CodedAdam]) -> None:
+    _call(library, on, "coded_adam", (CodedAdamBlock * len(steps))(*(step.op for step in steps)), len(steps))
+    for step in steps:
+        step.store()
+
+
+def many_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
+    """`adam_direct_` of several gradients."""
+    results: list[Any] = []
+    steps, grads = [], []
+    for grad, exp_avg, exp_avg_sq, scalars, ok in calls:
+        if not _float32(grad) or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+            results.append(NotImplemented)
+            continue
+        grads.append(grad.contiguous())  # what may be a copy lives until the launch
+        results.append(out := torch.empty_like(exp_avg))
+        steps.append(_direct(grads[-1], exp_avg, exp_avg_sq, scalars, ok, out))
+    if steps:
+        _launch(library, grads[0], steps, [grad.numel() for grad in grads])
+    return results
+
+
+def many_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
+    """`adam_dense_` of several parameters."""
+    results = [None if _covered(*call[:2]) and _float32(*call[2:4]) else NotImplemented for call in calls]
+    taken = [call for call, result in zip(calls, results, strict=True) if result is None]
     if taken:
-        ops = (AdamElement * len(taken))(*(_dense(*call) for call in taken))
-        sizes = (ctypes.c_int64 * len(taken))(*(call[0].numel() for call in taken))
-        _call(library, taken[0][0], "adam", ops, sizes, len(taken))
-    return done
+        _launch(library, taken[0][0], [_dense(*call) for call in taken], [call[0].numel() for call in taken])
+    return results
+
+
+def many_coded_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
+    """`coded_adam_direct_` of several gradients."""
+    results: list[Any] = []
+    steps = []
+    for grad, *others in calls:
+        if not _float32(grad, others[4]):  # col_scale
+            results.append(NotImplemented)
+            continue
+        results.append(out := torch.empty_like(grad, memory_format=torch.contiguous_format))
+        if grad.numel():
+            steps.append(_coded_direct(out, grad, *others))
+    if steps:
+        _launch_coded(library, steps[0].grad, steps)
+    return results
+
+
+def many_coded_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
+    """`coded_adam_dense_` of several parameters."""
+    results = [None if _covered(*call[:2]) and _float32(call[6]) else NotImplemented for call in calls]
+    steps = [
+        _coded_dense(*call) for call, result in zip(calls, results, strict=True) if result is None and call[0].numel()
+    ]
+    if steps:
+        _launch_coded(library, steps[0].grad, steps)
+    return results
 
 
 def many(library: Library) -> dict[str, Callable[..., Any]]:
     """What takes several tensors in one launch (`dispatch.run_many`)."""
     return {
+        "adam_direct_": partial(many_adam_direct_, library),
         "adam_dense_": partial(many_adam_dense_, library),
+        "coded_adam_direct_": partial(many_coded_adam_direct_, library),
         "coded_adam_dense_": partial(many_coded_adam_dense_, library),
     }
 
