@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_optim as lo
 from lowrank_optim.kernels import reference as kernels
+from lowrank_optim.optimizers.residuals import residual_from_name
 
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
 RANK, GAP, LR, DECAY, BETAS = 6, 7, 1e-2, 0.1, (0.9, 0.99)
@@ -380,3 +381,47 @@ def test_lion_steps_by_the_sign_of_the_interpolated_momentum():
         param.grad = grad
         optimizer.step()
     torch.testing.assert_close(param.detach(), torch.tensor([-0.1 - 0.1, 0.1 + 0.1, 0.0 - 0.1]))
+
+
+class _Seen(TorchDispatchMode):
+    """The names of the package's operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "lowrank_optim":
+            self.names.append(op._schema.name.split("::")[1])
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("shape", [(96, 40), (40, 96), (3, 50, 40)])
+@pytest.mark.parametrize("residual", ["norm_scaled", "gradient_scaled"])
+def test_norms_of_lines_come_from_the_operation_that_makes_the_direction(residual, shape, bits, monkeypatch):
+    """And are those of float64 norms of the same direction and gradient; rank 1, coded in rows of its own, has none."""
+    monkeypatch.setattr("lowrank_optim.quantization.state.MIN_CODED", 1)
+    steps = []
+    sums = type(residual_from_name(residual)).sums
+    monkeypatch.setattr(
+        type(residual_from_name(residual)),
+        "sums",
+        lambda self, step, options: (steps.append(step), sums(self, step, options))[1],
+    )
+    for rank in (7, 1):
+        weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+        optimizer = lo.LowRankOptimizer(
+            [{"params": [weight], "rank": rank}], rule=lo.Adam(), residual=residual, lr=0.1, state_bits=bits
+        )
+        for number in range(3):
+            weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(2 + number))
+            steps.clear()
+            with _Seen() as seen:
+                optimizer.step()
+            measured = [name for name in seen.names if name.endswith("direct_with_norms_")]
+            assert len(measured) == (0 if bits < 32 and rank == 1 else 1)
+            (step,) = steps
+            for norm, matrix in zip(step.norms, (step.direction, step.projected), strict=True):
+                want = torch.linalg.vector_norm(matrix.double(), dim=-1, keepdim=True)
+                torch.testing.assert_close(norm.double(), want, rtol=1e-6, atol=0.0)

@@ -3,8 +3,7 @@
     W ← (1 − ηλ) W − η (lift(C) + φ ⊙ E)        lift(C) = C Bᵀ (right), B Cᵀ (left), A C Bᵀ (full)
 
 `LowRankOptimizer` composes a rule (moments and direction), a projector (the subspace), a residual (C, φ and E) and the options of
-each param group. It owns
-the life of the state: made with the optimizer, plain tensors only, exact through a checkpoint.
+each param group. It owns the life of the state: made with the optimizer, plain tensors only, exact through a checkpoint.
 """
 
 import math
@@ -431,13 +430,15 @@ class LowRankOptimizer(Optimizer):
         steps, age = moment_steps(job.state, job.group), float(job.state["step"])
         job.fit_columns(reduced, self._rule, int(age) - max(int(job.state["last_refresh"]), 0), ok)
         fresh = (steps if job.layout.projector.resizes else age) == 1
-        shards = job.layout.shards
-        context = Context(steps, age, weight, ok, fresh=fresh, shards=shards)
+        shards, norms = job.layout.shards, self._residual.uses_norms
+        context = Context(steps, age, weight, ok, fresh=fresh, shards=shards, norms=norms)
 
         def go_on(move: Direction) -> None:
-            same = isinstance(move.decay, float) and move.decay == move.step
-            unit = 1.0 if same else move.decay / move.step
-            step = Reduced(grad, widen(reduced), squares, widen(move.matrix), move.correction, unit, basis, ok)
+            projected, direction = widen(reduced), widen(move.matrix)
+            lines = move.norms if projected is reduced else None
+            if norms and lines is None:
+                lines = kernels.line_norms(direction, projected)
+            step = Reduced(grad, projected, squares, direction, move.correction, move.unit, basis, ok, lines)
             half = Later(job, weight, move, replace(step, sums=self._residual.sums(step, job.group)))
             if later is not None and half.waits:
                 later.matrices.append(half)

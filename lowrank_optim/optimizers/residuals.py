@@ -35,9 +35,10 @@ class Reduced:
     squares: ‖g_j‖² of every line, (…, d, 1); None unless asked for.
     direction: N.
     correction: the factor of N that is Adam's bias correction; 1 for other rules.
-    unit: the learning rate as a multiple of the step size that N is applied with: 1, or η where N holds η already (Adafactor).
+    unit: the learning rate as a multiple of the step size that N is applied with (`Direction.unit`).
     basis: the subspace.
     ok: 0-d bool on the device, false where this gradient is to be ignored (R and N are then 0); None means true.
+    norms: ‖N_j‖ and ‖R_j‖ of every line, (…, d, 1); None unless `uses_norms`.
     sums: what `Residual.sums` gave, summed over the processes that share the rows of R; None where it gave nothing.
     """
 
@@ -49,6 +50,7 @@ class Reduced:
     unit: float | Tensor
     basis: Basis
     ok: Tensor | None
+    norms: tuple[Tensor, Tensor] | None = None
     sums: Tensor | None = None
 
 
@@ -233,14 +235,16 @@ class NormScaled(Limited):
 
     def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor:
         assert step.squares is not None
+        assert step.norms is not None
         inside, inner = self._inside(options), row_squares(step.projected)
         outside = step.squares - 2.0 * inside * inner + inside**2 * step.basis.lifted_squares(step.projected)
-        phi = _ratio(*_line_norms(step), options)
+        phi = _ratio(*step.norms, options)
         return (phi.square() * outside.clamp_min(0.0)).double().sum((-2, -1))[None]
 
     def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         assert step.sums is not None
-        phi = _ratio(*_line_norms(step), options)
+        assert step.norms is not None
+        phi = _ratio(*step.norms, options)
         norm = step.sums[0].sqrt().to(phi.dtype)
         phi = phi / _growth(norm / step.correction, state, options, step.ok)
         core = step.direction * float(options["scale"])
@@ -269,7 +273,8 @@ class GradientScaled(Limited):
 
     def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor:
         assert step.squares is not None
-        above, below = _line_norms(step)
+        assert step.norms is not None
+        above, below = step.norms
         if options["scale_type"] == "channel":
             phi = _ratio(above, below, options)
             return (phi.square() * step.squares).double().sum((-2, -1))[None]
@@ -278,10 +283,11 @@ class GradientScaled(Limited):
 
     def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         assert step.sums is not None
+        assert step.norms is not None
         by_line, dtype = options["scale_type"] == "channel", step.projected.dtype
         norms = step.sums.sqrt()
         if by_line:
-            phi = _ratio(*_line_norms(step), options)
+            phi = _ratio(*step.norms, options)
             norm = norms[0].to(dtype)
         else:
             above, below, whole = norms.to(dtype)
@@ -298,13 +304,6 @@ def _uniform(step: Reduced, value: float) -> Tensor:
     )
     scale = scale * step.unit
     return scale if step.ok is None else scale * step.ok
-
-
-def _line_norms(step: Reduced) -> tuple[Tensor, Tensor]:
-    """‖N_j‖ and ‖R_j‖ of every row, (…, d, 1)."""
-    above: Tensor = torch.linalg.vector_norm(step.direction, dim=-1, keepdim=True)
-    below: Tensor = torch.linalg.vector_norm(step.projected, dim=-1, keepdim=True)
-    return above, below
 
 
 def _ratio(above: Tensor, below: Tensor, options: Mapping[str, Any]) -> Tensor:

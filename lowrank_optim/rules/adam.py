@@ -58,15 +58,22 @@ class Adam(Rule):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> FusedDirection:
         lr, shape, (numbers, correction) = float(options["lr"]), grad.shape, self._numbers(options, context)
+        norms = context.norms
         if isinstance(state, CodedMoments) and (codes := state.codes()) is not None:
             op, args = (
                 "coded_adam_direct_",
                 state.adam_direct_call(grad, codes, int(context.age), context.ok, **numbers),
             )
+            norms = norms and args[0].shape == shape  # columns of one element are coded as rows
         else:
             moments = state["exp_avg"], state["exp_avg_sq"]
             op, args = "adam_direct_", kernels.adam_direct_call(grad, moments, context.ok, **numbers)
-        return FusedDirection(op, args, lambda matrix: Direction(matrix.view(shape), lr, lr, correction))
+
+        def direction(result: Any) -> Direction:
+            matrix, *lengths = result if norms else (result,)
+            return Direction(matrix.view(shape), lr, lr, correction, (lengths[0], lengths[1]) if norms else None)
+
+        return FusedDirection(f"{op}with_norms_" if norms else op, args, direction)
 
     def fused_dense(
         self,

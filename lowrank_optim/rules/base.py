@@ -24,18 +24,25 @@ Transport = Callable[[Tensor, int], Tensor]
 class Direction:
     """W ← (1 − decay·λ) W − step·lift(matrix).
 
-    `correction` is the factor that bias correction has in `matrix`, 1 for rules without.
+    correction: the factor that bias correction has in `matrix`, 1 for rules without.
+    norms: of the rows of `matrix` and of the gradient, (…, rows, 1), where the rule's operation has measured them.
     """
 
     matrix: Tensor
     step: float
     decay: float | Tensor
     correction: float = 1.0
+    norms: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def unit(self) -> float | Tensor:
+        """The learning rate as a multiple of the step size: 1, or η where the matrix holds η already (Adafactor)."""
+        return 1.0 if isinstance(self.decay, float) and self.decay == self.step else self.decay / self.step
 
 
 @dataclass(frozen=True)
 class FusedDirection:
-    """A rule's direction as one operation, which changes the moments and returns the matrix.
+    """A rule's direction as one operation, which changes the moments and returns the matrix, and perhaps norms of rows.
 
     op: its name.
     args: its arguments.
@@ -44,7 +51,7 @@ class FusedDirection:
 
     op: str
     args: tuple[Any, ...]
-    direction: Callable[[Tensor], Direction]
+    direction: Callable[[Any], Direction]
 
     def run(self) -> Direction:
         """The direction, computed now."""
@@ -79,6 +86,7 @@ class Context:
     dense: whether the gradient is the parameter's own, and no projection of it.
     fresh: whether the moments were made for this step (reset ones were not).
     shards: where the rest of gradient and weight lies, if this process holds parts of them.
+    norms: whether the norms of the rows of direction and gradient are wanted.
     """
 
     step: float
@@ -88,6 +96,7 @@ class Context:
     dense: bool = False
     fresh: bool = False
     shards: Shards = HERE
+    norms: bool = False
 
 
 class Rule(ABC):

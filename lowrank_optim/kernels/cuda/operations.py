@@ -32,6 +32,7 @@ from lowrank_optim.kernels.cuda.library import (
     UnpackBlock,
     Write,
 )
+from lowrank_optim.kernels.reference import line_norms
 from lowrank_optim.kernels.schemas import coded_shapes
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -491,18 +492,44 @@ def many_coded_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> 
     return results
 
 
+def adam_direct_with_norms_(library: Library, *args: Any) -> Any:
+    return many_adam_direct_with_norms_(library, [args])[0]
+
+
+def many_adam_direct_with_norms_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
+    """`adam_direct_with_norms_` of several gradients: one launch, and two reductions for each."""
+    return _with_norms(calls, many_adam_direct_(library, calls))
+
+
+def coded_adam_direct_with_norms_(library: Library, *args: Any) -> Any:
+    return many_coded_adam_direct_with_norms_(library, [args])[0]
+
+
+def many_coded_adam_direct_with_norms_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
+    """`coded_adam_direct_with_norms_` of several gradients: one launch, and two reductions for each."""
+    return _with_norms(calls, many_coded_adam_direct_(library, calls))
+
+
+def _with_norms(calls: Sequence[Sequence[Any]], directions: list[Any]) -> list[Any]:
+    pairs = zip(directions, calls, strict=True)
+    return [done if done is NotImplemented else (done, *line_norms(done, grad)) for done, (grad, *_) in pairs]
+
+
 def many(library: Library) -> dict[str, Callable[..., Any]]:
     """What takes several tensors in one launch (`dispatch.run_many`)."""
     return {
         "adam_direct_": partial(many_adam_direct_, library),
+        "adam_direct_with_norms_": partial(many_adam_direct_with_norms_, library),
         "adam_dense_": partial(many_adam_dense_, library),
         "coded_adam_direct_": partial(many_coded_adam_direct_, library),
+        "coded_adam_direct_with_norms_": partial(many_coded_adam_direct_with_norms_, library),
         "coded_adam_dense_": partial(many_coded_adam_dense_, library),
     }
 
 
 _OPERATIONS: tuple[Callable[..., Any], ...] = (
     adam_direct_,
+    adam_direct_with_norms_,
     adam_dense_,
     lion_direct_,
     sgd_direct_,
@@ -515,6 +542,7 @@ _OPERATIONS: tuple[Callable[..., Any], ...] = (
     pack_basis,
     unpack_basis,
     coded_adam_direct_,
+    coded_adam_direct_with_norms_,
     coded_adam_dense_,
 )
 
