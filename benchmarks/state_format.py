@@ -223,8 +223,9 @@ class Shadow:
         ]
 
     def fit(self, v: Tensor, old: Tensor | None) -> Tensor:
-        """Root mean squares of the columns of √v, measured anew 1, 2, 4, 8, … steps after a refresh."""
-        new = column_scale(v.double().mean(-2, keepdim=True))
+        """The scale of the columns of √v, measured anew 1, 2, 4, 8, … steps after a refresh."""
+        rows = v.double().sum(-1, keepdim=True)
+        new = column_scale(torch.where(rows > 0, v / rows, 0.0).pow(4).sum(-2, keepdim=True))
         return new if old is None else torch.where(self.since & (self.since - 1) == 0, new, old)
 
     def _moments(self, m: Tensor, v: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor]:

@@ -227,8 +227,8 @@ def test_column_scales_follow_the_moments_at_doubling_steps():
         exact = 0.999 * exact + 0.001 * param.grad.double().square()
         if not torch.equal(before, state["col_scale"]):
             changed.append(step)
-            rms = exact.mean(0, keepdim=True).sqrt()
-            torch.testing.assert_close(state["col_scale"].double(), rms / rms.max(), rtol=0.02, atol=0)
+            root = (exact / exact.sum(1, keepdim=True)).pow(4).sum(0, keepdim=True) ** (1 / 8)
+            torch.testing.assert_close(state["col_scale"].double(), root / root.max(), rtol=0.02, atol=0)
     assert changed == [1, 2, 4, 8, 16]
 
 
@@ -263,6 +263,21 @@ def test_the_direction_of_steep_columns_is_within_three_hundredths():
         plain.step()
         optimizer.step()
     assert (exact - coded).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["galore", "frugal_lion"])
+def test_rows_count_alike_whatever_their_size(name):
+    """A frequent token has larger gradients than a rare one, and columns of its own; rows without a gradient do not count."""
+    scales = []
+    for sizes in (torch.ones(512), torch.logspace(0, -6, 512)):
+        param = nn.Parameter(torch.zeros(512, 96))
+        optimizer = lo.METHODS[name]([{"params": [param], "rank": None}], lr=1e-3, state_bits=8)
+        param.grad = steep(1) * sizes[:, None]
+        param.grad[7] = 0.0
+        optimizer.step()
+        scales.append(optimizer.state[param]["col_scale"].clone())
+    torch.testing.assert_close(*scales, rtol=2.0**-8, atol=0)
+    assert scales[0].min() < 2e-3
 
 
 def test_a_masked_gradient_changes_no_column_scale():

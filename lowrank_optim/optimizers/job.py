@@ -44,9 +44,10 @@ class Job:
         """Measure the column scales of coded moments where that is due, `steps` steps after they began or changed their basis."""
         if not isinstance(self.moments, CodedMoments) or "col_scale" not in self.state or not scale_is_due(steps):
             return
-        squares = self.moments.squares(grad, rule.gradient_share(self.group))
-        squares = self.layout.shards.reduced.sum(squares, -2)
-        self.moments.rescale_(squares, int(self.state["step"]), ok)
+        share, spread = rule.gradient_share(self.group), self.layout.shards.reduced
+        rows = spread.sum(self.moments.row_sums(grad, share), -1)
+        columns = spread.sum(self.moments.column_sums(grad, share, rows), -2)
+        self.moments.rescale_(columns, int(self.state["step"]), ok)
 
     @contextmanager
     def whole(self, grad: Tensor) -> Iterator[tuple["Job", Tensor]]:

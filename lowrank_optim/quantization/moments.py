@@ -284,16 +284,20 @@ def _coded_adam_dense_(
             )
 
 
-def column_scale(mean_square: Tensor) -> Tensor:
-    """The `col_scale` of a matrix from the mean squares of its columns (…, 1, cols), of √v that is v: their roots, relative to the
-    largest one and rounded to bfloat16, so that sums in another order give the same scale.
+def column_scale(sums: Tensor) -> Tensor:
+    """The `col_scale` of a matrix from Σ (v/v̄)⁴ of its columns (…, 1, cols), v̄ the mean, or the sum, of v over the row.
+
+    Eighth roots, relative to the largest one and rounded to bfloat16, so that sums in another order give the same scale.
+
+    The largest √v of a row, in units of the scale, decides how fine its codes are. Rows count alike, frequent tokens and rare ones, and
+    a column counts by the largest values that it has in them: near the scale for which the largest ones of rows are smallest.
 
     Columns of zeros count as 2⁻²⁰ of the largest; where all are zero, or one is not finite, the scale is 1.
 
     Returns:
         float32 (…, 1, cols), positive.
     """
-    root = mean_square.sqrt()
+    root = sums.sqrt().sqrt().sqrt()
     largest = root.amax(-1, keepdim=True) if root.shape[-1] else root.new_ones((*root.shape[:-1], 1))
     unit = torch.where((largest > 0.0) & torch.isfinite(largest), root / largest, 1.0)
     return unit.clamp_min(2.0**-20).to(torch.bfloat16).to(torch.float32)

@@ -126,38 +126,50 @@ class CodedMoments(Mapping[str, Tensor]):
             opened, self._open = self._open, None
             encode_(self.state, opened, self.bits, self.key, step, self.start)
 
-    def squares(self, grad: Tensor, share: float) -> Tensor:
-        """Sums over the local rows of the squares that the moments will have after a step, and the number of rows.
+    def row_sums(self, grad: Tensor, share: float) -> Tensor:
+        """Sums over the local columns of the squares that the moments will have after a step.
 
         Args:
             grad: of the step, of the moments' shape.
             share: `Rule.gradient_share`, how much of a squared gradient goes into a square.
 
         Returns:
-            (…, 1, cols + 1), float64, to be summed over processes that hold other rows.
+            (…, rows, 1), float64, to be summed over processes that hold other columns.
         """
-        name = self._scaled
-        sums = grad.new_zeros((*self.shape[:-2], 1, self.shape[-1] + 1), dtype=torch.float64)
-        sums[..., -1] = self.shape[-2]
-        totals, grads = _stack(sums)[..., :-1], _stack(grad)
-        for part in self._parts():
-            if self._open is not None:
-                value = _stack(self._open[name])[part]
-                kept = value if name == "exp_avg_sq" else value.square()
-            else:
-                kept = self._decoded(part).square()
-            squares = kept.sum(-2, True, dtype=torch.float64) + share * grads[part].double().square().sum(-2, True)
-            totals[part[0]] += squares
+        sums = grad.new_zeros((*self.shape[:-1], 1), dtype=torch.float64)
+        for part, squares in self._squares(grad, share):
+            _stack(sums)[part] = squares.sum(-1, True)
         return sums
 
-    def rescale_(self, squares: Tensor, turn: int, ok: Tensor | None) -> None:
-        """Take the columns' scale from `squares` of all rows, and code what is stored anew, before step number `turn`.
+    def column_sums(self, grad: Tensor, share: float, row_sums: Tensor) -> Tensor:
+        """Sums over the local rows of fourth powers of these squares, those of each row divided by the row's sum.
+
+        Returns:
+            (…, 1, cols), float64, to be summed over processes that hold other rows, for `rescale_`.
+        """
+        sums = grad.new_zeros((*self.shape[:-2], 1, self.shape[-1]), dtype=torch.float64)
+        for part, squares in self._squares(grad, share):
+            whole = _stack(row_sums)[part]
+            _stack(sums)[part[0]] += torch.where(whole > 0.0, squares / whole, whole).pow_(4).sum(-2, True)
+        return sums
+
+    def _squares(self, grad: Tensor, share: float) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        """The squares that the moments will have after a step, in float64, part by part."""
+        name, grads = self._scaled, _stack(grad)
+        for part in self._parts():
+            kept = self._decoded(part) if self._open is None else _stack(self._open[name])[part]
+            is_square = self._open is not None and name == "exp_avg_sq"
+            squares = kept.double() if is_square else kept.double().square_()
+            yield part, squares.add_(grads[part].double().square_(), alpha=share)
+
+    def rescale_(self, column_sums: Tensor, turn: int, ok: Tensor | None) -> None:
+        """Take the columns' scale from `column_sums` of all rows, and code what is stored anew, before step number `turn`.
 
         Args:
             ok: 0-d bool; where it is false, nothing changes. None means true.
         """
         old = self.state["col_scale"]
-        new = coded.column_scale(squares[..., :-1] / squares[..., -1:].clamp_min(1.0))
+        new = coded.column_scale(column_sums)
         new = new if ok is None else torch.where(ok, new, old)
         if self._open is None:
             signed, (rows, cols) = SIGNED[self._scaled], self.shape[-2:]
