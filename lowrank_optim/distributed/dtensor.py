@@ -187,10 +187,15 @@ def place_all(state: Mapping[str, Tensor], shards: Shards, side: str | None, pla
     return {n: t if n in plain else placed(n, t, shards, side) for n, t in state.items()}
 
 
+def as_tensor(value: Any) -> Tensor:
+    """A tensor itself, wherever it lies, or a number's, on the CPU: whatever the default device is."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
 def like(value: Any, template: Tensor, device: torch.device) -> Tensor:
     """A copy of a saved tensor, whole or sharded in any way, with the type and the placements of `template`, on `device`."""
     if not is_sharded(template):
-        value = value.full_tensor() if is_sharded(value) else torch.as_tensor(value)
+        value = value.full_tensor() if is_sharded(value) else as_tensor(value)
         copy: Tensor = value.detach().to(dtype=template.dtype, device=device, copy=True)
         return copy
     spread = MeshSpread(template.device_mesh, tuple(template.placements), tuple(template.shape))  # type: ignore[attr-defined]
@@ -198,5 +203,5 @@ def like(value: Any, template: Tensor, device: torch.device) -> Tensor:
         same = value.device_mesh == spread.mesh
         part = value.redistribute(placements=spread.placements).to_local() if same else spread.part(value.full_tensor())
     else:
-        part = spread.part(torch.as_tensor(value))
+        part = spread.part(as_tensor(value))
     return spread.wrap(part.detach().to(dtype=template.dtype, device=device, copy=True))

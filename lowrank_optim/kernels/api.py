@@ -29,14 +29,14 @@ class AdamNumbers(TypedDict):
 
 def numbers(*values: float) -> Tensor:
     """The `scalars` of an operation."""
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def words(key: int | None, *more: int) -> Tensor | None:
     """The `noise` or `rounding` of an operation; the key's 64 bits as a signed integer. None without a key."""
     if key is None:
         return None
-    return torch.tensor((signed_key(key), *more), dtype=torch.int64)
+    return torch.tensor((signed_key(key), *more), dtype=torch.int64, device="cpu")
 
 
 def key_of(words: Tensor | None) -> tuple[int | None, list[int]]:
@@ -235,7 +235,7 @@ def _adam_dense_(
     for chunk in reference.row_chunks(weight.numel(), 1):
         w, g, m, v = (tensor[chunk] for tensor in flat)
         g = g.to(m.dtype) if ok is None else torch.where(ok, g.to(m.dtype), 0.0)
-        direction = _adam_direct_(g, m, v, torch.tensor(adam, dtype=torch.float64), ok)
+        direction = _adam_direct_(g, m, v, numbers(*adam), ok)
         reference.apply_dense_(w, direction, alpha=alpha, keep=keep, ok=ok, rounding_key=key, start=start + chunk.start)
 
 

@@ -8,6 +8,7 @@ The hash is two rounds of a 32-bit multiply-xorshift mixer. It is meant for sket
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ PURPOSE_LAYERS = 5
 PURPOSE_SKETCH = 6
 
 
+@lru_cache(maxsize=1 << 14)
 def make_key(seed: int, index: int, step: int, purpose: int) -> int:
     """A 64-bit key for one stream of random numbers (splitmix64 over the four integers)."""
     key = 0
@@ -111,7 +113,7 @@ def gaussian(key: int, shape: tuple[int, ...], device: torch.device, dtype: torc
     float32 (but for about one element in 10**8).
     """
     out = torch.empty(shape, dtype=dtype, device=device)
-    torch.ops.lowrank_optim.gaussian_(out, torch.tensor([signed_key(key)], dtype=torch.int64))
+    torch.ops.lowrank_optim.gaussian_(out, torch.tensor([signed_key(key)], dtype=torch.int64, device="cpu"))
     return out
 
 

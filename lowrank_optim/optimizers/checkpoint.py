@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim.distributed.dtensor import like
+from lowrank_optim.distributed.dtensor import as_tensor, like
 from lowrank_optim.layerwise.clipping import MEASURED
 from lowrank_optim.optimizers.options import STRUCTURAL
 
@@ -118,6 +118,6 @@ def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[st
             f"{name}: {field} is {value.dtype} {tuple(value.shape)} in the checkpoint, "
             f"{template.dtype} {tuple(template.shape)} here"
             for field, template in own_state.items()
-            if not _fits(value := torch.as_tensor(saved_state[field]), template)
+            if not _fits(value := as_tensor(saved_state[field]), template)
         ]
     return found

@@ -82,7 +82,7 @@ class SkippedUpdates:
                 f"the gradient of {layout.name} {layout.shape} holds NaN or infinity; the parameter is unchanged "
                 '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
             )
-        self.add(layout.name, torch.ones((), dtype=torch.bool))
+        self.add(layout.name, torch.ones((), dtype=torch.bool, device="cpu"))
         self.warn()
         return False
 
@@ -110,7 +110,7 @@ class SkippedUpdates:
                 self.warn()
         on_device = [count for count in self._counts.values() if count.device.type != "cpu"]
         if on_device and self._pending is None and self._steps % POLL_EVERY == 1:
-            total = torch.empty((), dtype=torch.int64, pin_memory=True)
+            total = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
             total.copy_(torch.stack(on_device).sum(), non_blocking=True)
             event = torch.Event(on_device[0].device)
             event.record()

@@ -405,4 +405,4 @@ class WholeBasis:
         return moment
 
     def overlap(self, old: Self) -> Tensor:
-        return torch.ones(())
+        return torch.ones((), device="cpu")

@@ -89,7 +89,7 @@ class Blocks(Projector):
         return ()
 
     def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
-        return {"turn": torch.zeros((), dtype=torch.int64)}
+        return {"turn": torch.zeros((), dtype=torch.int64, device="cpu")}
 
     def refresh(
         self,

@@ -271,7 +271,7 @@ def _coded_adam_dense_(
             own, element = None if columns is None else columns[i], (i * rows + chunk.start) * cols
             part = None if noise is None else kernels.words(key, turn, start + element)
             direction = _coded_adam_direct_(
-                g.to(torch.float32), *codes, own, torch.tensor(adam, dtype=torch.float64), part, ok, bits, block
+                g.to(torch.float32), *codes, own, kernels.numbers(*adam), part, ok, bits, block
             )
             kernels.apply_dense_(
                 w,
@@ -289,8 +289,8 @@ def column_scale(sums: Tensor) -> Tensor:
 
     Eighth roots, relative to the largest one and rounded to bfloat16, so that sums in another order give the same scale.
 
-    The largest √v of a row, in units of the scale, decides how fine its codes are. Rows count alike, frequent tokens and rare ones, and
-    a column counts by the largest values that it has in them: near the scale for which the largest ones of rows are smallest.
+    The largest √v of a row, in units of the scale, decides how fine its codes are. Rows count alike, frequent tokens and rare ones,
+    and a column counts by its largest values in them: near the scale for which the largest ones of rows are smallest.
 
     Columns of zeros count as 2⁻²⁰ of the largest; where all are zero, or one is not finite, the scale is 1.
 
