@@ -77,6 +77,28 @@ def calls_of(op: str) -> list[tuple[Any, ...]]:
     return calls
 
 
+@pytest.mark.parametrize("name", [pytest.param(name, id=f"{name}: rows at rest") for name in LOADED])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_row_without_gradients_for_long_keeps_no_momentum(name: str, bits: int):
+    """m has become 0, and √v has not: blocks whose ratios have scale 0 among others."""
+    device = device_of(LOADED[name])
+    grad, ratio, ratio_scale, root, *others = made.coded_adam_direct((4, 1024), bits)
+    grad[1::2], ratio[1::2], ratio_scale[1::2] = 0.0, 0, 0.0
+    calls = [
+        [made.to_device(x.clone(), device) for x in (grad, ratio, ratio_scale, root, others[0])] + list(others[1:])
+        for _ in range(2)
+    ]
+    got = LOADED[name].operations["coded_adam_direct_"](*calls[0])
+    want = dispatch._DEFINITIONS["coded_adam_direct_"](*calls[1])
+    torch.testing.assert_close(got, want, rtol=4e-6, atol=1e-6)
+    level = 0 if bits == 8 else 0x88
+    for rows in (calls[0], calls[1]):
+        assert rows[1][1::2].eq(level).all()
+        assert rows[2][1::2].eq(0.0).all()
+        assert rows[2][::2].gt(0.0).all()
+        assert rows[4].gt(0.0).all()
+
+
 @pytest.mark.parametrize("name", [pytest.param(name, id=f"{name}: many") for name in LOADED if LOADED[name].many])
 @pytest.mark.parametrize(
     "op",
