@@ -10,24 +10,24 @@ Nearest rounding freezes v: with β₂ = 0.999 a step changes √v by less than 
 of its block and not its own gradients. Stochastic rounding is right on average, and with a `turn` (see `quantize_rows`) an element
 that shrinks evenly is rounded evenly, which takes a tenth to a sixth off the error.
 
-`col_scale` is measured on √v itself, 1, 2, 4, 8, … steps after moments begin or change their basis: the columns of a projected
-gradient differ by orders of magnitude, and no scale that is taken once, from one gradient, fits them for long.
+`col_scale` is measured on √v itself (`column_scale`), 1, 2, 4, 8, … steps after moments begin or change their basis: the columns of a
+projected gradient differ by orders of magnitude, and no scale that is taken once, from one gradient, fits them for long.
 
 How this was chosen: the small LLaMA of examples/pretraining, rank 32, betas (0.9, 0.999), gap 200, moments in each format beside the
 float32 ones; mean ‖N' − N‖/‖N‖ of the direction after 1,000 steps (benchmarks/state_format.py, results/state_format.json):
 
                                                                    low-rank matrices    embedding and head
-    8 bits   m/√v and √v linear, √v by turns, columns measured           0.021                0.030
-             √v rounded stochastically, independent draws                0.026                0.034
-             √v rounded to nearest                                       0.034                0.059
+    8 bits   m/√v and √v linear, √v by turns, columns measured           0.021                0.029
+             √v rounded stochastically, independent draws                0.026                0.033
+             √v rounded to nearest                                       0.032                0.052
              √v in squares of levels                                     0.033                0.038
              columns: root of the first R's root mean square             0.027                0.034
              without column scale                                        0.049                0.034
              m instead of m/√v, √v to nearest, no column scale           0.129                0.067
              dynamic maps of m and v (bitsandbytes), no column scale     0.161                0.102
-    4 bits   m/√v and √v linear, √v by turns, columns measured           0.262                0.336
-             √v in 16 logarithmic levels                                 0.295                0.324
-             √v rounded to nearest                                       0.401                0.468
+    4 bits   m/√v and √v linear, √v by turns, columns measured           0.260                0.320
+             √v in 16 logarithmic levels                                 0.295                0.319
+             √v rounded to nearest                                       0.408                0.456
              dynamic m, linear v, blocks of 128 (torchao)                0.677                0.587
 
 On one layer of hidden size 1024, rank 256, after 100 steps of small batches, where rows are wide and spectra steep, the error of
