@@ -143,13 +143,18 @@ def tasks(rows: int, cols: int, rank: int) -> list[Task]:
             3 * size * matrix + 2 * factors,
             2 * flops,
         ),
-        Task("adam_direct_", f"{cols}×{rank}", (reduced, core.clone(), core.square(), adam, None), 24 * tall),
     ]
+    for norms in ("", "with_norms_"):
+        moments = (core.clone(), core.square())
+        found.append(Task(f"adam_direct_{norms}", f"{cols}×{rank}", (reduced, *moments, adam, None), 24 * tall))
     for bits in (8, 4):
         coded = codes((cols, rank), bits)
         moved = tall * (8 + 4 * bits / 8)
         args = (reduced, *coded, None, adam, noise, None, bits, 256)
-        found.append(Task("coded_adam_direct_", f"{cols}×{rank} {bits} bits", args, moved))
+        found += [
+            Task(f"coded_adam_direct_{norms}", f"{cols}×{rank} {bits} bits", args, moved)
+            for norms in ("", "with_norms_")
+        ]
     if rank != min(RANKS):
         return found
     found += [

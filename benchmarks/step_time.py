@@ -88,11 +88,7 @@ PEERS: dict[str, Build] = {
 
 def gradients(shapes: list[tuple[int, int]], device: str, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    made: dict[tuple[int, int], Tensor] = {}
-    for shape in shapes:  # equal shapes share one gradient: nothing writes to it
-        if shape not in made:
-            made[shape] = (1e-3 * torch.randn(shape, generator=generator)).to(device, dtype)
-    return [made[shape] for shape in shapes]
+    return [(1e-3 * torch.randn(shape, generator=generator)).to(device, dtype) for shape in shapes]
 
 
 def prepare(build: Build, grads: list[Tensor], rank: int) -> tuple[Callable[[], object], int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_optim.distributed.shards import HERE, MeshShards, Shards
 from lowrank_optim.distributed.spread import WHOLE, MeshSpread, Spread
+from lowrank_optim.kernels.host import host_tensor
 
 SUPPORTED = (
     "supported are Replicate and Shard along dimension 0 of any parameter (fully_shard, also with replicas: HSDP), along both "
@@ -18,9 +19,13 @@ SUPPORTED = (
 )
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""Types that say at once that a tensor is no DTensor; an attribute that is not there takes longer."""
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor."""
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ def place_all(state: Mapping[str, Tensor], shards: Shards, side: str | None, pla
 
 def as_tensor(value: Any) -> Tensor:
     """A tensor itself, wherever it lies, or a number's, on the CPU: whatever the default device is."""
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+    return value if isinstance(value, Tensor) else host_tensor(value, None)
 
 
 def like(value: Any, template: Tensor, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from lowrank_optim.kernels.api import (
     words,
 )
 from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition, norms, run_many
+from lowrank_optim.kernels.host import host_tensor
 from lowrank_optim.kernels.reference import (
     ResidualTerm,
     compute_dtype,
@@ -50,6 +51,7 @@ __all__ = [
     "compute_dtype",
     "decay_",
     "definition",
+    "host_tensor",
     "key_of",
     "line_norms",
     "lion_direct_",

@@ -4,6 +4,7 @@ Equations, shapes and types are those of the definitions in `reference`.
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypedDict
 
 import torch
@@ -13,6 +14,7 @@ from typing_extensions import Unpack
 from lowrank_optim.kernels import reference
 from lowrank_optim.kernels.counter_rng import fill_gaussian_, signed_key, unsigned_key
 from lowrank_optim.kernels.dispatch import definition
+from lowrank_optim.kernels.host import host_tensor
 from lowrank_optim.kernels.reference import ResidualTerm
 
 _ops = torch.ops.lowrank_optim
@@ -28,15 +30,22 @@ class AdamNumbers(TypedDict):
 
 
 def numbers(*values: float) -> Tensor:
-    """The `scalars` of an operation."""
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+    """The `scalars` of an operation, which none changes: parameters of one step share them."""
+    if torch._C._len_torch_dispatch_stack():  # a mode may make tensors of its own
+        return host_tensor(values, torch.float64)
+    return _numbers(values)
+
+
+@lru_cache(maxsize=64)
+def _numbers(values: tuple[float, ...]) -> Tensor:
+    return host_tensor(values, torch.float64)
 
 
 def words(key: int | None, *more: int) -> Tensor | None:
     """The `noise` or `rounding` of an operation; the key's 64 bits as a signed integer. None without a key."""
     if key is None:
         return None
-    return torch.tensor((signed_key(key), *more), dtype=torch.int64, device="cpu")
+    return host_tensor((signed_key(key), *more), torch.int64)
 
 
 def key_of(words: Tensor | None) -> tuple[int | None, list[int]]:

@@ -99,15 +99,17 @@ def _changed(args: Sequence[Any], written: Iterable[int]) -> None:
     increment_version([tensor for i in written if not (tensor := args[i]).is_inference()])
 
 
-def _is_plain(tensors: Iterable[Tensor]) -> bool:
+def _watched() -> bool:
+    """Whether a mode of torch is active (the planner's, say), which wants to see every operation."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def _is_plain(tensors: Iterable[Any]) -> bool:
     """Whether these tensors are in memory for all to see.
 
-    Others (fake ones, quantised weights) have ways of their own, which only the operation itself goes; and where a mode of torch is
-    active (the planner's, say), it wants to see the operation.
+    Others (fake ones, quantised weights) have ways of their own, which only the operation itself goes.
     """
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
-    return all(type(tensor) in _PLAIN for tensor in tensors)
+    return all(type(tensor) in _PLAIN for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -117,9 +119,9 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     """
     results: list[Any] = [NotImplemented] * len(calls)
     left: dict[torch.device | None, list[int]] = {}
+    watched = _watched()
     for i, args in enumerate(calls):
-        plain = _is_plain(arg for arg in args if isinstance(arg, Tensor))
-        left.setdefault(args[0].device if plain else None, []).append(i)
+        left.setdefault(None if watched or not _is_plain(args) else args[0].device, []).append(i)
     for device, same in left.items():
         for backend in _chain(device.type, os.environ.get(VARIABLE)) if device and len(same) > 1 else ():
             if name in backend.many:
@@ -137,14 +139,19 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each tensor, 0-d: in one launch where a backend can."""
-    found: dict[int, Tensor] = {}
-    plain = [i for i, x in enumerate(tensors) if _is_plain([x]) and x.is_contiguous() and x.dtype in _SHORT]
-    for device in {tensors[i].device for i in plain}:
-        same = [i for i in plain if tensors[i].device == device]
-        for backend in _chain(device.type, os.environ.get(VARIABLE)):
-            if "norm" in backend.many and not found.keys() & set(same):
-                found |= dict(zip(same, backend.many["norm"]([tensors[i] for i in same]).unbind(), strict=True))
-    return [found[i] if i in found else reference.norm(x) for i, x in enumerate(tensors)]
+    found: list[Tensor | None] = [None] * len(tensors)
+    together: dict[torch.device, list[int]] = {}
+    if not _watched():
+        for i, x in enumerate(tensors):
+            if type(x) in _PLAIN and x.dtype in _SHORT and x.is_contiguous():
+                together.setdefault(x.device, []).append(i)
+    for device, same in together.items():
+        chain = _chain(device.type, os.environ.get(VARIABLE))
+        measure = next((backend.many["norm"] for backend in chain if "norm" in backend.many), None)
+        if measure is not None:
+            for i, norm in zip(same, measure([tensors[i] for i in same]).unbind(), strict=True):
+                found[i] = norm
+    return [reference.norm(x) if norm is None else norm for x, norm in zip(tensors, found, strict=True)]
 
 
 @cache

@@ -79,15 +79,18 @@ def _floating(op: str, kinds: tuple[torch.dtype, ...] = FLOATS, **tensors: Tenso
 
 
 def _same_device(op: str, **tensors: Tensor | None) -> None:
-    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first = next(iter(there))
-    for name, tensor in there.items():
-        if tensor.device != there[first].device:
-            _refuse(op, f"{name} is on {tensor.device}, {first} on {there[first].device}; needed: one device")
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            _refuse(op, f"{name} is on {tensor.device}, {first} on {device}; needed: one device")
 
 
 def _shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...], why: str) -> None:
-    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+    if tensor is not None and tensor.shape != shape:
         _refuse(op, f"{name} is {_said(tensor)}; needed: {tuple(shape)}, {why}")
 
 
@@ -105,7 +108,7 @@ def _contiguous(op: str, **tensors: Tensor | None) -> None:
 def _host(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype, holds: tuple[str, ...]) -> None:
     if tensor is None:
         return
-    if tensor.dtype != dtype or tuple(tensor.shape) != (len(holds),) or tensor.device.type != "cpu":
+    if tensor.dtype != dtype or tensor.shape != (len(holds),) or not tensor.is_cpu:
         _refuse(op, f"{name} is {_said(tensor)}; needed: ({len(holds)},) {dtype} on cpu, [{', '.join(holds)}]")
 
 
@@ -152,7 +155,7 @@ def _check_codes(
 ) -> None:
     bits, signed, block = coding
     expected, kind = coded_shapes(shape, bits, block), torch.int8 if bits == 8 and signed else torch.uint8
-    if (tuple(codes.shape), tuple(scale.shape)) != expected or codes.dtype != kind or scale.dtype != torch.float32:
+    if (codes.shape, scale.shape) != expected or codes.dtype != kind or scale.dtype != torch.float32:
         raise ValueError(
             f"{name}: codes {tuple(codes.shape)} {codes.dtype} and scale {tuple(scale.shape)} {scale.dtype} do not hold {shape[-1]} "
             f"columns in {bits} bits; expected {expected[0]} {kind} and {expected[1]} {torch.float32}"

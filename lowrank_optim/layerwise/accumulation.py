@@ -31,7 +31,7 @@ PROBES = 8
 def count(state: dict[str, Tensor]) -> int:
     """Count one micro-batch more; returns how many there are now."""
     if "micro_batches" not in state:
-        state["micro_batches"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        state["micro_batches"] = kernels.host_tensor(0, torch.int64)
     state["micro_batches"] += 1
     return int(state["micro_batches"])
 

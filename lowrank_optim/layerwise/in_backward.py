@@ -369,7 +369,7 @@ class UpdateInBackward:
             norms = [self._norms[index] for index in sorted(self._norms)]
             first[MEASURED] = record_norms(norms, first.get(MEASURED))
         if self._scaler is not None:
-            found = torch.zeros((), dtype=torch.bool, device="cpu") if self._found_inf is None else self._found_inf
+            found = kernels.host_tensor(False, torch.bool) if self._found_inf is None else self._found_inf
             self._scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {found.device: found.float()}
         self.restart()
 

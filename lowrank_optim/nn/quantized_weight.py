@@ -162,7 +162,7 @@ def _by_rows(func: Any, weight: QuantizedWeight, *args: Any) -> None:
             if argument.name == "rounding":
                 value = None  # nothing is rounded before it is coded
             elif argument.name == "noise" and value is not None:
-                value = value + torch.tensor([0, 0, first], device="cpu")
+                value = value + kernels.host_tensor([0, 0, first], torch.int64)
             elif isinstance(value, Tensor) and _has_rows(argument.name, value, rows):
                 value = value[chunk]
             parts.append(value)

@@ -169,14 +169,14 @@ class LowRankOptimizer(Optimizer):
         return projector.released() if options["match_reference"] else projector
 
     def _init_state(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
-        state = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+        state = {"step": kernels.host_tensor(0.0, torch.float32)}
         device = param.device
         if layout.space is None:
             return self._placed(layout, state | self._init_moments(param, layout, group, state, device))
-        state["last_refresh"] = torch.full((), -1, dtype=torch.int64, device="cpu")
+        state["last_refresh"] = kernels.host_tensor(-1, torch.int64)
         if group["overlap_threshold"] is not None:
-            state["gap"] = torch.full((), group["update_proj_gap"], dtype=torch.int64, device="cpu")
-            state["overlaps"] = torch.full((group["queue_size"],), -1.0, device="cpu")
+            state["gap"] = kernels.host_tensor(group["update_proj_gap"], torch.int64)
+            state["overlaps"] = kernels.host_tensor([-1.0] * group["queue_size"], torch.float32)
         state |= layout.projector.init(layout.space, self._key(group, layout, 0), device)
         state |= self._residual.init(layout.space, device)
         return self._placed(layout, state | self._init_moments(param, layout, group, state, device))

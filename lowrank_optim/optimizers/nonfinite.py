@@ -82,7 +82,7 @@ class SkippedUpdates:
                 f"the gradient of {layout.name} {layout.shape} holds NaN or infinity; the parameter is unchanged "
                 '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
             )
-        self.add(layout.name, torch.ones((), dtype=torch.bool, device="cpu"))
+        self.add(layout.name, kernels.host_tensor(True, torch.bool))
         self.warn()
         return False
 

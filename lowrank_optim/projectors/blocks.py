@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import choose, derive_key
+from lowrank_optim.kernels.host import host_tensor
 from lowrank_optim.projectors.base import Basis, Place, Projector, Space
 from lowrank_optim.projectors.bases import DenseBasis, WholeBasis
 
@@ -89,7 +90,7 @@ class Blocks(Projector):
         return ()
 
     def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
-        return {"turn": torch.zeros((), dtype=torch.int64, device="cpu")}
+        return {"turn": host_tensor(0, torch.int64)}
 
     def refresh(
         self,

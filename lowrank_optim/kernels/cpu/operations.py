@@ -15,7 +15,7 @@ from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.cpu.library import Library
 from lowrank_optim.kernels.reference import line_norms, row_chunks
 
-F32, CPU = torch.float32, torch.device("cpu")  # whatever the default device is
+F32 = torch.float32
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers of the storage types in csrc/cpu/ops.h."""
 
@@ -237,7 +237,7 @@ class Operations:
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """‖x‖ of contiguous tensors, (count,) float32, summed in float32."""
         words = [word for x in tensors for word in (x.data_ptr(), TYPES[x.dtype], x.numel())]
-        found = torch.empty(len(tensors), dtype=F32, device=CPU)
+        found = tensors[0].new_empty(len(tensors), dtype=F32)
         self._call("norms", len(tensors), (c_int64 * len(words))(*words), found.data_ptr())
         return found
 
@@ -401,7 +401,7 @@ class Operations:
         if dtype not in TYPES or columns is None:
             return NotImplemented
         codes, scale = codes.contiguous(), scale.contiguous()
-        out = torch.empty(shape, dtype=dtype, device=CPU)
+        out = codes.new_empty(shape, dtype=dtype)
         source, rows_per_scale = columns
         pointers = (codes.data_ptr(), scale.data_ptr(), _pointer(source), rows_per_scale)
         self._call("dequantize_rows", *_coding(shape, block, bits), signed, *pointers, *_flat(out))
@@ -428,7 +428,7 @@ class Operations:
         if dtype not in TYPES or scale.dtype != F32 or zero.dtype != F32:
             return NotImplemented
         codes, scale, zero = codes.contiguous(), scale.contiguous(), zero.contiguous()
-        out = torch.empty((*codes.shape[:-1], cols), dtype=dtype, device=CPU)
+        out = codes.new_empty((*codes.shape[:-1], cols), dtype=dtype)
         pointers = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
         self._call("unpack_basis", *_coding(out.shape, group, bits), *pointers, *_flat(out))
         return out
@@ -474,7 +474,7 @@ def _nothing(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _lengths(grad: Tensor) -> tuple[Tensor, Tensor]:
     """Room for ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
-    above, below = (torch.empty((*grad.shape[:-1], 1), dtype=F32, device=CPU) for _ in range(2))
+    above, below = (grad.new_empty((*grad.shape[:-1], 1)) for _ in range(2))
     return above, below
 
 
@@ -537,8 +537,8 @@ def _coded_words(
 
 def _coded(x: Tensor, bits: int, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     *rows, cols = x.shape
-    codes = torch.empty((*rows, cols if bits == 8 else (cols + 1) // 2), dtype=dtype, device=CPU)
-    return codes, torch.empty((*rows, -(-cols // block)), dtype=F32, device=CPU)
+    codes = x.new_empty((*rows, cols if bits == 8 else (cols + 1) // 2), dtype=dtype)
+    return codes, x.new_empty((*rows, -(-cols // block)), dtype=F32)
 
 
 def _columns(col_scale: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int] | None:
