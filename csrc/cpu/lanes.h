@@ -166,9 +166,12 @@ INLINE double sum_of_squares(const f32* x, int n) {
     const Floats value = part.load(x + j);
     sums[j / LANES % PARTS] += value * value;
   });
-  double total = 0.0;
-  for (int k = 0; k < 16; ++k) total += double(sums[k / LANES][k % LANES]);
-  return total;
+  float parts[16];
+  __builtin_memcpy(parts, sums, sizeof parts);
+  for (int half = 8; half > 0; half /= 2) {
+    EACH(k, half) parts[k] += parts[k + half];
+  }
+  return double(parts[0]);
 }
 
 }  // namespace

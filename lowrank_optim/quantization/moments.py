@@ -34,8 +34,8 @@ On one layer of hidden size 1024, rank 256, after 100 steps of small batches, wh
 8 bits is 0.019 in blocks of 256 and 0.015 in blocks of 64; with columns scaled by the first R it is 0.106, without 0.190
 (bitsandbytes' maps: 0.128).
 
-Trained with these moments for 500 steps, the model ends at a validation loss of 1.0023 (8 bits) and 0.9942 (4 bits) times that of
-float32 moments, with betas (0.9, 0.95) at 1.0001 and 0.9884 times.
+Trained with these moments for 500 steps, the model ends at a validation loss of 1.0019 (8 bits) and 0.9990 (4 bits) times that of
+float32 moments, with betas (0.9, 0.95) at 0.9991 and 0.9974 times; means of four seeds, whose own ratios differ by half a percent.
 """
 
 from collections.abc import Mapping
