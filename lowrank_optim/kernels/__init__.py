@@ -24,6 +24,7 @@ from lowrank_optim.kernels.api import (
 )
 from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition, norms, run_many
 from lowrank_optim.kernels.host import host_tensor
+from lowrank_optim.kernels.plain import plain_arithmetic
 from lowrank_optim.kernels.reference import (
     ResidualTerm,
     compute_dtype,
@@ -59,6 +60,7 @@ __all__ = [
     "norm",
     "norms",
     "numbers",
+    "plain_arithmetic",
     "project",
     "project_with_norms",
     "rmsprop_direct_",

@@ -167,8 +167,8 @@ def _chain(device: str, forced: str | None) -> tuple[Loaded, ...]:
         return (backend,)
     there = [name for name in BACKENDS if isinstance(other := _try(name), Loaded) and device in other.devices]
     if backend is None:
-        near = get_close_matches(forced, (*BACKENDS, "reference"), n=1)
-        why = f"there is no such backend{f'; did you mean {near[0]!r}?' if near else ''}"
+        near = get_close_matches(forced.lower(), (*BACKENDS, "reference"), n=1)
+        why = f"there is no such backend{f'; did you mean {near[0]!r}?' if near else '.'}"
     elif isinstance(backend, Unavailable):
         why = str(backend)
     else:

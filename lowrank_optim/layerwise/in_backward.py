@@ -223,7 +223,7 @@ class UpdateInBackward:
         self._norms: dict[int, Tensor] = {}
         self._found_inf: Tensor | None = None
 
-    @torch.no_grad()
+    @kernels.plain_arithmetic
     def on_gradient(self, param: Tensor, number: int) -> None:
         """Take the gradient of a parameter of group `number`, which was just accumulated, and free it."""
         optimizer = self._optimizer()
@@ -350,7 +350,7 @@ class UpdateInBackward:
 
     # ----------------------------------------------------------------------------------------------------- for the optimizer
 
-    @torch.no_grad()
+    @kernels.plain_arithmetic
     def finish_step(self) -> None:
         """End a step: update parameters that got fewer than `accumulate` gradients, and write down the norm."""
         optimizer = self._require_optimizer()

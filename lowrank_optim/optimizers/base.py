@@ -28,7 +28,14 @@ from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.compiling import outside_graph
 from lowrank_optim.optimizers.job import Job
 from lowrank_optim.optimizers.later import Later, Waiting, summed
-from lowrank_optim.optimizers.layout import Layout, check_parts, make_layouts, matrix_view, unknown_parameter
+from lowrank_optim.optimizers.layout import (
+    Layout,
+    check_gradient,
+    check_parts,
+    make_layouts,
+    matrix_view,
+    unknown_parameter,
+)
 from lowrank_optim.optimizers.nonfinite import SkippedUpdates, first_norms
 from lowrank_optim.optimizers.options import (
     DEFAULTS,
@@ -238,20 +245,18 @@ class LowRankOptimizer(Optimizer):
 
     # --------------------------------------------------------------------------------------------------------------- step
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns the closure's value. The closure runs with gradients enabled.
 
         With `lowrank_optim.update_in_backward`, backward has updated them, and only what is left is done here. In a function given
-        to `torch.compile` the step runs outside of the graph.
+        to `torch.compile` the step runs outside of the graph. Autocast changes nothing.
         """
-        return outside_graph(self._step, closure)
+        loss = None if closure is None else outside_graph(torch.enable_grad()(closure))
+        outside_graph(self._step)
+        return loss
 
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    @kernels.plain_arithmetic
+    def _step(self) -> None:
         if self._in_backward is not None:
             self._in_backward.finish_step()
         else:
@@ -268,7 +273,6 @@ class LowRankOptimizer(Optimizer):
                     self._finish(step)
         self._skipped.poll()
         self._end_step()
-        return loss
 
     def _end_step(self) -> None:
         """Called when every parameter has been updated, by `step` or inside backward."""
@@ -283,7 +287,7 @@ class LowRankOptimizer(Optimizer):
         norms = self.param_groups[0].get(MEASURED)
         return None if norms is None or self._in_backward is None else norms[0]
 
-    @torch.no_grad()
+    @kernels.plain_arithmetic
     def step_param(
         self,
         param: Tensor,
@@ -299,11 +303,7 @@ class LowRankOptimizer(Optimizer):
         if param.grad is None:
             return
         layout, grad = self._layout_of(param), local_grad(param)
-        if grad.is_sparse:
-            raise ValueError(
-                f"the gradient of {layout.name} is sparse; make it dense (nn.Embedding(sparse=False)), or give the parameter to "
-                "torch.optim.SparseAdam"
-            )
+        check_gradient(grad, layout)
         with self._job(param, group, layout) as job:
             if layout.space is None:
                 if layout.shards.whole:
@@ -315,7 +315,7 @@ class LowRankOptimizer(Optimizer):
             weight, grad = (matrix_view(tensor, layout.layout) for tensor in (job.weight, grad))
             self._step_low_rank(job, layout.space, weight, grad, None if layout.shards is HERE else norm, later)
 
-    @torch.no_grad()
+    @kernels.plain_arithmetic
     def project_param(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Basis, Tensor]:
         """G, its subspace (the one that stands, or a new one where one is due) and R, for the gradient of a low-rank matrix."""
         layout = self._layout_of(param)
@@ -333,7 +333,7 @@ class LowRankOptimizer(Optimizer):
         state = self.local_state(param)
         return self._basis(self._layouts[param], group, state, int(state["last_refresh"]))
 
-    @torch.no_grad()
+    @kernels.plain_arithmetic
     def step_projected(self, param: Tensor, group: Mapping[str, Any], reduced: Tensor) -> None:
         """Update a low-rank matrix from R alone, in the subspace that stands; for residuals that use no more of the gradient."""
         layout = self._layout_of(param)

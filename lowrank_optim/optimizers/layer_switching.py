@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.distributed.dtensor import local
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, derive_key
 from lowrank_optim.layerwise.layers import describe_layers
@@ -161,7 +162,7 @@ class LayerSwitching(LowRankOptimizer):
         if self._in_backward is not None:
             self._in_backward.refresh_hooks()
 
-    @torch.no_grad()
+    @kernels.plain_arithmetic
     def step_param(
         self,
         param: Tensor,

@@ -183,6 +183,15 @@ def check_parts(layout: Layout, param: Tensor, rule: Rule, residual: Residual, g
         )
 
 
+def check_gradient(grad: Tensor, layout: "Layout") -> None:
+    """Raise ValueError for a gradient that no step can use."""
+    if grad.is_sparse:
+        raise ValueError(
+            f"the gradient of {layout.name} is sparse; make it dense (nn.Embedding(sparse=False)), or give the parameter to "
+            "torch.optim.SparseAdam"
+        )
+
+
 def unknown_parameter(param: Tensor) -> NoReturn:
     """Raise RuntimeError for a parameter that has no layout."""
     raise RuntimeError(

@@ -55,7 +55,7 @@ def _pack_basis(basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, T
     *rows, cols = basis.shape
     top = 2**bits - 1
     if basis.numel() == 0:
-        scale = torch.zeros(scale_shape, device=basis.device)
+        scale = torch.zeros(scale_shape, dtype=torch.float32, device=basis.device)
         codes = basis.to(torch.uint8).contiguous()
         return (codes if bits == 8 else pack_nibbles(codes)), scale, scale.clone()
     width = min(group, cols)

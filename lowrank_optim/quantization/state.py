@@ -61,7 +61,8 @@ def zeros(moments: Mapping[str, Tensor], bits: int, device: torch.device) -> dic
             codes = zero_rows(row_shape(tuple(like.shape)), bits, SIGNED[name], device=device)
             stored[name], stored[f"{name}_scale"] = codes
             if like.dim() in (2, 3) and like.shape[-1] != 1:
-                stored["col_scale"] = torch.ones((*like.shape[:-2], 1, like.shape[-1]), device=device)
+                shape = (*like.shape[:-2], 1, like.shape[-1])
+                stored["col_scale"] = torch.ones(shape, dtype=torch.float32, device=device)
     return stored
 
 
