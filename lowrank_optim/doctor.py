@@ -98,10 +98,11 @@ def _report(name: str, backend: Loaded) -> int:
         error, failures, count = results.get(case.op, (0.0, [], 0))
         found, failure = _compare(backend, case, device)
         results[case.op] = (max(error, found), [*failures, *([failure] if failure else [])], count + 1)
+    width = max(map(len, results), default=0)
     for op, (error, failures, count) in results.items():
         verdict = "FAILED" if failures else "ok"
         cases = "1 case, " if count == 1 else f"{count} cases,"
-        sys.stdout.write(f"  {op:20} {verdict:7} {cases:9} largest error {error:.1e}\n")
+        sys.stdout.write(f"  {op:{width}} {verdict:7} {cases:9} largest error {error:.1e}\n")
         for failure in failures:
             sys.stdout.write(f"    {failure}\n")
     return sum(bool(failures) for _, failures, _ in results.values())
