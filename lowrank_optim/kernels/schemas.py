@@ -422,28 +422,10 @@ def coded_adam_direct_(
     "Tensor(d!) root_scale, Tensor? col_scale, Tensor scalars, Tensor? noise, Tensor? ok, int bits, int block) -> "
     "(Tensor, Tensor, Tensor)"
 )
-def coded_adam_direct_with_norms_(
-    grad: Tensor,
-    ratio: Tensor,
-    ratio_scale: Tensor,
-    root: Tensor,
-    root_scale: Tensor,
-    col_scale: Tensor | None,
-    scalars: Tensor,
-    noise: Tensor | None,
-    ok: Tensor | None,
-    bits: int,
-    block: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def coded_adam_direct_with_norms_(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`coded_adam_direct_`, and ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
-    op = "coded_adam_direct_with_norms_"
-    _floating(op, COMPUTE, grad=grad)
-    _matrix(op, "grad", grad)
-    _check_coded(op, grad, (ratio, ratio_scale, root, root_scale), col_scale, noise, bits, block)
-    _scalars(op, scalars, "adam_direct_")
-    _ok(op, ok)
-    direction = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    return direction, _line_norms(grad), _line_norms(grad)
+    _matrix("coded_adam_direct_with_norms_", "grad", grad)
+    return coded_adam_direct_(grad, *others), _line_norms(grad), _line_norms(grad)
 
 
 @operation(

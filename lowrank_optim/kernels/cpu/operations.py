@@ -11,16 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
+from lowrank_optim.kernels.counter_rng import unsigned_key
+from lowrank_optim.kernels.cpu.arguments import (
+    F32,
+    NO_WORDS,
+    TYPES,
+    adam_numbers,
+    addresses,
+    coded_words,
+    coding_words,
+    columns_of,
+    flat,
+    has_unit_rows,
+    matrices_of,
+    matrix_words,
+    no_direction,
+    noise_words,
+    off,
+    pairs_of,
+    phi_words,
+    pointer,
+    readable,
+    room_for_codes,
+    room_for_lengths,
+    rounding_words,
+    storable,
+)
 from lowrank_optim.kernels.cpu.library import Library
-from lowrank_optim.kernels.reference import line_norms, row_chunks
-
-F32 = torch.float32
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The numbers of the storage types in csrc/cpu/ops.h."""
+from lowrank_optim.kernels.reference import row_chunks
 
 LION, SGD, NESTEROV, RMSPROP = range(4)
-NO_WORDS = (0, 0, 0)
 
 Declined = Any  # NotImplemented
 
@@ -82,7 +102,7 @@ class Operations:
     ) -> Tensor | Declined:
         if grad.dtype != F32 or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
             return NotImplemented
-        if _off(ok):
+        if off(ok):
             return torch.zeros_like(grad, memory_format=torch.contiguous_format)
         g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
         self._adam_direct(g, exp_avg, exp_avg_sq, scalars, out, ())
@@ -93,10 +113,10 @@ class Operations:
     ) -> tuple[Tensor, Tensor, Tensor] | Declined:
         if grad.dtype != F32 or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
             return NotImplemented
-        if grad.numel() == 0 or _off(ok):
-            return _nothing(grad)
+        if grad.numel() == 0 or off(ok):
+            return no_direction(grad)
         g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
-        lengths = _lengths(grad)
+        lengths = room_for_lengths(grad)
         self._adam_direct(g, exp_avg, exp_avg_sq, scalars, out, lengths)
         return out, *lengths
 
@@ -104,8 +124,8 @@ class Operations:
         self, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, out: Tensor, lengths: Sequence[Tensor]
     ) -> None:
         cols = g.shape[-1] if g.dim() else 1
-        moments, adam = (exp_avg.data_ptr(), exp_avg_sq.data_ptr()), _adam(*scalars.tolist())
-        results = (out.data_ptr(), *_addresses(lengths))
+        moments, adam = (exp_avg.data_ptr(), exp_avg_sq.data_ptr()), adam_numbers(*scalars.tolist())
+        results = (out.data_ptr(), *addresses(lengths))
         self._call("adam", g.numel(), cols, g.data_ptr(), 0, *moments, *results, None, 0, *adam, 1.0, 0.0, *NO_WORDS)
 
     def adam_dense_(
@@ -118,25 +138,25 @@ class Operations:
         ok: Tensor | None,
         rounding: Tensor | None,
     ) -> Declined | None:
-        if not _storable(weight, grad) or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
+        if not storable(weight, grad) or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
             return NotImplemented
-        if _off(ok):
+        if off(ok):
             return None
         *adam, alpha, keep = scalars.tolist()
         self._call(
             "adam",
             weight.numel(),
             weight.numel(),
-            *_flat(grad),
+            *flat(grad),
             exp_avg.data_ptr(),
             exp_avg_sq.data_ptr(),
             None,
-            *_addresses(()),
-            *_flat(weight),
-            *_adam(*adam),
+            *addresses(()),
+            *flat(weight),
+            *adam_numbers(*adam),
             keep,
             alpha,
-            *_rounding(rounding),
+            *rounding_words(rounding),
         )
         return None
 
@@ -158,7 +178,7 @@ class Operations:
     def _rule(self, rule: int, grad: Tensor, moment: Tensor, ok: Tensor | None, *numbers: float) -> Tensor | Declined:
         if grad.dtype != F32 or not moment.is_contiguous():
             return NotImplemented
-        if _off(ok):
+        if off(ok):
             return torch.zeros_like(grad, memory_format=torch.contiguous_format)
         g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
         three = (*numbers, 0.0, 0.0)[:3]
@@ -180,7 +200,7 @@ class Operations:
         self, calls: Sequence[Sequence[Any]]
     ) -> list[tuple[Tensor, Tensor, Tensor] | Declined]:
         """`coded_adam_direct_with_norms_` of several gradients in one go."""
-        return self._coded_directions(calls, _lengths)
+        return self._coded_directions(calls, room_for_lengths)
 
     def _coded_directions(
         self, calls: Sequence[Sequence[Any]], make_lengths: Callable[[Tensor], tuple[Tensor, ...]]
@@ -189,17 +209,17 @@ class Operations:
         results: list[Any] = []
         rows, alive = [], []
         for grad, *four, col_scale, scalars, noise, ok, bits, block in calls:
-            columns = _columns(col_scale, grad.shape)
+            columns = columns_of(col_scale, grad.shape)
             if grad.dtype != F32 or columns is None:
                 results.append(NotImplemented)
                 continue
             lengths = make_lengths(grad)
-            if grad.numel() == 0 or _off(ok):
-                results.append(_nothing(grad)[: 1 + len(lengths)])
+            if grad.numel() == 0 or off(ok):
+                results.append(no_direction(grad)[: 1 + len(lengths)])
                 continue
             g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
-            words = _coded_words(g, four, bits, block, columns, (out.data_ptr(), 0, 0), noise)
-            rows.append(((*words, *NO_WORDS, *_addresses(lengths)), (*_adam(*scalars.tolist()), 1.0, 0.0)))
+            words = coded_words(g, four, bits, block, columns, (out.data_ptr(), 0, 0), noise)
+            rows.append(((*words, *NO_WORDS, *addresses(lengths)), (*adam_numbers(*scalars.tolist()), 1.0, 0.0)))
             results.append((out, *lengths))
             alive.append((g, columns))  # what may be copies
         self._coded_adam(rows)
@@ -213,16 +233,16 @@ class Operations:
         results: list[Any] = []
         rows, alive = [], []
         for weight, grad, *four, col_scale, scalars, noise, ok, rounding, bits, block in calls:
-            columns = _columns(col_scale, grad.shape)
-            if not _storable(weight, grad) or columns is None:
+            columns = columns_of(col_scale, grad.shape)
+            if not storable(weight, grad) or columns is None:
                 results.append(NotImplemented)
                 continue
             results.append(None)
-            if _off(ok):
+            if off(ok):
                 continue
             *adam, alpha, keep = scalars.tolist()
-            words = _coded_words(grad, four, bits, block, columns, (0, *_flat(weight)), noise)
-            rows.append(((*words, *_rounding(rounding), *_addresses(())), (*_adam(*adam), keep, alpha)))
+            words = coded_words(grad, four, bits, block, columns, (0, *flat(weight)), noise)
+            rows.append(((*words, *rounding_words(rounding), *addresses(())), (*adam_numbers(*adam), keep, alpha)))
             alive.append(columns)  # what may be a copy
         self._coded_adam(rows)
         return results
@@ -258,24 +278,24 @@ class Operations:
         subtract_right: Tensor | None,
         sign: bool,
     ) -> Declined | None:
-        if not _storable(weight, grad) or left.dtype != F32 or right.dtype != F32 or weight.dim() > 3:
+        if not storable(weight, grad) or left.dtype != F32 or right.dtype != F32 or weight.dim() > 3:
             return NotImplemented
         alpha, number = scalars.tolist()
         factor = number if keep is None else float(keep)
         if weight.dtype == F32 and grad is None:  # the matrix product does it all
-            if not _off(ok):
+            if not off(ok):
                 multiply_add = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
                 multiply_add(left, right, beta=factor, alpha=-alpha)
             return None
         *_, rows, cols = weight.shape
-        weights, grads = _matrices(weight), _matrices(grad)
-        if not all(_unit_rows(matrix) for matrix in (*weights, *grads)):
+        weights, grads = matrices_of(weight), matrices_of(grad)
+        if not all(has_unit_rows(matrix) for matrix in (*weights, *grads)):
             return NotImplemented
-        if _off(ok) or weight.numel() == 0:
+        if off(ok) or weight.numel() == 0:
             return None
-        on, key, start = _rounding(rounding)
-        lefts, rights, phis = _matrices(left), _matrices(right), _matrices(phi)
-        minuends, subtrahends = _matrices(subtract_left), _matrices(subtract_right)
+        on, key, start = rounding_words(rounding)
+        lefts, rights, phis = matrices_of(left), matrices_of(right), matrices_of(phi)
+        minuends, subtrahends = matrices_of(subtract_left), matrices_of(subtract_right)
         buffers: list[Tensor] = []  # of the products, made once: fresh memory costs as much as the pass over it
         for i, w in enumerate(weights):
             g, scale = (grads[i], phis[i].contiguous()) if grad is not None else (None, None)
@@ -294,14 +314,14 @@ class Operations:
                     "update",
                     len(part),
                     cols,
-                    *_matrix(part),
-                    _pointer(product),
+                    *matrix_words(part),
+                    pointer(product),
                     cols,
-                    *_matrix(None if g is None else g[chunk]),
-                    _pointer(subtract),
+                    *matrix_words(None if g is None else g[chunk]),
+                    pointer(subtract),
                     cols,
                     sign,
-                    *_phi(scale, at),
+                    *phi_words(scale, at),
                     1.0 if w.dtype == F32 else factor,
                     alpha,
                     on,
@@ -319,16 +339,16 @@ class Operations:
         ok: Tensor | None,
         rounding: Tensor | None,
     ) -> Declined | None:
-        if not _storable(weight) or direction.dtype != F32:
+        if not storable(weight) or direction.dtype != F32:
             return NotImplemented
-        pairs = _pairs(weight, direction)
+        pairs = pairs_of(weight, direction)
         if pairs is None:
             return NotImplemented
-        if _off(ok):
+        if off(ok):
             return None
         alpha, number = scalars.tolist()
         factor = number if keep is None else float(keep)
-        on, key, start = _rounding(rounding)
+        on, key, start = rounding_words(rounding)
         for rows, cols, w, w_stride, d, d_stride, first in pairs:
             self._call(
                 "update",
@@ -350,12 +370,12 @@ class Operations:
 
     def stochastic_round_(self, target: Tensor, value: Tensor, rounding: Tensor | None) -> Declined | None:
         # Float32 that is rounded to the grid of bfloat16 is left to the definition.
-        if not _storable(target) or value.dtype != F32 or (rounding is not None and target.dtype == F32):
+        if not storable(target) or value.dtype != F32 or (rounding is not None and target.dtype == F32):
             return NotImplemented
-        pairs = _pairs(target, value)
+        pairs = pairs_of(target, value)
         if pairs is None:
             return NotImplemented
-        on, key, start = _rounding(rounding)
+        on, key, start = rounding_words(rounding)
         for rows, cols, t, t_stride, v, v_stride, first in pairs:
             place = (t.data_ptr(), TYPES[t.dtype], t_stride)
             self._call("store", rows, cols, *place, v.data_ptr(), v_stride, on, key, start + first)
@@ -366,22 +386,22 @@ class Operations:
     def quantize_rows(
         self, x: Tensor, col_scale: Tensor | None, noise: Tensor | None, bits: int, signed: bool, block: int
     ) -> tuple[Tensor, Tensor] | Declined:
-        columns = _columns(col_scale, x.shape)
-        if not _storable(x) or columns is None:
+        columns = columns_of(col_scale, x.shape)
+        if not storable(x) or columns is None:
             return NotImplemented
-        x, stride = _readable(x)
-        codes, scale = _coded(x, bits, block, torch.int8 if bits == 8 and signed else torch.uint8)
+        x, stride = readable(x)
+        codes, scale = room_for_codes(x, bits, block, torch.int8 if bits == 8 and signed else torch.uint8)
         source, rows_per_scale = columns
         self._call(
             "quantize_rows",
-            *_coding(x.shape, block, bits),
+            *coding_words(x.shape, block, bits),
             signed,
-            *(*_flat(x), stride),
-            _pointer(source),
+            *(*flat(x), stride),
+            pointer(source),
             rows_per_scale,
             codes.data_ptr(),
             scale.data_ptr(),
-            *_noise(noise),
+            *noise_words(noise),
         )
         return codes, scale
 
@@ -397,27 +417,27 @@ class Operations:
         dtype: torch.dtype,
     ) -> Tensor | Declined:
         shape = torch.Size((*codes.shape[:-1], cols))
-        columns = _columns(col_scale, shape)
+        columns = columns_of(col_scale, shape)
         if dtype not in TYPES or columns is None:
             return NotImplemented
         codes, scale = codes.contiguous(), scale.contiguous()
         out = codes.new_empty(shape, dtype=dtype)
         source, rows_per_scale = columns
-        pointers = (codes.data_ptr(), scale.data_ptr(), _pointer(source), rows_per_scale)
-        self._call("dequantize_rows", *_coding(shape, block, bits), signed, *pointers, *_flat(out))
+        pointers = (codes.data_ptr(), scale.data_ptr(), pointer(source), rows_per_scale)
+        self._call("dequantize_rows", *coding_words(shape, block, bits), signed, *pointers, *flat(out))
         return out
 
     def pack_basis(self, basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor] | Declined:
-        if not _storable(basis):
+        if not storable(basis):
             return NotImplemented
-        basis, stride = _readable(basis)
-        codes, scale = _coded(basis, bits, group, torch.uint8)
+        basis, stride = readable(basis)
+        codes, scale = room_for_codes(basis, bits, group, torch.uint8)
         zero = torch.zeros_like(scale)
         results = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
         self._call(
             "pack_basis",
-            *_coding(basis.shape, group, bits),
-            *(*_flat(basis), stride),
+            *coding_words(basis.shape, group, bits),
+            *(*flat(basis), stride),
             *results,
         )
         return codes, scale, zero
@@ -430,179 +450,5 @@ class Operations:
         codes, scale, zero = codes.contiguous(), scale.contiguous(), zero.contiguous()
         out = codes.new_empty((*codes.shape[:-1], cols), dtype=dtype)
         pointers = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
-        self._call("unpack_basis", *_coding(out.shape, group, bits), *pointers, *_flat(out))
+        self._call("unpack_basis", *coding_words(out.shape, group, bits), *pointers, *flat(out))
         return out
-
-
-# ------------------------------------------------------------------------------------- arguments as the library wants them
-
-
-def _storable(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.dtype in TYPES for tensor in tensors)
-
-
-def _off(ok: Tensor | None) -> bool:
-    return ok is not None and not bool(ok)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _flat(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), TYPES[tensor.dtype]
-
-
-def _matrix(tensor: Tensor | None) -> tuple[int | None, int, int]:
-    """Address, type and row stride."""
-    return (None, 0, 0) if tensor is None else (tensor.data_ptr(), TYPES[tensor.dtype], tensor.stride(0))
-
-
-def _phi(scale: Tensor | None, first_row: int) -> tuple[int | None, int, int]:
-    """Address and strides of a contiguous φ, from a row on."""
-    if scale is None:
-        return None, 0, 0
-    row, col = (int(size > 1) for size in scale.shape)
-    return scale.data_ptr() + 4 * first_row * row, row, col
-
-
-def _nothing(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A direction of zeros, and its and the gradient's norms."""
-    direction = torch.zeros_like(grad, memory_format=torch.contiguous_format)
-    return direction, *line_norms(direction, grad)
-
-
-def _lengths(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
-    above, below = (grad.new_empty((*grad.shape[:-1], 1)) for _ in range(2))
-    return above, below
-
-
-def _addresses(lengths: Sequence[Tensor]) -> tuple[int, int]:
-    """Of both `_lengths`; 0 where they are not wanted."""
-    above, below = (tensor.data_ptr() for tensor in lengths) if lengths else (0, 0)
-    return above, below
-
-
-def _adam(beta1: float, beta2: float, eps: float, step: float) -> tuple[float, float, float, float, float]:
-    """1 − β₁, β₂, 1 − β₂; N = m / (√v·correction + floor)."""
-    bc1, bc2 = 1.0 - beta1**step, 1.0 - beta2**step
-    return 1.0 - beta1, beta2, 1.0 - beta2, bc1 / bc2**0.5, bc1 * eps
-
-
-def _rounding(rounding: Tensor | None) -> tuple[int, int, int]:
-    if rounding is None:
-        return NO_WORDS
-    key, start = rounding.tolist()
-    return 1, key, start
-
-
-def _noise(noise: Tensor | None) -> tuple[int, int, int, int]:
-    if noise is None:
-        return 0, 0, 0, 0
-    key, turn, start = noise.tolist()
-    return 1, key, start, turn_offset(turn)
-
-
-def _coding(shape: torch.Size, block: int, bits: int) -> tuple[int, int, int, int]:
-    """Rows, columns, block and bits."""
-    cols = shape[-1]
-    return (shape.numel() // cols if cols else 0), cols, block, bits
-
-
-def _coded_words(
-    grad: Tensor,
-    codes: Sequence[Tensor],
-    bits: int,
-    block: int,
-    columns: tuple[Tensor | None, int],
-    to: tuple[int, int, int],
-    noise: Tensor | None,
-) -> tuple[int, ...]:
-    """The row of a matrix for the library's coded_adam, but for how weights are rounded.
-
-    `columns` is from `_columns`; `to` the address of the direction, that of the weight and its type.
-    """
-    col_scale, rows_per_scale = columns
-    return (
-        *_coding(grad.shape, block, bits),
-        *_flat(grad),
-        *(tensor.data_ptr() for tensor in codes),
-        _pointer(col_scale) or 0,
-        rows_per_scale,
-        *to,
-        *_noise(noise),
-    )
-
-
-def _coded(x: Tensor, bits: int, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    *rows, cols = x.shape
-    codes = x.new_empty((*rows, cols if bits == 8 else (cols + 1) // 2), dtype=dtype)
-    return codes, x.new_empty((*rows, -(-cols // block)), dtype=F32)
-
-
-def _columns(col_scale: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int] | None:
-    """Contiguous column scales and the number of rows that share them; None for what is not one number per column."""
-    if col_scale is None:
-        return None, 1
-    if col_scale.dtype != F32 or col_scale.dim() > len(shape):
-        return None
-    rows = shape.numel() // max(shape[-1], 1)
-    if col_scale.dim() == 1 or col_scale.numel() == shape[-1]:
-        return col_scale.contiguous(), max(rows, 1)
-    return col_scale.expand(*shape[:-2], 1, shape[-1]).contiguous(), max(shape[-2], 1)
-
-
-def _unit_rows(matrix: Tensor) -> bool:
-    return matrix.shape[1] <= 1 or matrix.stride(1) == 1
-
-
-def _matrices(tensor: Tensor | None) -> list[Tensor]:
-    """The matrices of a stack; none of None."""
-    if tensor is None:
-        return []
-    return [tensor] if tensor.dim() == 2 else list(tensor.unbind())
-
-
-def _collapse(tensor: Tensor) -> tuple[int, int, int] | None:
-    """Rows, columns and row stride of a tensor seen as one matrix with rows of unit stride; None if it is not one."""
-    if tensor.is_contiguous():
-        cols = tensor.shape[-1] if tensor.dim() else 1
-        return (tensor.numel() // cols if cols else 0), cols, cols
-    *sizes, cols = tensor.shape
-    *strides, unit = tensor.stride()
-    if not sizes or (cols > 1 and unit != 1):
-        return None
-    rows, stride = sizes[-1], strides[-1]
-    for size, outer in zip(reversed(sizes[:-1]), reversed(strides[:-1]), strict=True):
-        if size > 1 and rows > 1 and outer != rows * stride:
-            return None
-        stride = outer if rows == 1 else stride
-        rows *= size
-    return rows, cols, stride
-
-
-def _readable(tensor: Tensor) -> tuple[Tensor, int]:
-    """The tensor, or a contiguous copy, as a matrix with rows of unit stride, and its row stride."""
-    view = _collapse(tensor)
-    return (tensor, view[2]) if view is not None else (tensor.contiguous(), tensor.shape[-1])
-
-
-def _pairs(a: Tensor, b: Tensor) -> list[tuple[int, int, Tensor, int, Tensor, int, int]] | None:
-    """Two tensors of one shape as matrices with rows of unit stride: rows, columns, each with its row stride, and the number of the
-    first element; one matrix, or one for each of a stack. None if they are not such.
-    """
-    if a.is_contiguous() and b.is_contiguous():
-        return [(1, a.numel(), a, 0, b, 0, 0)]
-    first, second = _collapse(a), _collapse(b)
-    if first is not None and second is not None:
-        return [(*first[:2], a, first[2], b, second[2], 0)]
-    if a.dim() < 3:
-        return None
-    found = []
-    for i, (x, y) in enumerate(zip(a, b, strict=True)):
-        below = _pairs(x, y)
-        if below is None:
-            return None
-        found += [(*pair[:-1], pair[-1] + i * x.numel()) for pair in below]
-    return found

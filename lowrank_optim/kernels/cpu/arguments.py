@@ -1,0 +1,186 @@
+"""Arguments of operations as the functions of the library want them: addresses, sizes, numbers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.counter_rng import turn_offset
+from lowrank_optim.kernels.reference import line_norms
+
+F32 = torch.float32
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The numbers of the storage types in csrc/cpu/ops.h."""
+
+NO_WORDS = (0, 0, 0)
+
+
+def storable(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype in TYPES for tensor in tensors)
+
+
+def off(ok: Tensor | None) -> bool:
+    return ok is not None and not bool(ok)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def flat(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), TYPES[tensor.dtype]
+
+
+def matrix_words(tensor: Tensor | None) -> tuple[int | None, int, int]:
+    """Address, type and row stride."""
+    return (None, 0, 0) if tensor is None else (tensor.data_ptr(), TYPES[tensor.dtype], tensor.stride(0))
+
+
+def phi_words(scale: Tensor | None, first_row: int) -> tuple[int | None, int, int]:
+    """Address and strides of a contiguous φ, from a row on."""
+    if scale is None:
+        return None, 0, 0
+    row, col = (int(size > 1) for size in scale.shape)
+    return scale.data_ptr() + 4 * first_row * row, row, col
+
+
+def no_direction(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A direction of zeros, and its and the gradient's norms."""
+    direction = torch.zeros_like(grad, memory_format=torch.contiguous_format)
+    return direction, *line_norms(direction, grad)
+
+
+def room_for_lengths(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
+    above, below = (grad.new_empty((*grad.shape[:-1], 1)) for _ in range(2))
+    return above, below
+
+
+def addresses(lengths: Sequence[Tensor]) -> tuple[int, int]:
+    """Of both `room_for_lengths`; 0 where they are not wanted."""
+    above, below = (tensor.data_ptr() for tensor in lengths) if lengths else (0, 0)
+    return above, below
+
+
+def adam_numbers(beta1: float, beta2: float, eps: float, step: float) -> tuple[float, float, float, float, float]:
+    """1 − β₁, β₂, 1 − β₂; N = m / (√v·correction + floor)."""
+    bc1, bc2 = 1.0 - beta1**step, 1.0 - beta2**step
+    return 1.0 - beta1, beta2, 1.0 - beta2, bc1 / bc2**0.5, bc1 * eps
+
+
+def rounding_words(rounding: Tensor | None) -> tuple[int, int, int]:
+    if rounding is None:
+        return NO_WORDS
+    key, start = rounding.tolist()
+    return 1, key, start
+
+
+def noise_words(noise: Tensor | None) -> tuple[int, int, int, int]:
+    if noise is None:
+        return 0, 0, 0, 0
+    key, turn, start = noise.tolist()
+    return 1, key, start, turn_offset(turn)
+
+
+def coding_words(shape: torch.Size, block: int, bits: int) -> tuple[int, int, int, int]:
+    """Rows, columns, block and bits."""
+    cols = shape[-1]
+    return (shape.numel() // cols if cols else 0), cols, block, bits
+
+
+def coded_words(
+    grad: Tensor,
+    codes: Sequence[Tensor],
+    bits: int,
+    block: int,
+    columns: tuple[Tensor | None, int],
+    to: tuple[int, int, int],
+    noise: Tensor | None,
+) -> tuple[int, ...]:
+    """The row of a matrix for the library's coded_adam, but for how weights are rounded.
+
+    `columns` is from `columns_of`; `to` the address of the direction, that of the weight and its type.
+    """
+    col_scale, rows_per_scale = columns
+    return (
+        *coding_words(grad.shape, block, bits),
+        *flat(grad),
+        *(tensor.data_ptr() for tensor in codes),
+        pointer(col_scale) or 0,
+        rows_per_scale,
+        *to,
+        *noise_words(noise),
+    )
+
+
+def room_for_codes(x: Tensor, bits: int, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    *rows, cols = x.shape
+    codes = x.new_empty((*rows, cols if bits == 8 else (cols + 1) // 2), dtype=dtype)
+    return codes, x.new_empty((*rows, -(-cols // block)), dtype=F32)
+
+
+def columns_of(col_scale: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int] | None:
+    """Contiguous column scales and the number of rows that share them; None for what is not one number per column."""
+    if col_scale is None:
+        return None, 1
+    if col_scale.dtype != F32 or col_scale.dim() > len(shape):
+        return None
+    rows = shape.numel() // max(shape[-1], 1)
+    if col_scale.dim() == 1 or col_scale.numel() == shape[-1]:
+        return col_scale.contiguous(), max(rows, 1)
+    return col_scale.expand(*shape[:-2], 1, shape[-1]).contiguous(), max(shape[-2], 1)
+
+
+def has_unit_rows(matrix: Tensor) -> bool:
+    return matrix.shape[1] <= 1 or matrix.stride(1) == 1
+
+
+def matrices_of(tensor: Tensor | None) -> list[Tensor]:
+    """The matrices of a stack; none of None."""
+    if tensor is None:
+        return []
+    return [tensor] if tensor.dim() == 2 else list(tensor.unbind())
+
+
+def collapsed(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Rows, columns and row stride of a tensor seen as one matrix with rows of unit stride; None if it is not one."""
+    if tensor.is_contiguous():
+        cols = tensor.shape[-1] if tensor.dim() else 1
+        return (tensor.numel() // cols if cols else 0), cols, cols
+    *sizes, cols = tensor.shape
+    *strides, unit = tensor.stride()
+    if not sizes or (cols > 1 and unit != 1):
+        return None
+    rows, stride = sizes[-1], strides[-1]
+    for size, outer in zip(reversed(sizes[:-1]), reversed(strides[:-1]), strict=True):
+        if size > 1 and rows > 1 and outer != rows * stride:
+            return None
+        stride = outer if rows == 1 else stride
+        rows *= size
+    return rows, cols, stride
+
+
+def readable(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor, or a contiguous copy, as a matrix with rows of unit stride, and its row stride."""
+    view = collapsed(tensor)
+    return (tensor, view[2]) if view is not None else (tensor.contiguous(), tensor.shape[-1])
+
+
+def pairs_of(a: Tensor, b: Tensor) -> list[tuple[int, int, Tensor, int, Tensor, int, int]] | None:
+    """Two tensors of one shape as matrices with rows of unit stride: rows, columns, each with its row stride, and the number of the
+    first element; one matrix, or one for each of a stack. None if they are not such.
+    """
+    if a.is_contiguous() and b.is_contiguous():
+        return [(1, a.numel(), a, 0, b, 0, 0)]
+    first, second = collapsed(a), collapsed(b)
+    if first is not None and second is not None:
+        return [(*first[:2], a, first[2], b, second[2], 0)]
+    if a.dim() < 3:
+        return None
+    found = []
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        below = pairs_of(x, y)
+        if below is None:
+            return None
+        found += [(*pair[:-1], pair[-1] + i * x.numel()) for pair in below]
+    return found
