@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
 
+# A run in the folder is continued, or with ARGS=--overwrite deleted.
+RESUME := $(if $(filter --overwrite,$(ARGS)),,--resume)
+
 .PHONY: setup test lint pretrain clean
 setup: $(READY)
 
@@ -23,7 +26,7 @@ lint: $(READY)   ## style and types
 	$(BIN)/mypy
 
 pretrain: $(READY)   ## the main job: a small LLaMA on real text, GaLoreAdamW beside AdamW
-	$(BIN)/python examples/pretrain.py --compare adamw,galore --out runs/pretrain --resume $(ARGS)
+	$(BIN)/python examples/pretrain.py --compare adamw,galore --out runs/pretrain $(RESUME) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -260,12 +260,11 @@ def check_optimizer(config: Config) -> None:
     attach(config, make_optimizer(config, model))
 
 
-def within_budget(args: argparse.Namespace, configs: list[Config], device: torch.device) -> bool:
-    """Plan every run and refuse what does not fit; on a GPU, limit the allocator. Whether there is something to run it on.
+def within_budget(args: argparse.Namespace, configs: list[Config], device: torch.device, dry: bool) -> None:
+    """Plan every run and refuse what does not fit; on a GPU, limit the allocator.
 
-    Without a GPU, and without --device, the plan for one is all there is to do.
+    With `dry` the plan is that of a GPU.
     """
-    dry = device.type == "cpu" and args.device is None
     try:
         budget = Budget(parse_bytes(args.budget))
     except ValueError as error:
@@ -280,7 +279,6 @@ def within_budget(args: argparse.Namespace, configs: list[Config], device: torch
         budget.limit(device)
     if dry:
         console.print("\nThere is no GPU here, so this was a dry run; --device cpu trains on the CPU.")
-    return not dry
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
@@ -372,11 +370,16 @@ def train_all(args: argparse.Namespace) -> list[tuple[Result, Path]]:
         train_parallel(args, names)
         return []
     device = choose_device(args)
-    check_folder(args.out, args.resume, args.overwrite)
+    # With --budget, without a GPU and without --device, the plan for a GPU is all there is to do: it needs no folder.
+    dry = args.budget is not None and args.device is None and device.type == "cpu"
+    if not dry:
+        check_folder(args.out, args.resume, args.overwrite)
     configs = [configuration(args, name) for name in names]
     for config in configs:
         check_optimizer(config)
-    if args.budget is not None and not within_budget(args, configs, device):
+    if args.budget is not None:
+        within_budget(args, configs, device, dry)
+    if dry:
         return []
     source = Source(args)
     configs = [replace(config, text_digest=source.digest) for config in configs]
@@ -425,6 +428,7 @@ def report(args: argparse.Namespace, runs: list[tuple[Result, Path]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    accept_any_text()
     parser = arguments()
     args = parser.parse_args(argv)
     if args.config is not None:  # its settings are defaults, which arguments override

@@ -1,6 +1,7 @@
 """The command `lowrank-optim`, as a person or a script meets it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,13 +132,40 @@ def test_the_package_does_not_import_the_planner_nor_transformers():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_example_plans_a_run_without_a_gpu_and_refuses_what_does_not_fit():
-    script = str(Path(__file__).parent.parent / "examples" / "pretrain.py")
-    small = [sys.executable, script, "--config", "9m", "--length", "64", "--bpe", "1000"]
-    dry = subprocess.run([*small, "--budget", "2GiB"], capture_output=True, text=True, check=True)
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_example_plans_a_run_without_a_gpu_and_refuses_what_does_not_fit(tmp_path):
+    run = tmp_path / "runs" / "pretrain" / "galore"  # what `make pretrain` leaves in the default folder
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"model": "cpu", "optimizer": "galore", "steps": 800, "corpus": "other"}')
+    before = sorted(tmp_path.rglob("*"))
+    small = [sys.executable, str(ROOT / "examples/pretrain.py"), "--config", "9m", "--length", "64", "--bpe", "1000"]
+
+    def start(budget: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([*small, "--budget", budget], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    dry = start("2GiB")
+    assert dry.returncode == 0, dry.stderr
     assert "LLaMA 9m with galore_8bit, rank 64, 1 × 64 tokens, bfloat16, updates in backward" in dry.stdout
     assert "this was a dry run" in dry.stdout
-    refused = subprocess.run([*small, "--budget", "530MiB"], capture_output=True, text=True, check=False)
+    refused = start("530MiB")
     assert refused.returncode == 2
     assert "does not fit" in refused.stderr
     assert "GaLore 8-bit" in refused.stderr
+    assert sorted(tmp_path.rglob("*")) == before  # a plan writes nothing
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(
+    ("arguments", "ends"),
+    [("", "--resume"), ("--steps 30", "--resume --steps 30"), ("--steps 30 --overwrite", "--steps 30 --overwrite")],
+)
+def test_make_pretrain_continues_the_run_in_the_folder_unless_it_is_to_be_deleted(arguments, ends, tmp_path):
+    (tmp_path / ".ready").touch()
+    command = ["make", "-n", "-f", str(ROOT / "Makefile"), "pretrain", f"VENV={tmp_path}", f"ARGS={arguments}"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    words = said.splitlines()[-1].split()
+    assert " ".join(words) == (
+        f"{tmp_path}/bin/python examples/pretrain.py --compare adamw,galore --out runs/pretrain {ends}"
+    )
