@@ -56,7 +56,7 @@ def run(command: list[str]) -> None:
     """Run a compiler; its errors are the reason if it fails."""
     logging.info("%s", shlex.join(command))
     try:
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, errors="replace")
     except subprocess.CalledProcessError as error:
         message = (error.stderr or error.stdout or f"exit status {error.returncode}").strip()
         raise NotBuilt(f"`{shlex.join(command)}` failed: {message[:2000]}") from None
@@ -97,7 +97,7 @@ def build_cuda(directory: Path) -> None:
         return
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "lowrank_optim/kernels/cuda/build.py"), "--output", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         logging.warning("lowrank_optim installs without its CUDA library: %s", done.stderr.strip())
 
@@ -115,7 +115,7 @@ class BuildLibrary(build_ext):
             library.unlink(missing_ok=True)
             result = {"error": str(why)}
             self.warn(f"lowrank_optim installs without its C++ library: {why}")
-        record.write_text(json.dumps(result, indent=1) + "\n")
+        record.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         build_cuda(directory.parent / "cuda")
 
     def get_source_files(self) -> list[str]:

@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 
+from lowrank_optim.console import accept_any_text
+
 RESULTS = Path(__file__).parent / "results"
+
+accept_any_text()  # every benchmark is a script that imports this module and prints
 
 
 def environment() -> dict[str, Any]:
@@ -21,7 +25,7 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         cpu = names[0] if names else cpu
     return {
@@ -61,6 +65,6 @@ def write(name: str, results: Any) -> Path:
     """Write benchmarks/results/NAME.json with the environment beside the results."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "results": results}, indent=2) + "\n")
+    path.write_text(json.dumps({"environment": environment(), "results": results}, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {path}")
     return path

@@ -172,7 +172,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank, world_size=world)
     found = {kind: measure(kind) for kind in KINDS}
     if rank == 0:
-        Path(folder, f"{world}.json").write_text(json.dumps(found))
+        Path(folder, f"{world}.json").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -191,7 +191,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for world in (2, 4):
             mp.spawn(worker, (world, folder), nprocs=world)
-            counted[str(world)] = json.loads(Path(folder, f"{world}.json").read_text())
+            counted[str(world)] = json.loads(Path(folder, f"{world}.json").read_text(encoding="utf-8"))
     checks = {}
     for world, kinds in counted.items():
         for kind, bytes_sent in kinds.items():

@@ -2,6 +2,10 @@
 
 Runs `examples/pretrain.py --sweep …` (about 20 minutes on 2 cores for two optimizers). Finished runs in the folder are used as
 they are, so an interrupted sweep continues.
+
+The losses of low-rank methods differ between machines: matrix products are rounded in another way, and the choice of subspaces
+amplifies the difference. GaLore at its best rate ended at 1.3578, 1.3664 and 1.3710 on three machines, AdamW at 1.3913 on all. The
+committed JSON is that of 1.3710.
 """
 
 import argparse
@@ -22,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     args, rest = parser.parse_known_args()
     pretrain.main(["--sweep", args.optimizers, "--out", str(args.out), "--resume", *rest])
-    results = json.loads((args.out / "comparison.json").read_text())
+    results = json.loads((args.out / "comparison.json").read_text(encoding="utf-8"))
     keys = ("optimizer", "lr", "val_loss", "train_loss", "steps", "tokens", "bytes")
     rows = [{key: result[key] for key in keys} for result in results]
     best = {}

@@ -420,7 +420,7 @@ SEEDS = 4
 def save(name: str, result: Any) -> None:
     """Replace one part of the JSON."""
     path = RESULTS / "state_format.json"
-    before = json.loads(path.read_text())["results"] if path.exists() else {}
+    before = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else {}
     write("state_format", before | {name: result})
 
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 import lowrank_optim as lo
+from lowrank_optim.console import accept_any_text
 
 NEVER = 10**9
 """An update_proj_gap that no run reaches: the subspace of the first gradient is kept."""
@@ -436,6 +437,7 @@ PARTS = ("rates", "robust", "subspace", "rotation")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the chosen parts, print their tables and write the plot."""
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "parts", nargs="*", metavar="part", help=f"which parts to run: {', '.join(PARTS)} (default: all)"

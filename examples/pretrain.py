@@ -54,6 +54,7 @@ from pretraining.folder import FolderError, check_folder, delete_runs, only_proc
 from pretraining.run import Config, DivergedError, Result, Run, RunError, attach, make_optimizer
 
 import lowrank_optim as lo
+from lowrank_optim.console import accept_any_text
 from lowrank_optim.planner.allocator import parse_bytes
 from lowrank_optim.planner.memory_plan import describe_plan
 

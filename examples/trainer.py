@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lowrank_optim as lo
+from lowrank_optim.console import accept_any_text
 
 CONTEXT = 64
 HELD_OUT = 64
@@ -90,6 +91,7 @@ def last_train_loss(trainer: Trainer) -> float:
 
 def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     """Train straight through, then from the checkpoint half way; returns the final (training, held-out) losses of both."""
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps, even (default: %(default)s)")
     parser.add_argument("--method", default="galore", help=f"one of {', '.join(lo.METHODS)} (default: %(default)s)")

@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from lowrank_optim._version import __version__
+from lowrank_optim.console import accept_any_text
 
 SUBCOMMANDS = ("lowrank_optim.planner.command", "lowrank_optim.doctor")
 """Modules of the subcommands; one that is not there is left out."""
@@ -14,6 +15,7 @@ SUBCOMMANDS = ("lowrank_optim.planner.command", "lowrank_optim.doctor")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit status."""
+    accept_any_text()
     parser = argparse.ArgumentParser(prog="lowrank-optim", description="Memory-efficient optimizers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")

@@ -374,13 +374,13 @@ class _Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        return "×".join(map(str, self.shape)) or "scalar", self.side, self.rank, self.layout, self.treatment
+        return "x".join(map(str, self.shape)) or "scalar", self.side, self.rank, self.layout, self.treatment
 
 
 def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
     """A plain-text table of what is low-rank, what is dense and what has no weight decay, at most 120 columns wide.
 
-    Tensors of one shape whose names differ in layer numbers only share a row (`model.layers.*.mlp.up_proj.weight ×8`). `side` is the
+    Tensors of one shape whose names differ in layer numbers only share a row (`model.layers.*.mlp.up_proj.weight x8`). `side` is the
     side of the matrix that is projected, `rank` the rank that it gets; a matrix whose short side is smaller than the rank is shown as
     dense. Percentages are of all parameters in the groups.
 
@@ -392,8 +392,8 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
         >>> print(describe(param_groups(model, rank=16, weight_decay=0.1)))
         group 0: low-rank, rank 16, weight_decay 0.1
           parameters  shape   side   rank  layout  treatment   count       %
-          0.weight    256×64  right  16    auto    low-rank   16,384   49.52
-          2.weight    64×256  left   16    auto    low-rank   16,384   49.52
+          0.weight    256x64  right  16    auto    low-rank   16,384   49.52
+          2.weight    64x256  left   16    auto    low-rank   16,384   49.52
         group 1: dense, weight_decay 0.0
           0.bias      256     -      -     -       no decay      256    0.77
           2.bias      64      -      -     -       no decay       64    0.19
@@ -487,7 +487,7 @@ def _collapse(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
     parts = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts) + f" ×{len(names)}"
+    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts) + f" x{len(names)}"
 
 
 def _listing(entries: list[_Found], limit: int = 12) -> str:
@@ -527,5 +527,5 @@ def _shorten(text: str, width: int) -> str:
     """Cut the middle out of a text that is too long; both ends of a parameter name matter."""
     if len(text) <= width:
         return text
-    head = (width - 1) // 3
-    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+    head = (width - 3) // 3
+    return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"

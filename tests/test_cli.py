@@ -74,7 +74,7 @@ def test_one_optimizer_is_planned_with_its_options(config, capsys):
     assert main([*one, "--budget", "1GiB", "--option", "basis_bits=4", "--per-layer"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(
-        "small with GaLoreAdamW8bit, rank 16, 1 × 64 tokens, bfloat16, updates in backward, activation checkp"
+        "small with GaLoreAdamW8bit, rank 16, 1 x 64 tokens, bfloat16, updates in backward, activation checkp"
     )
     assert "budget 1 GiB: fits" in out
     assert "model.layers.3" in out
@@ -147,7 +147,7 @@ def test_the_example_plans_a_run_without_a_gpu_and_refuses_what_does_not_fit(tmp
 
     dry = start("2GiB")
     assert dry.returncode == 0, dry.stderr
-    assert "LLaMA 9m with galore_8bit, rank 64, 1 × 64 tokens, bfloat16, updates in backward" in dry.stdout
+    assert "LLaMA 9m with galore_8bit, rank 64, 1 x 64 tokens, bfloat16, updates in backward" in dry.stdout
     assert "this was a dry run" in dry.stdout
     refused = start("530MiB")
     assert refused.returncode == 2

@@ -339,10 +339,10 @@ def test_the_share_of_the_always_on_parameters_is_reported(caplog):
     share = f"{100 * always / (always + 4 * layer):.1f} %"
     assert f"Always on: {always:,} of {always + 4 * layer:,} parameters ({share})" in caplog.text
     assert "Frozen: model.embed_tokens.weight" in caplog.text
-    assert "4 layers: model.layers.0, model.layers.1, …, model.layers.3" in caplog.text
+    assert "4 layers: model.layers.0, model.layers.1, ..., model.layers.3" in caplog.text
     lines = lo.describe_layers(groups, active_layers=3).splitlines()
     assert lines[0].split()[:3] == ["always", "on", f"{always:,}"]
-    assert lines[1].split()[:5] == ["layers", "0-3", "4", "×", f"{layer:,}"]
+    assert lines[1].split()[:5] == ["layers", "0-3", "4", "x", f"{layer:,}"]
     trained = always + 3 * layer
     assert lines[-1].startswith("3 layers at a time")
     assert f"{trained:,}" in lines[-1]

@@ -398,8 +398,8 @@ def test_describe_collapses_layers_and_shows_shape_side_rank_and_share():
 
     assert ["group 0: low-rank, rank 8, weight_decay 0.1"] in table
     assert [
-        "model.layers.*.mlp.up_proj.weight ×3",
-        "128×64",
+        "model.layers.*.mlp.up_proj.weight x3",
+        "128x64",
         "right",
         "8",
         "auto",
@@ -407,16 +407,16 @@ def test_describe_collapses_layers_and_shows_shape_side_rank_and_share():
         *share(3 * 128 * 64),
     ] in table
     assert [
-        "model.layers.*.mlp.down_proj.weight ×3",
-        "64×128",
+        "model.layers.*.mlp.down_proj.weight x3",
+        "64x128",
         "left",
         "8",
         "auto",
         "low-rank",
         *share(3 * 128 * 64),
     ] in table
-    assert ["lm_head.weight", "256×64", "-", "-", "-", "dense", *share(256 * 64)] in table
-    assert ["model.layers.*.input_layernorm.weight ×3", "64", "-", "-", "-", "no decay", *share(3 * 64)] in table
+    assert ["lm_head.weight", "256x64", "-", "-", "-", "dense", *share(256 * 64)] in table
+    assert ["model.layers.*.input_layernorm.weight x3", "64", "-", "-", "-", "no decay", *share(3 * 64)] in table
     low = 3 * (3 * 128 * 64 + 3 * 64 * 64)
     assert ["low-rank", "18 tensors", *share(low)] in table
     assert ["dense", "5 tensors", *share(2 * 256 * 64 + 3 * 64 * 64)] in table
@@ -435,8 +435,8 @@ def test_describe_says_low_rank_of_exactly_those_that_the_optimizer_trains_so(bu
 def test_describe_shows_matrices_that_are_smaller_than_the_rank_as_dense():
     model = nn.ModuleDict({"small": nn.Linear(16, 64), "large": nn.Linear(64, 64)})
     table = cells(lo.describe(lo.param_groups(model, rank=32)))
-    assert ["small.weight", "64×16", "-", "-", "auto", "dense (16 < 32)", "1,024", "19.51"] in table
-    assert ["large.weight", "64×64", "right", "32", "auto", "low-rank", "4,096", "78.05"] in table
+    assert ["small.weight", "64x16", "-", "-", "auto", "dense (16 < 32)", "1,024", "19.51"] in table
+    assert ["large.weight", "64x64", "right", "32", "auto", "low-rank", "4,096", "78.05"] in table
 
 
 def test_describe_shows_the_sides_that_proj_type_and_layout_ask_for():
@@ -459,7 +459,7 @@ def test_describe_reads_groups_of_galore_torch_and_optimizers():
         {"params": matrices, "rank": 8, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
     ]
     by_hand = cells(lo.describe(groups))
-    assert ["(unnamed) ×6", "128×64", "right", "8", "auto", "low-rank", "49,152", "31.49"] in by_hand
+    assert ["(unnamed) x6", "128x64", "right", "8", "auto", "low-rank", "49,152", "31.49"] in by_hand
     assert ["low-rank", "9 tensors", "73,728", "47.23"] in by_hand
     optimizer = lo.GaLoreAdamW(groups)
     assert lo.describe(optimizer) == lo.describe(optimizer.param_groups)

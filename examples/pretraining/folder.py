@@ -22,7 +22,7 @@ class FolderError(Exception):
 def write_atomically(path: Path, text: str) -> None:
     """Replace the file as a whole: a reader finds the old text or the new one, whenever the process is killed."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -32,7 +32,7 @@ def write_atomically(path: Path, text: str) -> None:
 def is_run(folder: Path) -> bool:
     """Whether the folder has a configuration that this program wrote."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and {"model", "optimizer", "steps", "corpus"} <= config.keys()
@@ -88,7 +88,7 @@ def only_process(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with (folder / LOCK).open("w") as file:
+    with (folder / LOCK).open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

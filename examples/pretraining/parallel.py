@@ -105,7 +105,7 @@ def _parts(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Lambda
 def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
     dcp.save(_parts(model, optimizer, scheduler, step), checkpoint_id=folder / f"step-{step}")
     if torch.distributed.get_rank() == 0:  # a save that dies leaves the name of the one before
-        (folder / "latest.new").write_text(f"step-{step}")
+        (folder / "latest.new").write_text(f"step-{step}", encoding="utf-8")
         (folder / "latest.new").replace(folder / "latest")
 
 
@@ -113,7 +113,7 @@ def _load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sche
     if not (folder / "latest").exists():
         return 0
     parts = _parts(model, optimizer, scheduler, 0)
-    dcp.load(parts, checkpoint_id=folder / (folder / "latest").read_text())
+    dcp.load(parts, checkpoint_id=folder / (folder / "latest").read_text(encoding="utf-8"))
     set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
     scheduler.load_state_dict(parts["scheduler"])
     return int(parts["step"])

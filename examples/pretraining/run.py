@@ -191,7 +191,7 @@ class Run:
         if not self.result_file.exists():
             return None
         self.check_config(self.config, self.folder)
-        return Result(**json.loads(self.result_file.read_text()))
+        return Result(**json.loads(self.result_file.read_text(encoding="utf-8")))
 
     @staticmethod
     def check_config(config: Config, folder: Path) -> None:
@@ -199,13 +199,13 @@ class Run:
         path = folder / "config.json"
         if not path.exists():
             return
-        saved, now = json.loads(path.read_text()), config.comparable()
+        saved, now = json.loads(path.read_text(encoding="utf-8")), config.comparable()
         differing = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
         if differing:
             lines = [f"{key}: {saved.get(key)!r} there, {now.get(key)!r} now" for key in differing]
             raise RunError(
                 f"{folder} holds a run with other settings:\n  " + "\n  ".join(lines) + "\n"
-                "continue with those, or choose another --out, or --overwrite"
+                "continue with those, or give another --out, or delete that run with --overwrite"
             )
 
     def train(self, save_every: int, report: Callable[["Run", dict[str, Any]], None]) -> Result:
@@ -356,7 +356,7 @@ class Run:
             scheduler.load_state_dict(content["scheduler"])
             checkpoint.restore_random_state(content["random"])
             self.step, self.seconds, kept = content["step"], content["seconds"], content["metrics_bytes"]
-        metrics = (self.folder / "metrics.jsonl").open("a+")
+        metrics = (self.folder / "metrics.jsonl").open("a+", encoding="utf-8")
         metrics.truncate(kept)
         metrics.seek(kept)
         return metrics
@@ -364,4 +364,4 @@ class Run:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

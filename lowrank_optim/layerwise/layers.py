@@ -308,7 +308,7 @@ def _join(path: str, name: str) -> str:
 
 def _names(layers: list[Layer]) -> str:
     names = [layer.name for layer in layers]
-    return ", ".join(names if len(names) <= 3 else [names[0], names[1], "…", names[-1]])
+    return ", ".join(names if len(names) <= 3 else [names[0], names[1], "...", names[-1]])
 
 
 def _summary(model: nn.Module, layers: list[Layer] | None) -> str:
@@ -381,7 +381,7 @@ def describe_layers(groups: Iterable[Mapping[str, Any]] | Optimizer, active_laye
         >>> model = nn.ModuleDict({"embed": nn.Embedding(10, 8), "layers": nn.ModuleList([block() for _ in range(6)])})
         >>> print(describe_layers(layer_groups(model)))
         always on             80   13.16 %
-        layers 0-5    6 ×     88   14.47 % each
+        layers 0-5    6 x     88   14.47 % each
         all                  608  100.00 %
         2 layers at a time   256   42.11 %, of which always on 31.25 %
     """
@@ -404,7 +404,7 @@ def describe_layers(groups: Iterable[Mapping[str, Any]] | Optimizer, active_laye
     for size, run in groupby(sorted(layers), key=layers.__getitem__):
         first, *others = run
         label = f"layers {first}-{others[-1]}" if others else f"layer {first}"
-        times, each = (f"{len(others) + 1} × ", " each") if others else ("", "")
+        times, each = (f"{len(others) + 1} x ", " each") if others else ("", "")
         rows.append((label, times, size, percent(size) + each))
     rows.append(("all", "", total, percent(total)))
     rows.append(

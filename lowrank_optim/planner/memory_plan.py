@@ -87,7 +87,7 @@ def describe_plan(plan: MemoryPlan, budget: int | None = None) -> str:
     names = {"optimizer_state": "optimizer state"}
     width = max(plan.parts().values()) or 1
     for kind, size in plan.parts().items():
-        bar = "█" * round(28 * size / width)
+        bar = "#" * round(28 * size / width)
         lines.append(f"  {names.get(kind, kind):<16}{format_bytes(size):>12}  {bar}".rstrip())
     lines.append(f"  {'peak':<16}{format_bytes(plan.peak_bytes):>12}  {plan.when}")
     if plan.context_bytes:
@@ -111,7 +111,7 @@ def describe_plan(plan: MemoryPlan, budget: int | None = None) -> str:
 def title(setting: Mapping[str, Any]) -> str:
     """One line that says what was planned."""
     size = (
-        f"{setting['batch_size']} × {setting['sequence_length']} tokens"
+        f"{setting['batch_size']} x {setting['sequence_length']} tokens"
         if setting["sequence_length"]
         else "the example batch"
     )

@@ -130,7 +130,7 @@ def _named_fields(name: str) -> dict[str, Any]:
         path /= "config.json"
     if path.suffix == ".json":
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise PlanError(f"model {name!r} cannot be read: {error}") from error
         if not isinstance(fields, dict):

@@ -128,7 +128,7 @@ def open_library() -> Library:
 def openmp_of_torch() -> ctypes.CDLL | None:
     """The OpenMP runtime that torch has loaded, if it can be found and speaks GCC's dialect (LLVM's and Intel's do)."""
     try:
-        maps = MAPS.read_text(errors="surrogateescape")  # anybody may have mapped a file of any name
+        maps = os.fsdecode(MAPS.read_bytes())  # anybody may have mapped a file of any name
     except OSError:
         return None
     torch_has = sorted(set(re.findall(r"/\S.*/torch(?:\.libs|/lib)/lib(?:gomp|iomp5|omp)\b[^/\n]*\.so[^/\n]*", maps)))
@@ -142,7 +142,7 @@ def openmp_of_torch() -> ctypes.CDLL | None:
 def _not_built() -> str:
     """Why there is no library, as setup.py has recorded it."""
     try:
-        record = json.loads((HERE / RECORD).read_text())
+        record = json.loads((HERE / RECORD).read_text(encoding="utf-8"))
         reason = str(record["error"])
     except (OSError, ValueError, KeyError):
         return f"it was not built. To build it: {REBUILD}."

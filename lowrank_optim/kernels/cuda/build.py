@@ -7,6 +7,7 @@ sources are not in a wheel. This file imports nothing but the standard library, 
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
@@ -61,7 +62,7 @@ def _compile(compiler: str, flags: list[str], target: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         command = [compiler, *flags, "-shared", str(source), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             raise NotBuilt(f"`{shlex.join(command)}` failed: {(done.stderr or done.stdout).strip()[:2000]}")
         made.replace(target)
@@ -76,7 +77,7 @@ def main() -> int:
     except NotBuilt as why:
         sys.stderr.write(f"{why}\n")
         return 1
-    sys.stdout.write(f"{path}\n")
+    sys.stdout.buffer.write(os.fsencode(f"{path}\n"))
     return 0
 
 

@@ -119,7 +119,8 @@ def _resources(cubin: bytes) -> tuple[int | None, int | None]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        said = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=False).stdout
+        command = [tool, "-res-usage", str(path)]
+        said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
     registers, stack = re.search(r"REG:(\d+)", said), re.search(r"STACK:(\d+)", said)
     return (int(registers[1]) if registers else None), (int(stack[1]) if stack else None)
 
