@@ -1,12 +1,14 @@
-"""What the benchmarks share: where they ran, fair timing, and the JSON they write."""
+"""What the benchmarks share: where they ran and with what, fair timing, and the JSON they write."""
 
 import json
 import os
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,12 +18,21 @@ import torch
 from lowrank_optim.console import accept_any_text
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = {
+    "apollo_torch": "apollo-torch",
+    "bitsandbytes": "bitsandbytes",
+    "galore_torch": "galore-torch",
+    "torchao": "torchao",
+    "transformers": "transformers",
+    "triton": "triton",
+}
+"""Modules that measurements use, peers first, and the distributions they come from."""
 
 accept_any_text()  # every benchmark is a script that imports this module and prints
 
 
 def environment() -> dict[str, Any]:
-    """The device, the versions and the date of a measurement."""
+    """The device, the versions and the date of a measurement. Call it after the measurement: peers are imported when they run."""
     cuda = torch.cuda.is_available()
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
@@ -34,7 +45,20 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "packages": packages(),
     }
+
+
+def packages() -> dict[str, str]:
+    """The versions of the peers, and of other packages, that this process has imported."""
+    return {name: _version(name) for module, name in PACKAGES.items() if module in sys.modules}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # a checkout on the path
+        return "not installed by pip"
 
 
 def _synchronize() -> None:

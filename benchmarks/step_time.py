@@ -3,9 +3,11 @@
     dense     a 13 M parameter stack of float32 matrices, no low-rank groups: AdamW in float32 and 8 bits
     matrices  the matrices of LLaMA layers (CPU: one of the 350M model, float32; GPU: eight of the 7B model, bfloat16), every method
 
-Steps between refreshes; the first step, which takes the first basis, is warm-up. Every optimizer has its own copy of the weights and
-shares the gradients, one optimizer at a time is built on a GPU. Peers that are not installed, or fail, are named with the reason.
-Ratios are to torch's fused AdamW with float32 state, medians of interleaved rounds on the CPU; memory is exact bytes of state.
+Steps between refreshes; the first step, which takes the first basis, is warm-up. APOLLO-Mini runs at rank 1, which is what it is, all
+others at --rank. Every optimizer has its own copy of the weights and shares the gradients, one optimizer at a time is built on a GPU.
+Peers that are not installed, or fail, are named with the reason. Ratios are to torch's fused AdamW with float32 state, medians of
+interleaved rounds on the CPU; memory is exact bytes of state, bases that peers keep in objects and the parts of their tensor
+subclasses included.
 
     python benchmarks/step_time.py [--only dense matrices] [--rounds 9] [--rank 256]
 """
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from common import environment, interleaved, write
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import lowrank_optim as lo
 
@@ -31,10 +34,11 @@ DENSE = [(1024, 1024)] * 5 + [(2736, 1024)] * 2 + [(1024, 2736)]
 """13.6 million parameters."""
 
 
-def ours(method: type, **options: Any) -> Build:
+def ours(method: type) -> Build:
     def build(params: list[torch.nn.Parameter], rank: int) -> torch.optim.Optimizer:
+        rank = 1 if method is lo.APOLLOMiniAdamW else rank
         group: dict[str, Any] = {"params": params, "rank": rank, "update_proj_gap": 10**6}
-        if "coordinates" in options or method.__name__.startswith("Frugal"):
+        if method.__name__.startswith("Frugal"):
             group["projector"] = "randomized_svd"
         return method([group], lr=1e-4)
 
@@ -57,6 +61,14 @@ def apollo_torch(params: list[torch.nn.Parameter], rank: int) -> torch.optim.Opt
 
     group = {"params": params, "rank": rank, "update_proj_gap": 10**6, "scale": 1.0, "proj_type": "std"}
     group |= {"proj": "random", "scale_type": "channel"}
+    return APOLLOAdamW([group], lr=1e-4)
+
+
+def apollo_torch_mini(params: list[torch.nn.Parameter], rank: int) -> torch.optim.Optimizer:
+    from apollo_torch import APOLLOAdamW
+
+    group = {"params": params, "rank": 1, "update_proj_gap": 10**6, "scale": 128.0, "proj_type": "std"}
+    group |= {"proj": "random", "scale_type": "tensor"}
     return APOLLOAdamW([group], lr=1e-4)
 
 
@@ -83,6 +95,7 @@ PEERS: dict[str, Build] = {
     **PEERS_DENSE,
     "galore-torch GaLoreAdamW": galore_torch,
     "apollo-torch APOLLOAdamW": apollo_torch,
+    "apollo-torch APOLLO-Mini": apollo_torch_mini,
 }
 
 
@@ -99,7 +112,16 @@ def prepare(build: Build, grads: list[Tensor], rank: int) -> tuple[Callable[[], 
     optimizer = build(params, rank)
     for _ in range(2):
         optimizer.step()
-    return optimizer.step, sum(lo.state_bytes(optimizer).values())
+    return optimizer.step, sum(stored_bytes(value) for state in optimizer.state.values() for value in state.values())
+
+
+def stored_bytes(value: object) -> int:
+    """Bytes of a tensor; of the tensors that a tensor subclass wraps; of those in an object such as galore-torch's projector."""
+    if is_traceable_wrapper_subclass(value):
+        return sum(stored_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(stored_bytes, vars(value).values())) if hasattr(value, "__dict__") else 0
 
 
 def measure(candidates: dict[str, Build], grads: list[Tensor], rank: int, rounds: int) -> dict[str, Any]:
@@ -146,7 +168,6 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rank = arguments.rank or (512 if device == "cuda" else 256)
-    print(environment())
     results: dict[str, Any] = {}
     if "dense" in arguments.only:
         grads = gradients(DENSE, device, torch.float32)
@@ -163,6 +184,7 @@ def main() -> None:
         results["matrices"] = measure({**PEERS, **methods}, grads, rank, arguments.rounds)
         results["rank"] = rank
         table(f"matrices of LLaMA layers, {dtype}, rank {rank}, between refreshes", results["matrices"])
+    print(f"\n{environment()}")
     name = "".join(c if c.isalnum() else "-" for c in environment()["device"].lower()).strip("-")
     if set(arguments.only) == {"dense", "matrices"}:
         write("step_time" if device == "cpu" else f"step_time-{name}", results)

@@ -26,7 +26,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "examples")]
 
-from common import write  # noqa: E402
+from common import packages, write  # noqa: E402
 from pretraining.configs import SIZES, build_model  # noqa: E402
 from pretraining.data import standard_library  # noqa: E402
 
@@ -148,6 +148,7 @@ def train(name: str, size: str, device_name: str, length: int) -> dict[str, Any]
     pace = median(seconds[2:])
     found = {"model": size, "budget_gib": run["budget"], "losses": losses, "seconds_per_step": pace, "seconds": seconds}
     found |= {"tokens_per_second": length / pace, "slowest_step": max(seconds[2:]), "first_step": seconds[0]}
+    found["packages"] = packages()  # the peer runs in this process, not in the one that writes the JSON
     if cuda:
         found |= {
             "built_allocated": built,
