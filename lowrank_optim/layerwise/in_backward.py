@@ -22,12 +22,12 @@ from typing_extensions import Self
 
 from lowrank_optim import kernels
 from lowrank_optim.distributed import HERE
-from lowrank_optim.distributed.dtensor import local, local_grad
+from lowrank_optim.distributed.dtensor import local, local_grad, wait_for_host_copy
 from lowrank_optim.kernels.counter_rng import PURPOSE_SKETCH, make_key
 from lowrank_optim.layerwise import accumulation
 from lowrank_optim.layerwise.accumulation import ACCUMULATORS
 from lowrank_optim.layerwise.checks import check_arguments, check_kind, check_layouts
-from lowrank_optim.layerwise.clipping import MEASURED, clip_factor, record_norms, scale_
+from lowrank_optim.layerwise.clipping import MEASURED, clip_factor, on_device, record_norms, scale_
 from lowrank_optim.layerwise.owners import WAY_OUT, GradientHook, StepHook, check_free, owner, two_optimizers
 from lowrank_optim.optimizers.compiling import outside_graph
 
@@ -72,7 +72,8 @@ def update_in_backward(
 
     fully_shard (FSDP2): updates come after the gradients' reduction, one small message each for whether they are finite. With
     `set_requires_gradient_sync(False)` on all but the last micro-batch, hooks run on the last one only: leave `accumulate` at 1. With
-    `accumulate`, sharded parameters keep the sum of their part of the gradient.
+    `accumulate`, sharded parameters keep the sum of their part of the gradient. With `CPUOffloadPolicy`, each hook waits until the
+    copy of its gradient has arrived on the host: some versions of torch call hooks before it has, where the memory is pinned.
 
     One optimizer trains a parameter. While this one is alive and its handle is attached, no other one of this package can be built
     or attached over its parameters, and none at all takes a step on them: an error names them and the way out. A handle that no
@@ -317,6 +318,7 @@ class UpdateInBackward:
                 "reentrant activation checkpointing gets its gradient in parts; use checkpoint(..., use_reentrant=False). If "
                 f"another optimizer steps in place of this one ({type(optimizer).__name__}): {WAY_OUT}"
             )
+        wait_for_host_copy(param)
         self._take(param, group, layout, None)
 
     def _take(self, param: Tensor, group: Mapping[str, Any], layout: "Layout", last: bool | None) -> None:
@@ -417,7 +419,7 @@ class UpdateInBackward:
                 factor = clip_factor(measured[1], self.max_grad_norm).nan_to_num(nan=1.0)
             scale_(tensor, factor, wait)
         if self._found_inf is not None and not (wait and not bool(self._found_inf)):
-            tensor.masked_fill_(self._found_inf.to(tensor.device, non_blocking=True), torch.nan)
+            tensor.masked_fill_(on_device(self._found_inf, tensor.device), torch.nan)
 
     def _unscale(self, grad: Tensor, layout: "Layout") -> None:
         """Divide a gradient by the GradScaler's scale, in place, and see whether it is finite."""
@@ -425,7 +427,7 @@ class UpdateInBackward:
         scale = self._scaler._get_scale_async()
         if scale is None:
             raise RuntimeError("the GradScaler has no scale yet; call scaler.scale(loss).backward()")
-        grad.mul_(scale.double().reciprocal().float().to(grad.device, non_blocking=True))
+        grad.mul_(on_device(scale.double().reciprocal().float(), grad.device))
         bad = ~torch.isfinite(layout.shards.matrix.sum(kernels.norm(grad)))
         self._found_inf = bad if self._found_inf is None else self._found_inf.to(bad.device) | bad
 
