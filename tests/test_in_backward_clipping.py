@@ -309,3 +309,33 @@ def test_state_is_that_of_ordinary_stepping_with_clipping():
             each.step()
             each.zero_grad()
     assert_same_state(ordinary, optimizer)
+
+
+class OnAccelerator(torch.Tensor):
+    """A number of an accelerator: what a copy to the host gives before it has arrived is anything."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.to and (kwargs or {}).get("non_blocking"):
+            return torch.full((), 1e4)
+        result = super().__torch_function__(func, types, args, kwargs)
+        return result.as_subclass(torch.Tensor) if func is torch.Tensor.to else result
+
+
+def test_weights_on_the_host_wait_for_scale_and_clipping_factor_of_an_accelerator(monkeypatch):
+    (usual, ours), (ordinary, optimizer) = pair()
+    scalers = [torch.amp.GradScaler("cpu", init_scale=8.0) for _ in range(2)]
+    real = scalers[1]._get_scale_async
+    monkeypatch.setattr(scalers[1], "_get_scale_async", lambda: real().as_subclass(OnAccelerator))
+    for each, scaler in zip((ordinary, optimizer), scalers, strict=True):
+        lo.update_in_backward(each, max_grad_norm=LIMIT, grad_scaler=scaler)
+    for step in range(4):
+        for model, each, scaler in ((usual, ordinary, scalers[0]), (ours, optimizer, scalers[1])):
+            scaler.scale(loss_of(model, batch(step))).backward()
+            scaler.step(each)
+            scaler.update()
+            each.param_groups[0]["grad_norms"] = each.param_groups[0]["grad_norms"].as_subclass(
+                OnAccelerator if each is optimizer else torch.Tensor
+            )
+        assert float(ordinary.last_grad_norm) > LIMIT
+    assert_same(usual, ours)

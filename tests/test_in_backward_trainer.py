@@ -1,5 +1,7 @@
 """Updates inside backward under the Trainer of transformers: accumulation, clipping, its log, checkpoints."""
 
+import copy
+
 import pytest
 import torch
 from test_transformers_integration import LOW_RANK, STEPS, Tokens, arguments, assert_same_weights, llama, logged
@@ -160,6 +162,36 @@ def test_training_can_begin_again_after_an_exception_within_a_step(tmp_path):
     trainer.remove_callback(interrupt)
     trainer.train()
     assert trainer.state.global_step == STEPS
+
+
+@pytest.mark.parametrize("same_callback", [False, True])
+def test_a_second_trainer_of_a_model_whose_training_was_interrupted_says_what_to_do(same_callback, tmp_path):
+    model, args = llama(), arguments(tmp_path, gradient_accumulation_steps=2)
+    how = {
+        "model": model,
+        "args": args,
+        "train_dataset": Tokens(),
+        "optimizer_cls_and_kwargs": (LowRank, dict(LOW_RANK)),
+    }
+    callback = InBackward()
+    first = Trainer(callbacks=[callback, Interrupt()], **how)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    twin = copy.deepcopy(model)
+    for second in (callback if same_callback else InBackward(), None):  # with updates in backward, and without
+        with pytest.raises(RuntimeError, match=r"q_proj.weight and 13 more parameters: .*UpdateInBackward.find"):
+            Trainer(callbacks=[second] if second else [], **how).train()
+    for handle in lo.UpdateInBackward.find(model.parameters()):
+        handle.discard()
+        handle.remove()
+    second, reference = (
+        Trainer(callbacks=[callback if same_callback else InBackward()], **{**how, "model": each})
+        for each in (model, twin)
+    )
+    second.train()
+    reference.train()
+    assert second.state.global_step == STEPS
+    assert_same_weights(model, twin)
 
 
 def test_methods_that_cannot_accumulate_are_refused_when_training_starts(tmp_path):

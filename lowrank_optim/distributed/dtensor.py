@@ -47,6 +47,16 @@ def local_grad(param: Tensor) -> Tensor:
     return local(grad)
 
 
+def wait_for_host_copy(param: Tensor) -> None:
+    """Wait until the gradient of a parameter that `fully_shard` keeps on the host (`CPUOffloadPolicy`) has arrived there.
+
+    The copy is on the accelerator's current stream while hooks of parameters run, and need not have ended
+    (https://github.com/pytorch/pytorch/pull/180666). A step needs no such call: backward ends with it.
+    """
+    if is_sharded(param) and param.device.type == "cpu" and param.device_mesh.device_type != "cpu":  # type: ignore[attr-defined]
+        torch.get_device_module(param.device_mesh.device_type).current_stream().synchronize()  # type: ignore[attr-defined]
+
+
 def check_owner(param: Tensor, kind: str) -> None:
     """Raise ValueError for a parameter that another framework has flattened; `kind` names it in the message."""
     flat = getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)

@@ -192,11 +192,15 @@ class MeshSpread(Spread):
 
     def wrap(self, tensor: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
         shape = torch.Size(self._whole_shape(tensor))
-        return DTensor.from_local(
-            tensor, self.mesh, self.placements, run_check=False, shape=shape, stride=_strides(shape)
-        )
+        strides = _strides(shape)
+        if tensor.device.type in (self.mesh.device_type, "meta"):
+            return DTensor.from_local(tensor, self.mesh, self.placements, run_check=False, shape=shape, stride=strides)
+        # Offloaded to the host: from_local would move the tensor to the mesh's devices.
+        spec = DTensorSpec(self.mesh, self.placements, TensorMeta(shape, strides, tensor.dtype))
+        return DTensor(tensor, spec, requires_grad=False)
 
     def drop(self, dim: int) -> "MeshSpread":
         gone = dim + len(self.shape)

@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from lowrank_optim.layerwise.clipping import CLIPS
 
 if TYPE_CHECKING:
     from lowrank_optim.optimizers import LowRankOptimizer
+    from lowrank_optim.optimizers.layout import Layout
 
 
 def check_arguments(
@@ -36,16 +37,20 @@ def check_arguments(
         raise ValueError("last_micro_batch is given, but accumulate is 1: every backward pass is the last of its step")
 
 
-def check_optimizer(optimizer: "LowRankOptimizer", accumulate: int) -> None:
-    """Raise TypeError or ValueError for an optimizer whose parameters cannot be updated in backward."""
+def check_kind(optimizer: "LowRankOptimizer") -> None:
+    """Raise TypeError for an optimizer that is not of this package."""
     if not hasattr(optimizer, "step_projected"):
         inner = getattr(optimizer, "optimizer", None)
         hint = "pass its .optimizer" if hasattr(inner, "step_projected") else "lo.GaLoreAdamW without rank is AdamW"
         raise TypeError(
             f"update_in_backward needs an optimizer of this package, got {type(optimizer).__name__}; {hint}"
         )
+
+
+def check_layouts(optimizer: "LowRankOptimizer", layouts: "Mapping[Tensor, Layout]", accumulate: int) -> None:
+    """Raise TypeError or ValueError where the optimizer cannot update these parameters in backward."""
     residual = optimizer._residual
-    low_rank = any(layout.space is not None for layout in optimizer._layouts.values())
+    low_rank = any(layout.space is not None for layout in layouts.values())
     if low_rank and residual.feeds_back:
         raise ValueError(
             f"residual={residual.name!r} ({type(optimizer).__name__}) keeps the error of each matrix, as large as the gradient that "
@@ -58,9 +63,8 @@ def check_optimizer(optimizer: "LowRankOptimizer", accumulate: int) -> None:
             'residual "none" or "sgd"), or accumulate with ordinary stepping'
         )
     replicated = _replicated()
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            _check_parallel(param, optimizer._layouts[param].name, id(param) in replicated)
+    for param, layout in layouts.items():
+        _check_parallel(param, layout.name, id(param) in replicated)
 
 
 def _check_parallel(param: Tensor, name: str, replicated: bool) -> None:

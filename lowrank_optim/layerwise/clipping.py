@@ -16,10 +16,15 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor:
     return (limit / (norm + 1e-6)).clamp_max(1.0)
 
 
+def on_device(number: Tensor, device: torch.device) -> Tensor:
+    """A number on another device. Only an accelerator may get it later: the host would read what has not arrived yet."""
+    return number.to(device, non_blocking=device.type != "cpu")
+
+
 def scale_(tensor: Tensor, factor: Tensor | None, wait: bool) -> None:
     """Multiply in place. `wait` says that the host may look at the factor, and leave out a pass that changes nothing."""
     if factor is not None and not (wait and float(factor) == 1.0):
-        tensor.mul_(factor.to(tensor.device, non_blocking=True))
+        tensor.mul_(on_device(factor, tensor.device))
 
 
 def record_norms(norms: Iterable[Tensor], before: Tensor | None) -> Tensor:

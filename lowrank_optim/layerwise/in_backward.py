@@ -5,25 +5,31 @@ of which only R was kept). There is one optimizer and one scheduler. Hooks, hand
 matters: whoever drops the model and the optimizer frees both.
 """
 
+import gc
 import math
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lowrank_optim import kernels
 from lowrank_optim.distributed import HERE
-from lowrank_optim.distributed.dtensor import local, local_grad
+from lowrank_optim.distributed.dtensor import local, local_grad, wait_for_host_copy
 from lowrank_optim.kernels.counter_rng import PURPOSE_SKETCH, make_key
 from lowrank_optim.layerwise import accumulation
 from lowrank_optim.layerwise.accumulation import ACCUMULATORS
-from lowrank_optim.layerwise.checks import check_arguments, check_optimizer
-from lowrank_optim.layerwise.clipping import MEASURED, clip_factor, record_norms, scale_
+from lowrank_optim.layerwise.checks import check_arguments, check_kind, check_layouts
+from lowrank_optim.layerwise.clipping import MEASURED, clip_factor, on_device, record_norms, scale_
+from lowrank_optim.layerwise.owners import WAY_OUT, GradientHook, StepHook, check_free, owner, two_optimizers
+from lowrank_optim.optimizers.compiling import outside_graph
 
 if TYPE_CHECKING:
     from lowrank_optim.optimizers import LowRankOptimizer
@@ -66,7 +72,12 @@ def update_in_backward(
 
     fully_shard (FSDP2): updates come after the gradients' reduction, one small message each for whether they are finite. With
     `set_requires_gradient_sync(False)` on all but the last micro-batch, hooks run on the last one only: leave `accumulate` at 1. With
-    `accumulate`, sharded parameters keep the sum of their part of the gradient.
+    `accumulate`, sharded parameters keep the sum of their part of the gradient. With `CPUOffloadPolicy`, each hook waits until the
+    copy of its gradient has arrived on the host: some versions of torch call hooks before it has, where the memory is pinned.
+
+    One optimizer trains a parameter. While this one is alive and its handle is attached, no other one of this package can be built
+    or attached over its parameters, and none at all takes a step on them: an error names them and the way out. A handle that no
+    variable holds any more (an interrupted notebook cell) is found by `UpdateInBackward.find(model.parameters())`.
 
     GradScaler: gradients are unscaled here, `scaler.step(optimizer)` and `scaler.update()` work as usual (`unscale_` does nothing).
     An infinity skips the updates that come after it in the same backward pass, and lowers the scale; updates before it have
@@ -89,8 +100,9 @@ def update_in_backward(
             complete only after they were reduced, later than the hooks run.
         ValueError: an argument out of range; error feedback; `accumulate` above 1 with a residual that needs the whole gradient; a
             GradScaler with another `on_nonfinite` than "skip".
-        RuntimeError: called twice for one optimizer. In backward: a parameter got more gradients than `accumulate` before `step()`
-            (a weight that is used in two segments of reentrant activation checkpointing gets two in one pass).
+        RuntimeError: called twice for one optimizer, or another optimizer updates some of its parameters in backward. In backward: a
+            parameter got more gradients than `accumulate` before `step()` (a weight that is used in two segments of reentrant
+            activation checkpointing gets two in one pass).
 
     Memory: the largest gradient in place of all of them. With accumulation also, between micro-batches: for an m×n matrix with
     D = max(m, n), 4·D·(r + 8) bytes; for a dense parameter its gradient.
@@ -115,7 +127,7 @@ def update_in_backward(
 
 
 class UpdateInBackward:
-    """What `update_in_backward` returns. The optimizer calls `finish_step`, `template`, `restart` and `refresh_hooks`."""
+    """What `update_in_backward` returns. The optimizer calls `check`, `refresh_hooks`, `finish_step`, `template` and `restart`."""
 
     def __init__(
         self,
@@ -135,37 +147,111 @@ class UpdateInBackward:
     # -------------------------------------------------------------------------------------------------------- attachment
 
     def attach(self) -> None:
-        """Register the hooks; raises before anything changes."""
+        """Register the hooks; raises before anything changes, and leaves nothing attached whatever is raised meanwhile."""
         optimizer = self._require_optimizer()
-        self._check(optimizer)
+        check_kind(optimizer)
         if optimizer._in_backward is not None:
             raise RuntimeError(
-                "update_in_backward is attached to this optimizer already; call remove() on its handle first"
+                "update_in_backward is attached to this optimizer already; call remove() on its handle first. If no variable holds "
+                "it any more, lowrank_optim.UpdateInBackward.find(model.parameters()) returns it"
             )
-        optimizer._in_backward = self
-        if self._scaler is not None:  # so that scaler.step calls step(), with or without infinities
-            optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
-        self.refresh_hooks()
+        self.check(optimizer._layouts, optimizer.param_groups)
+        try:
+            optimizer._in_backward = self
+            if self._scaler is not None:  # so that scaler.step calls step(), with or without infinities
+                optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+            self.refresh_hooks()
+            watch = register_optimizer_step_pre_hook(StepHook(self))
+            self._hooks.append(watch)
+            weakref.finalize(optimizer, watch.remove).atexit = False  # torch keeps the hook for all optimizers
+        except BaseException:
+            self._detach()
+            raise
 
-    def refresh_hooks(self) -> None:
-        """Register hooks on parameters that have none yet, frozen ones included."""
-        optimizer = self._require_optimizer()
-        self._check(optimizer)
-        ours = {hook.id for hook in self._hooks}
-        for number, group in enumerate(optimizer.param_groups):
-            for param in group["params"]:
-                if not ours & (param._post_accumulate_grad_hooks or {}).keys():
-                    frozen = not param.requires_grad
-                    param.requires_grad_(True)  # torch registers on no others; a hook outlives the change back
-                    self._hooks.append(param.register_post_accumulate_grad_hook(_hook(weakref.ref(self), number)))
-                    param.requires_grad_(not frozen)
-
-    def _check(self, optimizer: "LowRankOptimizer") -> None:
-        check_optimizer(optimizer, self.accumulate)
-        if self._scaler is not None and any(g["on_nonfinite"] != "skip" for g in optimizer.param_groups):
+    def check(self, layouts: "Mapping[Tensor, Layout]", groups: Iterable[Mapping[str, Any]]) -> None:
+        """Raise where these parameters, and the options of their groups, cannot be updated in backward by this handle."""
+        check_layouts(self._require_optimizer(), layouts, self.accumulate)
+        if self._scaler is not None and any(group["on_nonfinite"] != "skip" for group in groups):
             raise ValueError(
                 'a GradScaler finds its scale by infinities, which only on_nonfinite="skip" leaves out; use it in every group'
             )
+        check_free(layouts, self)
+
+    def refresh_hooks(self) -> None:
+        """Register hooks on parameters that have none yet, frozen ones included."""
+        for number, group in enumerate(self._require_optimizer().param_groups):
+            for param in group["params"]:
+                if owner(param) is not self:
+                    self._register(param, number)
+
+    def _register(self, param: Tensor, number: int) -> None:
+        frozen = not param.requires_grad
+        param.requires_grad_(True)  # torch registers on no others; a hook outlives the change back
+        try:
+            self._hooks.append(param.register_post_accumulate_grad_hook(GradientHook(self, number)))
+        finally:
+            param.requires_grad_(not frozen)
+
+    def _detach(self) -> None:
+        """Remove whatever `attach` has put anywhere."""
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._in_backward is self:
+            del optimizer._in_backward
+            if self._scaler is not None:
+                vars(optimizer).pop("_step_supports_amp_scaling", None)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @staticmethod
+    def find(params: Iterable[Tensor]) -> "list[UpdateInBackward]":
+        """The handles that update any of these parameters in backward, for one that no variable holds any more.
+
+        Example:
+            >>> import torch, lowrank_optim as lo
+            >>> model = torch.nn.Linear(64, 32)
+            >>> optimizer = lo.GaLoreAdamW(lo.param_groups(model, rank=8), lr=1e-2)
+            >>> _ = lo.update_in_backward(optimizer)
+            >>> for handle in lo.UpdateInBackward.find(model.parameters()):
+            ...     handle.discard()  # the gradients of a step that was broken off, if there are any
+            ...     handle.remove()
+        """
+        return list({handle: None for param in params if (handle := owner(param)) is not None})
+
+    def refuse_step_of(self, other: Optimizer) -> None:
+        """Raise RuntimeError where `other` is about to take a step on parameters that are updated in backward here."""
+        if other is not self._optimizer():
+            outside_graph(self._refuse_step_of, other)  # a traced parameter shows no hooks
+
+    def _refuse_step_of(self, other: Optimizer) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        groups = {id(group) for group in optimizer.param_groups}
+        if not hasattr(type(other), "step_projected") and any(id(group) in groups for group in other.param_groups):
+            return  # a wrapper, which hands the step on
+        held = [param for group in other.param_groups for param in group["params"] if owner(param) is self]
+        if not held:
+            return
+        told = two_optimizers([optimizer._layouts[param].name for param in held], optimizer)
+        taken = bool(self._done) or any("micro_batches" in optimizer.state.get(param, {}) for param in held)
+        del optimizer
+        gc.collect()
+        if self.active:
+            raise RuntimeError(f"{type(other).__name__} takes no step: {told}")
+        if taken:
+            warnings.warn(
+                "the gradients of the last backward pass went to an optimizer with update_in_backward that was dropped but not yet "
+                f"freed; this step of {type(other).__name__} has none. It is freed now; call remove() on the handle before an "
+                "optimizer is dropped",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+
+    @property
+    def optimizer(self) -> "LowRankOptimizer | None":
+        """The optimizer that updates in backward; None once it does not exist any more."""
+        return self._optimizer()
 
     @property
     def active(self) -> bool:
@@ -187,13 +273,8 @@ class UpdateInBackward:
                     f"{len(waiting)} parameters keep gradients of an unfinished step: call optimizer.step() to apply them or "
                     "discard() to drop them, then remove()"
                 )
-            del optimizer._in_backward
             optimizer.param_groups[0].pop(MEASURED, None)
-            if self._scaler is not None:
-                del optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._detach()
 
     def discard(self) -> None:
         """Drop the gradients that are kept of an unfinished step."""
@@ -234,8 +315,10 @@ class UpdateInBackward:
             raise RuntimeError(
                 f"{layout.name} got another gradient, but was updated in this step already. A step has {self.accumulate} backward "
                 "passes (accumulate) and ends with optimizer.step(). If that was kept to: a weight that is used in two segments of "
-                "reentrant activation checkpointing gets its gradient in parts; use checkpoint(..., use_reentrant=False)"
+                "reentrant activation checkpointing gets its gradient in parts; use checkpoint(..., use_reentrant=False). If "
+                f"another optimizer steps in place of this one ({type(optimizer).__name__}): {WAY_OUT}"
             )
+        wait_for_host_copy(param)
         self._take(param, group, layout, None)
 
     def _take(self, param: Tensor, group: Mapping[str, Any], layout: "Layout", last: bool | None) -> None:
@@ -336,7 +419,7 @@ class UpdateInBackward:
                 factor = clip_factor(measured[1], self.max_grad_norm).nan_to_num(nan=1.0)
             scale_(tensor, factor, wait)
         if self._found_inf is not None and not (wait and not bool(self._found_inf)):
-            tensor.masked_fill_(self._found_inf.to(tensor.device, non_blocking=True), torch.nan)
+            tensor.masked_fill_(on_device(self._found_inf, tensor.device), torch.nan)
 
     def _unscale(self, grad: Tensor, layout: "Layout") -> None:
         """Divide a gradient by the GradScaler's scale, in place, and see whether it is finite."""
@@ -344,7 +427,7 @@ class UpdateInBackward:
         scale = self._scaler._get_scale_async()
         if scale is None:
             raise RuntimeError("the GradScaler has no scale yet; call scaler.scale(loss).backward()")
-        grad.mul_(scale.double().reciprocal().float().to(grad.device, non_blocking=True))
+        grad.mul_(on_device(scale.double().reciprocal().float(), grad.device))
         bad = ~torch.isfinite(layout.shards.matrix.sum(kernels.norm(grad)))
         self._found_inf = bad if self._found_inf is None else self._found_inf.to(bad.device) | bad
 
@@ -400,17 +483,6 @@ class UpdateInBackward:
                 numbers = math.prod(reduced) + math.prod(accumulation.sketch_shape(layout.space)) + 1
                 kept += numbers * layout.space.dtype.itemsize + 8
         return {"gradient": largest, "accumulated": kept if self.accumulate > 1 else 0}
-
-
-def _hook(handle: "weakref.ref[UpdateInBackward]", number: int) -> Callable[[Tensor], None]:
-    """The hook on a parameter of group `number`; it keeps neither the handle nor the optimizer alive."""
-
-    def hook(param: Tensor) -> None:
-        update = handle()
-        if update is not None:
-            update.on_gradient(param, number)
-
-    return hook
 
 
 def _parameters(optimizer: "LowRankOptimizer") -> Iterator[tuple[Tensor, dict[str, Any], "Layout"]]:

@@ -23,6 +23,7 @@ from lowrank_optim.distributed.dtensor import LocalState, local_grad, place_all
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, PURPOSE_STATE, make_key
 from lowrank_optim.layerwise.accumulation import ACCUMULATORS
 from lowrank_optim.layerwise.clipping import MEASURED
+from lowrank_optim.layerwise.owners import check_free
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.compiling import outside_graph
@@ -79,6 +80,7 @@ class LowRankOptimizer(Optimizer):
     Raises:
         TypeError: an unknown option or group key (the message names the nearest valid one).
         ValueError: a value out of range, or a parameter that cannot be trained (complex, sparse, sharded).
+        RuntimeError: another optimizer, which is still alive, updates one of the parameters in backward.
 
     State (plain tensors; `m×n` the matrix, `r` the rank, 4 bytes an element, 8 for float64 parameters):
         step: 0-d float32 on the CPU, the steps in which the parameter had a gradient (skipped ones included).
@@ -150,6 +152,10 @@ class LowRankOptimizer(Optimizer):
         layouts: dict[Tensor, Layout] = {}
         if all(isinstance(tensor, Tensor) for tensor in tensors):  # torch refuses anything else, and says why
             layouts = self._make_layouts(merged, tensors, len(self.param_groups), len(self._layouts))
+        if self._in_backward is None:
+            check_free(layouts)
+        else:
+            self._in_backward.check(layouts, [merged])
         super().add_param_group(group)
         self._layouts |= layouts
         self._offsets.clear()
