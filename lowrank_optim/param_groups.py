@@ -443,7 +443,7 @@ def _row(group: Mapping[str, Any], shape: tuple[int, ...]) -> _Row:
         return _Row(shape, "-", "-", "-", "no decay" if group.get("weight_decay") == 0 else "dense")
     matrix = matrix_shape(shape, layout)
     if matrix is None:
-        return _Row(shape, "-", "-", "-", f"dense ({len(shape)}-D)")
+        return _Row(shape, "-", "-", "-", "dense (empty)" if 0 in shape else f"dense ({len(shape)}-D)")
     projector = group["projector"]
     projector = projector if isinstance(projector, Projector) else from_name(projector)
     space = make_space(matrix, group, projector, torch.float32)

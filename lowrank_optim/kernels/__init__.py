@@ -22,7 +22,7 @@ from lowrank_optim.kernels.api import (
     store_,
     words,
 )
-from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition, norms, run_many
+from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition, is_watched, norms, run_many
 from lowrank_optim.kernels.host import host_tensor
 from lowrank_optim.kernels.plain import plain_arithmetic
 from lowrank_optim.kernels.reference import (
@@ -53,6 +53,7 @@ __all__ = [
     "decay_",
     "definition",
     "host_tensor",
+    "is_watched",
     "key_of",
     "line_norms",
     "lion_direct_",

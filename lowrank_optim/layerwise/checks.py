@@ -44,6 +44,7 @@ def check_optimizer(optimizer: "LowRankOptimizer", accumulate: int) -> None:
         raise TypeError(
             f"update_in_backward needs an optimizer of this package, got {type(optimizer).__name__}; {hint}"
         )
+    optimizer.check_members()
     residual = optimizer._residual
     low_rank = any(layout.space is not None for layout in optimizer._layouts.values())
     if low_rank and residual.feeds_back:

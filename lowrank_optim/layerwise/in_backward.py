@@ -229,7 +229,8 @@ class UpdateInBackward:
         optimizer = self._optimizer()
         if optimizer is None or param.grad is None:
             return
-        layout, group = optimizer._layout_of(param), optimizer.param_groups[number]
+        optimizer.enter([param])
+        layout, group = optimizer._layouts[param], optimizer.param_groups[number]
         if layout.index in self._done:
             raise RuntimeError(
                 f"{layout.name} got another gradient, but was updated in this step already. A step has {self.accumulate} backward "
@@ -263,8 +264,6 @@ class UpdateInBackward:
         """Add the gradient to the parameter's sum; returns the number of micro-batches in it."""
         optimizer, state = self._require_optimizer(), self._require_optimizer().local_state(param)
         grad = local_grad(param)
-        if grad.is_sparse:
-            optimizer.step_param(param, group)  # raises, and says what to do
         first = "micro_batches" not in state
         whole = layout.space is None or optimizer._residual.uses_gradient or "grad_sum" in state
         whole = whole or layout.shards is not HERE  # the norm of a sum of R's takes a sketch of whole lines
@@ -295,8 +294,6 @@ class UpdateInBackward:
     def _step_whole(self, param: Tensor, group: Mapping[str, Any], layout: "Layout") -> None:
         """Update a parameter from the whole gradient in `param.grad`."""
         optimizer, grad = self._require_optimizer(), local_grad(param)
-        if grad.is_sparse:
-            optimizer.step_param(param, group)  # raises, and says what to do
         norm = layout.shards.matrix.norm(kernels.norm(grad))
         within = norm
         if self.max_grad_norm is not None and self.clip == "subspace" and layout.space is not None:
@@ -354,6 +351,7 @@ class UpdateInBackward:
     def finish_step(self) -> None:
         """End a step: update parameters that got fewer than `accumulate` gradients, and write down the norm."""
         optimizer = self._require_optimizer()
+        optimizer.enter(param for group in optimizer.param_groups for param in group["params"])
         for param, group, layout in _parameters(optimizer):
             if param.grad is not None and layout.index in self._done:
                 raise RuntimeError(

@@ -72,11 +72,11 @@ def _merge(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fits(value: Tensor, template: Tensor) -> bool:
-    """Whether `value` can become the template without losing anything: same type, or a narrower floating one."""
+    """Whether `value` can become the template: same type, a narrower floating one, or that of arithmetic on float64 weights."""
     if tuple(value.shape) != tuple(template.shape):
         return False
     widened = torch.promote_types(value.dtype, template.dtype) if value.is_floating_point() else value.dtype
-    return widened == template.dtype
+    return template.dtype in (widened, torch.float32 if value.dtype == torch.float64 else widened)
 
 
 def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[str]:

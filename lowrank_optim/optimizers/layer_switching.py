@@ -253,6 +253,11 @@ class LayerSwitching(LowRankOptimizer):
             state["master"] = param.detach().float()
         return state
 
+    def _followed(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        # A float32 weight needs no master: the rounded weights count, as if others had been loaded.
+        state = super()._followed(param, {**group, "awake": True})
+        return state if _is_trained(group) else {name: tensor.cpu() for name, tensor in state.items()}
+
     @staticmethod
     def _key(group: Mapping[str, Any], layout: Layout, step: int, purpose: int = PURPOSE_BASIS) -> int:
         # A layer's steps count from 0 in each visit, but its random bases and rounding must not repeat those of the last one.
