@@ -23,7 +23,7 @@ from lowrank_optim.kernels.api import (
     words,
 )
 from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition, is_watched, norms, run_many
-from lowrank_optim.kernels.host import host_tensor
+from lowrank_optim.kernels.host import as_python, host_tensor
 from lowrank_optim.kernels.plain import plain_arithmetic
 from lowrank_optim.kernels.reference import (
     ResidualTerm,
@@ -48,6 +48,7 @@ __all__ = [
     "adam_direct_call",
     "apply_",
     "apply_dense_",
+    "as_python",
     "backends",
     "compute_dtype",
     "decay_",

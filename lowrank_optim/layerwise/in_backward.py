@@ -106,6 +106,7 @@ def update_in_backward(
         >>> optimizer.step()
         >>> handle.remove()
     """
+    accumulate, max_grad_norm = map(kernels.as_python, (accumulate, max_grad_norm))
     check_arguments(accumulate, max_grad_norm, clip, last_micro_batch)
     if grad_scaler is not None and not grad_scaler.is_enabled():
         grad_scaler = None

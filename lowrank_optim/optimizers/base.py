@@ -38,6 +38,7 @@ from lowrank_optim.optimizers.options import (
     check_names,
     check_values,
     expand_shorthands,
+    plain_options,
     projector_option,
 )
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
@@ -109,9 +110,9 @@ class LowRankOptimizer(Optimizer):
         self._rule = rule
         self._residual = residual if isinstance(residual, Residual) else residual_from_name(residual)
         parts = {**rule.options(), **self._residual.options()}
-        valid = {**DEFAULTS, **parts, **self._group_options, "lr": lr, "weight_decay": weight_decay}
+        valid = plain_options({**DEFAULTS, **parts, **self._group_options, "lr": lr, "weight_decay": weight_decay})
         check_names(options, (*valid, *SHORTHANDS), f"{type(self).__name__}(…)")
-        options = expand_shorthands(options)
+        options = expand_shorthands(plain_options(options))
         self._projector = projector_option(options)
         defaults = {**valid, **options, "projector": self._projector.name}
         defaults |= {"rule": rule.name, "residual": self._residual.name}
@@ -130,7 +131,7 @@ class LowRankOptimizer(Optimizer):
         if isinstance(group.get("projector"), Projector):
             raise ValueError("projector in a param group must be a name; pass Projector objects to the constructor")
         check_names(group, (*self.defaults, *SHORTHANDS), "a param group")
-        group = expand_shorthands(group)
+        group = expand_shorthands(plain_options(group))
         merged = {**self.defaults, **group}
         self._check_options(merged)
         params = merged.pop("params", [])
@@ -488,7 +489,8 @@ class LowRankOptimizer(Optimizer):
         group = job.group
         # Rules and residuals are odd functions of the gradient: to ascend is to descend with the sign turned.
         alpha = -move.step * factor if group["maximize"] else move.step * factor
-        keep = 1.0 - move.decay * group["weight_decay"]
+        decay = group["weight_decay"]
+        keep = 1.0 - move.decay * (decay if isinstance(decay, Tensor) else float(decay))
         if group["match_reference"] and self._rule.decays_last:
             alpha *= float(keep)  # decay after the update: (1 − ηλ)(W − ηU)
         key = None
@@ -575,6 +577,8 @@ class LowRankOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state and the options of every group, as in torch: tensors and Python's own numbers only."""
         self.check_members()
+        for group in self.param_groups:  # where schedulers put numbers of other kinds
+            group.update(plain_options(group, keep_tensors=True))
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.distributed.dtensor import as_tensor, like
 from lowrank_optim.layerwise.clipping import MEASURED
-from lowrank_optim.optimizers.options import STRUCTURAL
+from lowrank_optim.optimizers.options import STRUCTURAL, plain_options
 
 HOST_STATE = ("step", "last_refresh", "gap", "overlaps", "turn", "micro_batches")
 """State that the host reads in every step, kept on the CPU wherever the parameter lives."""
@@ -68,6 +68,7 @@ def _merge(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A group with the saved hyperparameters, our parameters, and our values for options that the checkpoint does not know."""
     kept = {name: deepcopy(value) for name, value in saved.items() if name != "params"}
     own = {name: value for name, value in own.items() if name != MEASURED}
+    kept = plain_options(kept, keep_tensors=True)
     return {**own, **kept, "params": own["params"]}
 
 
