@@ -352,7 +352,6 @@ class UpdateInBackward:
     def finish_step(self) -> None:
         """End a step: update parameters that got fewer than `accumulate` gradients, and write down the norm."""
         optimizer = self._require_optimizer()
-        optimizer.enter(param for group in optimizer.param_groups for param in group["params"])
         for param, group, layout in _parameters(optimizer):
             if param.grad is not None and layout.index in self._done:
                 raise RuntimeError(

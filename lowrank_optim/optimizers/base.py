@@ -258,11 +258,10 @@ class LowRankOptimizer(Optimizer):
 
     @kernels.plain_arithmetic
     def _step(self) -> None:
-        self.check_members()
+        self.enter(param for group in self.param_groups for param in group["params"])
         if self._in_backward is not None:
             self._in_backward.finish_step()
         else:
-            self.enter(param for group in self.param_groups for param in group["params"])
             self.param_groups[0].pop(MEASURED, None)  # from a checkpoint written with updates in backward
             norms = first_norms(self.param_groups, self._layouts)
             later = Waiting()
@@ -286,11 +285,13 @@ class LowRankOptimizer(Optimizer):
         """Let parameters into a step: all are checked before anything changes; state and gradients are then as the step needs them.
 
         Raises:
-            RuntimeError: the shape of a parameter is not that of its state.
+            RuntimeError: a parameter is not one that the optimizer was built with, or has another shape than its state is for.
             ValueError: a parameter that cannot be written to, or a gradient that no step can use.
         """
         params = list(params)
         given = [param for param in params if param.grad is not None]
+        if any(param not in self._layouts for param in params):
+            self.check_members()
         for param in params:
             check_parameter(param, self._layouts[param])
         for param in given:
