@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from lowrank_optim.kernels import as_python
 from lowrank_optim.optimizers.layout import is_low_rank, make_space, matrix_shape, resolve_rank
-from lowrank_optim.optimizers.options import DEFAULTS, check_values, expand_shorthands
+from lowrank_optim.optimizers.options import DEFAULTS, check_values, expand_shorthands, plain_options
 from lowrank_optim.projectors import Projector, from_name
 
 ParamGroup: TypeAlias = dict[str, Any]
@@ -100,7 +101,8 @@ def param_groups(
     """
     if rank is _UNSET and density is None:
         raise TypeError("param_groups needs a rank (rank=None makes every group dense) or a density")
-    rank = None if rank is _UNSET else rank
+    rank, density, weight_decay = map(as_python, (None if rank is _UNSET else rank, density, weight_decay))
+    options = plain_options(options)
     _check_arguments(model, rank, density, include, weight_decay, options)
     low_rank_by = {"rank": rank} if density is None else {"density": density}
     train_low_rank = rank is not None or density is not None
@@ -437,13 +439,13 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
 
 
 def _row(group: Mapping[str, Any], shape: tuple[int, ...]) -> _Row:
-    group = {**DEFAULTS, **expand_shorthands(dict(group))}
+    group = {**DEFAULTS, **expand_shorthands(plain_options(group))}
     layout = group["layout"]
     if not is_low_rank(group):
         return _Row(shape, "-", "-", "-", "no decay" if group.get("weight_decay") == 0 else "dense")
     matrix = matrix_shape(shape, layout)
     if matrix is None:
-        return _Row(shape, "-", "-", "-", f"dense ({len(shape)}-D)")
+        return _Row(shape, "-", "-", "-", "dense (empty)" if 0 in shape else f"dense ({len(shape)}-D)")
     projector = group["projector"]
     projector = projector if isinstance(projector, Projector) else from_name(projector)
     space = make_space(matrix, group, projector, torch.float32)

@@ -177,6 +177,30 @@ def test_results_come_in_the_order_of_the_calls(op: str):
     assert dispatch.run_many(op, []) == []
 
 
+@pytest.mark.parametrize("op", ["adam_direct_", "adam_dense_", "coded_adam_direct_", "coded_adam_dense_"])
+def test_tensors_with_a_negative_bit_and_zeros_without_memory_run_together_with_others(op: str):
+    """Their addresses hold other values, or nothing."""
+    position = 1 if "dense" in op else 0
+    plain, odd = calls_of(op)[:6], calls_of(op)[:6]
+    changes = {1: torch._neg_view}
+    if position == 0:  # dense parameters take contiguous tensors
+        changes[3] = lambda grad: torch._efficientzerotensor(grad.shape, dtype=grad.dtype)
+    for i, change in changes.items():
+        first, grad, rest = odd[i][:position], odd[i][position], odd[i][position + 1 :]
+        assert grad.numel() > 1
+        odd[i] = (*first, change(grad), *rest)
+        plain[i] = (*clones(first), torch.empty_like(grad).copy_(odd[i][position]), *clones(rest))
+    want = [getattr(torch.ops.lowrank_optim, op)(*call) for call in plain]
+    got = dispatch.run_many(op, odd)
+    for one, other in zip([*plain, *map(_listed, want)], [*odd, *map(_listed, got)], strict=True):
+        for x, y in zip(one, other, strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value]
+
+
 def test_a_mode_sees_every_operation():
     """Of tensors in the planner's mode there may be nothing in memory."""
     seen = []

@@ -94,7 +94,7 @@ class LowRankHook:
         optimizer, group = self._optimizer, self._groups.get(param)
         if group is None or not optimizer.state.get(param):  # a stranger, or a layer that sleeps
             return grad
-        layout = optimizer._layout_of(param)
+        layout = optimizer.layout_of(param)
         if layout.space is None or optimizer.refresh_is_due(param, group):
             return grad
         return optimizer.subspace(param, group).project(layout.view(grad))

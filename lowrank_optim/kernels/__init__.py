@@ -22,8 +22,8 @@ from lowrank_optim.kernels.api import (
     store_,
     words,
 )
-from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition, norms, run_many
-from lowrank_optim.kernels.host import host_tensor
+from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition, is_watched, norms, run_many
+from lowrank_optim.kernels.host import as_python, host_tensor
 from lowrank_optim.kernels.plain import plain_arithmetic
 from lowrank_optim.kernels.reference import (
     ResidualTerm,
@@ -48,11 +48,13 @@ __all__ = [
     "adam_direct_call",
     "apply_",
     "apply_dense_",
+    "as_python",
     "backends",
     "compute_dtype",
     "decay_",
     "definition",
     "host_tensor",
+    "is_watched",
     "key_of",
     "line_norms",
     "lion_direct_",

@@ -99,7 +99,7 @@ def _changed(args: Sequence[Any], written: Iterable[int]) -> None:
     increment_version([tensor for i in written if not (tensor := args[i]).is_inference()])
 
 
-def _watched() -> bool:
+def is_watched() -> bool:
     """Whether a mode of torch is active (the planner's, say), which wants to see every operation."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
@@ -107,9 +107,14 @@ def _watched() -> bool:
 def _is_plain(tensors: Iterable[Any]) -> bool:
     """Whether these tensors are in memory for all to see.
 
-    Others (fake ones, quantised weights) have ways of their own, which only the operation itself goes.
+    Others (fake ones, quantised weights, views with a negative bit, zeros without memory) have ways of their own, which only the
+    operation itself goes.
     """
-    return all(type(tensor) in _PLAIN for tensor in tensors if isinstance(tensor, Tensor))
+    return all(
+        type(tensor) in _PLAIN and not (tensor.is_neg() or tensor._is_zerotensor())
+        for tensor in tensors
+        if isinstance(tensor, Tensor)
+    )
 
 
 def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -119,7 +124,7 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     """
     results: list[Any] = [NotImplemented] * len(calls)
     left: dict[torch.device | None, list[int]] = {}
-    watched = _watched()
+    watched = is_watched()
     for i, args in enumerate(calls):
         left.setdefault(None if watched or not _is_plain(args) else args[0].device, []).append(i)
     for device, same in left.items():
@@ -141,9 +146,9 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each tensor, 0-d: in one launch where a backend can."""
     found: list[Tensor | None] = [None] * len(tensors)
     together: dict[torch.device, list[int]] = {}
-    if not _watched():
+    if not is_watched():
         for i, x in enumerate(tensors):
-            if type(x) in _PLAIN and x.dtype in _SHORT and x.is_contiguous():
+            if _is_plain((x,)) and x.dtype in _SHORT and x.is_contiguous():
                 together.setdefault(x.device, []).append(i)
     for device, same in together.items():
         chain = _chain(device.type, os.environ.get(VARIABLE))

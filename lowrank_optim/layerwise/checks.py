@@ -45,6 +45,7 @@ def check_kind(optimizer: "LowRankOptimizer") -> None:
         raise TypeError(
             f"update_in_backward needs an optimizer of this package, got {type(optimizer).__name__}; {hint}"
         )
+    optimizer.check_members()
 
 
 def check_layouts(optimizer: "LowRankOptimizer", layouts: "Mapping[Tensor, Layout]", accumulate: int) -> None:

@@ -118,6 +118,7 @@ def update_in_backward(
         >>> optimizer.step()
         >>> handle.remove()
     """
+    accumulate, max_grad_norm = map(kernels.as_python, (accumulate, max_grad_norm))
     check_arguments(accumulate, max_grad_norm, clip, last_micro_batch)
     if grad_scaler is not None and not grad_scaler.is_enabled():
         grad_scaler = None
@@ -310,7 +311,8 @@ class UpdateInBackward:
         optimizer = self._optimizer()
         if optimizer is None or param.grad is None:
             return
-        layout, group = optimizer._layout_of(param), optimizer.param_groups[number]
+        optimizer.enter([param])
+        layout, group = optimizer._layouts[param], optimizer.param_groups[number]
         if layout.index in self._done:
             raise RuntimeError(
                 f"{layout.name} got another gradient, but was updated in this step already. A step has {self.accumulate} backward "
@@ -346,8 +348,6 @@ class UpdateInBackward:
         """Add the gradient to the parameter's sum; returns the number of micro-batches in it."""
         optimizer, state = self._require_optimizer(), self._require_optimizer().local_state(param)
         grad = local_grad(param)
-        if grad.is_sparse:
-            optimizer.step_param(param, group)  # raises, and says what to do
         first = "micro_batches" not in state
         whole = layout.space is None or optimizer._residual.uses_gradient or "grad_sum" in state
         whole = whole or layout.shards is not HERE  # the norm of a sum of R's takes a sketch of whole lines
@@ -378,8 +378,6 @@ class UpdateInBackward:
     def _step_whole(self, param: Tensor, group: Mapping[str, Any], layout: "Layout") -> None:
         """Update a parameter from the whole gradient in `param.grad`."""
         optimizer, grad = self._require_optimizer(), local_grad(param)
-        if grad.is_sparse:
-            optimizer.step_param(param, group)  # raises, and says what to do
         norm = layout.shards.matrix.norm(kernels.norm(grad))
         within = norm
         if self.max_grad_norm is not None and self.clip == "subspace" and layout.space is not None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.kernels import as_python
 from lowrank_optim.layerwise.sampling import ORDERS, block_of_visit
 from lowrank_optim.optimizers.base import Params
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
@@ -85,6 +86,7 @@ class BAdamW(LayerSwitching):
     ) -> None:
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}; valid values are {', '.join(map(repr, ORDERS))}")
+        master_weights = as_python(master_weights)
         if not isinstance(master_weights, bool):
             raise ValueError(f"master_weights is {master_weights!r}; it must be True or False")
         schedule = {

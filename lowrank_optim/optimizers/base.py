@@ -27,16 +27,10 @@ from lowrank_optim.layerwise.owners import check_free
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.compiling import outside_graph
+from lowrank_optim.optimizers.entrance import check_gradient, check_members, check_parameter, settle_gradient
 from lowrank_optim.optimizers.job import Job
 from lowrank_optim.optimizers.later import Later, Waiting, summed
-from lowrank_optim.optimizers.layout import (
-    Layout,
-    check_gradient,
-    check_parts,
-    make_layouts,
-    matrix_view,
-    unknown_parameter,
-)
+from lowrank_optim.optimizers.layout import Layout, check_parts, make_layouts, matrix_view
 from lowrank_optim.optimizers.nonfinite import SkippedUpdates, first_norms
 from lowrank_optim.optimizers.options import (
     DEFAULTS,
@@ -45,6 +39,7 @@ from lowrank_optim.optimizers.options import (
     check_names,
     check_values,
     expand_shorthands,
+    plain_options,
     projector_option,
 )
 from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
@@ -117,9 +112,9 @@ class LowRankOptimizer(Optimizer):
         self._rule = rule
         self._residual = residual if isinstance(residual, Residual) else residual_from_name(residual)
         parts = {**rule.options(), **self._residual.options()}
-        valid = {**DEFAULTS, **parts, **self._group_options, "lr": lr, "weight_decay": weight_decay}
+        valid = plain_options({**DEFAULTS, **parts, **self._group_options, "lr": lr, "weight_decay": weight_decay})
         check_names(options, (*valid, *SHORTHANDS), f"{type(self).__name__}(…)")
-        options = expand_shorthands(options)
+        options = expand_shorthands(plain_options(options))
         self._projector = projector_option(options)
         defaults = {**valid, **options, "projector": self._projector.name}
         defaults |= {"rule": rule.name, "residual": self._residual.name}
@@ -138,7 +133,7 @@ class LowRankOptimizer(Optimizer):
         if isinstance(group.get("projector"), Projector):
             raise ValueError("projector in a param group must be a name; pass Projector objects to the constructor")
         check_names(group, (*self.defaults, *SHORTHANDS), "a param group")
-        group = expand_shorthands(group)
+        group = expand_shorthands(plain_options(group))
         merged = {**self.defaults, **group}
         self._check_options(merged)
         params = merged.pop("params", [])
@@ -234,6 +229,12 @@ class LowRankOptimizer(Optimizer):
         own: dict[str, Tensor] = {n: t for n, t in state.items() if n not in ACCUMULATORS}
         if self._in_backward is not None:
             own |= self._in_backward.template(param, saved)
+        return self._resized(param, own, saved, group)
+
+    def _resized(
+        self, param: Tensor, own: dict[str, Tensor], saved: Mapping[str, Tensor], group: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """`own` with moments of the types and shapes that they have beside `saved`, where they change with the subspace."""
         layout = self._layouts[param]
         if layout.space is None or not layout.projector.resizes or "turn" not in saved:
             return own
@@ -263,6 +264,7 @@ class LowRankOptimizer(Optimizer):
 
     @kernels.plain_arithmetic
     def _step(self) -> None:
+        self.enter(param for group in self.param_groups for param in group["params"])
         if self._in_backward is not None:
             self._in_backward.finish_step()
         else:
@@ -279,6 +281,30 @@ class LowRankOptimizer(Optimizer):
                     self._finish(step)
         self._skipped.poll()
         self._end_step()
+
+    def check_members(self) -> None:
+        """Raise RuntimeError for a parameter in the groups that is another one, or has another shape, than at construction."""
+        check_members(self.param_groups, self._layouts)
+
+    @kernels.plain_arithmetic
+    def enter(self, params: Iterable[Tensor]) -> None:
+        """Let parameters into a step: all are checked before anything changes; state and gradients are then as the step needs them.
+
+        Raises:
+            RuntimeError: a parameter is not one that the optimizer was built with, or has another shape than its state is for.
+            ValueError: a parameter that cannot be written to, or a gradient that no step can use.
+        """
+        params = list(params)
+        given = [param for param in params if param.grad is not None]
+        if any(param not in self._layouts for param in params):
+            self.check_members()
+        for param in params:
+            check_parameter(param, self._layouts[param])
+        for param in given:
+            check_gradient(param, self._layouts[param])
+        self._follow(params)
+        for param in given:
+            settle_gradient(param)
 
     def _end_step(self) -> None:
         """Called when every parameter has been updated, by `step` or inside backward."""
@@ -301,15 +327,14 @@ class LowRankOptimizer(Optimizer):
         norm: Tensor | None = None,
         later: Waiting | None = None,
     ) -> None:
-        """Update one parameter from its gradient: the single entry that `step` and hooks use. No gradient, no change.
+        """Update one parameter, which `enter` has let in, from its gradient: what `step` and hooks use. No gradient, no change.
 
         `norm`, where it is known already, says whether the gradient is finite; of a sharded parameter, it is that of the whole. What
         is better done together with other parameters is left to `later`, if that is given.
         """
         if param.grad is None:
             return
-        layout, grad = self._layout_of(param), local_grad(param)
-        check_gradient(grad, layout)
+        layout, grad = self._layouts[param], local_grad(param)
         with self._job(param, group, layout) as job:
             if layout.space is None:
                 if layout.shards.whole:
@@ -324,7 +349,7 @@ class LowRankOptimizer(Optimizer):
     @kernels.plain_arithmetic
     def project_param(self, param: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Basis, Tensor]:
         """G, its subspace (the one that stands, or a new one where one is due) and R, for the gradient of a low-rank matrix."""
-        layout = self._layout_of(param)
+        layout = self._layouts[param]
         assert param.grad is not None
         assert layout.space is not None
         grad = matrix_view(local_grad(param), layout.layout)
@@ -342,7 +367,7 @@ class LowRankOptimizer(Optimizer):
     @kernels.plain_arithmetic
     def step_projected(self, param: Tensor, group: Mapping[str, Any], reduced: Tensor) -> None:
         """Update a low-rank matrix from R alone, in the subspace that stands; for residuals that use no more of the gradient."""
-        layout = self._layout_of(param)
+        layout = self._layouts[param]
         with self._job(param, group, layout) as job:
             weight, unused = matrix_view(job.weight, layout.layout), reduced.new_empty(0)
             basis = self.subspace(param, group)
@@ -471,7 +496,8 @@ class LowRankOptimizer(Optimizer):
         group = job.group
         # Rules and residuals are odd functions of the gradient: to ascend is to descend with the sign turned.
         alpha = -move.step * factor if group["maximize"] else move.step * factor
-        keep = 1.0 - move.decay * group["weight_decay"]
+        decay = group["weight_decay"]
+        keep = 1.0 - move.decay * (decay if isinstance(decay, Tensor) else float(decay))
         if group["match_reference"] and self._rule.decays_last:
             alpha *= float(keep)  # decay after the update: (1 − ηλ)(W − ηU)
         key = None
@@ -555,6 +581,13 @@ class LowRankOptimizer(Optimizer):
 
     # -------------------------------------------------------------------------------------------------------------- state
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the options of every group, as in torch: tensors and Python's own numbers only."""
+        self.check_members()
+        for group in self.param_groups:  # where schedulers put numbers of other kinds
+            group.update(plain_options(group, keep_tensors=True))
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state, every tensor in its own type, on the device of its parameter.
 
@@ -565,6 +598,8 @@ class LowRankOptimizer(Optimizer):
             ValueError: a checkpoint of another method, rank or model; the message lists every difference, and the optimizer is as it
                 was.
         """
+        self.check_members()
+        self._follow(list(self._layouts))
         checkpoint.load(self, state_dict)
         self._rebuild_layouts()
         if self._in_backward is not None:
@@ -580,18 +615,45 @@ class LowRankOptimizer(Optimizer):
             self._warned, self._skipped = set(), SkippedUpdates()
         self._rebuild_layouts()
 
-    def _layout_of(self, param: Tensor) -> Layout:
-        layout = self._layouts.get(param) or unknown_parameter(param)
-        if layout.device != param.device:  # the model was moved after the optimizer was built
-            for name in self.state[param].keys() - set(HOST_STATE):
-                self.state[param][name] = self.state[param][name].to(param.device)
-            self._rebuild_layouts()
+    def layout_of(self, param: Tensor) -> Layout:
+        """The layout of a parameter, whose state is where and as it needs it."""
+        check_parameter(param, self._layouts[param])
+        self._follow([param])
         return self._layouts[param]
 
+    def _follow(self, params: Iterable[Tensor]) -> None:
+        """Where the model was moved or converted (`model.to`, `.double()`) after the optimizer was built, let the state follow.
+
+        Moments, stored bases and what residuals keep go to the new device, and into the type of arithmetic on the new type. Codes and
+        their scales are the same for every type.
+        """
+        old = self._layouts
+        if all((old[param].device, old[param].dtype) == (param.device, param.dtype) for param in params):
+            return
+        check_members(self.param_groups, old)
+        self._rebuild_layouts()
+        for group in self.param_groups:
+            for param in group["params"]:
+                place = param.device, param.dtype
+                if self.state.get(param) and (old[param].device, old[param].dtype) != place:
+                    self.state[param] = self._followed(param, group)
+
+    def _followed(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The state of a parameter on its device, in the types that a state made now would have."""
+        state = self.state[param]
+        fresh = self._resized(param, self._init_state(param, group, self._layouts[param]), state, group)
+        if self._in_backward is not None:
+            fresh |= self._in_backward.template(param, state)
+        return {
+            name: state[name].to(self._state_device(name, param, group), like.dtype) if name in state else like
+            for name, like in fresh.items()
+        }
+
     def _rebuild_layouts(self) -> None:
-        self._layouts, self._offsets = {}, {}
+        layouts: dict[Tensor, Layout] = {}
         for number, group in enumerate(self.param_groups):
-            self._layouts |= self._make_layouts(group, group["params"], number, len(self._layouts))
+            layouts |= self._make_layouts(group, group["params"], number, len(layouts))
+        self._layouts, self._offsets = layouts, {}
 
     def _make_layouts(
         self, group: Mapping[str, Any], params: Iterable[Tensor], number: int, first: int

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.distributed.dtensor import as_tensor, like
 from lowrank_optim.layerwise.clipping import MEASURED
-from lowrank_optim.optimizers.options import STRUCTURAL
+from lowrank_optim.optimizers.options import STRUCTURAL, plain_options
 
 HOST_STATE = ("step", "last_refresh", "gap", "overlaps", "turn", "micro_batches")
 """State that the host reads in every step, kept on the CPU wherever the parameter lives."""
@@ -68,15 +68,16 @@ def _merge(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A group with the saved hyperparameters, our parameters, and our values for options that the checkpoint does not know."""
     kept = {name: deepcopy(value) for name, value in saved.items() if name != "params"}
     own = {name: value for name, value in own.items() if name != MEASURED}
+    kept = plain_options(kept, keep_tensors=True)
     return {**own, **kept, "params": own["params"]}
 
 
 def _fits(value: Tensor, template: Tensor) -> bool:
-    """Whether `value` can become the template without losing anything: same type, or a narrower floating one."""
+    """Whether `value` can become the template: same type, a narrower floating one, or that of arithmetic on float64 weights."""
     if tuple(value.shape) != tuple(template.shape):
         return False
     widened = torch.promote_types(value.dtype, template.dtype) if value.is_floating_point() else value.dtype
-    return widened == template.dtype
+    return template.dtype in (widened, torch.float32 if value.dtype == torch.float64 else widened)
 
 
 def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[str]:

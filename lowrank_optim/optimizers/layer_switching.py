@@ -24,7 +24,7 @@ from lowrank_optim.optimizers.checkpoint import HOST_STATE
 from lowrank_optim.optimizers.job import Job
 from lowrank_optim.optimizers.later import Waiting
 from lowrank_optim.optimizers.layout import Layout
-from lowrank_optim.optimizers.options import Options
+from lowrank_optim.optimizers.options import Options, plain_options
 from lowrank_optim.optimizers.residuals import Residual
 from lowrank_optim.rules import Rule
 
@@ -70,6 +70,7 @@ class LayerSwitching(LowRankOptimizer):
         schedule: Mapping[str, Any],
         options: Options,
     ) -> None:
+        schedule = plain_options(schedule)
         period = schedule["period"]
         if isinstance(period, bool) or not isinstance(period, int) or period < 1:
             raise ValueError(f"period is {period!r}; it must be an int of at least 1 (steps)")
@@ -202,7 +203,7 @@ class LayerSwitching(LowRankOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch: always on, or of a layer that the optimizer knows. New layers need a new optimizer."""
-        layer = param_group.get("layer")
+        layer = kernels.as_python(param_group.get("layer"))
         if self._built and layer is not None and layer not in self.layers:
             raise ValueError(
                 f"layer is {layer!r} in a param group that is added later; the layers that take turns are those that the optimizer "
@@ -252,6 +253,11 @@ class LayerSwitching(LowRankOptimizer):
         if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
             state["master"] = param.detach().float()
         return state
+
+    def _followed(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        # A float32 weight needs no master: the rounded weights count, as if others had been loaded.
+        state = super()._followed(param, {**group, "awake": True})
+        return state if _is_trained(group) else {name: tensor.cpu() for name, tensor in state.items()}
 
     @staticmethod
     def _key(group: Mapping[str, Any], layout: Layout, step: int, purpose: int = PURPOSE_BASIS) -> int:

@@ -7,7 +7,7 @@ devices or the number of processes.
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lowrank_optim.distributed.dtensor import (
     dense_shards,
     dense_spread,
     is_sharded,
+    local,
     low_rank_shards,
     matrix_spread,
 )
@@ -42,6 +43,7 @@ class Layout:
     space: Space | None  # None: dense
     projector: Projector
     device: torch.device
+    dtype: torch.dtype
     shape: tuple[int, ...] = ()
     shards: Shards = HERE  # where the rest of a sharded parameter lies
 
@@ -59,12 +61,12 @@ class Layout:
 
 
 def matrix_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
-    """The shape of the parameter's matrix view, or None where it has none (0-D and 1-D).
+    """The shape of the parameter's matrix view, or None where it has none: 0-D, 1-D, and tensors without elements.
 
     "auto": 2-D as it is, 3-D a stack of matrices, 4-D and more (convolutions) first dimension × the rest. "conv": first dimension ×
     the rest, also in 3-D. "transposed": the last two dimensions exchanged.
     """
-    if len(shape) < 2:
+    if len(shape) < 2 or 0 in shape:
         return None
     if layout == "conv" or len(shape) > 3:
         return (shape[0], shape[1:].numel() if isinstance(shape, torch.Size) else torch.Size(shape[1:]).numel())
@@ -133,7 +135,8 @@ def make_layouts(
             own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
         shards = make_shards(param, space, own, group)
         space = None if space is None else replace(space, shards=shards)
-        layouts[param] = Layout(name, index, group["layout"], space, own, param.device, tuple(param.shape), shards)
+        place = param.device, param.dtype, tuple(param.shape)
+        layouts[param] = Layout(name, index, group["layout"], space, own, *place, shards)
     low_rank = {param: layout.space for param, layout in layouts.items() if layout.space is not None}
     key = make_key(group["seed"], first, 0, PURPOSE_BLOCKS)
     arranged = projector.arrange(list(low_rank.values()), group["density"], key)
@@ -183,23 +186,26 @@ def check_parts(layout: Layout, param: Tensor, rule: Rule, residual: Residual, g
         )
 
 
-def check_gradient(grad: Tensor, layout: "Layout") -> None:
-    """Raise ValueError for a gradient that no step can use."""
-    if grad.is_sparse:
+def shares_elements(tensor: Tensor) -> bool:
+    """Whether some elements share memory (`expand`), as far as strides tell."""
+    if tensor.is_contiguous():
+        return False
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                return True
+            span += stride * (size - 1)
+    return False
+
+
+def check_memory(param: Tensor, kind: str) -> None:
+    """Raise ValueError for a parameter that cannot be written to as its memory lies; `kind` names it in the message."""
+    if param.is_neg() or param._is_zerotensor() or shares_elements(local(param)):
         raise ValueError(
-            f"the gradient of {layout.name} is sparse; make it dense (nn.Embedding(sparse=False)), or give the parameter to "
-            "torch.optim.SparseAdam"
+            f"{kind} is a view with a negative bit (of a complex conjugate, say), or its elements share memory (expand); only a copy "
+            "of it can be trained: param.data = param.data.contiguous().resolve_neg(), or a new parameter"
         )
-
-
-def unknown_parameter(param: Tensor) -> NoReturn:
-    """Raise RuntimeError for a parameter that has no layout."""
-    raise RuntimeError(
-        f"a parameter {tuple(param.shape)} {param.dtype} in the param groups was put there after the optimizer was built, not by "
-        "add_param_group. DeepSpeed ZeRO (stages 1 and 2) does so with flat parts of parameters, of which no matrix is left "
-        "to project: use torch.distributed.fsdp.fully_shard (FSDP2), DistributedDataParallel, or DeepSpeed with "
-        "zero_optimization stage 0"
-    )
 
 
 def check_parameter(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
@@ -214,6 +220,7 @@ def check_parameter(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
         raise ValueError(f"{kind} is {param.dtype}; an optimizer needs floating-point parameters")
     if param.is_sparse or param.layout != torch.strided:
         raise ValueError(f"{kind} has layout {param.layout}; only dense (strided) parameters can be trained")
+    check_memory(param, kind)
     check_owner(param, kind)
     check_placements(param, kind, group["layout"])
     if hasattr(param, "codes") and str(group["projector"]).startswith("coordinate"):

@@ -3,6 +3,7 @@
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.kernels import as_python
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
 from lowrank_optim.optimizers.options import Options
 from lowrank_optim.optimizers.residuals import ErrorFeedback, NoResidual
@@ -48,6 +49,7 @@ class LDAdamW(LowRankOptimizer):
         error_feedback: bool = True,
         **options: Unpack[Options],
     ) -> None:
+        error_feedback = as_python(error_feedback)
         if not isinstance(error_feedback, bool):
             raise ValueError(f"error_feedback is {error_feedback!r}; it must be True or False")
         options.setdefault("projector", PowerIteration(rho))

@@ -89,6 +89,7 @@ class LISAAdamW(LayerSwitching):
         residual: str | Residual = "none",
         **options: Unpack[Options],
     ) -> None:
+        active_layers = kernels.as_python(active_layers)
         if isinstance(active_layers, bool) or not isinstance(active_layers, int) or active_layers < 1:
             raise ValueError(f"active_layers is {active_layers!r}; it must be an int of at least 1")
         if not callable(sampling) and sampling not in ("uniform", "weight_norm"):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.distributed.dtensor import local_grad
-from lowrank_optim.optimizers.layout import Layout, check_gradient
+from lowrank_optim.optimizers.layout import Layout
 
 POLL_EVERY = 100
 """Steps between two looks at the counters of an accelerator."""
@@ -29,12 +29,9 @@ def first_norms(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, La
     found: dict[tuple[Any, ...], list[Tensor]] = {}
     for group in groups:
         for param in group["params"]:
-            layout = layouts.get(param)
-            if layout is None or param.grad is None:
+            if param.grad is None or group["on_nonfinite"] == "propagate":
                 continue
-            check_gradient(param.grad, layout)  # before any parameter has changed
-            if group["on_nonfinite"] == "propagate":
-                continue
+            layout = layouts[param]
             sharded = layout.shards.matrix.splits()
             if sharded:
                 found.setdefault((param.device, *layout.shards.matrix.groups()), []).append(param)

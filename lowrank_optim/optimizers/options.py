@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
+from lowrank_optim.kernels import as_python
 from lowrank_optim.projectors import PROJ_TYPES, Projector, from_name
 
 LAYOUTS = ("auto", "conv", "transposed")
@@ -128,6 +129,15 @@ CARRIED = frozenset(
     ]
 )
 """Group keys of torch, its schedulers and trainers, kept as they are."""
+
+
+def plain_options(options: Mapping[str, Any], keep_tensors: bool = False) -> dict[str, Any]:
+    """The options of a group with Python's own numbers; a learning rate may be a tensor, as in torch."""
+    kept = ("lr", *CARRIED)
+    return {
+        name: value if name in ("params", "param_names") else as_python(value, keep_tensors or name in kept)
+        for name, value in options.items()
+    }
 
 
 def check_names(given: Iterable[str], valid: Iterable[str], where: str) -> None:

@@ -15,7 +15,7 @@ Side logic (m×n gradient, basis B with orthonormal columns, low-rank matrix R a
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_optim.distributed import HERE, WHOLE, Shards, Spread
+from lowrank_optim.kernels import as_python
 
 SIDES = ("right", "left", "full")
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -175,6 +176,11 @@ class Projector(ABC):
     """Whether gradients and bases may be local parts, which `Space.shards` describes; if not, sharded parameters are refused."""
     resizes: ClassVar[bool] = False
     """Whether R and the moments have another shape after a refresh; such moments can only be reset."""
+
+    def __post_init__(self) -> None:
+        """Fields are Python's own numbers, as names and checkpoints need them."""
+        for part in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, part.name, as_python(getattr(self, part.name)))
 
     @property
     @abstractmethod

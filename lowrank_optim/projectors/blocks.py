@@ -45,6 +45,7 @@ class Blocks(Projector):
     resizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.order not in ORDERS:
             raise ValueError(f"blocks is {self.order!r}; valid values are {', '.join(map(repr, ORDERS))}")
 

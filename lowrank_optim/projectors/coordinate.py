@@ -36,6 +36,7 @@ class Coordinate(Projector):
     sees_all: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.coordinates not in (None, *COORDINATES):
             raise ValueError(f"coordinates is {self.coordinates!r}; valid values are {', '.join(COORDINATES)}")
 

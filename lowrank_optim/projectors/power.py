@@ -33,6 +33,7 @@ class PowerIteration(StoredProjector):
     uses_momentum: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.rho <= 1.0:
             raise ValueError(f"rho is {self.rho!r}; it must be in [0, 1]")
 

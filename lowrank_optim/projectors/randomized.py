@@ -116,6 +116,7 @@ class RandomizedSVD(StoredProjector):
     warm_iterations: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.oversample < 0:
             raise ValueError(f"oversample is {self.oversample}; it must be at least 0")
         for field in ("power_iterations", "warm_iterations"):
