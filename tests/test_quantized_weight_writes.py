@@ -633,6 +633,15 @@ def test_data_can_be_swapped_and_restored() -> None:
     assert torch.equal(weight.codes, QuantizedWeight.from_float(GRID).codes)
 
 
+def test_an_old_view_of_replaced_data_keeps_the_old_codes() -> None:
+    weight = start()
+    alias, row = weight.detach(), weight[0]
+    weight.data = GRID
+    row.zero_()
+    assert_same(weight, GRID)
+    assert torch.equal(alias[0] + 0, torch.zeros(COLS))
+
+
 def test_vectors_of_parameters() -> None:
     model, other = make_model(), make_model(seed=1)
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(other.parameters()), model.parameters())

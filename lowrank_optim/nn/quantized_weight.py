@@ -284,7 +284,8 @@ def _view(source: QuantizedWeight | WeightView, call: _Call, like: Tensor) -> We
     func, args, kwargs, index = call
     args, kwargs = tree_map(lambda value: _MEMORY if value is source else value, (args, kwargs))
     calls = (*(source.calls if isinstance(source, WeightView) else ()), (func, args, kwargs, index))
-    return WeightView(source.whole, calls, like.shape, like.stride(), like.storage_offset())
+    # Of the codes, not of the tensor that holds them now: `weight.data = …` leaves old views with the old codes, as elsewhere.
+    return WeightView(_detach(source.whole), calls, like.shape, like.stride(), like.storage_offset())
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
@@ -338,8 +339,8 @@ def _write(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     for name, value in written.items():
         if plain[name].shape != value.shape:
             raise RuntimeError(
-                f"{func} needs a result of shape {tuple(plain[name].shape)}; got a QuantizedWeight {tuple(value.shape)}, which "
-                "cannot be resized"
+                f"{func} needs a result of shape {tuple(plain[name].shape)}; got a {type(value).__name__} {tuple(value.shape)}, "
+                "which cannot be resized"
             )
     given = [value for value in leaves.values() if not isinstance(value, _CODED)]
     nearest = _moves(func, args) and any(value.dtype in (torch.bfloat16, torch.float16) for value in given)
