@@ -23,8 +23,14 @@ def quantize_weights_(
 
     Half of bfloat16's memory. Call it before the optimizer is built. Embeddings, output heads, norms, biases and layers that are not
     `nn.Linear` stay as they are, and are trained as before. The optimizers of this package decode some rows at a time to float32,
-    update them, and round stochastically to the new codes, so that updates far below a level count on average. Other optimizers
-    raise.
+    update them, and round stochastically to the new codes, so that updates far below a level count on average. Other optimizers and
+    all other writes in place do the same with one whole weight at a time, or raise (`QuantizedWeight`).
+
+    `torch.optim.swa_utils.AveragedModel` keeps its average in 8 bits, too, right on average: noise of about √(n/18) levels after n
+    models with equal weights, of √(d/2) levels for an exponential average that is d levels away from the model. A `multi_avg_fn` is
+    computed in float32. An `avg_fn`, and on the CPU the default, is computed by torch in the nominal type, where bfloat16 loses small
+    steps, as in any bfloat16 model: call `averaged.float()` at the start, which keeps the codes. `dequantize_weights_` of a float32
+    average gives one without noise.
 
     In `state_dict` a weight is two plain tensors: the int8 codes under its own name and the float32 scales under "…weight_scale"; a
     checkpoint with float weights loads, too, and is coded then. A copy, `model.to(device)` and pickling keep the codes.
@@ -108,10 +114,15 @@ def _load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> Non
     if not isinstance(value, Tensor) or not isinstance(own, QuantizedWeight):
         if isinstance(value, Tensor) and scale is not None:  # codes, for a layer that has float weights again
             state[name] = QuantizedWeight(value, scale, own.dtype).decoded()  # type: ignore[arg-type]
-        return
-    if scale is not None:
+    elif scale is not None:
         _check_codes(name, value, scale, own)
         state[name] = QuantizedWeight(value, scale, own.dtype)
+    elif not value.is_floating_point():
+        raise ValueError(f"{name}: the checkpoint has {value.dtype} codes without their scales, {prefix}{SCALE}")
+    elif value.shape == own.shape and not isinstance(
+        value, QuantizedWeight
+    ):  # to nearest, and also where `assign` is True
+        state[name] = QuantizedWeight.from_float(value).to(own.dtype)
 
 
 def _check_codes(name: str, codes: Tensor, scale: Tensor, own: QuantizedWeight) -> None:
