@@ -158,13 +158,12 @@ INLINE void over(int begin, int end, const Body& body) {
   if (j < end) body(j, First{end - j});
 }
 
-// Σx² of n floats, in 16 parts of float32 whatever the instruction set.
-INLINE double sum_of_squares(const f32* x, int n) {
+// Σxy of n floats each, in 16 parts of float32 whatever the instruction set.
+INLINE double sum_of_products(const f32* x, const f32* y, int n) {
   constexpr int PARTS = 16 / LANES;
   Floats sums[PARTS] = {};
   over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
-    const Floats value = part.load(x + j);
-    sums[j / LANES % PARTS] += value * value;
+    sums[j / LANES % PARTS] += part.load(x + j) * part.load(y + j);
   });
   float parts[16];
   __builtin_memcpy(parts, sums, sizeof parts);
@@ -173,6 +172,8 @@ INLINE double sum_of_squares(const f32* x, int n) {
   }
   return double(parts[0]);
 }
+
+INLINE double sum_of_squares(const f32* x, int n) { return sum_of_products(x, x, n); }
 
 }  // namespace
 }  // namespace lowrank
