@@ -55,7 +55,7 @@ void adam(const AdamArgs& args, int64_t first, int64_t last) {
   float g_buffer[TILE], w_buffer[TILE], direction[TILE];
   const Adam a = args.adam;
   const Lerp lerp(a.weight1);
-  const auto tile = [&](int64_t at, int n, Squares* squares) {
+  const auto tile = [&](int64_t at, int n) {
     const f32* g = load(args.grad, at, g_buffer, n);
     f32 *m = args.exp_avg + at, *v = args.exp_avg_sq + at;
     EACH(j, n) {
@@ -69,19 +69,23 @@ void adam(const AdamArgs& args, int64_t first, int64_t last) {
     } else {
       write(args.weight, at, direction, n, args.write, at, w_buffer);
     }
-    if (squares) {
-      squares->direction += sum_of_squares(direction, n);
-      squares->grad += sum_of_squares(g, n);
-    }
+    return g;
   };
   if (!args.squares) {
-    for (int64_t at = first; at < last; at += TILE) tile(at, smaller(TILE, last - at), nullptr);
+    for (int64_t at = first; at < last; at += TILE) tile(at, smaller(TILE, last - at));
     return;
   }
-  for (int64_t row = first; row < last; ++row) {
-    args.squares[row] = {};
-    for (int64_t col = 0; col < args.cols; col += TILE) {
-      tile(row * args.cols + col, smaller(TILE, args.cols - col), args.squares + row);
+  const int64_t width = args.cols < TILE ? args.cols : TILE, height = TILE / width;  // whole rows, where they are short
+  for (int64_t row = first; row < last; row += height) {
+    const int rows = smaller(height, last - row);
+    for (int k = 0; k < rows; ++k) args.squares[row + k] = {};
+    for (int64_t col = 0; col < args.cols; col += width) {
+      const int n = smaller(width, args.cols - col);
+      const f32* g = tile(row * args.cols + col, rows * n);
+      for (int k = 0; k < rows; ++k) {
+        args.squares[row + k].direction += sum_of_squares(direction + k * n, n);
+        args.squares[row + k].grad += sum_of_squares(g + k * n, n);
+      }
     }
   }
 }
@@ -586,8 +590,9 @@ void row_sums(const LinesArgs& args, int64_t first, int64_t last) {
     for (int64_t col = 0; col < args.cols; col += TILE) {
       const int n = smaller(TILE, args.cols - col);
       const f32* g = load(args.grad, row * args.grad.stride + col, buffer, n);
-      square += sum_of_squares(g, n);
-      if (args.dots) dot += sum_of_products(g, args.vector + col, n);
+      const SquareAndDot part = square_and_dot(g, args.dots ? args.vector + col : g, n);
+      square += part.square;
+      dot += part.dot;
     }
     args.squares[row] = float(square);
     if (args.dots) args.dots[row] = float(dot);

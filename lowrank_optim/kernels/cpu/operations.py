@@ -310,21 +310,23 @@ class Operations:
         on, key, start = rounding_words(rounding)
         lefts, rights, phis = matrices_of(left), matrices_of(right), matrices_of(phi)
         minuends, subtrahends = matrices_of(subtract_left), matrices_of(subtract_right)
-        in_place = weight.dtype == F32 and left.shape[-1] > 0  # decay and product in one go, then the residual
+        ranked = left.shape[-1] > 0
+        in_place = ranked and weight.dtype == F32  # decay and product in one go, then the residual
+        apart = ranked and not in_place
         buffers: list[Tensor] = []  # of the products, made once: fresh memory costs as much as the pass over it
         for i, w in enumerate(weights):
             g, scale = (grads[i], phis[i].contiguous()) if grad is not None else (None, None)
             for chunk in row_chunks(rows, cols):
                 at, part = chunk.start, w[chunk]
                 if not buffers:
-                    buffers = [left.new_empty(len(part), cols) for _ in range(2 if minuends else 1)]
+                    buffers = [left.new_empty(len(part), cols) for _ in range(apart + bool(minuends))]
                 product = subtract = None
                 if in_place:
                     part.addmm_(lefts[i][chunk], rights[i], beta=factor, alpha=-alpha)
-                elif left.shape[-1]:
+                if apart:
                     product = torch.mm(lefts[i][chunk], rights[i], out=buffers[0][: len(part)])
                 if minuends:
-                    subtract = torch.mm(minuends[i][chunk], subtrahends[i], out=buffers[1][: len(part)])
+                    subtract = torch.mm(minuends[i][chunk], subtrahends[i], out=buffers[-1][: len(part)])
                 self._call(
                     "update",
                     len(part),
