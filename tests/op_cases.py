@@ -30,7 +30,12 @@ def _products() -> Iterator[Case]:
             yield case(op, made.project, (), 0, 5, 2, right)
             yield case(op, made.project, (), 70, 300, 20, right, F16)
             for layout in LAYOUTS:
-                yield case(op, made.project, (), 20, 33, 3, right, BF16, layout)
+                yield case(op, made.project, (), 20, 33, 3, right, BF16, layout=layout)
+                yield case(op, made.project, (2,), 20, 33, 1, right, F32, layout=layout)
+            for batch, rows, cols in [((), 1, 1), ((3,), 9, 70), ((), 600, 1300), ((), 5, 0), ((), 0, 5)]:
+                for dtype in STORED:
+                    yield case(op, made.project, batch, rows, cols, 1, right, dtype)
+            yield case(op, made.project, (), 20, 33, 0, right)
 
 
 def _apply() -> Iterator[Case]:

@@ -16,7 +16,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 4;
+constexpr int ABI_VERSION = 5;
 constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thread
 
 #define LOWRANK_TEXT_(x) #x
@@ -393,7 +393,16 @@ LOWRANK_API int lowrank_optim_store(int64_t rows, int64_t cols, void* target, in
   return cols == 0 ? 0 : run<StoreArgs>(chosen->kernels->store, args, rows * pieces(cols, TILE), width, limited(threads));
 }
 
+// ‖g_j‖² of every row (`by_row`) or column of a matrix, and, with `dots`, its product with a `vector`, which may be empty.
+LOWRANK_API int lowrank_optim_lines(int64_t rows, int64_t cols, const void* grad, int grad_type, int64_t grad_stride, int by_row,
+                                    const f32* vector, f32* dots, f32* squares, int threads) {
+  const LinesArgs args = {rows, cols, {grad, grad_type, grad_stride}, vector, dots, squares};
+  if (by_row) return run<LinesArgs>(chosen->kernels->row_sums, args, rows, cols > 0 ? cols : 1, limited(threads));
+  const int64_t height = rows > 0 ? rows : 1;
+  return run<LinesArgs>(chosen->kernels->column_sums, args, pieces(cols, STRIP), STRIP * height, limited(threads));
+}
+
 LOWRANK_API int lowrank_optim_gaussian(int64_t numel, f32* out, uint64_t key, int threads) {
   const GaussianArgs args = {out, numel, key};
-  return run<GaussianArgs>(chosen->kernels->gaussian, args, pieces(numel, 2), 32, limited(threads));  // a pair costs what 32 others do
+  return run<GaussianArgs>(chosen->kernels->gaussian, args, pieces(numel, 2), 8, limited(threads));  // a pair costs what 8 others do
 }

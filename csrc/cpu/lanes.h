@@ -158,6 +158,17 @@ INLINE void over(int begin, int end, const Body& body) {
   if (j < end) body(j, First{end - j});
 }
 
+// The sum of 16 · COUNT parts.
+template <int COUNT>
+INLINE double total_of(const Floats* sums) {
+  float parts[16 * COUNT];
+  __builtin_memcpy(parts, sums, sizeof parts);
+  for (int half = 8 * COUNT; half > 0; half /= 2) {
+    EACH(k, half) parts[k] += parts[k + half];
+  }
+  return double(parts[0]);
+}
+
 // Σx² of n floats, in 16 parts of float32 whatever the instruction set.
 INLINE double sum_of_squares(const f32* x, int n) {
   constexpr int PARTS = 16 / LANES;
@@ -166,12 +177,31 @@ INLINE double sum_of_squares(const f32* x, int n) {
     const Floats value = part.load(x + j);
     sums[j / LANES % PARTS] += value * value;
   });
-  float parts[16];
-  __builtin_memcpy(parts, sums, sizeof parts);
-  for (int half = 8; half > 0; half /= 2) {
-    EACH(k, half) parts[k] += parts[k + half];
-  }
-  return double(parts[0]);
+  return total_of<1>(sums);
+}
+
+struct SquareAndDot {
+  double square, dot;
+};
+
+// Σx² and Σxy, in 64 parts each: sums that wait for the ones before would take as long as the memory does.
+INLINE SquareAndDot square_and_dot(const f32* x, const f32* y, int n) {
+  constexpr int PARTS = 64 / LANES;
+  Floats squares[PARTS] = {}, dots[PARTS] = {};
+  const auto add = [&](const f32* from, const f32* with) __attribute__((always_inline)) {
+    for (int k = 0; k < PARTS; ++k) {
+      const Floats value = All{}.load(from + k * LANES);
+      squares[k] += value * value;
+      dots[k] += value * All{}.load(with + k * LANES);
+    }
+  };
+  int j = 0;
+  for (; j + 64 <= n; j += 64) add(x + j, y + j);
+  float last_x[64] = {}, last_y[64] = {};  // the rest, with zeros after it, which change no sum
+  EACH(k, n - j) last_x[k] = x[j + k];
+  EACH(k, n - j) last_y[k] = y[j + k];
+  if (j < n) add(last_x, last_y);
+  return {total_of<4>(squares), total_of<4>(dots)};
 }
 
 }  // namespace

@@ -173,6 +173,17 @@ struct SquaresArgs {
   double* sums;  // one for each TILE of the tensor
 };
 
+// Of every row or column g_j of a matrix: ‖g_j‖², and, with `dots`, g_j · b for a `vector` b.
+struct LinesArgs {
+  int64_t rows, cols;
+  ConstRows grad;
+  const f32* vector;
+  f32 *dots, *squares;
+};
+
+// Columns whose sums are taken together.
+constexpr int64_t STRIP = 256;
+
 struct Kernels {
   void (*adam)(const AdamArgs&, int64_t first, int64_t last);  // elements, or rows
   void (*rule)(const RuleArgs&, int64_t first, int64_t last);  // elements
@@ -185,6 +196,8 @@ struct Kernels {
   void (*store)(const StoreArgs&, int64_t first, int64_t last);
   void (*gaussian)(const GaussianArgs&, int64_t first, int64_t last);  // pairs
   void (*squares)(const SquaresArgs&, int64_t first, int64_t last);    // elements, from the beginning of a TILE
+  void (*row_sums)(const LinesArgs&, int64_t first, int64_t last);     // rows
+  void (*column_sums)(const LinesArgs&, int64_t first, int64_t last);  // strips
 };
 
 extern const Kernels kernels_baseline;

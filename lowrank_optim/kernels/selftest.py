@@ -513,6 +513,8 @@ def quick_cases() -> Iterator[Case]:
     yield case("project", project, (), 20, 33, 3, False, dtype=BF16)
     yield case("project_with_norms", project, (), 20, 33, 3, True, dtype=BF16)
     yield case("project_with_norms", project, (), 20, 33, 3, False)
+    yield case("project_with_norms", project, (), 20, 1100, 1, True, dtype=BF16)
+    yield case("project_with_norms", project, (2,), 300, 33, 1, False)
     yield case("apply_", apply, (), 20, 300, 3)
     yield case("apply_", apply, (), 20, 300, 3, BF16, F32, rounding=True, start=7)
     yield case("apply_", apply, (2,), 20, 33, 3, F32, BF16, phi="rows", sign=True, subtract=True)

@@ -48,7 +48,8 @@ class FrugalAdamW(_Frugal):
 
     * `coordinates="columns"` (the default), "rows" or "entries": some of them at random;
     * `blocks="descending"`, "ascending", "random" or "mirror": whole tensors of a group in turn, the others wholly without state;
-    * `projector="randomized_svd"`, "svd" or "random": a subspace, as GaLore's.
+    * `projector="randomized_svd"`, "svd" or "random": a subspace, as GaLore's. The sign of G − lift R takes a matrix product more
+      than GaLore's step has.
 
     Moments begin at 0 in each new part, so that the first step after a refresh has the size of the sign step, α·η
     (`on_refresh="reset"`; "keep" and "rotate" are possible where the part is no block).

@@ -13,6 +13,7 @@ j runs over rows (right) or columns (left) of G; ℓ is the norm-growth limiter.
 limiter needs comes from the norms of the rows or columns, ‖g_j − P r_j‖² = ‖g_j‖² − 2‖r_j‖² + ‖P r_j‖².
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -291,8 +292,8 @@ class GradientScaled(Limited):
             norm = norms[0].to(dtype)
         else:
             above, below, whole = norms.to(dtype)
-            phi = _ratio(above, below, options)[..., None, None]
-            norm = phi[..., 0, 0] * whole
+            ratio = _ratio(above, below, options)
+            phi, norm = ratio[..., None, None], ratio * whole
         phi = phi / _growth(norm / step.correction, state, options, step.ok)
         return Update(None, options["scale"] ** 0.5, GradientTerm(step.grad, phi, step.ok, by_line=by_line))
 
@@ -323,7 +324,7 @@ def _growth(norm: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any
         return torch.ones((*norm.shape, 1, 1), dtype=norm.dtype, device=norm.device)
     before = last + 1e-8 if options["match_reference"] else last
     growth = torch.where(last > 0, (norm / before).clamp_min(gamma) / gamma, 1.0)
-    usable = torch.isfinite(norm) & (norm > 0)
+    usable = (norm > 0) & (norm < math.inf)
     last.copy_(torch.where(usable if ok is None else usable & ok, norm / growth, last))
     return growth[..., None, None]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
@@ -46,6 +46,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "unpack_basis": (*_CODING, _P, _P, _P, *_FLAT),
     "update": (_N, _N, *_ROWS, _P, _N, *_ROWS, _P, _N, c_int, _P, _N, _N, *_WRITE),
     "gaussian": (_N, _P, c_uint64),
+    "lines": (_N, _N, *_ROWS, c_int, _P, _P, _P),
     "store": (_N, _N, *_ROWS, _P, _N, c_int, c_uint64, c_int64),
 }
 """Arguments of every function but the last, the number of threads."""

@@ -48,6 +48,7 @@ Declined = Any  # NotImplemented
 def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """The kernels by the names of their operations."""
     names = (
+        "project_with_norms",
         "adam_direct_",
         "adam_direct_with_norms_",
         "adam_dense_",
@@ -94,6 +95,19 @@ class Operations:
         (word,) = key.tolist()
         self._call("gaussian", out.numel(), out.data_ptr(), unsigned_key(word))
         return None
+
+    def project_with_norms(self, grad: Tensor, basis: Tensor, right: bool) -> tuple[Tensor, Tensor] | Declined:
+        grads, bases = matrices_of(grad), matrices_of(basis.contiguous())
+        if not storable(grad) or basis.dtype != F32 or grad.dim() > 3 or not all(map(has_unit_rows, grads)):
+            return NotImplemented
+        squares = basis.new_empty((*grad.shape[:-2], grad.shape[-2 if right else -1], 1))
+        alone = basis.shape[-1] == 1  # one column: product and squares in one pass
+        reduced = torch.empty_like(squares) if alone else torch.ops.lowrank_optim.project(grad, basis, right)
+        places = zip(grads, bases, matrices_of(reduced), matrices_of(squares), strict=True)
+        for g, vector, dots, found in places:
+            product = (vector.data_ptr(), dots.data_ptr()) if alone else (None, None)
+            self._call("lines", *g.shape, *matrix_words(g), right, *product, found.data_ptr())
+        return reduced, squares
 
     # -------------------------------------------------------------------------------------------------- moments and directions
 
@@ -296,20 +310,23 @@ class Operations:
         on, key, start = rounding_words(rounding)
         lefts, rights, phis = matrices_of(left), matrices_of(right), matrices_of(phi)
         minuends, subtrahends = matrices_of(subtract_left), matrices_of(subtract_right)
+        ranked = left.shape[-1] > 0
+        in_place = ranked and weight.dtype == F32  # decay and product in one go, then the residual
+        apart = ranked and not in_place
         buffers: list[Tensor] = []  # of the products, made once: fresh memory costs as much as the pass over it
         for i, w in enumerate(weights):
             g, scale = (grads[i], phis[i].contiguous()) if grad is not None else (None, None)
             for chunk in row_chunks(rows, cols):
                 at, part = chunk.start, w[chunk]
                 if not buffers:
-                    buffers = [left.new_empty(len(part), cols) for _ in range(2 if minuends else 1)]
+                    buffers = [left.new_empty(len(part), cols) for _ in range(apart + bool(minuends))]
                 product = subtract = None
-                if w.dtype == F32:  # decay and product in one go, then the residual
+                if in_place:
                     part.addmm_(lefts[i][chunk], rights[i], beta=factor, alpha=-alpha)
-                elif left.shape[-1]:
+                if apart:
                     product = torch.mm(lefts[i][chunk], rights[i], out=buffers[0][: len(part)])
                 if minuends:
-                    subtract = torch.mm(minuends[i][chunk], subtrahends[i], out=buffers[1][: len(part)])
+                    subtract = torch.mm(minuends[i][chunk], subtrahends[i], out=buffers[-1][: len(part)])
                 self._call(
                     "update",
                     len(part),
@@ -322,7 +339,7 @@ class Operations:
                     cols,
                     sign,
                     *phi_words(scale, at),
-                    1.0 if w.dtype == F32 else factor,
+                    1.0 if in_place else factor,
                     alpha,
                     on,
                     key,
