@@ -27,8 +27,10 @@ from lowrank_optim.kernels.host import host_tensor
 from lowrank_optim.kernels.plain import plain_arithmetic
 from lowrank_optim.kernels.reference import (
     ResidualTerm,
+    cache_elements,
     compute_dtype,
     decay_,
+    is_known,
     line_norms,
     masked_scalar,
     norm,
@@ -49,10 +51,12 @@ __all__ = [
     "apply_",
     "apply_dense_",
     "backends",
+    "cache_elements",
     "compute_dtype",
     "decay_",
     "definition",
     "host_tensor",
+    "is_known",
     "key_of",
     "line_norms",
     "lion_direct_",

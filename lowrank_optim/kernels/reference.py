@@ -21,6 +21,9 @@ from lowrank_optim.kernels.counter_rng import random_bits
 CHUNK_ELEMENTS = 1 << 20
 """Elements that a float32 working copy of a low-precision matrix may have (4 MiB)."""
 
+CACHE_ELEMENTS = 1 << 17
+"""Elements of a chunk for each thread of the CPU: few enough for its caches, and so many that calls of torch cost little."""
+
 NORM_RUN = 256
 """Elements whose norm is taken in a low-precision type; tensors of fewer than its square are converted."""
 
@@ -40,10 +43,20 @@ def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> T
     return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
 
 
-def row_chunks(rows: int, cols: int) -> Iterator[slice]:
-    """Slices of rows that together cover a rows×cols matrix, each of at most CHUNK_ELEMENTS elements (at least one row)."""
-    size = max(1, CHUNK_ELEMENTS // max(cols, 1))
+def row_chunks(rows: int, cols: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
+    """Slices of rows that together cover a rows×cols matrix, each of at most `elements` elements (at least one row)."""
+    size = max(1, elements // max(cols, 1))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def cache_elements(device: torch.device) -> int:
+    """Elements of a chunk that is read and written by dozens of operations: on the CPU so few that they stay in the caches."""
+    return min(CACHE_ELEMENTS * torch.get_num_threads(), CHUNK_ELEMENTS) if device.type == "cpu" else CHUNK_ELEMENTS
+
+
+def is_known(condition: Tensor) -> bool:
+    """Whether the host knows that a condition holds for all elements: not where it would have to wait for a device."""
+    return condition.device.type == "cpu" and bool(condition.all())
 
 
 def norm(tensor: Tensor) -> Tensor:
