@@ -153,11 +153,11 @@ def _dequantize_rows(
         x = (level if bits == 8 else level.sub_(8.0)).mul_(1.0 / levels)
     else:
         x, scale = level.add_(1.0), scale / levels
-    multiply_blocks_(x, scale, block)
+    _multiply_blocks_(x, scale, block)
     return (x if col_scale is None else x.mul_(col_scale)).to(dtype)
 
 
-def multiply_blocks_(x: Tensor, factors: Tensor, block: int) -> None:
+def _multiply_blocks_(x: Tensor, factors: Tensor, block: int) -> None:
     """x (…, cols) ← x · the factor of its block (…, ⌈cols/block⌉), in place."""
     whole = x.shape[-1] // block
     if whole:

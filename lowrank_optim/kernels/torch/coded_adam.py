@@ -17,7 +17,7 @@ from lowrank_optim.kernels import reference
 from lowrank_optim.kernels.api import key_of
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
-from lowrank_optim.quantization.rows import LEVELS, block_factors, multiply_blocks_
+from lowrank_optim.quantization.rows import LEVELS, block_factors
 
 BUFFERS = 4
 
@@ -49,13 +49,13 @@ class Step:
     adam: β₁, β₂, ε and t.
     noise: key or None, turn, and the position of the first element.
     ok: 0-d bool that only the device knows; None means true.
+    one: 1.0 on the device.
     """
 
     adam: tuple[float, float, float, float]
     noise: tuple[int | None, int, int]
     ok: Tensor | None
     bits: int
-    block: int
     one: Tensor
 
 
@@ -89,7 +89,7 @@ def coded_adam_direct_(
     direction = torch.empty_like(grad, memory_format=torch.contiguous_format)
     if _is_off(ok):
         return direction.zero_()
-    step = _step(scalars.tolist(), noise, ok, bits, block, grad.device)
+    step = _step(scalars.tolist(), noise, ok, bits, grad.device)
     for rows in _rows_of(grad, col_scale, block, grad, direction, ratio, ratio_scale, root, root_scale):
         g, out, *codes = rows.tensors
         out.copy_(_direct(g, codes, rows, step))
@@ -116,7 +116,7 @@ def coded_adam_dense_(
     if _is_off(ok):
         return
     *adam, alpha, keep = scalars.tolist()
-    step = _step(adam, noise, ok, bits, block, weight.device)
+    step = _step(adam, noise, ok, bits, weight.device)
     key, (start, *_) = key_of(rounding)
     for rows in _rows_of(weight, col_scale, block, weight, grad, ratio, ratio_scale, root, root_scale):
         w, g, *codes = rows.tensors
@@ -136,9 +136,7 @@ def is_read(ok: Tensor | None) -> bool:
     return ok is not None and ok.device.type == "cpu"
 
 
-def _step(
-    adam: list[float], noise: Tensor | None, ok: Tensor | None, bits: int, block: int, device: torch.device
-) -> Step:
+def _step(adam: list[float], noise: Tensor | None, ok: Tensor | None, bits: int, device: torch.device) -> Step:
     key, (turn, start) = key_of(noise)
     beta1, beta2, eps, t = adam
     return Step(
@@ -146,7 +144,6 @@ def _step(
         (key, turn, start),
         None if is_read(ok) else ok,
         bits,
-        block,
         torch.ones((), device=device),
     )
 
@@ -208,7 +205,7 @@ def _decode_(out: Buffer, codes: Tensor, scale: Tensor, signed: bool, step: Step
     else:
         x.add_(1.0)
         scale = scale / levels  # a power of two
-    multiply_blocks_(x, scale, step.block)
+    out.blocks.mul_(scale.unsqueeze(-1))
 
 
 def _encode_(codes: list[Tensor], rows: Rows, step: Step) -> None:
@@ -224,7 +221,7 @@ def _encode_(codes: list[Tensor], rows: Rows, step: Step) -> None:
     key, turn, start = step.noise
     if key is not None:
         _add_noise_(root, spare, noise, key, turn, start + rows.first, step.one)
-    _store_(root_codes, root.used.round_().clamp_min_(1.0).sub_(1.0), False, step)
+    _store_(root_codes, root.used.round_().clamp_min_(1.0), False, step)
 
     torch.abs(m.used, out=spare.used)
     _to_levels_(m, spare.greatest(), ratio_scale, True, step)
@@ -234,7 +231,7 @@ def _encode_(codes: list[Tensor], rows: Rows, step: Step) -> None:
 def _to_levels_(x: Buffer, greatest: Tensor, scale: Tensor, signed: bool, step: Step) -> None:
     """x ← x·(L/s) with the scale s of its block, which is stored."""
     new, factors = block_factors(greatest, LEVELS[step.bits, signed])
-    multiply_blocks_(x.used, factors, step.block)
+    x.blocks.mul_(factors.unsqueeze(-1))
     if not reference.is_known(new == new):
         x.used.copy_(x.used.nan_to_num(nan=0.0))
     scale.copy_(new if step.ok is None else torch.where(step.ok, new, scale))
@@ -250,14 +247,14 @@ def _add_noise_(y: Buffer, spare: Buffer, noise: Buffer, key: int, turn: int, st
 
 
 def _store_(codes: Tensor, level: Tensor, signed: bool, step: Step) -> None:
-    """Whole numbers as codes; unsigned ones from 0."""
+    """Levels as codes, which begin at 0 for the lowest unsigned level and, in 4 bits, at 1 for −7."""
     if step.bits == 4:
-        new = pack_nibbles((level.add_(8.0) if signed else level).to(torch.int8).view(torch.uint8))
+        new = pack_nibbles(level.add_(8.0 if signed else -1.0).to(torch.int8).view(torch.uint8))
         codes.copy_(new if step.ok is None else torch.where(step.ok, new, codes))
         return
     # Torch converts float32 to int8 several at a time, and to uint8 one by one.
     target = codes.view(torch.int8) if step.ok is None else torch.empty_like(codes, dtype=torch.int8)
-    target.copy_(level if signed else level.sub_(128.0))
+    target.copy_(level if signed else level.sub_(129.0))
     new = (target if signed else target.bitwise_xor_(-128)).view(codes.dtype)
     if step.ok is not None:
         codes.copy_(torch.where(step.ok, new, codes))
