@@ -8,9 +8,10 @@ import torch
 from op_cases import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_optim.kernels import Loaded, api, dispatch, schemas
+from lowrank_optim.kernels import Loaded, api, dispatch, reference, schemas
 from lowrank_optim.kernels import selftest as made
-from lowrank_optim.kernels.selftest import Case, answer, compare
+from lowrank_optim.kernels.selftest import Case, answer, case, compare
+from lowrank_optim.kernels.torch import coded_adam
 
 F32, BF16 = torch.float32, torch.bfloat16
 DECLINED_LAYOUTS = ("transposed", "strided")
@@ -49,13 +50,53 @@ def test_every_operation_gives_what_its_definition_gives(name: str, case: Case):
     assert not found.failure, found.failure
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, id=f"{name}: gaussian_") for name in LOADED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, id=f"{name}: gaussian_") for name in LOADED if "gaussian_" in LOADED[name].operations]
+)
 @pytest.mark.parametrize("size", [1, 7, 2049])
 def test_an_odd_number_of_normal_numbers_is_written_and_no_more(name: str, size: int):
     """They are drawn in pairs, the last of which then has one."""
     memory = torch.full((size + 9,), 777.0, device=device_of(LOADED[name]))
     LOADED[name].operations["gaussian_"](memory[4 : size + 4], api.words(5))
     assert (memory == 777.0).nonzero().flatten().tolist() == [*range(4), *range(size + 4, size + 9)]
+
+
+LARGE = [
+    case(
+        "coded_adam_dense_",
+        made.coded_adam_dense,
+        shape,
+        dtype,
+        F32,
+        bits,
+        256,
+        "shared",
+        start=start,
+        rounding=rounded,
+    )
+    for shape in ((700, 1024), (3, 400, 777))
+    for dtype, rounded in ((F32, False), (BF16, True))
+    for bits in (8, 4)
+    for start in (0, 2**33 - 1001)
+]
+"""More rows than one chunk has, with a last block that is not full, and positions whose upper half changes."""
+
+
+@pytest.mark.parametrize("case", [*CASES["coded_adam_direct_"], *CASES["coded_adam_dense_"], *LARGE], ids=str)
+@pytest.mark.parametrize("device_waits", [False, True])
+def test_torch_in_place_gives_the_bits_of_the_definition(case: Case, device_waits: bool, monkeypatch):
+    """Also where the host does not look at the numbers, as on a GPU."""
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    monkeypatch.setattr(reference, "cache_elements", lambda device: 1 << 16)
+    want = answer(dispatch._DEFINITIONS[case.op], case)
+    if device_waits:
+        monkeypatch.setattr(reference, "is_known", lambda condition: False)
+        monkeypatch.setattr(coded_adam, "is_read", lambda ok: False)
+    got = answer(LOADED["torch"].operations[case.op], case)
+    assert got is not None
+    assert want is not None
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 def calls_of(op: str) -> list[tuple[Any, ...]]:

@@ -14,9 +14,11 @@ from lowrank_optim.kernels.counter_rng import (
     PURPOSE_ROUNDING,
     choose,
     choose_stratified,
+    consecutive_halves,
     gaussian,
     make_key,
     random_bits,
+    random_halves,
     uniform,
 )
 
@@ -40,14 +42,14 @@ def chi_square(counts: torch.Tensor, expected: float) -> float:
 # ------------------------------------------------------------------------------------------------------------------- the hash
 
 
+def mix(x: int) -> int:
+    x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+    x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+    return x ^ (x >> 16)
+
+
 def scalar_bits(key: int, position: int) -> int:
     """The documented hash on Python integers, which cannot overflow."""
-
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
-        x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
-        return x ^ (x >> 16)
-
     low, high = key % 2**32, key >> 32
     return mix(mix(position % 2**32 ^ low) ^ (position >> 32) * 0x9E3779B9 % 2**32 ^ high)
 
@@ -58,6 +60,24 @@ def test_tensor_arithmetic_wraps_as_exact_integer_arithmetic_does(key):
     bits = random_bits(key, torch.tensor(positions))
     assert bits.dtype == torch.int64
     assert bits.tolist() == [scalar_bits(key, position) for position in positions]
+
+
+def scalar_half(key: int, position: int) -> int:
+    """The half of `random_halves` in Python's unbounded integers."""
+    pair, word = position >> 1, key ^ key >> 32
+    return mix(pair % 2**32 ^ (pair >> 32) * 0x9E3779B9 % 2**32 ^ word % 2**32) >> position % 2 * 16 & 0xFFFF
+
+
+@pytest.mark.parametrize("key", [*KEYS, 2**64 - 5])
+@pytest.mark.parametrize("start", [0, 1, 7, 2**31 - 300, 2**32 - 501, 2**33 - 401, 2**33 - 2, 2**40 + 5])
+def test_halves_of_consecutive_positions_are_those_of_the_definition(key, start):
+    for count in (0, 1, 2, 3, 511, 512, 1000):
+        expected = [scalar_half(key, position) for position in range(start, start + count)]
+        assert random_halves(key, torch.arange(start, start + count)).tolist() == expected
+        for room in (None, torch.full((2, count // 2 + 512), -7, dtype=torch.int32)):
+            halves = consecutive_halves(key, start, count, CPU, room)
+            assert halves.dtype == torch.int16
+            assert [half % 2**16 for half in halves.tolist()] == expected
 
 
 def test_streams_do_not_change_between_releases():

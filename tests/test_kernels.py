@@ -96,6 +96,41 @@ def test_project_is_the_matrix_product_accumulated_in_the_compute_type(side, pro
     assert torch.equal(basis, kept[1])
 
 
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize(
+    ("setting", "units", "low", "high"),
+    [
+        ("highest", True, 0.0, 2**-18),
+        ("high", True, 0.0, 2**-18),
+        ("medium", False, 0.0, 2**-18),
+        ("medium", True, 2**-14, 2**-9),
+    ],
+)
+def test_bfloat16_units_are_used_where_the_precision_allows(setting, units, low, high, batch, right, monkeypatch):
+    monkeypatch.setenv("LOWRANK_OPTIM_BACKEND", "reference")
+    monkeypatch.setattr(reference, "has_bfloat16_units", lambda: units)
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(*batch, 150, 900, generator=generator).to(torch.bfloat16)
+    basis = torch.randn(*batch, 900 if right else 150, 40, generator=generator)
+    side, matrix = ("right", grad) if right else ("left", grad.mT)
+    exact, size = matrix.double() @ basis.double(), matrix.double().abs() @ basis.double().abs()
+    default = kernels.project(grad, basis, side)
+    if not units:  # torch has such products of float32 matrices, too
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    torch.set_float32_matmul_precision(setting)
+    try:
+        found = kernels.project(grad, basis, side)
+        beside, squares = kernels.project_with_norms(grad, basis, side)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for result in (found, beside):
+        assert result.dtype == torch.float32
+        assert low <= float(((result.double() - exact).abs() / size).max()) <= high
+    assert torch.equal(found, default) or setting == "medium"
+    torch.testing.assert_close(squares.double(), matrix.double().square().sum(-1, keepdim=True), rtol=1e-5, atol=0)
+
+
 def test_project_of_float16_gradients_does_not_overflow_in_the_sum():
     grad = torch.full((4, 300), 6e4, dtype=F16)
     reduced = kernels.project(grad, torch.ones(300, 2), "right")

@@ -4,6 +4,7 @@
     cpu          csrc/cpu, C++
     triton       CUDA (and whatever else Triton runs on); CPU tensors under its interpreter
     cuda         csrc/cuda, for CUDA without Triton
+    torch        torch ops in place, any device: what takes many passes, where nothing else is there
 
 A backend is a package `lowrank_optim.kernels.<name>` with a function `load()` that returns a `Loaded`, or raises `Unavailable` with
 the reason. Its functions take the arguments of the operation (`schemas`), checked; they may return NotImplemented, before they have
@@ -27,8 +28,11 @@ from torch.autograd.graph import increment_version
 from lowrank_optim.kernels import reference, schemas
 
 VARIABLE = "LOWRANK_OPTIM_BACKEND"
-BACKENDS = ("cpu", "triton", "cuda")
+BACKENDS = ("cpu", "triton", "cuda", "torch")
 """In order of preference on a device that several serve; the reference comes last."""
+
+EVERY_DEVICE = "every device"
+"""In `Loaded.devices`: the backend serves all types."""
 
 PROCESS = os.getpid()
 """That imported the package: others are forks of it."""
@@ -55,6 +59,10 @@ class Loaded:
     operations: Mapping[str, Kernel]
     about: str = ""
     many: Mapping[str, Kernel] = field(default_factory=dict)
+
+    def serves(self, device: str) -> bool:
+        """Whether it works on tensors on this type of device."""
+        return device in self.devices or EVERY_DEVICE in self.devices
 
 
 _DEFINITIONS: dict[str, Kernel] = {}
@@ -164,13 +172,13 @@ def _chain(device: str, forced: str | None) -> tuple[Loaded, ...]:
     """The backends that serve a device type, in order of preference."""
     if not forced:
         loaded = [backend for backend in map(_try, BACKENDS) if isinstance(backend, Loaded)]
-        return tuple(backend for backend in loaded if device in backend.devices)
+        return tuple(backend for backend in loaded if backend.serves(device))
     if forced == "reference":
         return ()
     backend = _try(forced) if forced in BACKENDS else None
-    if isinstance(backend, Loaded) and device in backend.devices:
+    if isinstance(backend, Loaded) and backend.serves(device):
         return (backend,)
-    there = [name for name in BACKENDS if isinstance(other := _try(name), Loaded) and device in other.devices]
+    there = [name for name in BACKENDS if isinstance(other := _try(name), Loaded) and other.serves(device)]
     if backend is None:
         near = get_close_matches(forced.lower(), (*BACKENDS, "reference"), n=1)
         why = f"there is no such backend{f'; did you mean {near[0]!r}?' if near else '.'}"
