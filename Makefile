@@ -1,24 +1,38 @@
 # Every target sets up what it needs: a virtual environment in .venv (VENV=path for another), torch from constraints.txt.
+# TORCH=2.8.0 takes that torch instead, with the Triton that belongs to it, in an environment of its own: make test TORCH=2.8.0
 PYTHON ?= python3
+ifdef TORCH
+VENV   ?= .venv-$(notdir $(PYTHON))-torch$(TORCH)
+PINS   := $(VENV)/constraints.txt
+else
 VENV   ?= .venv
+PINS   := constraints.txt
+endif
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS)
 
 # A run in the folder is continued, or with ARGS=--overwrite deleted.
 RESUME := $(if $(filter --overwrite,$(ARGS)),,--resume)
 
-.PHONY: setup test lint pretrain clean
+.PHONY: setup test matrix lint pretrain clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+ifdef TORCH
+	sed -e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d' constraints.txt > $(PINS)
+endif
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 test: $(READY)   ## the whole test suite
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+matrix:   ## a part of the tests on several versions of Python and torch: tests/matrix.py (up to 7 GB for each pair)
+	$(PYTHON) tests/matrix.py $(MATRIX)
 
 lint: $(READY)   ## style and types
 	$(BIN)/ruff check .
@@ -29,4 +43,4 @@ pretrain: $(READY)   ## the main job: a small LLaMA on real text, GaLoreAdamW be
 	$(BIN)/python examples/pretrain.py --compare adamw,galore --out runs/pretrain $(RESUME) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

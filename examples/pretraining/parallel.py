@@ -53,13 +53,16 @@ def train(config: Config, how: str, source: Any, folder: Path, save_every: int, 
     )
     called: nn.Module = model
     if how == "fsdp":
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import FSDPModule, fully_shard
 
         for module in model.modules():
             if isinstance(module, nn.ModuleList):
                 for layer in module:
                     fully_shard(layer)
         fully_shard(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule) and next(model.parameters()).device.type == "cpu":
+                module.set_force_sum_reduction_for_comms(True)  # gloo in torch 2.8 takes AVG for SUM
     optimizer = make_optimizer(config, model)
     if how == "ddp":
         called = DistributedDataParallel(model, find_unused_parameters=config.optimizer in lo.LAYERWISE_METHODS)

@@ -100,7 +100,9 @@ def states(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict
 
 def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
     mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    return fully_shard(model, mesh=mesh, **options)
+    sharded = fully_shard(model, mesh=mesh, **options)
+    sharded.set_force_sum_reduction_for_comms(True)  # gloo in torch 2.8 takes AVG for SUM
+    return sharded
 
 
 def distance(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -21,7 +21,7 @@ from distributed_harness import (
 )
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import lowrank_optim as lo
@@ -78,7 +78,7 @@ def place(model: nn.Module, layout: str) -> nn.Module:
         return split(model, mesh, dim)
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
     split(model, mesh["tp"], 0, every_second=1)
-    return fully_shard(model, mesh=mesh["dp"])
+    return shard(model, mesh["dp"])
 
 
 def split(model: nn.Module, mesh, dim: int, every_second: int | None = None) -> nn.Module:
@@ -132,6 +132,17 @@ def test_every_public_optimizer_is_in_the_matrix():
     assert public == set(METHODS.values())
     assert {name for name, _ in EVERY} == set(METHODS)
     assert len(public) == 13
+
+
+def mean_of_gradients():
+    model = shard(nn.Linear(4, 2, bias=False))
+    model(torch.full((1, 4), 1.0 + 2.0 * torch.distributed.get_rank())).sum().backward()
+    assert torch.equal(whole(model.weight.grad), torch.full((2, 4), 2.0))
+
+
+def test_gradients_are_averaged_over_the_processes():
+    """Not summed, as gloo does in torch 2.8 unless told otherwise: all but SGD would hide it."""
+    spawn(2, mean_of_gradients)
 
 
 @pytest.mark.parametrize(("world", "cases"), [(2, SIDES), (4, EVERY)], ids=["2", "4"])
