@@ -68,7 +68,7 @@ def counting(sent: dict[str, float]) -> Iterator[None]:
 
         return call
 
-    from lowrank_optim.distributed import shards
+    from lowrank_optim.sharding import param_sharding as shards
 
     kept = shards._reduce_scatter, shards._all_gather
     try:

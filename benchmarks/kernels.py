@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import Loaded, api, dispatch
-from lowrank_optim.projectors.randomized import RandomizedSVD
+from lowrank_optim.projectors.randomized_svd import RandomizedSVD
 from lowrank_optim.quantization import zero_rows
 
 F32, BF16 = torch.float32, torch.bfloat16

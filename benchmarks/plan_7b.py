@@ -11,8 +11,8 @@ from typing import Any
 from common import write
 
 import lowrank_optim as lo
-from lowrank_optim.planner.allocator import GIB
 from lowrank_optim.planner.search import Question, Recipe, what_fits
+from lowrank_optim.planner.simulation.allocator import GIB
 
 IN_BACKWARD = {"in_backward": True}
 ROWS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 import lowrank_optim as lo
 from lowrank_optim.planner.choices import resolve_optimizer
 from lowrank_optim.planner.models import resolve_model
-from lowrank_optim.planner.simulate import checkpoint_activations
+from lowrank_optim.planner.simulation.simulate import checkpoint_activations
 
 CONFIG = {
     "model_type": "llama",

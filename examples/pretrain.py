@@ -55,8 +55,8 @@ from pretraining.run import Config, DivergedError, Result, Run, RunError, attach
 
 import lowrank_optim as lo
 from lowrank_optim.console import accept_any_text
-from lowrank_optim.planner.allocator import parse_bytes
 from lowrank_optim.planner.memory_plan import describe_plan
+from lowrank_optim.planner.simulation.allocator import parse_bytes
 
 # For adamw and galore: what benchmarks/results/pretrain_sweep.json found best for the default model. Others: starting points, near
 # what benchmarks/results/convergence-cpu.json found for shorter runs.

@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_optim import nn
 from lowrank_optim._version import __version__
-from lowrank_optim.layerwise.in_backward import UpdateInBackward, update_in_backward
-from lowrank_optim.layerwise.layers import describe_layers, layer_groups
+from lowrank_optim.groups.build import param_groups
+from lowrank_optim.groups.describe import describe
+from lowrank_optim.groups.layers import describe_layers, layer_groups
+from lowrank_optim.in_backward.hooks import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import (
     LAYERWISE_METHODS,
     METHODS,
@@ -26,17 +28,10 @@ from lowrank_optim.optimizers import (
     by_name,
     state_bytes,
 )
-from lowrank_optim.optimizers.residuals import (
-    ErrorFeedback,
-    GradientScaled,
-    NoResidual,
-    NormScaled,
-    Residual,
-    SGDResidual,
-    SignResidual,
-)
-from lowrank_optim.param_groups import describe, param_groups
 from lowrank_optim.projectors import SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
+from lowrank_optim.residuals.base import Residual
+from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual, SGDResidual, SignResidual
+from lowrank_optim.residuals.scaled import GradientScaled, NormScaled
 from lowrank_optim.rules import SGD, Adafactor, Adam, Lion, RMSprop, Rule
 
 if TYPE_CHECKING:

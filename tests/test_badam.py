@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import lowrank_optim as lo
-from lowrank_optim.layerwise.sampling import ORDERS, block_of_visit
+from lowrank_optim.optimizers.layer_sampling import ORDERS, block_of_visit
 
 
 def build(model: nn.Module, **options) -> lo.BAdamW:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lowrank_optim as lo
-from lowrank_optim.optimizers.checkpoint import HOST_STATE
+from lowrank_optim.step.state_names import HOST_STATE
 
 RANK = 41  # odd, so that 4-bit codes end in half a byte
 SHAPES = ((136, 100), (100, 136), (2, 110, 100), (120, 64), (64,))

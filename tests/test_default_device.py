@@ -42,7 +42,7 @@ def gradients(params: dict[str, nn.Parameter], step: int) -> None:
 
 def run(form: str, device: str | None, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Weights after a few steps, a checkpoint among them."""
-    monkeypatch.setattr("lowrank_optim.quantization.state.MIN_CODED", 1)
+    monkeypatch.setattr("lowrank_optim.quantization.coded_moments.MIN_CODED", 1)
     options = {"rank": 7, "update_proj_gap": 3, **FORMS[form]}
     method = lo.METHODS[options.pop("method", form)]
     params, twins = parameters(), parameters()

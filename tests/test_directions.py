@@ -18,8 +18,8 @@ from lowrank_optim.kernels.cpu.library import Library as CpuLibrary
 from lowrank_optim.kernels.cuda.build import build_for_host
 from lowrank_optim.kernels.cuda.library import VARIABLE as CUDA_LIBRARY
 from lowrank_optim.kernels.cuda.library import Library as CudaLibrary
-from lowrank_optim.optimizers import later
-from lowrank_optim.quantization import state as coding
+from lowrank_optim.quantization import coded_moments as coding
+from lowrank_optim.step import batching as later
 
 SHAPES = [(40, 24), (24, 40), (2, 30, 20), (30, 5, 3, 3), (33, 21), (17,), (64, 48)]
 LOW_RANK = len(SHAPES) - 1

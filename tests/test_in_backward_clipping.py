@@ -9,7 +9,7 @@ from test_step import ReadsOfDeviceValues
 from torch import nn
 
 import lowrank_optim as lo
-from lowrank_optim.optimizers.checkpoint import HOST_STATE
+from lowrank_optim.step.state_names import HOST_STATE
 
 LIMIT = 0.5
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import lowrank_optim as lo
-from lowrank_optim.layerwise.sampling import draw_layers
+from lowrank_optim.optimizers.layer_sampling import draw_layers
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 32, 48, 40, 8
 

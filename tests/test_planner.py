@@ -9,11 +9,17 @@ from torch import nn
 
 import lowrank_optim as lo
 from lowrank_optim.planner import PlanError
-from lowrank_optim.planner.allocator import CUBLAS_WORKSPACE, CUDA_CONTEXT, format_bytes, parse_bytes, reserved_peak
 from lowrank_optim.planner.choices import resolve_optimizer
 from lowrank_optim.planner.models import resolve_model
 from lowrank_optim.planner.planning import make_setting
-from lowrank_optim.planner.simulate import Run, simulate
+from lowrank_optim.planner.simulation.allocator import (
+    CUBLAS_WORKSPACE,
+    CUDA_CONTEXT,
+    format_bytes,
+    parse_bytes,
+    reserved_peak,
+)
+from lowrank_optim.planner.simulation.simulate import Run, simulate
 
 MIB = 2**20
 HIDDEN, FFN, LAYERS, VOCABULARY, RANK = 4096, 11008, 32, 32_000, 1024

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import lowrank_optim as lo
-from lowrank_optim.planner.allocator import rules_for
 from lowrank_optim.planner.choices import resolve_optimizer
-from lowrank_optim.planner.estimate import deep, probe
 from lowrank_optim.planner.models import resolve_model
 from lowrank_optim.planner.planning import make_setting
 from lowrank_optim.planner.search import RECIPES, SLACK, Question, what_fits
-from lowrank_optim.planner.simulate import simulate
+from lowrank_optim.planner.simulation.allocator import rules_for
+from lowrank_optim.planner.simulation.estimate import deep, probe
+from lowrank_optim.planner.simulation.simulate import simulate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from planner_validation import CONFIG, compare

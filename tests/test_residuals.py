@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_optim as lo
 from lowrank_optim.kernels import reference as kernels
-from lowrank_optim.optimizers.residuals import residual_from_name
+from lowrank_optim.residuals.registry import residual_from_name
 
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
 RANK, GAP, LR, DECAY, BETAS = 6, 7, 1e-2, 0.1, (0.9, 0.99)
@@ -401,7 +401,7 @@ class _Seen(TorchDispatchMode):
 @pytest.mark.parametrize("residual", ["norm_scaled", "gradient_scaled"])
 def test_norms_of_lines_come_from_the_operation_that_makes_the_direction(residual, shape, bits, monkeypatch):
     """And are those of float64 norms of the same direction and gradient; rank 1, coded in rows of its own, has none."""
-    monkeypatch.setattr("lowrank_optim.quantization.state.MIN_CODED", 1)
+    monkeypatch.setattr("lowrank_optim.quantization.coded_moments.MIN_CODED", 1)
     steps = []
     sums = type(residual_from_name(residual)).sums
     monkeypatch.setattr(

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_optim as lo
-from lowrank_optim.optimizers.checkpoint import HOST_STATE
-from lowrank_optim.optimizers.schedule import latest_refresh, stagger_offset
+from lowrank_optim.step.refresh_schedule import latest_refresh, stagger_offset
+from lowrank_optim.step.state_names import HOST_STATE
 
 
 def problem(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (24, 16)) -> nn.Parameter:

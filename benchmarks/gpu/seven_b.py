@@ -31,8 +31,8 @@ from pretraining.configs import SIZES, build_model  # noqa: E402
 from pretraining.data import standard_library  # noqa: E402
 
 import lowrank_optim as lo  # noqa: E402
-from lowrank_optim.planner.allocator import CUDA_CONTEXT, GIB  # noqa: E402
 from lowrank_optim.planner.choices import resolve_optimizer  # noqa: E402
+from lowrank_optim.planner.simulation.allocator import CUDA_CONTEXT, GIB  # noqa: E402
 
 VOCABULARY, GAP, STEPS = 32_000, 20, 30
 DESCENDING = ("13b", "7b", "3b", "1b", "350m", "130m", "60m")

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 import lowrank_optim as lo
-from lowrank_optim.planner import PlanError, show
-from lowrank_optim.planner.allocator import CUDA_CONTEXT
+from lowrank_optim.planner import PlanError
 from lowrank_optim.planner.memory_plan import MemoryPlan, describe_plan
+from lowrank_optim.planner.report import budget_table as show
 from lowrank_optim.planner.search import Question, what_fits
+from lowrank_optim.planner.simulation.allocator import CUDA_CONTEXT
 from pretraining.baselines import BASELINES
 from pretraining.configs import SIZES
 from pretraining.run import Config, RunError, make_optimizer

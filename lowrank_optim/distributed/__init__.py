@@ -5,10 +5,10 @@ Light to import: `torch.distributed.tensor` and its kin are imported where a par
 
 from typing import TYPE_CHECKING, Any
 
-from lowrank_optim.distributed.exact_sums import exact_sums, use_exact_sums
-from lowrank_optim.distributed.shards import HERE, Shards
-from lowrank_optim.distributed.spread import WHOLE, Spread
-from lowrank_optim.distributed.template import match_checkpoint
+from lowrank_optim.distributed.checkpoint_template import match_checkpoint
+from lowrank_optim.sharding.exact_sums import exact_sums, use_exact_sums
+from lowrank_optim.sharding.param_sharding import HERE, Shards
+from lowrank_optim.sharding.tensor_sharding import WHOLE, Spread
 
 if TYPE_CHECKING:
     from lowrank_optim.distributed.ddp import LowRankHook

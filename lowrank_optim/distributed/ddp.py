@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed
 
-from lowrank_optim.distributed.agreement import check_lines, describe
+from lowrank_optim.sharding.agreement import check_lines, describe
 
 if TYPE_CHECKING:
     from lowrank_optim.optimizers import LowRankOptimizer

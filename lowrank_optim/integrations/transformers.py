@@ -14,11 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_optim.layerwise.in_backward import UpdateInBackward, update_in_backward
-from lowrank_optim.layerwise.layers import layer_groups
+from lowrank_optim.groups.build import param_groups
+from lowrank_optim.groups.describe import describe
+from lowrank_optim.groups.layers import layer_groups
+from lowrank_optim.groups.names import Pattern
+from lowrank_optim.in_backward.hooks import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import LowRankOptimizer, by_name
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
-from lowrank_optim.param_groups import Pattern, describe, param_groups
 
 _log = logging.getLogger("lowrank_optim")
 

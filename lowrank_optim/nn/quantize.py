@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim.groups.build import select_matrices
+from lowrank_optim.groups.names import Pattern
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
-from lowrank_optim.param_groups import Pattern, select_matrices
 
 SCALE = "weight_scale"
 """Name, in a state dict, of the scales beside the codes that stand under "weight"."""

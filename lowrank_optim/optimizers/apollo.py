@@ -3,10 +3,10 @@
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.groups.options import Options
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
-from lowrank_optim.optimizers.options import Options
-from lowrank_optim.optimizers.residuals import GradientScaled
 from lowrank_optim.projectors import Random
+from lowrank_optim.residuals.scaled import GradientScaled
 from lowrank_optim.rules import Adam
 
 

@@ -6,12 +6,12 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.groups.options import Options
 from lowrank_optim.kernels import as_python
-from lowrank_optim.layerwise.sampling import ORDERS, block_of_visit
 from lowrank_optim.optimizers.base import Params
+from lowrank_optim.optimizers.layer_sampling import ORDERS, block_of_visit
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
-from lowrank_optim.optimizers.options import Options
-from lowrank_optim.optimizers.residuals import Residual
+from lowrank_optim.residuals.base import Residual
 from lowrank_optim.rules import Adam
 
 

@@ -17,22 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim import kernels, projectors
-from lowrank_optim.distributed import HERE
-from lowrank_optim.distributed.agreement import check_agreement
-from lowrank_optim.distributed.dtensor import LocalState, local_grad, place_all
-from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, PURPOSE_STATE, make_key
-from lowrank_optim.layerwise.accumulation import ACCUMULATORS
-from lowrank_optim.layerwise.clipping import MEASURED
-from lowrank_optim.layerwise.owners import check_free
-from lowrank_optim.optimizers import checkpoint
-from lowrank_optim.optimizers.checkpoint import HOST_STATE
-from lowrank_optim.optimizers.compiling import outside_graph
-from lowrank_optim.optimizers.entrance import check_gradient, check_members, check_parameter, settle_gradient
-from lowrank_optim.optimizers.job import Job
-from lowrank_optim.optimizers.later import Later, Waiting, summed
-from lowrank_optim.optimizers.layout import Layout, check_parts, make_layouts, matrix_view
-from lowrank_optim.optimizers.nonfinite import SkippedUpdates, first_norms
-from lowrank_optim.optimizers.options import (
+from lowrank_optim.groups.matrices import matrix_view
+from lowrank_optim.groups.options import (
     DEFAULTS,
     SHORTHANDS,
     check_combination,
@@ -42,15 +28,29 @@ from lowrank_optim.optimizers.options import (
     plain_options,
     projector_option,
 )
-from lowrank_optim.optimizers.residuals import Reduced, Residual, residual_from_name
-from lowrank_optim.optimizers.schedule import latest_refresh, lengthen_gap, moment_steps, own_gap, stagger_offsets
+from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, PURPOSE_STATE, make_key
+from lowrank_optim.optimizers import checkpoint
+from lowrank_optim.optimizers.compiling import outside_graph
+from lowrank_optim.optimizers.owners import check_free
 from lowrank_optim.projectors import Basis, Projector, Space, Write
-from lowrank_optim.projectors.exact import basis_of, refresh, widen
-from lowrank_optim.quantization import state as coding
+from lowrank_optim.projectors.float64_sums import basis_of, refresh, widen
+from lowrank_optim.quantization import coded_moments as coding
+from lowrank_optim.residuals.base import Reduced, Residual
+from lowrank_optim.residuals.registry import residual_from_name
 from lowrank_optim.rules import Context, Direction, FusedDense, Rule
+from lowrank_optim.sharding.agreement import check_agreement
+from lowrank_optim.sharding.dtensor import LocalState, local_grad, place_all
+from lowrank_optim.sharding.param_sharding import HERE
+from lowrank_optim.step.batching import Later, Waiting, summed
+from lowrank_optim.step.entrance import check_gradient, check_members, check_parameter, settle_gradient
+from lowrank_optim.step.layout import Layout, check_parts, make_layouts
+from lowrank_optim.step.nonfinite import SkippedUpdates, first_norms
+from lowrank_optim.step.param_step import Job
+from lowrank_optim.step.refresh_schedule import latest_refresh, lengthen_gap, moment_steps, own_gap, stagger_offsets
+from lowrank_optim.step.state_names import ACCUMULATORS, HOST_STATE, MEASURED
 
 if TYPE_CHECKING:
-    from lowrank_optim.layerwise.in_backward import UpdateInBackward
+    from lowrank_optim.in_backward.hooks import UpdateInBackward
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 

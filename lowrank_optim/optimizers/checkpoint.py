@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim.distributed.dtensor import as_tensor, like
-from lowrank_optim.layerwise.clipping import MEASURED
-from lowrank_optim.optimizers.options import STRUCTURAL, plain_options
-
-HOST_STATE = ("step", "last_refresh", "gap", "overlaps", "turn", "micro_batches")
-"""State that the host reads in every step, kept on the CPU wherever the parameter lives."""
+from lowrank_optim.groups.options import STRUCTURAL, plain_options
+from lowrank_optim.sharding.dtensor import as_tensor, like
+from lowrank_optim.step.state_names import MEASURED
 
 
 def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

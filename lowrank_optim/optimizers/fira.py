@@ -3,9 +3,9 @@
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.groups.options import Options
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
-from lowrank_optim.optimizers.options import Options
-from lowrank_optim.optimizers.residuals import NormScaled
+from lowrank_optim.residuals.scaled import NormScaled
 from lowrank_optim.rules import Adam
 
 

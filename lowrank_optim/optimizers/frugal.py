@@ -3,9 +3,10 @@
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.groups.options import Options
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
-from lowrank_optim.optimizers.options import Options
-from lowrank_optim.optimizers.residuals import NoResidual, Residual, SGDResidual, SignResidual
+from lowrank_optim.residuals.base import Residual
+from lowrank_optim.residuals.gradient import NoResidual, SGDResidual, SignResidual
 from lowrank_optim.rules import SGD, Lion, Rule, TorchAdam
 
 

@@ -3,8 +3,8 @@
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.groups.options import Options, expand_shorthands, projector_option
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
-from lowrank_optim.optimizers.options import Options, expand_shorthands, projector_option
 from lowrank_optim.rules import Adafactor, Adam
 
 

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.distributed.dtensor import local
+from lowrank_optim.groups.layers import describe_layers
+from lowrank_optim.groups.options import Options, plain_options
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, derive_key
-from lowrank_optim.layerwise.layers import describe_layers
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
-from lowrank_optim.optimizers.checkpoint import HOST_STATE
-from lowrank_optim.optimizers.job import Job
-from lowrank_optim.optimizers.later import Waiting
-from lowrank_optim.optimizers.layout import Layout
-from lowrank_optim.optimizers.options import Options, plain_options
-from lowrank_optim.optimizers.residuals import Residual
+from lowrank_optim.residuals.base import Residual
 from lowrank_optim.rules import Rule
+from lowrank_optim.sharding.dtensor import local
+from lowrank_optim.step.batching import Waiting
+from lowrank_optim.step.layout import Layout
+from lowrank_optim.step.param_step import Job
+from lowrank_optim.step.state_names import HOST_STATE
 
 _log = logging.getLogger("lowrank_optim")
 

@@ -3,11 +3,11 @@
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.groups.options import Options
 from lowrank_optim.kernels import as_python
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
-from lowrank_optim.optimizers.options import Options
-from lowrank_optim.optimizers.residuals import ErrorFeedback, NoResidual
 from lowrank_optim.projectors import PowerIteration
+from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual
 from lowrank_optim.rules import TorchAdam
 
 

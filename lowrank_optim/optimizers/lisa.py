@@ -8,13 +8,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lowrank_optim import kernels
-from lowrank_optim.distributed.dtensor import dense_spread, local
-from lowrank_optim.layerwise.sampling import draw_layers
+from lowrank_optim.groups.options import Options
 from lowrank_optim.optimizers.base import Params
+from lowrank_optim.optimizers.layer_sampling import draw_layers
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
-from lowrank_optim.optimizers.options import Options
-from lowrank_optim.optimizers.residuals import Residual
+from lowrank_optim.residuals.base import Residual
 from lowrank_optim.rules import Adam
+from lowrank_optim.sharding.dtensor import dense_spread, local
 
 Importance: TypeAlias = Callable[[int, list[Tensor]], float]
 """(number of a layer, its parameters) → its weight in the draw, at least 0."""

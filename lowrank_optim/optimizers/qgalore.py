@@ -3,9 +3,9 @@
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.groups.options import Options
 from lowrank_optim.optimizers.base import Params
 from lowrank_optim.optimizers.galore import GaLoreAdamW
-from lowrank_optim.optimizers.options import Options
 
 
 class QGaLoreAdamW8bit(GaLoreAdamW):

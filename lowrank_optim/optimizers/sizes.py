@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lowrank_optim.distributed.dtensor import local
+from lowrank_optim.sharding.dtensor import local
 
 
 def state_bytes(optimizer: Optimizer) -> dict[str, int]:

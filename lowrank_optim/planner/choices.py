@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_optim import optimizers
-from lowrank_optim.layerwise.layers import layer_groups
+from lowrank_optim.groups.build import param_groups
+from lowrank_optim.groups.layers import layer_groups
 from lowrank_optim.optimizers import LAYERWISE_METHODS, METHODS, LISAAdamW, LowRankOptimizer
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
-from lowrank_optim.param_groups import param_groups
 from lowrank_optim.planner.errors import PlanError
 
 GROUP_OPTIONS = ("rank", "density", "include", "exclude")

@@ -7,15 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowrank_optim.planner import picture, show
-from lowrank_optim.planner.allocator import parse_bytes
 from lowrank_optim.planner.choices import names, resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.memory_plan import MemoryPlan, describe_plan, title
 from lowrank_optim.planner.models import resolve_model
 from lowrank_optim.planner.planning import DTYPES, check_sizes, plan
-from lowrank_optim.planner.progress import Report, progress
+from lowrank_optim.planner.report import budget_table as show
+from lowrank_optim.planner.report import picture
+from lowrank_optim.planner.report.progress import Report, progress
 from lowrank_optim.planner.search import RECIPES, Question, Row, what_fits
+from lowrank_optim.planner.simulation.allocator import parse_bytes
 
 EXAMPLES = """
 examples:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowrank_optim.planner.allocator import format_bytes
-from lowrank_optim.planner.timeline import KINDS
+from lowrank_optim.planner.simulation.allocator import format_bytes
+from lowrank_optim.planner.simulation.timeline import KINDS
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.planner.errors import PlanError
-from lowrank_optim.planner.shapes import META
-from lowrank_optim.planner.simulate import default_dtype, without_numbers
+from lowrank_optim.planner.simulation.shapes import META
+from lowrank_optim.planner.simulation.simulate import default_dtype, without_numbers
 
 
 def _llama(hidden: int, ffn: int, layers: int, heads: int, vocabulary: int = 32_000, **more: Any) -> dict[str, Any]:

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.planner import sharding
-from lowrank_optim.planner.allocator import reserved_peak, rules_for
 from lowrank_optim.planner.choices import OptimizerChoice, resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.memory_plan import MemoryPlan
 from lowrank_optim.planner.models import ModelChoice, resolve_model
-from lowrank_optim.planner.pretend import bare
-from lowrank_optim.planner.quantized import quantize_weights
-from lowrank_optim.planner.simulate import DataInForward, Run, Setting, simulate
+from lowrank_optim.planner.simulation import sharding
+from lowrank_optim.planner.simulation.allocator import reserved_peak, rules_for
+from lowrank_optim.planner.simulation.pretend import bare
+from lowrank_optim.planner.simulation.quantized import quantize_weights
+from lowrank_optim.planner.simulation.simulate import DataInForward, Run, Setting, simulate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 

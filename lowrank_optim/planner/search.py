@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from lowrank_optim.optimizers import LAYERWISE_METHODS
-from lowrank_optim.planner.allocator import Rules, rules_for
 from lowrank_optim.planner.choices import OptimizerChoice, resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
-from lowrank_optim.planner.estimate import Probe, deep
 from lowrank_optim.planner.models import ModelChoice, resolve_model
 from lowrank_optim.planner.planning import make_setting
-from lowrank_optim.planner.simulate import FIRST, ORDINARY, simulate
+from lowrank_optim.planner.simulation.allocator import Rules, rules_for
+from lowrank_optim.planner.simulation.estimate import Probe, deep
+from lowrank_optim.planner.simulation.simulate import FIRST, ORDINARY, simulate
 
 SLACK = 0.06
 """Share of the peak that is added for unused parts of the allocator's segments where those are not simulated: 2 to 6 % in

@@ -6,9 +6,9 @@ from difflib import get_close_matches
 from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, Space, Write
 from lowrank_optim.projectors.blocks import Blocks
 from lowrank_optim.projectors.coordinate import Coordinate
-from lowrank_optim.projectors.power import PowerIteration
+from lowrank_optim.projectors.power_iteration import PowerIteration
 from lowrank_optim.projectors.random import Random
-from lowrank_optim.projectors.randomized import RandomizedSVD
+from lowrank_optim.projectors.randomized_svd import RandomizedSVD
 from lowrank_optim.projectors.svd import SVD
 
 __all__ = [

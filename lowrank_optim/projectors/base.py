@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lowrank_optim.distributed import HERE, WHOLE, Shards, Spread
 from lowrank_optim.kernels import as_python
+from lowrank_optim.sharding.param_sharding import HERE, Shards
+from lowrank_optim.sharding.tensor_sharding import WHOLE, Spread
 
 SIDES = ("right", "left", "full")
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowrank_optim.kernels.counter_rng import choose, derive_key
 from lowrank_optim.kernels.host import host_tensor
 from lowrank_optim.projectors.base import Basis, Place, Projector, Space
-from lowrank_optim.projectors.bases import DenseBasis, WholeBasis
+from lowrank_optim.projectors.dense_basis import DenseBasis, WholeBasis
 
 ORDERS = ("random", "ascending", "descending", "mirror")
 

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import choose, choose_stratified, derive_key
 from lowrank_optim.projectors.base import Basis, Projector, Space
-from lowrank_optim.projectors.bases import CoordinateBasis, EntryBasis, ScatteredCoordinates, ScatteredEntries
+from lowrank_optim.projectors.coordinate_basis import (
+    CoordinateBasis,
+    EntryBasis,
+    ScatteredCoordinates,
+    ScatteredEntries,
+)
 
 COORDINATES = ("columns", "rows", "entries")
 _SIDE_OF = {"columns": "right", "rows": "left", "entries": "right"}

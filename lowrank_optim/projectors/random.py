@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import derive_key, gaussian
 from lowrank_optim.projectors.base import Basis, Projector, Space
-from lowrank_optim.projectors.bases import DenseBasis, TwoSidedBasis
-from lowrank_optim.projectors.randomized import cholesky_qr, orthonormalize
+from lowrank_optim.projectors.dense_basis import DenseBasis, TwoSidedBasis
+from lowrank_optim.projectors.randomized_svd import cholesky_qr, orthonormalize
 
 KINDS = ("gaussian", "orthonormal")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.projectors.base import Space, align_signs
-from lowrank_optim.projectors.stored import StoredProjector, basis_spreads
+from lowrank_optim.projectors.stored_projector import StoredProjector, basis_spreads
 
 
 @dataclass(frozen=True)

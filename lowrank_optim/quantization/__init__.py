@@ -3,14 +3,7 @@
 They are the definition of the format; compiled kernels are tested against them.
 """
 
-from lowrank_optim.quantization.basis import (
-    GROUP,
-    pack_basis,
-    packed_basis_bytes,
-    packed_basis_shapes,
-    unpack_basis,
-)
-from lowrank_optim.quantization.moments import (
+from lowrank_optim.quantization.adam_codes import (
     MomentCodes,
     coded_adam_dense_,
     coded_adam_direct_,
@@ -19,8 +12,15 @@ from lowrank_optim.quantization.moments import (
     encode_moments,
     scale_is_due,
 )
+from lowrank_optim.quantization.basis_codes import (
+    GROUP,
+    pack_basis,
+    packed_basis_bytes,
+    packed_basis_shapes,
+    unpack_basis,
+)
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
-from lowrank_optim.quantization.rows import (
+from lowrank_optim.quantization.row_codes import (
     BLOCK,
     dequantize_rows,
     quantize_rows,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.distributed import Spread
 from lowrank_optim.rules.base import Context, Direction, Rule, Transport
+from lowrank_optim.sharding.tensor_sharding import Spread
 
 
 def _rms(x: Tensor, spread: Spread) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.quantization.state import CodedMoments
+from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.rules.base import Context, Direction, FusedDense, FusedDirection, Rule, Transport
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.distributed import HERE, Shards
+from lowrank_optim.sharding.param_sharding import HERE, Shards
 
 Transport = Callable[[Tensor, int], Tensor]
 """(matrix, power) → the matrix in the coordinates of a new basis (`Basis.transport`)."""

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import lowrank_optim as lo
-from lowrank_optim.quantization import state as coded
+from lowrank_optim.quantization import coded_moments as coded
 
 BEFORE, AFTER = 7, 6
 CASES = [

@@ -25,8 +25,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import lowrank_optim as lo
-from lowrank_optim.optimizers import later
-from lowrank_optim.quantization import state as coded
+from lowrank_optim.quantization import coded_moments as coded
+from lowrank_optim.step import batching as later
 
 STEPS, GAP = 20, 5
 

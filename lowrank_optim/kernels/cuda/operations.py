@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.bytes import KernelCodes, starts_with_bytes
+from lowrank_optim.kernels.code_bytes import KernelCodes, starts_with_bytes
 from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.cuda.library import (
     Adam,

@@ -17,7 +17,7 @@ from lowrank_optim.kernels import reference
 from lowrank_optim.kernels.api import key_of
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
-from lowrank_optim.quantization.rows import LEVELS, block_factors
+from lowrank_optim.quantization.row_codes import LEVELS, block_factors
 
 BUFFERS = 4
 

@@ -1,0 +1,109 @@
+"""The same bits on any number of processes, under `lowrank_optim.distributed.use_exact_sums(True)`.
+
+A sum over shards, and a product whose shape depends on them, is rounded in another order than on one process. The difference is an
+ulp, but an ulp of R can turn a code of its moments. So every sum of a subspace is then carried out in float64 and rounded to float32
+once: an order changes the result only where a float64 error crosses a tie, for about one element in 10⁸.
+
+    refresh    grad.double() → the projector in float64 → its state, in its own types
+    project    R = round(Σ over processes of G B),   apply   W ← round(keep·W − α(lift(C) + φ ⊙ E))
+
+Memory: float64 copies of the gradient and of the weight, of one matrix at a time. Parameters of float64 are left as they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lowrank_optim import kernels
+from lowrank_optim.projectors.base import Basis, GradientTerm, Projector, Space, Write
+from lowrank_optim.sharding.exact_sums import exact_sums
+from lowrank_optim.sharding.param_sharding import Shards
+
+
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether sums of this compute type are carried out in float64."""
+    return dtype == torch.float32 and exact_sums()
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """A float32 operand of a sum, in the type that the sum is carried out in."""
+    return tensor.double() if is_exact(tensor.dtype) else tensor
+
+
+def plain(basis: Basis) -> Basis:
+    """The basis itself, without its rounding."""
+    return basis.inner if isinstance(basis, ExactBasis) else basis
+
+
+def basis_of(projector: Projector, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+    """`Projector.basis`, exact where that is asked for."""
+    if not is_exact(space.dtype):
+        return projector.basis(space, state, key, device)
+    return ExactBasis(projector.basis(replace(space, dtype=torch.float64), state, key, device), space.dtype)
+
+
+def refresh(
+    projector: Projector,
+    grad: Tensor,
+    space: Space,
+    state: Mapping[str, Tensor],
+    key: int,
+    first: bool,
+    momentum: Tensor | None,
+) -> dict[str, Tensor] | None:
+    """`Projector.refresh`, exact where that is asked for."""
+    if not is_exact(space.dtype):
+        return projector.refresh(grad, space, state, key, first, momentum)
+    wide = replace(space, dtype=torch.float64)
+    momentum = None if momentum is None else momentum.double()
+    new = projector.refresh(grad.double(), wide, state, key, first, momentum)
+    return None if new is None else {name: tensor.to(state[name].dtype) for name, tensor in new.items()}
+
+
+@dataclass(frozen=True)
+class ExactBasis:
+    """A basis whose operations are those of `inner`, in float64, each rounded to `dtype` once."""
+
+    inner: Basis
+    dtype: torch.dtype
+
+    @property
+    def shards(self) -> Shards:
+        return self.inner.shards
+
+    @property
+    def disjoint(self) -> bool:
+        return self.inner.disjoint
+
+    def project(self, grad: Tensor) -> Tensor:
+        return self.inner.project(grad.double()).to(self.dtype)
+
+    def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        reduced, squares = self.inner.project_with_norms(grad.double())
+        return reduced.to(self.dtype), squares
+
+    def lifted_squares(self, reduced: Tensor) -> Tensor:
+        return self.inner.lifted_squares(reduced.double())
+
+    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
+        if term is not None:
+            subtract = None if term.subtract is None else term.subtract.double()
+            term = replace(term, grad=term.grad.double(), scale=term.scale.double(), subtract=subtract)
+        updated = weight.double()
+        core = None if core is None else core.double()
+        self.inner.apply_(updated, core, replace(write, rounding_key=None), term)
+        kernels.store_(weight, updated.to(self.dtype), write.rounding_key, self.shards.matrix.start)
+
+    def lift_(self, grad: Tensor, reduced: Tensor) -> None:
+        wide = torch.empty_like(grad, dtype=torch.float64)
+        self.inner.lift_(wide, reduced.double())
+        grad.copy_(wide)
+
+    def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
+        return self.inner.transport(moment.double(), old.inner, power).to(moment.dtype)
+
+    def overlap(self, old: Self) -> Tensor:
+        return self.inner.overlap(old.inner)

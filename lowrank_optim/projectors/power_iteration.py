@@ -1,0 +1,98 @@
+"""LDAdam's subspace: one step of power iteration from the old basis, at every step or as often as wanted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.projectors.base import Projector, Space, align_signs, choose_side, usable
+from lowrank_optim.projectors.randomized_svd import RandomizedSVD, householder, unit_columns
+from lowrank_optim.projectors.stored_projector import StoredProjector, agree, load, store
+from lowrank_optim.projectors.svd import SVD
+
+
+@dataclass(frozen=True)
+class PowerIteration(StoredProjector):
+    """P ← qf(B (BᵀP)) with B = ρ lift(m̂) + (1−ρ) G, m̂ the bias-corrected momentum: B is never formed.
+
+    The first basis is that of `RandomizedSVD`, or of `SVD` under `match_reference`, where square matrices are projected on the left
+    as in the released code.
+
+    Args:
+        rho: ρ in [0, 1], how much the momentum counts; without momentum the gradient alone counts.
+
+    Memory: 4·d·r bytes for the basis. A refresh costs two products with G and a Householder QR, and never waits for the device but
+    for the first one.
+    """
+
+    rho: float = 0.908
+    square_side: str = "right"
+    first_basis: str = "randomized_svd"
+    uses_momentum: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.rho <= 1.0:
+            raise ValueError(f"rho is {self.rho!r}; it must be in [0, 1]")
+
+    @property
+    def name(self) -> str:
+        return "power_iteration" if self.rho == PowerIteration.rho else f"power_iteration:{self.rho!r}"
+
+    def released(self) -> Projector:
+        return replace(self, square_side="left", first_basis="svd")
+
+    def check(self, proj_type: str) -> None:
+        super().check(proj_type)
+        if proj_type == "full":
+            raise ValueError(
+                'proj_type is "full", but power iteration projects one side; use proj_type "std", "reverse_std", "left" or "right"'
+            )
+
+    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
+        *_, rows, cols = shape
+        square = rows == cols and proj_type == "std"
+        return super().space(shape, rank, self.square_side if square else choose_side(proj_type, rows, cols), dtype)
+
+    def refresh(
+        self,
+        grad: Tensor,
+        space: Space,
+        state: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None = None,
+    ) -> dict[str, Tensor] | None:
+        if first:
+            return super().refresh(grad, space, state, key, first)
+        old = load(state, space)
+        return store(agree(self.compute(grad.to(space.dtype), space, old, key, first, momentum), space), space)
+
+    def compute(
+        self,
+        grad: Tensor,
+        space: Space,
+        old: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        if first:
+            exact = self.first_basis == "svd"
+            return (SVD() if exact else RandomizedSVD()).compute(grad, space, old, key, first)
+        basis, rho = old["basis"], self.rho if momentum is not None else 0.0
+        grad = grad.mT if space.side == "left" else grad  # m̂, as all low-rank matrices, is tall: B = ρ m̂ Pᵀ + (1−ρ) G
+        shards = space.shards
+        long, short = (shards.cols, shards.rows) if space.side == "left" else (shards.rows, shards.cols)
+        image = short.sum(grad @ basis, -2).mul_(1.0 - rho)
+        if momentum is not None:
+            momentum = shards.lift(momentum)
+            image.add_(momentum, alpha=rho)  # PᵀP = I
+        iterate = long.sum(grad.mT @ image, -2).mul_(1.0 - rho)
+        if momentum is not None:
+            iterate.add_(basis @ long.sum(momentum.mT @ image, -2), alpha=rho)
+        ok = usable(iterate, short)
+        columns = householder(unit_columns(torch.where(ok, iterate, basis), short), short)
+        return {"basis": torch.where(ok, align_signs(columns, basis, short), basis)}

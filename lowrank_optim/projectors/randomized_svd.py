@@ -1,0 +1,166 @@
+"""The default subspace: a randomized range finder, warm-started from the previous basis.
+
+A refresh is a few matrix products (Halko, Martinsson and Tropp, "Finding structure with randomness", 2011): subspace iteration on
+GᵀG from a sketch V of k = r + oversample columns,
+
+    rounds before the last     Y = orth(G V),  V ← orth(Gᵀ Y)
+    last round                 Y = G V,  YᵀY = U Λ Uᵀ,  V ← orth(Gᵀ Y U_r)
+
+where U_r are the leading r eigenvectors: the Rayleigh-Ritz step orders the vectors by singular value, and it costs no product with
+G of its own. The first refresh of a parameter starts from Gaussian columns, later ones from the old basis. Orthonormal columns come
+from Cholesky-QR, with Householder QR where the columns are (nearly) dependent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.counter_rng import gaussian
+from lowrank_optim.projectors.base import Space, align_signs
+from lowrank_optim.projectors.stored_projector import StoredProjector, basis_spreads
+from lowrank_optim.sharding.tensor_sharding import WHOLE, Spread
+
+
+def cholesky_qr(matrix: Tensor, passes: int, spread: Spread = WHOLE) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns with the span of `matrix` (…, d, k), by `passes` rounds of Q ← Q L⁻ᵀ with QᵀQ = L Lᵀ.
+
+    The columns are scaled to unit length first: in a warm start those of GᵀGV differ by σ² in length and in little else. The error of
+    one pass is about ε over the smallest squared pivot, which is enough between power iterations; a second pass brings it to ε.
+
+    Returns:
+        The columns, and a 0-d bool: whether they can be trusted, which is where every squared pivot is above 100·ε.
+    """
+    eps = torch.finfo(matrix.dtype).eps
+    q = unit_columns(matrix, spread)
+    ok = torch.ones((), dtype=torch.bool, device=matrix.device)
+    for _ in range(passes):
+        factor, info = torch.linalg.cholesky_ex(spread.sum(q.mT @ q, -2))
+        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+        ok = ok & (info == 0).all() & (pivots > 100.0 * eps).all()
+        q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
+    return q, ok
+
+
+def unit_columns(matrix: Tensor, spread: Spread = WHOLE) -> Tensor:
+    """The columns at unit length; those that are rounding errors beside the longest one become exactly 0.
+
+    (Householder QR of denormal columns gives NaN on some processors, and such columns have nothing to say.)
+    """
+    norms = spread.norm(torch.linalg.vector_norm(matrix, dim=-2, keepdim=True), -2)
+    limits = torch.finfo(matrix.dtype)
+    floor = norms.amax(-1, keepdim=True).mul_(limits.eps).clamp_min_(limits.tiny)
+    return torch.where(norms > floor, matrix / norms, 0.0)
+
+
+def householder(matrix: Tensor, spread: Spread = WHOLE) -> Tensor:
+    """The orthonormal factor of a QR decomposition. Rows that lie on other processes are gathered: a tall matrix is small."""
+    q: Tensor = torch.linalg.qr(spread.gather(matrix, -2))[0]
+    return spread.part(q, -2)
+
+
+def orthonormalize(matrix: Tensor, passes: int = 2, spread: Spread = WHOLE) -> Tensor:
+    """Orthonormal columns whose span contains that of `matrix` (…, d, k), d ≥ k: Cholesky-QR, or Householder QR where it fails."""
+    q, ok = cholesky_qr(matrix, passes, spread)
+    # All processes that share the rows see the same Gram matrices, and so take the same branch.
+    if not bool(ok):
+        q = householder(unit_columns(matrix, spread), spread)
+    return q
+
+
+def eigenvectors(gram: Tensor) -> Tensor:
+    """Eigenvectors of a symmetric matrix (…, k, k), by ascending eigenvalue.
+
+    In float64: the float32 divide and conquer fails, sometimes silently, on Gram matrices of low rank.
+    """
+    vectors: Tensor = torch.linalg.eigh(gram.double())[1]
+    return vectors.to(gram.dtype)
+
+
+def range_finder(
+    grad: Tensor, sketch: Tensor, rank: int, iterations: int, long: Spread = WHOLE, short: Spread = WHOLE
+) -> Tensor:
+    """Approximate leading right singular vectors of `grad` (…, m, n) from a sketch (…, n, k), k ≥ rank: (…, n, rank).
+
+    Columns are orthonormal and ordered by singular value. With one iteration the sketch must have orthonormal columns already.
+    Cost: 4·m·n·k flops an iteration. Where rows lie on several processes, `long`, a sum of n·k numbers over them, and of k² for each
+    orthonormalisation; where columns do, `short`, of m·k.
+    """
+    # Products of a gradient of any size must neither overflow nor vanish.
+    size = long.sum(short.sum(torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True), -2), -2)
+    unit = size.clamp_min(torch.finfo(grad.dtype).tiny).reciprocal()
+    v = sketch
+    for _ in range(iterations - 1):
+        y = orthonormalize(short.sum(grad @ v, -2).mul_(unit), 1, long)
+        v = orthonormalize(long.sum(grad.mT @ y, -2), 1, short)
+    y = short.sum(grad @ v, -2).mul_(unit)
+    leading = eigenvectors(long.sum(y.mT @ y, -2))[..., -rank:].flip(-1)
+    return orthonormalize(long.sum(grad.mT @ (y @ leading), -2).mul_(unit), spread=short)
+
+
+@dataclass(frozen=True)
+class RandomizedSVD(StoredProjector):
+    """Nearly the leading r singular vectors of the gradient, for the price of a few matrix products.
+
+    Args:
+        oversample: extra columns of the sketch.
+        power_iterations: rounds of the first refresh, which starts from random columns.
+        warm_iterations: rounds of every later one, which starts from the old basis.
+
+    Memory: 4·d·r bytes for the basis; a refresh works with a few d×(r + oversample) matrices.
+    """
+
+    oversample: int = 8
+    power_iterations: int = 2
+    warm_iterations: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.oversample < 0:
+            raise ValueError(f"oversample is {self.oversample}; it must be at least 0")
+        for field in ("power_iterations", "warm_iterations"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+
+    @property
+    def name(self) -> str:
+        chosen = (self.oversample, self.power_iterations, self.warm_iterations)
+        default = (RandomizedSVD.oversample, RandomizedSVD.power_iterations, RandomizedSVD.warm_iterations)
+        return "randomized_svd" if chosen == default else "randomized_svd:" + ",".join(map(str, chosen))
+
+    def compute(
+        self,
+        grad: Tensor,
+        space: Space,
+        old: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        if space.basis_bits != 32 and not first:  # rounded vectors are not orthonormal, which a warm start needs
+            spreads = basis_spreads(space)
+            old = {name: orthonormalize(basis, spread=spreads[name]) for name, basis in old.items()}
+        if space.side == "left":
+            return {"basis": self._vectors(grad, old["basis"], space, "left", key, first)}
+        if space.side == "right":
+            return {"basis": self._vectors(grad, old["basis"], space, "right", key, first)}
+        right = self._vectors(grad, old["basis_right"], space, "right", key, first)
+        # G B has orthogonal columns after Rayleigh-Ritz: made orthonormal, they are the left singular vectors.
+        rows, cols = space.shards.rows, space.shards.cols
+        left = orthonormalize(cols.sum(grad @ right, -2), spread=rows)
+        return {"basis": left if first else align_signs(left, old["basis"], rows), "basis_right": right}
+
+    def _vectors(self, grad: Tensor, old: Tensor, space: Space, side: str, key: int, first: bool) -> Tensor:
+        """Leading singular vectors on one side; `grad` and `old` are local parts."""
+        rank, size, long, short = space.rank, space.cols, space.shards.rows, space.shards.cols
+        if side == "left":
+            grad, size, long, short = grad.mT, space.rows, short, long
+        columns = min(rank + self.oversample, space.rows, space.cols)
+        fresh = columns if first else columns - rank
+        sketch = short.part(gaussian(key, (*space.batch, size, fresh), grad.device, grad.dtype))
+        if first:
+            sketch = sketch if self.power_iterations > 1 else orthonormalize(sketch, spread=short)
+            return range_finder(grad, sketch, rank, self.power_iterations, long, short)
+        sketch = torch.cat([old, householder(sketch - old @ short.sum(old.mT @ sketch, -2), short)], -1)
+        return align_signs(range_finder(grad, sketch, rank, self.warm_iterations, long, short), old, short)

@@ -1,0 +1,118 @@
+"""Bases that are computed from gradients and kept in the state, in 32 or 16 bits or as packed 8- or 4-bit codes."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.counter_rng import choose, derive_key
+from lowrank_optim.projectors.base import Basis, Projector, Space, usable
+from lowrank_optim.projectors.dense_basis import DenseBasis, TwoSidedBasis
+from lowrank_optim.quantization import pack_basis, unpack_basis
+from lowrank_optim.sharding.tensor_sharding import Spread
+
+
+def unit_vectors(space: Space, size: int, key: int, device: torch.device) -> Tensor:
+    """`rank` distinct unit vectors of length `size`, drawn by the key, as a (…, size, rank) basis.
+
+    The basis of a parameter that has not had a usable gradient yet: orthonormal, and free to make.
+    """
+    basis = torch.zeros(*space.batch, size, space.rank, dtype=space.dtype, device=device)
+    matrices = basis.view(-1, size, space.rank)
+    for i, matrix in enumerate(matrices):
+        matrix[choose(derive_key(key, i), size, space.rank, device), torch.arange(space.rank, device=device)] = 1.0
+    return basis
+
+
+def basis_spreads(space: Space) -> dict[str, Spread]:
+    """Where the bases lie: each along the side of the matrix that it projects."""
+    return {name: space.shards.spread_of(name, space.side) for name in ("basis", "basis_right")}
+
+
+def agree(bases: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+    """The same bits on all processes that hold the same part, whatever the arithmetic that made them."""
+    return {name: basis_spreads(space)[name].agree(basis) for name, basis in bases.items()}
+
+
+def store(bases: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+    """State tensors for bases in the compute type: themselves, in bfloat16, or `name`, `name_scale` and `name_zero` when packed."""
+    if space.basis_bits == 32:
+        return dict(bases)
+    if space.basis_bits == 16:
+        return {name: basis.to(torch.bfloat16) for name, basis in bases.items()}
+    state = {}
+    for name, basis in bases.items():
+        state[name], state[f"{name}_scale"], state[f"{name}_zero"] = pack_basis(basis, space.basis_bits)
+    return state
+
+
+def load(state: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+    """The bases that `store` put into the state, in the compute type."""
+    names = [name for name in ("basis", "basis_right") if name in state]
+    if space.basis_bits == 32:
+        return {name: state[name].to(space.dtype) for name in names}
+    if space.basis_bits == 16:
+        return {name: state[name].to(space.dtype) for name in names}
+    unpacked = {}
+    for name in names:
+        codes, scale, zero = (state[f"{name}{part}"] for part in ("", "_scale", "_zero"))
+        unpacked[name] = unpack_basis(codes, scale, zero, space.basis_bits, cols=space.rank, dtype=space.dtype)
+    return unpacked
+
+
+class StoredProjector(Projector):
+    """A projector whose basis is computed from a gradient and stored: `basis`, and `basis_right` when both sides are projected."""
+
+    stores_basis: ClassVar[bool] = True
+    knows_shards: ClassVar[bool] = True
+
+    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
+        spreads = basis_spreads(space)
+        keys = {"basis": derive_key(key, 1), "basis_right": key} if space.side == "full" else {"basis": key}
+        sizes = {"basis": space.rows if space.side == "full" else space.basis_rows, "basis_right": space.cols}
+        whole = {name: unit_vectors(space, sizes[name], keys[name], device) for name in keys}
+        return store({name: spreads[name].part(basis) for name, basis in whole.items()}, space)
+
+    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+        bases, exact = load(state, space), space.basis_bits == 32
+        if space.side == "full":
+            return TwoSidedBasis(bases["basis"], bases["basis_right"], exact, space.shards)
+        return DenseBasis(bases["basis"], space.side, exact, space.shards)
+
+    def refresh(
+        self,
+        grad: Tensor,
+        space: Space,
+        state: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None = None,
+    ) -> dict[str, Tensor] | None:
+        ok = usable(grad, space.shards.matrix)
+        # The one place of a step where the host waits for the device, on refresh steps only.
+        if not bool(space.shards.matrix.sum(ok.any().float(), -3)):
+            return None
+        grad, old = grad.to(space.dtype), load(state, space)
+        if not space.batch:
+            return store(agree(self.compute(grad, space, old, key, first, momentum), space), space)
+        # Matrices of a stack without a usable gradient (experts without tokens) keep their basis.
+        new = self.compute(torch.where(ok, grad, 0.0), space, old, key, first, momentum)
+        kept = {name: torch.where(ok, tensor, old[name]) for name, tensor in new.items()}
+        return store(agree(kept, space), space)
+
+    @abstractmethod
+    def compute(
+        self,
+        grad: Tensor,
+        space: Space,
+        old: Mapping[str, Tensor],
+        key: int,
+        first: bool,
+        momentum: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The new bases for finite gradients in the compute type, compact in memory; `old` are the ones before.
+
+        Where a parameter is sharded, gradient and bases are the local parts.
+        """

@@ -1,0 +1,103 @@
+"""What becomes of the gradient outside the subspace: nothing, a state-free step, or a rescaled copy of the gradient.
+
+With R the projected gradient, N the rule's direction and α the option `scale`, the update of a matrix is η(lift(C) + φ ⊙ E):
+
+    none              C = αN
+    sgd               C = α(N − κR)             φ = ακ, E = G                 FRUGAL
+    sign              C = αN                    φ = ακ, E = sign(G − lift R)  FRUGAL
+    error_feedback    C = αN                    E = 0; G − lift R is added to the next gradient    LDAdam
+    norm_scaled       C = αN − φ∘R              φ = (‖N_j‖/‖R_j‖)/ℓ, E = G    Fira
+    gradient_scaled   –                         φ = √α (‖N_j‖/‖R_j‖)/ℓ, E = G APOLLO
+
+j runs over rows (right) or columns (left) of G; ℓ is the norm-growth limiter. No residual forms an m×n matrix: the norm that Fira's
+limiter needs comes from the norms of the rows or columns, ‖g_j − P r_j‖² = ‖g_j‖² − 2‖r_j‖² + ‖P r_j‖².
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.projectors import Basis, GradientTerm, Space
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What a residual sees of one step.
+
+    grad: G, the matrix view of the gradient, only ever handed on.
+    projected: R.
+    squares: ‖g_j‖² of every line, (…, d, 1); None unless asked for.
+    direction: N.
+    correction: the factor of N that is Adam's bias correction; 1 for other rules.
+    unit: the learning rate as a multiple of the step size that N is applied with (`Direction.unit`).
+    basis: the subspace.
+    ok: 0-d bool on the device, false where this gradient is to be ignored (R and N are then 0); None means true.
+    norms: ‖N_j‖ and ‖R_j‖ of every line, (…, d, 1); None unless `uses_norms`.
+    sums: what `Residual.sums` gave, summed over the processes that share the rows of R; None where it gave nothing.
+    """
+
+    grad: Tensor
+    projected: Tensor
+    squares: Tensor | None
+    direction: Tensor
+    correction: float
+    unit: float | Tensor
+    basis: Basis
+    ok: Tensor | None
+    norms: tuple[Tensor, Tensor] | None = None
+    sums: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """W ← keep·W − η·factor·(lift(core) + term)."""
+
+    core: Tensor | None
+    factor: float = 1.0
+    term: GradientTerm | None = None
+
+
+class Residual(ABC):
+    """A choice of C, φ and E; subclasses are frozen dataclasses whose fields are group options."""
+
+    name: ClassVar[str]
+    uses_gradient: ClassVar[bool] = True
+    uses_norms: ClassVar[bool] = False
+    feeds_back: ClassVar[bool] = False
+    """Whether the gradient that the step sees is `absorb(grad)` and not the gradient itself."""
+    knows_shards: ClassVar[bool] = False
+    """Whether sums over the rows of R go through `sums`; if not, sharded parameters are refused."""
+
+    def options(self) -> dict[str, Any]:
+        """Default hyperparameters by name, as they go into the param groups."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for hyperparameters out of range, or a projection that the residual cannot use."""
+        lineless = options["projector"] == "coordinate:entries" or options["projector"].startswith("blocks")
+        if self.uses_norms and (options["proj_type"] == "full" or lineless):
+            what = f"projector={options['projector']!r}" if lineless else 'proj_type="full"'
+            raise ValueError(
+                f"{what} has no rows or columns for residual={self.name!r} to scale; use proj_type std, reverse_std, left or "
+                'right, or residual "none", "sgd" or "sign"'
+            )
+
+    def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
+        """State tensors of the residual."""
+        return {}
+
+    def absorb(self, grad: Tensor, state: Mapping[str, Tensor], ok: Tensor | None) -> Tensor:
+        """The gradient that the step works with, where `feeds_back`; `state` is modified in place, `ok` as in `Reduced`."""
+        return grad
+
+    def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor | None:
+        """The sums over the rows of R that `update` needs, (k, …) in float64; None where it needs none."""
+        return None
+
+    @abstractmethod
+    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+        """C, φ and E of this step; `state` is modified in place."""

@@ -1,0 +1,134 @@
+"""What scales the gradient by norms: Fira's residual and APOLLO's gradient, with the norm-growth limiter."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.projectors import GradientTerm, Space
+from lowrank_optim.projectors.base import row_squares
+from lowrank_optim.residuals.base import Reduced, Residual, Update
+
+
+@dataclass(frozen=True)
+class Limited(Residual):
+    """Scales that follow the ratio of ‖N‖ to ‖R‖, with a limit on how fast the result may grow.
+
+    limiter: γ, the largest growth of the scaled gradient's norm from one step to the next; None does not limit.
+    """
+
+    uses_norms: ClassVar[bool] = True
+    knows_shards: ClassVar[bool] = True
+    limiter: float | None = 1.01
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        if options["limiter"] is not None and not options["limiter"] >= 1.0:
+            raise ValueError(f"limiter is {options['limiter']!r}; it must be None or at least 1")
+
+    def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
+        shape = space.shards.spread_of("limiter_norm", space.side).local_shape(space.batch)
+        return {"limiter_norm": torch.zeros(shape, dtype=space.dtype, device=device)}
+
+
+@dataclass(frozen=True)
+class NormScaled(Limited):
+    """The gradient outside the subspace, every row (or column) scaled as the rule scales it inside (Fira).
+
+    With `match_reference`, α multiplies what is subtracted, too: E = G − α lift R, as in the released code.
+    """
+
+    name: ClassVar[str] = "norm_scaled"
+
+    @staticmethod
+    def _inside(options: Mapping[str, Any]) -> float:
+        """How much of the gradient in the subspace is taken out."""
+        return float(options["scale"]) if options["match_reference"] else 1.0
+
+    def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor:
+        assert step.squares is not None
+        assert step.norms is not None
+        inside, inner = self._inside(options), row_squares(step.projected)
+        outside = step.squares - 2.0 * inside * inner + inside**2 * step.basis.lifted_squares(step.projected)
+        phi = _ratio(*step.norms, options)
+        return (phi.square() * outside.clamp_min(0.0)).double().sum((-2, -1))[None]
+
+    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+        assert step.sums is not None
+        assert step.norms is not None
+        phi = _ratio(*step.norms, options)
+        norm = step.sums[0].sqrt().to(phi.dtype)
+        phi = phi / _growth(norm / step.correction, state, options, step.ok)
+        core = step.direction * float(options["scale"])
+        core = torch.addcmul(core, phi, step.projected, value=-self._inside(options))
+        return Update(core, 1.0, GradientTerm(step.grad, phi, step.ok, by_line=True))
+
+
+@dataclass(frozen=True)
+class GradientScaled(Limited):
+    """The gradient itself, scaled as the rule scales it in a (random) subspace (APOLLO).
+
+    scale_type: "channel" scales every row (or column) for itself, "tensor" the whole matrix.
+
+    The option `scale` enters as its square root, as published.
+    """
+
+    name: ClassVar[str] = "gradient_scaled"
+    scale_type: str = "channel"
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        if options["scale_type"] not in ("channel", "tensor"):
+            raise ValueError(f"scale_type is {options['scale_type']!r}; valid values are 'channel', 'tensor'")
+        if not options["scale"] >= 0.0:
+            raise ValueError(f"scale is {options['scale']!r}; its square root is taken, so it must be at least 0")
+
+    def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor:
+        assert step.squares is not None
+        assert step.norms is not None
+        above, below = step.norms
+        if options["scale_type"] == "channel":
+            phi = _ratio(above, below, options)
+            return (phi.square() * step.squares).double().sum((-2, -1))[None]
+        squares = (above.double().square(), below.double().square(), step.squares.double())
+        return torch.stack([each.sum((-2, -1)) for each in squares])
+
+    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+        assert step.sums is not None
+        assert step.norms is not None
+        by_line, dtype = options["scale_type"] == "channel", step.projected.dtype
+        norms = step.sums.sqrt()
+        if by_line:
+            phi = _ratio(*step.norms, options)
+            norm = norms[0].to(dtype)
+        else:
+            above, below, whole = norms.to(dtype)
+            ratio = _ratio(above, below, options)
+            phi, norm = ratio[..., None, None], ratio * whole
+        phi = phi / _growth(norm / step.correction, state, options, step.ok)
+        return Update(None, options["scale"] ** 0.5, GradientTerm(step.grad, phi, step.ok, by_line=by_line))
+
+
+def _ratio(above: Tensor, below: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """‖N‖/‖R‖, and 0 where R is 0: there is no direction to scale."""
+    if options["match_reference"]:
+        return above / (below + 1e-8)
+    return torch.where(below > 0, above / below, 0.0)
+
+
+def _growth(norm: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], ok: Tensor | None) -> Tensor:
+    """ℓ = max(‖S‖/(γc), 1), c the limited norm of the step before, as (…, 1, 1); c ← ‖S‖/ℓ.
+
+    A step without a scaled gradient (zero or ignored) leaves c alone, so that it cannot hold the next ones down.
+    """
+    gamma, last = options["limiter"], state["limiter_norm"]
+    if gamma is None:
+        return torch.ones((*norm.shape, 1, 1), dtype=norm.dtype, device=norm.device)
+    before = last + 1e-8 if options["match_reference"] else last
+    growth = torch.where(last > 0, (norm / before).clamp_min(gamma) / gamma, 1.0)
+    usable = (norm > 0) & (norm < math.inf)
+    last.copy_(torch.where(usable if ok is None else usable & ok, norm / growth, last))
+    return growth[..., None, None]

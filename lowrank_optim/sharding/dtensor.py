@@ -1,0 +1,222 @@
+"""From the placements of a DTensor to the spreads of a step, and what cannot be covered: refused by name, with what works instead.
+
+`torch.distributed.tensor` is imported only where a parameter is a DTensor: that takes half a second.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.host import host_tensor
+from lowrank_optim.sharding.param_sharding import HERE, MeshShards, Shards
+from lowrank_optim.sharding.tensor_sharding import WHOLE, MeshSpread, Spread
+
+SUPPORTED = (
+    "supported are Replicate and Shard along dimension 0 of any parameter (fully_shard, also with replicas: HSDP), along both "
+    "dimensions of a matrix (tensor parallelism), and along any of a stack of matrices"
+)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""Types that say at once that a tensor is no DTensor; an attribute that is not there takes longer."""
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor."""
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; a plain tensor is returned as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def local_grad(param: Tensor) -> Tensor:
+    """The local part of a parameter's gradient, which is laid out as the parameter first (a pending sum is summed)."""
+    grad = param.grad
+    assert grad is not None
+    if is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        with torch.no_grad():
+            param.grad = grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return local(grad)
+
+
+def wait_for_host_copy(param: Tensor) -> None:
+    """Wait until the gradient of a parameter that `fully_shard` keeps on the host (`CPUOffloadPolicy`) has arrived there.
+
+    The copy is on the accelerator's current stream while hooks of parameters run, and need not have ended
+    (https://github.com/pytorch/pytorch/pull/180666). A step needs no such call: backward ends with it.
+    """
+    if is_sharded(param) and param.device.type == "cpu" and param.device_mesh.device_type != "cpu":  # type: ignore[attr-defined]
+        torch.get_device_module(param.device_mesh.device_type).current_stream().synchronize()  # type: ignore[attr-defined]
+
+
+def check_owner(param: Tensor, kind: str) -> None:
+    """Raise ValueError for a parameter that another framework has flattened; `kind` names it in the message."""
+    flat = getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
+    if flat or type(param).__name__ == "FlatParameter":
+        raise ValueError(
+            f"{kind} belongs to FullyShardedDataParallel (FSDP1), which flattens parameters, so that no matrix is left to project; "
+            "use torch.distributed.fsdp.fully_shard (FSDP2), or DistributedDataParallel"
+        )
+    if hasattr(param, "ds_id") or hasattr(param, "ds_tensor") or hasattr(param, "_hp_mapping"):
+        raise ValueError(
+            f"{kind} is partitioned by DeepSpeed ZeRO, which flattens parameters, so that no matrix is left to project; use "
+            "torch.distributed.fsdp.fully_shard (FSDP2), DistributedDataParallel, or DeepSpeed with zero_optimization stage 0"
+        )
+
+
+def dense_spread(param: Tensor) -> Spread:
+    """The spread of a parameter in its own shape."""
+    if not is_sharded(param):
+        return WHOLE
+    return MeshSpread(param.device_mesh, tuple(param.placements), tuple(param.shape))  # type: ignore[attr-defined]
+
+
+def check_placements(param: Tensor, kind: str, layout: str) -> None:
+    """Raise ValueError for placements that the step does not cover."""
+    if not is_sharded(param):
+        return
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    where = f"{kind} lies on a mesh {tuple(mesh.shape)} as {tuple(placements)}; {SUPPORTED}"
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{kind} lies on a mesh that this process is not part of: {mesh}")
+    matrix_dims = 2 if layout == "conv" or param.dim() > 3 else param.dim()
+    for number, placement in enumerate(placements):
+        dim, size = getattr(placement, "dim", None), mesh.size(number)
+        if dim is None and not placement.is_replicate():
+            raise ValueError(where)
+        if dim is None or size == 1:
+            continue
+        folded = matrix_dims < param.dim()
+        if dim >= matrix_dims or (folded and dim == 1 and param.shape[1] % size):
+            raise ValueError(f"{where}; of a convolution, the second one where its size is a multiple of the processes")
+
+
+def dense_shards(param: Tensor, coded: bool) -> Shards:
+    """The shards of a parameter that is trained directly; `coded` says whether its moments are stored in row blocks."""
+    spread = dense_spread(param)
+    if not isinstance(spread, MeshSpread):
+        return HERE
+    if coded and spread.splits(-1) and (param.dim() < 4 or spread.splits(-2, -1)):  # blocks would span processes
+        return MeshShards(matrix=spread, reduced=spread.only(), lines=spread, whole=True)
+    reduced = spread
+    if coded and param.dim() > 3:  # coded as a matrix of its first dimension
+        reduced = spread.moved({0: 0}, (param.shape[0], param.shape[1:].numel()))
+    return MeshShards(matrix=spread, reduced=reduced, lines=spread)
+
+
+def matrix_spread(param: Tensor, layout: str, shape: Sequence[int]) -> Spread:
+    """The spread of a parameter's matrix view, which has `shape`."""
+    spread = dense_spread(param)
+    if not isinstance(spread, MeshSpread):
+        return WHOLE
+    last = param.dim() - 1
+    dims = {dim: dim for dim in range(param.dim())}
+    if layout == "transposed" and param.dim() in (2, 3):
+        dims |= {last: last - 1, last - 1: last}
+    return spread.moved({dim: to for dim, to in dims.items() if to < len(shape)}, tuple(shape))
+
+
+def low_rank_shards(matrix: Spread, reduced_shape: tuple[int, ...], contracted: tuple[int, ...], coded: bool) -> Shards:
+    """The shards of a matrix in a subspace.
+
+    Args:
+        matrix: the spread of its matrix view.
+        reduced_shape: the whole shape of R.
+        contracted: the dimensions of the matrix, −2 and −1, that the projection sums over; of the others, one becomes the rows of R.
+        coded: whether the moments are stored in row blocks.
+    """
+    if not isinstance(matrix, MeshSpread):
+        return HERE
+    shape, ndim = matrix.shape, len(matrix.shape)
+    batch = {dim: dim for dim in range(ndim - 2)}
+    rows = matrix.moved({**batch, ndim - 2: ndim - 2}, (*shape[:-1], 1))
+    cols = matrix.moved({**batch, ndim - 1: ndim - 2}, (*shape[:-2], shape[-1], 1))
+    if not contracted:  # whole tensors: R is the gradient
+        return MeshShards(matrix=matrix, rows=rows, cols=cols, reduced=matrix, lines=matrix)
+    free = rows if contracted == (-1,) else cols if contracted == (-2,) else matrix.only(-3)
+    lines = free.moved({dim: dim for dim in range(ndim - 1)}, reduced_shape)
+    partial = tuple(matrix.groups(*contracted))
+    one_row = coded and reduced_shape[-1] == 1  # coded as one row, whose blocks would span processes
+    if one_row and (lines.splits(-2) or partial):
+        return MeshShards(
+            matrix=matrix, rows=rows, cols=cols, reduced=lines.only(-3), lines=lines, partial=partial, whole=True
+        )
+    scatter = len(partial) == 1 and not lines.splits() and len(contracted) < 2
+    reduced: MeshSpread = lines
+    if scatter:
+        reduced = _scattered(matrix, lines, contracted)
+    return MeshShards(
+        matrix=matrix, rows=rows, cols=cols, reduced=reduced, lines=lines, partial=partial, scatter=scatter
+    )
+
+
+def _scattered(matrix: MeshSpread, lines: MeshSpread, contracted: tuple[int, ...]) -> MeshSpread:
+    """The spread of R where each process of the group that the matrix is split over keeps a share of its rows."""
+    (group,) = matrix.groups(*contracted)
+    from torch.distributed.tensor import Shard
+
+    placements = [
+        Shard(len(lines.shape) - 2) if matrix.mesh.size(n) > 1 and matrix.mesh.get_group(n) == group else placement
+        for n, placement in enumerate(lines.placements)
+    ]
+    return MeshSpread(lines.mesh, tuple(placements), lines.shape)
+
+
+class LocalState(dict[str, Tensor]):
+    """The local parts of one parameter's state; a tensor that is put in or taken out is put into the state, or taken out, too."""
+
+    def __init__(self, state: dict[str, Tensor], shards: Shards, side: str | None) -> None:
+        super().__init__({name: local(tensor) for name, tensor in state.items()})
+        self._state, self._shards, self._side = state, shards, side
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if tensor is not self.get(name):
+            self._state[name] = placed(name, tensor, self._shards, self._side)
+        super().__setitem__(name, tensor)
+
+    def pop(self, name: str) -> Tensor:  # type: ignore[override]
+        del self._state[name]
+        return super().pop(name)
+
+
+def placed(name: str, tensor: Tensor, shards: Shards, side: str | None) -> Tensor:
+    """A tensor of the state as it is kept: scalars plain, the others with the placements that belong to their name."""
+    if tensor.dim() == 0 or is_sharded(tensor):
+        return tensor
+    spread = shards.spread_of(name, side)
+    if isinstance(spread, MeshSpread) and len(spread.shape) > tensor.dim():  # R of one column is coded as a row
+        spread = spread.drop(-1)
+    return spread.wrap(tensor)
+
+
+def place_all(state: Mapping[str, Tensor], shards: Shards, side: str | None, plain: Sequence[str]) -> dict[str, Tensor]:
+    """A whole state as it is kept; `plain` names what the host reads."""
+    return {n: t if n in plain else placed(n, t, shards, side) for n, t in state.items()}
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor itself, wherever it lies, or a number's, on the CPU: whatever the default device is."""
+    return value if isinstance(value, Tensor) else host_tensor(value, None)
+
+
+def like(value: Any, template: Tensor, device: torch.device) -> Tensor:
+    """A copy of a saved tensor, whole or sharded in any way, with the type and the placements of `template`, on `device`."""
+    if not is_sharded(template):
+        value = value.full_tensor() if is_sharded(value) else as_tensor(value)
+        copy: Tensor = value.detach().to(dtype=template.dtype, device=device, copy=True)
+        return copy
+    spread = MeshSpread(template.device_mesh, tuple(template.placements), tuple(template.shape))  # type: ignore[attr-defined]
+    if is_sharded(value):
+        same = value.device_mesh == spread.mesh
+        part = value.redistribute(placements=spread.placements).to_local() if same else spread.part(value.full_tensor())
+    else:
+        part = spread.part(as_tensor(value))
+    return spread.wrap(part.detach().to(dtype=template.dtype, device=device, copy=True))

@@ -1,0 +1,1 @@
+"""One step of one parameter, and what an ordinary step does for many of them together."""

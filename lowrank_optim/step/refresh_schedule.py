@@ -1,0 +1,60 @@
+"""When a subspace is refreshed: a pure function of the step and the gap, so that nothing else has to be saved."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lowrank_optim.step.layout import Layout
+
+
+def stagger_offset(ordinal: int, count: int, gap: int) -> int:
+    """How many steps before a multiple of the gap the low-rank parameter number `ordinal` of `count` is refreshed: in [0, gap)."""
+    return ordinal * gap // max(count, 1)
+
+
+def stagger_offsets(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, Layout]) -> dict[Tensor, int]:
+    """How many steps before a multiple of its gap each low-rank parameter is refreshed; 0 in groups that refresh together."""
+    low_rank = [(param, group) for group in groups for param in group["params"] if layouts[param].space is not None]
+    offsets = {}
+    for ordinal, (param, group) in enumerate(low_rank):
+        together = group["match_reference"] or not layouts[param].projector.staggers
+        staggered = group["stagger"] and not together
+        offsets[param] = stagger_offset(ordinal, len(low_rank), group["update_proj_gap"]) if staggered else 0
+    return offsets
+
+
+def latest_refresh(step: int, gap: int, offset: int) -> int:
+    """The last step at or before `step` (counted from 0) for which a refresh is scheduled.
+
+    Refreshes are scheduled for step 0, when every parameter needs its first basis, and for all later steps s with
+    s + offset ≡ 0 (mod gap). A refresh is due while the last successful one is older than the last scheduled one; so one that fails
+    is tried again on the next step.
+    """
+    return max(step - (step + offset) % gap, 0)
+
+
+def own_gap(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
+    """Steps between two refreshes of a matrix: its own number where refreshes are lazy, else the group's."""
+    return int(state["gap"]) if "gap" in state else int(group["update_proj_gap"])
+
+
+def moment_steps(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> float:
+    """The steps that the moments have seen; a reset starts them, and so their bias correction, again."""
+    since = max(int(state["last_refresh"]), 0) if group["on_refresh"] == "reset" else 0
+    return float(state["step"]) - since
+
+
+def lengthen_gap(state: Mapping[str, Tensor], overlap: float, options: Mapping[str, Any]) -> None:
+    """Q-GaLore's lazy refresh: remember how much of the old subspace the new one holds; refresh less often where it is much.
+
+    Args:
+        state: `overlaps`, the last ones, oldest first, −1 where there were none yet, and `gap`; both modified in place.
+        overlap: ‖P_oldᵀP_new‖²/r, in [0, 1].
+        options: `overlap_threshold` and `gap_factor`.
+    """
+    overlaps = state["overlaps"]
+    overlaps.copy_(overlaps.roll(-1))
+    overlaps[-1] = overlap
+    if float(overlaps[0]) >= 0.0 and float(overlaps.mean()) >= options["overlap_threshold"]:
+        state["gap"].fill_(int(int(state["gap"]) * options["gap_factor"]))
