@@ -7,7 +7,8 @@ from lowrank_optim._version import __version__
 from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.describe import describe
 from lowrank_optim.groups.layers import describe_layers, layer_groups
-from lowrank_optim.in_backward.hooks import UpdateInBackward, update_in_backward
+from lowrank_optim.groups.roles import Role
+from lowrank_optim.in_backward import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import (
     LAYERWISE_METHODS,
     METHODS,
@@ -29,10 +30,23 @@ from lowrank_optim.optimizers import (
     state_bytes,
 )
 from lowrank_optim.projectors import SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
-from lowrank_optim.residuals.base import Residual
+from lowrank_optim.projectors.base import Basis, GradientTerm, Space, Write, usable
+from lowrank_optim.projectors.dense_basis import DenseBasis
+from lowrank_optim.residuals.base import Reduced, Residual, Update
 from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual, SGDResidual, SignResidual
 from lowrank_optim.residuals.scaled import GradientScaled, NormScaled
-from lowrank_optim.rules import SGD, Adafactor, Adam, Lion, RMSprop, Rule
+from lowrank_optim.rules import (
+    SGD,
+    Adafactor,
+    Adam,
+    Context,
+    Direction,
+    JointRule,
+    Lion,
+    MomentumRule,
+    RMSprop,
+    Rule,
+)
 
 if TYPE_CHECKING:
     from lowrank_optim.planner import MemoryPlan, plan
@@ -47,8 +61,12 @@ __all__ = [
     "Adafactor",
     "Adam",
     "BAdamW",
+    "Basis",
     "Blocks",
+    "Context",
     "Coordinate",
+    "DenseBasis",
+    "Direction",
     "ErrorFeedback",
     "FiraAdamW",
     "FrugalAdamW",
@@ -58,11 +76,14 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "GradientScaled",
+    "GradientTerm",
+    "JointRule",
     "LDAdamW",
     "LISAAdamW",
     "Lion",
     "LowRankOptimizer",
     "MemoryPlan",
+    "MomentumRule",
     "NoResidual",
     "NormScaled",
     "PowerIteration",
@@ -71,11 +92,16 @@ __all__ = [
     "RMSprop",
     "Random",
     "RandomizedSVD",
+    "Reduced",
     "Residual",
+    "Role",
     "Rule",
     "SGDResidual",
     "SignResidual",
+    "Space",
+    "Update",
     "UpdateInBackward",
+    "Write",
     "__version__",
     "by_name",
     "describe",
@@ -86,6 +112,7 @@ __all__ = [
     "plan",
     "state_bytes",
     "update_in_backward",
+    "usable",
 ]
 
 

@@ -64,8 +64,7 @@ def small_weights(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def our_basis(optimizer: lo.LowRankOptimizer, param: nn.Parameter) -> Tensor:
     """The random basis that the optimizer worked with in its last step, (projected side)×rank."""
-    state, (group,) = optimizer.state[param], optimizer.param_groups
-    return optimizer._basis(optimizer._layouts[param], group, state, int(state["last_refresh"])).matrix
+    return optimizer.trained(param).basis().matrix
 
 
 def compare(

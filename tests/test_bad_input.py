@@ -1,6 +1,7 @@
 """Every kind of bad input gets an error that says what came and what is needed, before anything changes."""
 
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -97,9 +98,13 @@ def test_keys_of_torch_schedulers_and_trainers_are_carried_along():
     assert lo.GaLoreAdamW([weight()], fused=True).param_groups[0]["fused"] is True
 
 
-def test_a_projector_object_in_a_group_is_refused():
-    with pytest.raises(ValueError, match="pass Projector objects to the constructor"):
-        lo.GaLoreAdamW([{"params": [weight()], "rank": 4, "projector": lo.SVD()}])
+def test_two_projectors_of_one_name_are_refused():
+    @dataclass(frozen=True)
+    class Other(lo.SVD):
+        pass
+
+    with pytest.raises(ValueError, match=r"projector 'svd' is SVD\(.*already, and .*Other.* has the same name"):
+        lo.GaLoreAdamW([{"params": [weight()], "rank": 4, "projector": Other()}], projector=lo.SVD())
 
 
 def test_a_complex_parameter_is_named():
@@ -108,9 +113,13 @@ def test_a_complex_parameter_is_named():
         lo.GaLoreAdamW(params, rank=2)
 
 
-def test_an_integer_parameter_is_named():
-    with pytest.raises(ValueError, match=r"parameter 0.0 \(3,\) is torch.int64"):
-        lo.GaLoreAdamW([torch.ones(3, dtype=torch.int64)])
+def test_frozen_parameters_have_no_state_and_may_be_integers():
+    codes, frozen = (
+        nn.Parameter(torch.ones(64, 32, dtype=torch.uint8), requires_grad=False),
+        weight().requires_grad_(False),
+    )
+    optimizer = lo.GaLoreAdamW([codes, frozen, weight()], rank=4)
+    assert len(optimizer.state) == 1
 
 
 def test_stochastic_rounding_of_float16_is_refused():

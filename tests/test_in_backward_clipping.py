@@ -93,7 +93,7 @@ def test_clipping_in_the_subspace(name):
         copy = lo.by_name(name)([ahead], **options)
         copy.load_state_dict(ordinary.state_dict())
         ahead.grad = grad.clone()
-        _, _, reduced = copy.project_param(ahead, copy.param_groups[0])
+        _, _, reduced = copy.trained(ahead).project()
         param.grad = grad * (LIMIT / (reduced.norm() + 1e-6)).clamp(max=1.0)
         ordinary.step()
         optimizer.step()

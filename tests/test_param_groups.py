@@ -483,9 +483,10 @@ def test_describe_refuses_what_is_no_group():
         lo.describe([{"params": model.parameters()}])
 
 
-def test_examples_in_the_docstrings_hold():
-    failed, attempted = doctest.testmod(importlib.import_module("lowrank_optim.param_groups"))
-    assert (failed, attempted > 4) == (0, True)
+@pytest.mark.parametrize("module", ["build", "describe"])
+def test_examples_in_the_docstrings_hold(module: str):
+    failed, attempted = doctest.testmod(importlib.import_module(f"lowrank_optim.groups.{module}"))
+    assert (failed, attempted > 1) == (0, True)
 
 
 def test_a_rank_given_to_the_optimizer_does_not_reach_embeddings_and_heads():

@@ -6,7 +6,6 @@ Light to import: `torch.distributed.tensor` and its kin are imported where a par
 from typing import TYPE_CHECKING, Any
 
 from lowrank_optim.distributed.checkpoint_template import match_checkpoint
-from lowrank_optim.sharding.exact_sums import exact_sums, use_exact_sums
 from lowrank_optim.sharding.param_sharding import HERE, Shards
 from lowrank_optim.sharding.tensor_sharding import WHOLE, Spread
 
@@ -19,9 +18,7 @@ __all__ = [
     "LowRankHook",
     "Shards",
     "Spread",
-    "exact_sums",
     "match_checkpoint",
-    "use_exact_sums",
 ]
 
 

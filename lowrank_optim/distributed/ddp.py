@@ -1,14 +1,10 @@
 """DistributedDataParallel that sends R in place of G."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, distributed
 
+from lowrank_optim.optimizers.base import LowRankOptimizer
 from lowrank_optim.sharding.agreement import check_lines, describe
-
-if TYPE_CHECKING:
-    from lowrank_optim.optimizers import LowRankOptimizer
 
 
 class LowRankHook:
@@ -38,11 +34,12 @@ class LowRankHook:
         model.register_comm_hook(None, LowRankHook(optimizer))
     """
 
-    def __init__(self, optimizer: "LowRankOptimizer", process_group: "distributed.ProcessGroup | None" = None) -> None:
-        if not hasattr(optimizer, "project_param"):
+    def __init__(self, optimizer: LowRankOptimizer, process_group: "distributed.ProcessGroup | None" = None) -> None:
+        if not hasattr(optimizer, "trained"):
             raise TypeError(f"LowRankHook needs an optimizer of this package, got {type(optimizer).__name__}")
-        residual = optimizer._residual
-        if residual.uses_gradient:
+        self._params = [param for group in optimizer.param_groups for param in group["params"]]
+        plans = [optimizer.plan_of(param) for param in self._params]
+        for residual in {plan.residual for plan in plans if plan.space is not None and plan.residual.uses_gradient}:
             raise ValueError(
                 f"residual={residual.name!r} ({type(optimizer).__name__}) needs the whole gradient in every step, of which "
                 'only R would be averaged: use GaLoreAdamW (or residual "none"; error_feedback=False for LDAdamW), or '
@@ -54,14 +51,13 @@ class LowRankHook:
         if group is None:
             raise ValueError("LowRankHook needs a process group: call torch.distributed.init_process_group first")
         self._group: distributed.ProcessGroup = group
-        self._groups = {param: group for group in optimizer.param_groups for param in group["params"]}
-        for param in self._groups:
+        for param, plan in zip(self._params, plans, strict=True):
             if hasattr(param, "device_mesh"):
                 raise ValueError(
-                    f"{optimizer._layouts[param].name} {tuple(param.shape)} is a DTensor; LowRankHook is for "
+                    f"{plan.name} {tuple(param.shape)} is a DTensor; LowRankHook is for "
                     "DistributedDataParallel, and fully_shard with proj_type='right' sends no gradients of matrices at all"
                 )
-        device = next(iter(self._groups)).device
+        device = self._params[0].device
         check_lines(describe(optimizer), [self._group], device)
 
     def __call__(self, state: object, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
@@ -91,17 +87,17 @@ class LowRankHook:
 
     def _projected(self, param: Tensor, grad: Tensor) -> Tensor:
         """What is sent of a gradient: R, or itself."""
-        optimizer, group = self._optimizer, self._groups.get(param)
-        if group is None or not optimizer.state.get(param):  # a stranger, or a layer that sleeps
+        if not self._optimizer.is_trained(param):  # a stranger, or a layer that sleeps
             return grad
-        layout = optimizer.layout_of(param)
-        if layout.space is None or optimizer.refresh_is_due(param, group):
+        trained = self._optimizer.trained(param)
+        if trained.plan.space is None or trained.refresh_is_due:
             return grad
-        return optimizer.subspace(param, group).project(layout.view(grad))
+        return trained.basis().project(trained.plan.view(grad))
 
     def _lift_(self, param: Tensor, grad: Tensor, reduced: Tensor) -> None:
         """Make a gradient the one in the subspace that R is the projection of."""
-        view = self._optimizer._layouts[param].view(grad)
-        self._optimizer.subspace(param, self._groups[param]).lift_(view, reduced)
+        trained = self._optimizer.trained(param)
+        view = trained.plan.view(grad)
+        trained.basis().lift_(view, reduced)
         if view.data_ptr() != grad.data_ptr():  # a convolution whose strides allow no matrix view
             grad.copy_(view.view(grad.shape))

@@ -27,6 +27,7 @@ def param_groups(
     include: Pattern | Iterable[Pattern] | None = None,
     exclude: Pattern | Iterable[Pattern] | None = None,
     weight_decay: float | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> list[ParamGroup]:
     """Parameter groups of a model in which the weight matrices are low-rank.
@@ -62,11 +63,14 @@ def param_groups(
             `"*"`) also takes in what is dense by default. None takes what the table says.
         exclude: one pattern or several: matrices that match one are dense (still trained). Wins over `include`.
         weight_decay: decay of all groups but the no-decay one. Not given, the optimizer's default holds there.
+        overrides: group options for parameters whose names match a pattern, such as `{"embed": {"lr_factor": 0.1}}`; where several
+            match, later ones win. A rank given here makes matrices low-rank, `rank=None` makes them dense.
         **options: further keys of the low-rank groups: `scale`, `update_proj_gap`, `proj_type`, `projector`, `lr`, …
 
     Returns:
         Up to five groups with `params` and `param_names`, empty ones left out: low-rank (one for each layout: as stored, transposed,
-        convolution), dense, and dense without decay. Groups that are dense have `rank=None`.
+        convolution), dense, and dense without decay. Groups that are dense have `rank=None`. Parameters for which `overrides`, or a
+        module's `parameter_roles()` (`lowrank_optim.Role`), say something of their own have groups of their own after these.
 
     Raises:
         ValueError: a pattern matches nothing (the message has the nearest names) or cannot make anything low-rank; nothing is left to
@@ -90,6 +94,11 @@ def param_groups(
     train_low_rank = rank is not None or density is not None
     found = find_parameters(model)
     include_list, exclude_list = _checked_patterns(include, exclude, found)
+    for pattern, changes in (overrides or {}).items():
+        _check_pattern("overrides", pattern, found)
+        check_values(
+            {**DEFAULTS, "lr": 0.0, "weight_decay": 0.0, "residual": "sign", **expand_shorthands(dict(changes))}
+        )
 
     low_rank: dict[str, list[FoundParameter]] = {"auto": [], "transposed": [], "conv": []}
     dense: list[FoundParameter] = []
@@ -112,13 +121,18 @@ def param_groups(
         )
 
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    groups = [
-        _group(entries, low_rank_by | ({} if layout == "auto" else {"layout": layout}) | options | decay)
+    kinds = [
+        (entries, low_rank_by | ({} if layout == "auto" else {"layout": layout}) | options | decay)
         for layout, entries in low_rank.items()
     ]
     # An explicit None, so that a `rank` given to the optimizer itself does not reach these.
-    groups += [_group(dense, {"rank": None} | decay), _group(no_decay, {"rank": None, "weight_decay": 0.0})]
-    return [group for group in groups if group["params"]]
+    kinds += [(dense, {"rank": None} | decay), (no_decay, {"rank": None, "weight_decay": 0.0})]
+    plain: list[ParamGroup] = []
+    special: list[ParamGroup] = []
+    for entries, shared in kinds:
+        for own, members in _by_own_options(entries, overrides or {}):
+            (special if own else plain).append(_group(members, {**shared, **own}))
+    return plain + special
 
 
 def select_matrices(
@@ -132,6 +146,25 @@ def select_matrices(
     found = find_parameters(model)
     patterns = _checked_patterns(include, exclude, found)
     return [entry.param for entry in found if entry.kind != "no_decay" and _is_low_rank(entry, *patterns)]
+
+
+def _by_own_options(
+    entries: list[FoundParameter], overrides: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[dict[str, Any], list[FoundParameter]]]:
+    """The entries by what their modules and `overrides` say of them, those of which nothing is said first."""
+    parted: list[tuple[dict[str, Any], list[FoundParameter]]] = []
+    for entry in entries:
+        own = dict(entry.role.options)
+        for pattern, options in overrides.items():
+            if entry.matches(pattern):
+                own |= options
+        for known, members in parted:
+            if known == own:
+                members.append(entry)
+                break
+        else:
+            parted.append((own, [entry]))
+    return sorted(parted, key=lambda part: bool(part[0]))
 
 
 def _is_low_rank(entry: FoundParameter, include: list[Pattern] | None, exclude: list[Pattern]) -> bool:

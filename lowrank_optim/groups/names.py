@@ -26,6 +26,11 @@ def names_itself(pattern: Pattern, name: str) -> bool:
     return any(word in own or own in word for word in re.findall(r"\w\w+", text))
 
 
+def plain_name(name: str) -> str:
+    """The name of a parameter without what torch.compile and DistributedDataParallel put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
 def star_numbers(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 

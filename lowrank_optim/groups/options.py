@@ -4,15 +4,18 @@ An option may stand in the constructor or in a param group. Anything else raises
 trainers put into groups, which are carried along.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
+from operator import itemgetter
 from typing import Any, TypedDict
 
 from torch import Tensor
 
 from lowrank_optim.kernels import as_python
 from lowrank_optim.projectors import PROJ_TYPES, Projector, from_name
+from lowrank_optim.residuals import Residual
+from lowrank_optim.rules import Rule
 
 LAYOUTS = ("auto", "conv", "transposed")
 ON_REFRESH = ("keep", "reset", "rotate")
@@ -45,6 +48,8 @@ class Options(TypedDict, total=False):
         than 4096 elements keep 32.
     basis_bits: bits of an element of a stored basis: 32, 16 (bfloat16), 8 or 4 (packed codes).
     layout: how a tensor is seen as a matrix: "auto", "conv" (first dimension × the rest) or "transposed" (stored (in, out)).
+    lr_factor, decay_factor: of a group, multiply its learning rate and its weight decay.
+    exact_sums: sums of subspaces in float64, rounded once, so that any number of processes have the same bits; slow, for tests.
     fused, foreach, capturable, differentiable: accepted for the sake of loops written for torch.optim, and without effect.
     """
 
@@ -69,6 +74,9 @@ class Options(TypedDict, total=False):
     state_bits: int
     basis_bits: int
     layout: str
+    lr_factor: float
+    decay_factor: float
+    exact_sums: bool
     fused: bool | None
     foreach: bool | None
     capturable: bool
@@ -95,6 +103,9 @@ DEFAULTS: dict[str, Any] = {
     "state_bits": 32,
     "basis_bits": 32,
     "layout": "auto",
+    "lr_factor": 1.0,
+    "decay_factor": 1.0,
+    "exact_sums": False,
 }
 
 STRUCTURAL = (
@@ -102,6 +113,52 @@ STRUCTURAL = (
     *("layer", "layerwise", "sampling", "sleeping_state", "master_weights"),
 )
 """Group keys that decide what the state tensors are and mean; a checkpoint must agree on them."""
+
+_FIXED: tuple[str, ...] = (
+    "rule",
+    "residual",
+    "rank",
+    "density",
+    "proj_type",
+    "projector",
+    "layout",
+    "state_bits",
+    "basis_bits",
+    "seed",
+)
+_FIXED += ("match_reference", "queue_size", "exact_sums")
+_fixed_values = itemgetter(*_FIXED)
+
+
+def structure(group: Mapping[str, Any], rule: Rule) -> tuple[Any, ...]:
+    """Everything in a group that its state was made for; `Optimizer.change_group` changes it, an edit of the live group cannot."""
+    return (*_fixed_values(group), group["overlap_threshold"] is None, *rule.structure(group))
+
+
+def check_structure(group: Mapping[str, Any], made_for: tuple[Any, ...], rule: Rule, number: int) -> None:
+    """Raise ValueError where an option that decides about the state was edited in a live group.
+
+    Args:
+        group: as it is now.
+        made_for: its `structure` when the state was made.
+        rule: of the group, then.
+        number: of the group.
+    """
+    if (now := structure(group, rule)) == made_for:
+        return
+    for name, new, old in zip(_FIXED, now, made_for, strict=False):
+        if new != old:
+            what, call = (
+                f"{name} is {new!r} in param group {number}, whose state was made for {old!r}",
+                f"{name}={new!r}",
+            )
+            break
+    else:
+        what, call = f"an option of param group {number} was edited that decides which state there is", "…"
+    raise ValueError(
+        f"{what}; nothing was changed. Set it back, and call optimizer.change_group({number}, {call}), which makes the state anew"
+    )
+
 
 SHORTHANDS = ("coordinates", "blocks")
 """Options that say which projector is meant; they become part of its name and are not kept."""
@@ -114,6 +171,7 @@ CARRIED = frozenset(
         "foreach",
         "capturable",
         "differentiable",
+        "amsgrad",
         "decoupled_weight_decay",
         "initial_lr",
         "max_lr",
@@ -145,9 +203,20 @@ def check_names(given: Iterable[str], valid: Iterable[str], where: str) -> None:
     valid = sorted(set(valid))
     for name in given:
         if name not in valid and name not in CARRIED:
-            near = get_close_matches(name, valid, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise TypeError(f"unknown option {name!r} in {where}: {hint}valid options are {', '.join(valid)}")
+            raise _unknown(name, get_close_matches(name, valid, n=1), valid, where)
+
+
+def check_group_names(given: Iterable[str], valid: Iterable[str]) -> None:
+    """Raise TypeError for a group key that is nearly an option's name; other unknown keys are somebody else's, and carried along."""
+    valid = sorted(set(valid))
+    for name in given:
+        if name not in valid and name not in CARRIED and (near := get_close_matches(str(name), valid, n=1, cutoff=0.8)):
+            raise _unknown(name, near, valid, "a param group")
+
+
+def _unknown(name: str, near: Sequence[str], valid: Iterable[str], where: str) -> TypeError:
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return TypeError(f"unknown option {name!r} in {where}: {hint}valid options are {', '.join(valid)}")
 
 
 def check_values(options: Mapping[str, Any]) -> None:
@@ -174,7 +243,10 @@ def check_values(options: Mapping[str, Any]) -> None:
     ):
         if options[name] not in valid:
             raise ValueError(f"{name} is {options[name]!r}; valid values are {', '.join(map(repr, valid))}")
-    for name in ("stagger", "stochastic_rounding", "maximize", "match_reference"):
+    for name in ("lr_factor", "decay_factor"):
+        if not _is_number(options[name]) or not 0.0 <= float(options[name]) < float("inf"):
+            raise ValueError(f"{name} is {options[name]!r}; it must be a finite number of at least 0")
+    for name in ("stagger", "stochastic_rounding", "maximize", "match_reference", "exact_sums"):
         if not isinstance(options[name], bool):
             raise ValueError(f"{name} is {options[name]!r}; it must be True or False")
     for name in ("state_bits", "basis_bits"):
@@ -250,6 +322,26 @@ def expand_shorthands(given: dict[str, Any]) -> dict[str, Any]:
         if name in given and other not in given:
             given[other] = None
     return given
+
+
+def check_parts(rule: Rule, projector: Projector, residual: Residual, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for parts that do not go together, by what they say of themselves."""
+    if residual.uses_norms and (options["proj_type"] == "full" or not projector.has_channels):
+        what = 'proj_type="full"' if projector.has_channels else f"projector={projector.name!r}"
+        raise ValueError(
+            f"{what} has no rows or columns for residual={residual.name!r} to scale; use proj_type std, reverse_std, left or "
+            'right, or residual "none", "sgd" or "sign"'
+        )
+    if residual.needs_orthonormal and not projector.orthonormal:
+        raise ValueError(
+            f"projector={projector.name!r} is not orthonormal, so G − lift R is not what lies outside the subspace, and "
+            f'residual={residual.name!r} diverges; use projector="random", or residual "norm_scaled" or "gradient_scaled"'
+        )
+    if residual.feeds_back and rule.averages_updates(options) and options["on_refresh"] == "rotate":
+        raise ValueError(
+            f"{type(rule).__name__} averages updates, not gradients, so what a rotation loses cannot be fed back; use beta1=None, or "
+            'on_refresh "keep"'
+        )
 
 
 def check_combination(projector: Projector, options: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lowrank_optim.groups.names import Pattern, collapse_names, matches, names_itself, star_numbers
+from lowrank_optim.groups.roles import Role, roles_of
 
 ParamGroup: TypeAlias = dict[str, Any]
 
@@ -35,6 +36,7 @@ class FoundParameter:
     names: tuple[str, ...]
     kind: Kind  # "matrix": low-rank by default; "dense": only if named; "no_decay": never
     layout: str  # of the matrix: "auto", "transposed" or "conv"
+    role: Role  # what its module says of it
 
     def matches(self, pattern: Pattern) -> bool:
         return any(matches(pattern, name) for name in self.names)
@@ -50,18 +52,21 @@ def find_parameters(model: nn.Module) -> list[FoundParameter]:
     found: dict[int, FoundParameter] = {}
     # Duplicates are kept while walking: a tied weight is what its strictest owner says, and it answers to all its names.
     for path, module in model.named_modules(remove_duplicate=False):
+        roles = roles_of(path, module)
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             full_name = f"{path}.{name}" if path else name
             if isinstance(param, UninitializedParameter):
                 raise ValueError(f"parameter {full_name} has no shape yet (lazy module): run one forward pass first")
             kind, layout = _classify(module, name, param)
+            role = roles.get(name, Role())
+            kind = role.kind if name in roles else kind
             if kind == "matrix" and id(param) in heads:
                 kind = "dense"
             if (known := found.get(id(param))) is None:
-                found[id(param)] = FoundParameter(param, (full_name,), kind, layout)
+                found[id(param)] = FoundParameter(param, (full_name,), kind, layout, role)
                 continue
             strictest: Kind = max(known.kind, kind, key=("matrix", "dense", "no_decay").index)
-            found[id(param)] = FoundParameter(param, (*known.names, full_name), strictest, known.layout)
+            found[id(param)] = FoundParameter(param, (*known.names, full_name), strictest, known.layout, known.role)
     return list(found.values())
 
 

@@ -4,15 +4,13 @@ import gc
 import math
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
 
 from torch import Tensor, distributed, nn
 
 from lowrank_optim.in_backward.clipping import CLIPS
-
-if TYPE_CHECKING:
-    from lowrank_optim.optimizers import LowRankOptimizer
-    from lowrank_optim.step.layout import Layout
+from lowrank_optim.optimizers.base import LowRankOptimizer
+from lowrank_optim.residuals import Residual
+from lowrank_optim.step.param_plan import ParamPlan
 
 
 def check_arguments(
@@ -37,35 +35,39 @@ def check_arguments(
         raise ValueError("last_micro_batch is given, but accumulate is 1: every backward pass is the last of its step")
 
 
-def check_kind(optimizer: "LowRankOptimizer") -> None:
+def check_kind(optimizer: LowRankOptimizer) -> None:
     """Raise TypeError for an optimizer that is not of this package."""
-    if not hasattr(optimizer, "step_projected"):
+    if not hasattr(optimizer, "trained"):
         inner = getattr(optimizer, "optimizer", None)
-        hint = "pass its .optimizer" if hasattr(inner, "step_projected") else "lo.GaLoreAdamW without rank is AdamW"
+        hint = "pass its .optimizer" if hasattr(inner, "trained") else "lo.GaLoreAdamW without rank is AdamW"
         raise TypeError(
             f"update_in_backward needs an optimizer of this package, got {type(optimizer).__name__}; {hint}"
         )
     optimizer.check_members()
 
 
-def check_layouts(optimizer: "LowRankOptimizer", layouts: "Mapping[Tensor, Layout]", accumulate: int) -> None:
+def check_plans(optimizer: LowRankOptimizer, plans: Mapping[Tensor, ParamPlan], accumulate: int) -> None:
     """Raise TypeError or ValueError where the optimizer cannot update these parameters in backward."""
-    residual = optimizer._residual
-    low_rank = any(layout.space is not None for layout in layouts.values())
-    if low_rank and residual.feeds_back:
+    for residual in {plan.residual for plan in plans.values() if plan.space is not None}:
+        _check_residual(residual, optimizer, accumulate)
+    replicated = _replicated()
+    for param, plan in plans.items():
+        _check_parallel(param, plan.name, id(param) in replicated)
+
+
+def _check_residual(residual: Residual, optimizer: LowRankOptimizer, accumulate: int) -> None:
+    """Raise ValueError for a residual whose matrices cannot be updated in backward."""
+    if residual.feeds_back:
         raise ValueError(
             f"residual={residual.name!r} ({type(optimizer).__name__}) keeps the error of each matrix, as large as the gradient that "
             "updates in backward would free: use error_feedback=False (LDAdamW), another residual, or ordinary stepping"
         )
-    if low_rank and accumulate > 1 and residual.uses_gradient and residual.name != "sgd":
+    if accumulate > 1 and not residual.linear:
         raise ValueError(
             f"accumulate is {accumulate}, but residual={residual.name!r} ({type(optimizer).__name__}) needs the whole gradient of a "
             "step, of which only the part in the subspace would be kept: use accumulate=1 with a larger batch, GaLoreAdamW (or "
             'residual "none" or "sgd"), or accumulate with ordinary stepping'
         )
-    replicated = _replicated()
-    for param, layout in layouts.items():
-        _check_parallel(param, layout.name, id(param) in replicated)
 
 
 def _check_parallel(param: Tensor, name: str, replicated: bool) -> None:

@@ -18,7 +18,7 @@ from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.describe import describe
 from lowrank_optim.groups.layers import layer_groups
 from lowrank_optim.groups.names import Pattern
-from lowrank_optim.in_backward.hooks import UpdateInBackward, update_in_backward
+from lowrank_optim.in_backward import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import LowRankOptimizer, by_name
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
 

@@ -22,7 +22,17 @@ from lowrank_optim.kernels.api import (
     store_,
     words,
 )
-from lowrank_optim.kernels.dispatch import Loaded, Unavailable, backends, definition, is_watched, norms, run_many
+from lowrank_optim.kernels.compiling import outside_graph
+from lowrank_optim.kernels.dispatch import (
+    Loaded,
+    Unavailable,
+    backends,
+    batches,
+    definition,
+    is_watched,
+    norms,
+    run_many,
+)
 from lowrank_optim.kernels.host import as_python, host_tensor
 from lowrank_optim.kernels.plain import plain_arithmetic
 from lowrank_optim.kernels.reference import (
@@ -52,6 +62,7 @@ __all__ = [
     "apply_dense_",
     "as_python",
     "backends",
+    "batches",
     "cache_elements",
     "compute_dtype",
     "decay_",
@@ -66,6 +77,7 @@ __all__ = [
     "norm",
     "norms",
     "numbers",
+    "outside_graph",
     "plain_arithmetic",
     "project",
     "project_with_norms",

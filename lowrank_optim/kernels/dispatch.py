@@ -150,6 +150,16 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     return results
 
 
+def batches(name: str, tensor: Tensor) -> bool:
+    """Whether a backend runs an operation faster for many tensors like this one together."""
+    return not is_watched() and _batches(name, tensor.device.type, os.environ.get(VARIABLE))
+
+
+@cache
+def _batches(name: str, device: str, forced: str | None) -> bool:
+    return any(name in backend.many for backend in _chain(device, forced))
+
+
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each tensor, 0-d: in one launch where a backend can."""
     found: list[Tensor | None] = [None] * len(tensors)
@@ -207,3 +217,4 @@ def forget() -> None:
     """Look for the backends again, for tests."""
     _try.cache_clear()
     _chain.cache_clear()
+    _batches.cache_clear()

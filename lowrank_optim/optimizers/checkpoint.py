@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_optim.groups.names import plain_name
 from lowrank_optim.groups.options import STRUCTURAL, plain_options
 from lowrank_optim.sharding.dtensor import as_tensor, like
 from lowrank_optim.step.state_names import MEASURED
@@ -38,7 +39,7 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if not own:  # a layer that sleeps
             state.pop(param, None)
             continue
-        device_of = optimizer._state_device  # type: ignore[attr-defined]
+        device_of = optimizer.state_device  # type: ignore[attr-defined]
         state[param] = {
             name: like(saved[name], tensor, device_of(name, param, group)) if saved else tensor
             for name, tensor in own.items()
@@ -54,16 +55,27 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
 def _saved_params(
     optimizer: Optimizer, state_dict: Mapping[str, Any]
 ) -> Iterator[tuple[Any, Tensor, Mapping[str, Any]]]:
-    """(key in the checkpoint, parameter, group as it will be) of all parameters, matched by their order, as in torch."""
+    """(key in the checkpoint, parameter, group as it will be) of all parameters: by name where both have names, else by order."""
     for saved, own in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         group = {**own, **saved}
-        for key, param in zip(saved["params"], own["params"], strict=True):
+        for key, param in zip(_in_our_order(saved, own), own["params"], strict=True):
             yield key, param, group
+
+
+def _in_our_order(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]:
+    """The keys of a saved group's parameters, in the order of ours."""
+    keys, theirs, ours = list(saved["params"]), saved.get("param_names"), own.get("param_names")
+    if not theirs or not ours or len(theirs) != len(keys) or len(ours) != len(keys):
+        return keys
+    by_name = dict(zip(map(plain_name, theirs), keys, strict=True))
+    names = list(map(plain_name, ours))
+    return [by_name[name] for name in names] if by_name.keys() == set(names) else keys
 
 
 def _merge(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """A group with the saved hyperparameters, our parameters, and our values for options that the checkpoint does not know."""
-    kept = {name: deepcopy(value) for name, value in saved.items() if name != "params"}
+    ours = ("params", "param_names") if own.get("param_names") else ("params",)
+    kept = {name: deepcopy(value) for name, value in saved.items() if name not in ours}
     own = {name: value for name, value in own.items() if name != MEASURED}
     kept = plain_options(kept, keep_tensors=True)
     return {**own, **kept, "params": own["params"]}
@@ -94,12 +106,12 @@ def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[st
         ]
     if found:
         return found
-    layouts = optimizer._layouts  # type: ignore[attr-defined]
+    plans = optimizer._plans  # type: ignore[attr-defined]
     for key, param, group in _saved_params(optimizer, state_dict):
-        name = f"{layouts[param].name} {tuple(param.shape)}"
+        name = f"{plans[param].name} {tuple(param.shape)}"
         saved_state = state_dict["state"].get(key, {})
         own_state = optimizer.state_template(param, saved_state, group)  # type: ignore[attr-defined]
-        if not saved_state and layouts[param].space is None and "rule" not in saved_groups[0]:
+        if not saved_state and plans[param].space is None and "rule" not in saved_groups[0]:
             continue  # torch.optim keeps no state for a parameter that never had a gradient
         missing, extra = own_state.keys() - saved_state.keys(), saved_state.keys() - own_state.keys()
         if missing or extra:

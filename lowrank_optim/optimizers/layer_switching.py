@@ -9,7 +9,6 @@ import logging
 import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -18,15 +17,10 @@ from torch import Tensor
 from lowrank_optim import kernels
 from lowrank_optim.groups.layers import describe_layers
 from lowrank_optim.groups.options import Options, plain_options
-from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, derive_key
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
 from lowrank_optim.residuals.base import Residual
 from lowrank_optim.rules import Rule
-from lowrank_optim.sharding.dtensor import local
-from lowrank_optim.step.batching import Waiting
-from lowrank_optim.step.layout import Layout
-from lowrank_optim.step.param_step import Job
-from lowrank_optim.step.state_names import HOST_STATE
+from lowrank_optim.step.init_state import init_state
 
 _log = logging.getLogger("lowrank_optim")
 
@@ -152,46 +146,32 @@ class LayerSwitching(LowRankOptimizer):
             param.requires_grad_(True)
             if parked := self.state.get(param):
                 self.state[param] = {
-                    name: tensor if name in HOST_STATE else tensor.to(param.device) for name, tensor in parked.items()
+                    name: tensor if self._plans[param].is_on_host(name) else tensor.to(param.device)
+                    for name, tensor in parked.items()
                 }
             else:
                 group["born"] = period
-                self.state[param] = self._init_state(param, group, self._layouts[param])
+                self.state[param] = init_state(param, group, self._plans[param])
 
     def _tell_hooks(self) -> None:
         """Let updates inside backward find the parameters that were woken."""
         if self._in_backward is not None:
             self._in_backward.refresh_hooks()
 
-    @kernels.plain_arithmetic
-    def step_param(
-        self,
-        param: Tensor,
-        group: Mapping[str, Any],
-        norm: Tensor | None = None,
-        later: Waiting | None = None,
-    ) -> None:
-        if param.grad is not None and not _is_trained(group):
+    def _admits(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        if not self._is_trained(group):
             self._refuse(param)
-        super().step_param(param, group, norm)  # master weights are written back at once: nothing waits
+        return param.grad is not None
 
-    @contextmanager
-    def _job(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> Iterator[Job]:
-        with super()._job(param, group, layout) as job:
-            if (master := job.state.get("master")) is not None:
-                # Where somebody else has changed the weights (loaded others, say), theirs count.
-                weight = local(param)
-                master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight))
-            yield job
-            if master is not None:
-                local(param).copy_(master)
+    def _is_trained(self, group: Mapping[str, Any]) -> bool:
+        return group["layer"] is None or group["awake"]
 
     def _refuse(self, param: Tensor) -> None:
         """A gradient of a layer that sleeps: somebody has set `requires_grad`."""
-        if "asleep" not in self._warned:
-            self._warned.add("asleep")
+        if "asleep" not in self._plans.warned:
+            self._plans.warned.add("asleep")
             warnings.warn(
-                f"{self._layouts[param].name} has a gradient, but its layer sleeps: something has set requires_grad=True. The "
+                f"{self._plans[param].name} has a gradient, but its layer sleeps: something has set requires_grad=True. The "
                 "gradient is dropped and the layer sleeps again; later ones do so without a warning.",
                 RuntimeWarning,
                 stacklevel=3,
@@ -224,8 +204,8 @@ class LayerSwitching(LowRankOptimizer):
         for param in group["params"]:
             self.state.pop(param, None)
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        super()._check_options(options)
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        super().check_options(options)
         layer = options["layer"]
         if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
             raise ValueError(
@@ -246,33 +226,18 @@ class LayerSwitching(LowRankOptimizer):
                 "choose one"
             )
 
-    def _init_state(self, param: Tensor, group: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
-        if not _is_trained(group):
-            return {}
-        state = super()._init_state(param, group, layout)
-        if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
-            state["master"] = param.detach().float()
-        return state
-
-    def _followed(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    def followed(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         # A float32 weight needs no master: the rounded weights count, as if others had been loaded.
-        state = super()._followed(param, {**group, "awake": True})
-        return state if _is_trained(group) else {name: tensor.cpu() for name, tensor in state.items()}
-
-    @staticmethod
-    def _key(group: Mapping[str, Any], layout: Layout, step: int, purpose: int = PURPOSE_BASIS) -> int:
-        # A layer's steps count from 0 in each visit, but its random bases and rounding must not repeat those of the last one.
-        key = LowRankOptimizer._key(group, layout, step, purpose)
-        return derive_key(key, group["born"]) if group["born"] else key
+        state = super().followed(param, {**group, "awake": True})
+        return state if self._is_trained(group) else {name: tensor.cpu() for name, tensor in state.items()}
 
     def state_template(self, param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
-        if not _is_trained(group) and (not saved or group["sleeping_state"] == "free"):
+        if not self._is_trained(group) and (not saved or group["sleeping_state"] == "free"):
             return {}
         return super().state_template(param, saved, {**group, "awake": True})
 
-    @staticmethod
-    def _state_device(name: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
-        return LowRankOptimizer._state_device(name, param, group) if _is_trained(group) else torch.device("cpu")
+    def state_device(self, name: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
+        return super().state_device(name, param, group) if self._is_trained(group) else torch.device("cpu")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state, and with it which layers are awake and how many steps of the period are done.
@@ -289,10 +254,6 @@ class LayerSwitching(LowRankOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_built": True}
-
-
-def _is_trained(group: Mapping[str, Any]) -> bool:
-    return group["layer"] is None or group["awake"]
 
 
 def _shown(group: Mapping[str, Any]) -> str:

@@ -3,44 +3,42 @@
 import gc
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from lowrank_optim.in_backward.hooks import UpdateInBackward
-    from lowrank_optim.step.layout import Layout
+from lowrank_optim.optimizers.contracts import Attachment
+from lowrank_optim.step.param_plan import ParamPlan
 
 
 class GradientHook:
-    """A hook on a parameter of group `number`; it keeps neither the handle nor the optimizer alive."""
+    """A hook on a parameter; it keeps neither the handle nor the optimizer alive."""
 
-    def __init__(self, handle: "UpdateInBackward", number: int) -> None:
-        self.handle, self._number = weakref.ref(handle), number
+    def __init__(self, handle: Attachment) -> None:
+        self.handle = weakref.ref(handle)
 
     def __call__(self, param: Tensor) -> None:
         """Called by autograd and by `fully_shard` when the gradient of `param` is complete."""
         handle = self.handle()
         if handle is not None:
-            handle.on_gradient(param, self._number)
+            handle.on_gradient(param)
 
 
 class StepHook:
     """Called before every step of every optimizer: refuses those whose parameters `handle` updates in backward."""
 
-    def __init__(self, handle: "UpdateInBackward") -> None:
+    def __init__(self, handle: Attachment) -> None:
         self._handle = weakref.ref(handle)
 
-    def __call__(self, optimizer: "Optimizer", *_: Any) -> None:
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
         """Raise RuntimeError before another optimizer takes a step on these parameters."""
         handle = self._handle()
         if handle is not None:
             handle.refuse_step_of(optimizer)
 
 
-def owner(param: Tensor) -> "UpdateInBackward | None":
+def owner(param: Tensor) -> Attachment | None:
     """The handle that updates a parameter in backward; handles that were removed, or whose optimizer is gone, do not count."""
     for hook in (param._post_accumulate_grad_hooks or {}).values():
         handle = hook.handle() if isinstance(hook, GradientHook) else None
@@ -49,19 +47,19 @@ def owner(param: Tensor) -> "UpdateInBackward | None":
     return None
 
 
-def check_free(layouts: "Mapping[Tensor, Layout]", mine: "UpdateInBackward | None" = None) -> None:
+def check_free(plans: Mapping[Tensor, ParamPlan], mine: Attachment | None = None) -> None:
     """Raise RuntimeError where another handle than `mine` updates one of these parameters in backward."""
-    if not _held(layouts, mine):
+    if not _held(plans, mine):
         return
     gc.collect()  # an optimizer that was dropped, but is part of a cycle, is alive until now
-    held = _held(layouts, mine)
+    held = _held(plans, mine)
     if held:
         first = owner(held[0])
-        names = [layouts[param].name for param in held]
+        names = [plans[param].name for param in held]
         raise RuntimeError(two_optimizers(names, None if first is None else first.optimizer))
 
 
-def two_optimizers(names: list[str], first: "Optimizer | None") -> str:
+def two_optimizers(names: list[str], first: Optimizer | None) -> str:
     """The message about parameters that `first` updates in backward: what goes wrong, and the way out."""
     which = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more parameters"
     return (
@@ -70,7 +68,7 @@ def two_optimizers(names: list[str], first: "Optimizer | None") -> str:
     )
 
 
-def _held(params: Iterable[Tensor], mine: "UpdateInBackward | None") -> list[Tensor]:
+def _held(params: Iterable[Tensor], mine: Attachment | None) -> list[Tensor]:
     return [param for param in params if (handle := owner(param)) is not None and handle is not mine]
 
 

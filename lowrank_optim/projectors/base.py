@@ -163,6 +163,9 @@ class Basis(Protocol):
 class Projector(ABC):
     """How a subspace is chosen. Subclasses are frozen dataclasses, shared by all parameters."""
 
+    state_lies: ClassVar[Mapping[str, str]] = {}
+    """Where each state tensor lies: "host" (read by the host in every step, kept on the CPU), or, if parameters are sharded, "basis"
+    (along the projected side; the default), "basis_right" (the second of two), "chosen" (indices)."""
     needs_gradient: ClassVar[bool] = True
     """False where a refresh does not look at the gradient, and so cannot fail."""
     sees_all: ClassVar[bool] = True
@@ -175,6 +178,14 @@ class Projector(ABC):
     """Whether `refresh` wants the rule's momentum."""
     knows_shards: ClassVar[bool] = False
     """Whether gradients and bases may be local parts, which `Space.shards` describes; if not, sharded parameters are refused."""
+    orthonormal: ClassVar[bool] = True
+    """Whether the basis vectors are orthonormal, so that G − lift R is what lies outside of the subspace."""
+    has_channels: ClassVar[bool] = True
+    """Whether a row of R belongs to a row or a column of the matrix, so that it has a norm there to scale by."""
+    sides: ClassVar[tuple[str, ...]] = ("left", "right")
+    """What can be projected: "left", "right", "full"."""
+    writes_entries: ClassVar[bool] = False
+    """Whether single columns, rows or entries of the weights are written, which weights stored in few bits cannot take."""
     resizes: ClassVar[bool] = False
     """Whether R and the moments have another shape after a refresh; such moments can only be reset."""
 
@@ -192,6 +203,10 @@ class Projector(ABC):
         """Raise ValueError where this projector cannot do `proj_type`."""
         if proj_type not in PROJ_TYPES:
             raise ValueError(f"proj_type is {proj_type!r}; valid values are {', '.join(PROJ_TYPES)}")
+        if proj_type not in ("std", "reverse_std", *self.sides):
+            raise ValueError(
+                f"proj_type is {proj_type!r}, which projector={self.name!r} cannot do; use std, reverse_std, {', '.join(self.sides)}"
+            )
 
     def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
         """The low-rank problem for a gradient of `shape` (…, m, n)."""

@@ -39,9 +39,12 @@ class Blocks(Projector):
     """
 
     order: str = "descending"
+    state_lies: ClassVar[Mapping[str, str]] = {"turn": "host"}
     needs_gradient: ClassVar[bool] = False
     staggers: ClassVar[bool] = False
     knows_shards: ClassVar[bool] = True
+    has_channels: ClassVar[bool] = False
+    sides: ClassVar[tuple[str, ...]] = ("left", "right", "full")
     resizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -36,9 +36,11 @@ class Coordinate(Projector):
     """
 
     coordinates: str | None = None
+    state_lies: ClassVar[Mapping[str, str]] = {"indices": "chosen"}
     needs_gradient: ClassVar[bool] = False
     knows_shards: ClassVar[bool] = True
     sees_all: ClassVar[bool] = False
+    writes_entries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,13 +51,17 @@ class Coordinate(Projector):
     def name(self) -> str:
         return "coordinate" if self.coordinates is None else f"coordinate:{self.coordinates}"
 
+    @property
+    def has_channels(self) -> bool:  # type: ignore[override]
+        return self.coordinates != "entries"
+
     def check(self, proj_type: str) -> None:
-        super().check(proj_type)
         if proj_type == "full":
             raise ValueError(
                 'proj_type is "full", which a coordinate projector cannot do; '
                 'use coordinates="entries" to select along both sides, or proj_type "std"'
             )
+        super().check(proj_type)
 
     def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
         side = _SIDE_OF[self.coordinates] if self.coordinates else proj_type
@@ -90,7 +96,7 @@ class Coordinate(Projector):
         return (-2, -1) if self.coordinates == "entries" else super().contracted(space)
 
     def _indices(self, space: Space, key: int, device: torch.device) -> Tensor:
-        return space.shards.spread_of("indices", space.side).part(self._draw(space, key, device))
+        return space.shards.spread_of("chosen", space.side).part(self._draw(space, key, device))
 
     def refresh(
         self,

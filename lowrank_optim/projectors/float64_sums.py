@@ -1,4 +1,4 @@
-"""The same bits on any number of processes, under `lowrank_optim.distributed.use_exact_sums(True)`.
+"""The same bits on any number of processes, with the option `exact_sums`.
 
 A sum over shards, and a product whose shape depends on them, is rounded in another order than on one process. The difference is an
 ulp, but an ulp of R can turn a code of its moments. So every sum of a subspace is then carried out in float64 and rounded to float32
@@ -19,18 +19,7 @@ from typing_extensions import Self
 
 from lowrank_optim import kernels
 from lowrank_optim.projectors.base import Basis, GradientTerm, Projector, Space, Write
-from lowrank_optim.sharding.exact_sums import exact_sums
 from lowrank_optim.sharding.param_sharding import Shards
-
-
-def is_exact(dtype: torch.dtype) -> bool:
-    """Whether sums of this compute type are carried out in float64."""
-    return dtype == torch.float32 and exact_sums()
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """A float32 operand of a sum, in the type that the sum is carried out in."""
-    return tensor.double() if is_exact(tensor.dtype) else tensor
 
 
 def plain(basis: Basis) -> Basis:
@@ -39,9 +28,7 @@ def plain(basis: Basis) -> Basis:
 
 
 def basis_of(projector: Projector, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
-    """`Projector.basis`, exact where that is asked for."""
-    if not is_exact(space.dtype):
-        return projector.basis(space, state, key, device)
+    """`Projector.basis`, exact."""
     return ExactBasis(projector.basis(replace(space, dtype=torch.float64), state, key, device), space.dtype)
 
 
@@ -54,9 +41,7 @@ def refresh(
     first: bool,
     momentum: Tensor | None,
 ) -> dict[str, Tensor] | None:
-    """`Projector.refresh`, exact where that is asked for."""
-    if not is_exact(space.dtype):
-        return projector.refresh(grad, space, state, key, first, momentum)
+    """`Projector.refresh`, exact."""
     wide = replace(space, dtype=torch.float64)
     momentum = None if momentum is None else momentum.double()
     new = projector.refresh(grad.double(), wide, state, key, first, momentum)

@@ -28,10 +28,15 @@ class Random(Projector):
     kind: str = "orthonormal"
     needs_gradient: ClassVar[bool] = False
     knows_shards: ClassVar[bool] = True
+    sides: ClassVar[tuple[str, ...]] = ("left", "right", "full")
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"Random's kind is {self.kind!r}; valid values are {', '.join(KINDS)}")
+
+    @property
+    def orthonormal(self) -> bool:  # type: ignore[override]
+        return self.kind == "orthonormal"
 
     @property
     def name(self) -> str:

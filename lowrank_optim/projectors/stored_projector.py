@@ -51,9 +51,7 @@ def store(bases: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
 def load(state: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
     """The bases that `store` put into the state, in the compute type."""
     names = [name for name in ("basis", "basis_right") if name in state]
-    if space.basis_bits == 32:
-        return {name: state[name].to(space.dtype) for name in names}
-    if space.basis_bits == 16:
+    if space.basis_bits in (32, 16):
         return {name: state[name].to(space.dtype) for name in names}
     unpacked = {}
     for name in names:
@@ -65,7 +63,9 @@ def load(state: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
 class StoredProjector(Projector):
     """A projector whose basis is computed from a gradient and stored: `basis`, and `basis_right` when both sides are projected."""
 
+    state_lies: ClassVar[Mapping[str, str]] = {"basis": "basis", "basis_right": "basis_right"}
     stores_basis: ClassVar[bool] = True
+    sides: ClassVar[tuple[str, ...]] = ("left", "right", "full")
     knows_shards: ClassVar[bool] = True
 
     def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:

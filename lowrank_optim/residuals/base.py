@@ -69,6 +69,12 @@ class Residual(ABC):
     uses_norms: ClassVar[bool] = False
     feeds_back: ClassVar[bool] = False
     """Whether the gradient that the step sees is `absorb(grad)` and not the gradient itself."""
+    state_lies: ClassVar[Mapping[str, str]] = {}
+    """Where each state tensor lies if parameters are sharded, see `Rule.state_lies`; "matrix" if it is not named."""
+    needs_orthonormal: ClassVar[bool] = False
+    """Whether G − lift R has to be what lies outside of the subspace."""
+    linear: ClassVar[bool] = False
+    """Whether the update is linear in the gradient, so that those of micro-batches may be summed first."""
     knows_shards: ClassVar[bool] = False
     """Whether sums over the rows of R go through `sums`; if not, sharded parameters are refused."""
 
@@ -76,15 +82,8 @@ class Residual(ABC):
         """Default hyperparameters by name, as they go into the param groups."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
-    def check(self, options: Mapping[str, Any]) -> None:
-        """Raise ValueError for hyperparameters out of range, or a projection that the residual cannot use."""
-        lineless = options["projector"] == "coordinate:entries" or options["projector"].startswith("blocks")
-        if self.uses_norms and (options["proj_type"] == "full" or lineless):
-            what = f"projector={options['projector']!r}" if lineless else 'proj_type="full"'
-            raise ValueError(
-                f"{what} has no rows or columns for residual={self.name!r} to scale; use proj_type std, reverse_std, left or "
-                'right, or residual "none", "sgd" or "sign"'
-            )
+    def check(self, options: Mapping[str, Any]) -> None:  # noqa: B027 (nothing to check is common)
+        """Raise ValueError for hyperparameters out of range: name, value, valid range."""
 
     def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
         """State tensors of the residual."""

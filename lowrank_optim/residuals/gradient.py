@@ -17,6 +17,7 @@ class NoResidual(Residual):
 
     name: ClassVar[str] = "none"
     uses_gradient: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
     knows_shards: ClassVar[bool] = True
 
     def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
@@ -28,16 +29,12 @@ class SGDResidual(Residual):
     """A step along the gradient outside the subspace: κ(G − lift R)."""
 
     name: ClassVar[str] = "sgd"
+    needs_orthonormal: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     knows_shards: ClassVar[bool] = True
     residual_lr_scale: float = 1.0
 
     def check(self, options: Mapping[str, Any]) -> None:
-        super().check(options)
-        if options["projector"] == "random:gaussian":
-            raise ValueError(
-                f'projector="random:gaussian" is not orthonormal, so G − lift R is not what lies outside the subspace and '
-                f'residual={self.name!r} diverges; use projector="random", or residual "norm_scaled" or "gradient_scaled"'
-            )
         if not options["residual_lr_scale"] >= 0.0:
             raise ValueError(f"residual_lr_scale is {options['residual_lr_scale']!r}; it must be at least 0")
 
@@ -56,6 +53,7 @@ class SignResidual(SGDResidual):
     """A signSGD step outside the subspace: κ·sign(G − lift R)."""
 
     name: ClassVar[str] = "sign"
+    linear: ClassVar[bool] = False
 
     def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         scale = _uniform(step, float(options["residual_lr_scale"]))
@@ -77,20 +75,9 @@ class ErrorFeedback(Residual):
 
     name: ClassVar[str] = "error_feedback"
     feeds_back: ClassVar[bool] = True
+    state_lies: ClassVar[Mapping[str, str]] = {"error": "matrix"}
+    needs_orthonormal: ClassVar[bool] = True
     knows_shards: ClassVar[bool] = True
-
-    def check(self, options: Mapping[str, Any]) -> None:
-        super().check(options)
-        if options["projector"] == "random:gaussian":
-            raise ValueError(
-                'projector="random:gaussian" is not orthonormal, so that the error fed back would grow without bound; use '
-                'projector="random", or residual "norm_scaled" or "gradient_scaled"'
-            )
-        if options["rule"] == "adafactor" and options["beta1"] is not None and options["on_refresh"] == "rotate":
-            raise ValueError(
-                "Adafactor averages updates, not gradients, so what a rotation loses cannot be fed back; use beta1=None, or "
-                'on_refresh "keep"'
-            )
 
     def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
         shape = space.shards.matrix.local_shape(space.shape)

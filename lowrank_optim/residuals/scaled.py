@@ -22,15 +22,15 @@ class Limited(Residual):
 
     uses_norms: ClassVar[bool] = True
     knows_shards: ClassVar[bool] = True
+    state_lies: ClassVar[Mapping[str, str]] = {"limiter_norm": "stack"}
     limiter: float | None = 1.01
 
     def check(self, options: Mapping[str, Any]) -> None:
-        super().check(options)
         if options["limiter"] is not None and not options["limiter"] >= 1.0:
             raise ValueError(f"limiter is {options['limiter']!r}; it must be None or at least 1")
 
     def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
-        shape = space.shards.spread_of("limiter_norm", space.side).local_shape(space.batch)
+        shape = space.shards.spread_of("stack", space.side).local_shape(space.batch)
         return {"limiter_norm": torch.zeros(shape, dtype=space.dtype, device=device)}
 
 

@@ -2,12 +2,24 @@
 
 from lowrank_optim.rules.adafactor import Adafactor
 from lowrank_optim.rules.adam import Adam, TorchAdam
-from lowrank_optim.rules.base import Context, Direction, FusedDense, FusedDirection, Rule, Transport
+from lowrank_optim.rules.base import (
+    Context,
+    Direction,
+    FusedDense,
+    FusedDirection,
+    MomentumRule,
+    Rule,
+    Transport,
+    masked_direction,
+)
+from lowrank_optim.rules.joint import JointRule, masked_directions
 from lowrank_optim.rules.lion import Lion
+from lowrank_optim.rules.registry import RULES, rule_from_name
 from lowrank_optim.rules.rmsprop import RMSprop
 from lowrank_optim.rules.sgd import SGD
 
 __all__ = [
+    "RULES",
     "SGD",
     "Adafactor",
     "Adam",
@@ -15,9 +27,14 @@ __all__ = [
     "Direction",
     "FusedDense",
     "FusedDirection",
+    "JointRule",
     "Lion",
+    "MomentumRule",
     "RMSprop",
     "Rule",
     "TorchAdam",
     "Transport",
+    "masked_direction",
+    "masked_directions",
+    "rule_from_name",
 ]

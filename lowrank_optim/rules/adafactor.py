@@ -37,6 +37,9 @@ class Adafactor(Rule):
     name: ClassVar[str] = "adafactor"
     decays_last: ClassVar[bool] = False
     knows_shards: ClassVar[bool] = True
+    masks: ClassVar[bool] = True
+    rotates_shards: ClassVar[bool] = False
+    state_lies: ClassVar[Mapping[str, str]] = {"exp_avg_sq_row": "rows", "exp_avg_sq_col": "columns"}
     beta1: float | None = None
     eps: tuple[float, float] = (1e-30, 1e-3)
     clip_threshold: float = 1.0
@@ -57,6 +60,9 @@ class Adafactor(Rule):
             raise ValueError(f"decay_rate is {options['decay_rate']!r}; it must be at most 0")
         if options["warmup_init"] and not options["relative_step"]:
             raise ValueError("warmup_init is True, which needs relative_step=True (leave lr at None)")
+
+    def structure(self, options: Mapping[str, Any]) -> tuple[Any, ...]:
+        return (options["beta1"] is None,)
 
     def init(
         self, shape: tuple[int, ...], options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
@@ -94,6 +100,9 @@ class Adafactor(Rule):
             update, size = update.masked_fill(~context.ok, 0.0), size * context.ok
         return Direction(update, 1.0, size)
 
+    def averages_updates(self, options: Mapping[str, Any]) -> bool:
+        return options["beta1"] is not None
+
     def gradient_share(self, options: Mapping[str, Any]) -> float:
         return 0.0  # the average is one of steps, whose columns are alike
 
@@ -111,7 +120,7 @@ class Adafactor(Rule):
 
 def _step_size(options: Mapping[str, Any], age: float, weight: Tensor, spread: Spread, eps2: float) -> Tensor:
     """The step size as a 0-d tensor on the weight's device."""
-    size = float(options["lr"])
+    size = float(options["lr"]) * float(options["lr_factor"])
     if options["relative_step"]:
         size *= min(1e-6 * age if options["warmup_init"] else 1e-2, age**-0.5)
     if options["scale_parameter"]:

@@ -30,6 +30,7 @@ class Adam(Rule):
 
     name: ClassVar[str] = "adam"
     elementwise: ClassVar[bool] = True
+    masks: ClassVar[bool] = True
     released_form: ClassVar[bool] = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -57,7 +58,7 @@ class Adam(Rule):
     def _fused(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> FusedDirection:
-        lr, shape, (numbers, correction) = float(options["lr"]), grad.shape, self._numbers(options, context)
+        shape, (numbers, correction) = grad.shape, self._numbers(options, context)
         norms = context.norms
         if isinstance(state, CodedMoments) and (codes := state.codes()) is not None:
             op, args = (
@@ -71,7 +72,9 @@ class Adam(Rule):
 
         def direction(result: Any) -> Direction:
             matrix, *lengths = result if norms else (result,)
-            return Direction(matrix.view(shape), lr, lr, correction, (lengths[0], lengths[1]) if norms else None)
+            return Direction(
+                matrix.view(shape), correction=correction, norms=(lengths[0], lengths[1]) if norms else None
+            )
 
         return FusedDirection(f"{op}with_norms_" if norms else op, args, direction)
 
@@ -83,7 +86,7 @@ class Adam(Rule):
         options: Mapping[str, Any],
         context: Context,
     ) -> FusedDense | None:
-        lr, (numbers, _) = float(options["lr"]), self._numbers(options, context)
+        numbers, _ = self._numbers(options, context)
         codes = state.codes() if isinstance(state, CodedMoments) else None
         plain = codes is None and not isinstance(state, CodedMoments)
         if codes is None and not (plain and state["exp_avg"].is_contiguous() and state["exp_avg_sq"].is_contiguous()):
@@ -100,7 +103,7 @@ class Adam(Rule):
         # Copies must not wait with others: together they could be as large as the model.
         copied = target is not weight or part is not grad
         after = (lambda: target is weight or weight.copy_(target)) if copied else None
-        return FusedDense(lr, lr, "adam_dense_" if codes is None else "coded_adam_dense_", call, after)
+        return FusedDense("adam_dense_" if codes is None else "coded_adam_dense_", call, after)
 
     def _numbers(self, options: Mapping[str, Any], context: Context) -> tuple[kernels.AdamNumbers, float]:
         """β₁, β₂, ε and t of the operations, and the factor of N that is the bias correction."""

@@ -7,7 +7,7 @@ group, where schedulers change them.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,19 +24,22 @@ Transport = Callable[[Tensor, int], Tensor]
 class Direction:
     """W ← (1 − decay·λ) W − step·lift(matrix).
 
+    step, decay: the learning rate, unless the rule says something else.
     correction: the factor that bias correction has in `matrix`, 1 for rules without.
     norms: of the rows of `matrix` and of the gradient, (…, rows, 1), where the rule's operation has measured them.
     """
 
     matrix: Tensor
-    step: float
-    decay: float | Tensor
+    step: float | None = None
+    decay: float | Tensor | None = None
     correction: float = 1.0
     norms: tuple[Tensor, Tensor] | None = None
 
     @property
     def unit(self) -> float | Tensor:
         """The learning rate as a multiple of the step size: 1, or η where the matrix holds η already (Adafactor)."""
+        if self.step is None or self.decay is None:
+            return 1.0
         return 1.0 if isinstance(self.decay, float) and self.decay == self.step else self.decay / self.step
 
 
@@ -60,16 +63,13 @@ class FusedDirection:
 
 @dataclass(frozen=True)
 class FusedDense:
-    """A rule's whole step on a dense parameter as one operation.
+    """A rule's whole step on a dense parameter as one operation, with the learning rate as step and decay.
 
-    step, decay: those of `Direction`.
     op: its name.
     call: its arguments, from those of `projectors.Write` by name.
     after: what is left to do then, if anything.
     """
 
-    step: float
-    decay: float
     op: str
     call: Callable[[Mapping[str, Any]], tuple[Any, ...]]
     after: Callable[[], object] | None = None
@@ -98,6 +98,10 @@ class Context:
     shards: Shards = HERE
     norms: bool = False
 
+    def at(self, weight: Tensor) -> "Context":
+        """The same for a part of the parameter."""
+        return replace(self, weight=weight)
+
 
 class Rule(ABC):
     """An update rule; subclasses are frozen dataclasses whose fields are the group options they read."""
@@ -107,8 +111,15 @@ class Rule(ABC):
     """Whether every element is treated for itself, so that a large tensor may be given in parts."""
     knows_shards: ClassVar[bool] = False
     """Whether sums over the gradient go through `Context.shards`; if not, and not `elementwise`, sharded parameters are refused."""
+    state_lies: ClassVar[Mapping[str, str]] = {}
+    """Where a state tensor lies if parameters are sharded: "reduced" (as R; the default), "rows" or "columns" (one number for each of
+    R's), "matrix", "stack" (one number for each matrix of a stack). Moments in few bits have to be as R."""
     decays_last: ClassVar[bool] = True
     """Whether the released code decays the weights after the update (`match_reference`)."""
+    masks: ClassVar[bool] = False
+    """Whether `direction` sees to `Context.ok` itself; else it is done around it, with copies of the moments."""
+    rotates_shards: ClassVar[bool] = True
+    """Whether `transport` works on the local parts of moments."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -120,9 +131,12 @@ class Rule(ABC):
         """Default hyperparameters by name, as they go into the param groups."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
-    @abstractmethod
-    def check(self, options: Mapping[str, Any]) -> None:
+    def check(self, options: Mapping[str, Any]) -> None:  # noqa: B027 (nothing to check is common)
         """Raise ValueError for hyperparameters out of range: name, value, valid range."""
+
+    def structure(self, options: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What in the options decides which state there is; it cannot change in a live group."""
+        return ()
 
     @abstractmethod
     def init(
@@ -157,6 +171,10 @@ class Rule(ABC):
         """An estimate of the mean gradient from the moments of `step` steps, in R's coordinates; None where there is none."""
         return None
 
+    def averages_updates(self, options: Mapping[str, Any]) -> bool:
+        """Whether `exp_avg` is a mean of updates in place of gradients."""
+        return False
+
     def gradient_share(self, options: Mapping[str, Any]) -> float:
         """How much of a squared gradient a step adds to the squares whose roots are stored in few bits: v, or else m²."""
         return 1.0
@@ -174,6 +192,21 @@ class Rule(ABC):
         step: float,
     ) -> None:
         """Express the moments in the coordinates of a new basis; `step` is the number of steps they have seen so far."""
+
+
+def masked_direction(
+    rule: Rule, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
+) -> Direction:
+    """`rule.direction`; where the gradient is to be ignored, the moments stay and the direction is 0, whatever the rule does."""
+    ok = context.ok
+    if ok is None or rule.masks:
+        return rule.direction(grad, state, options, context)
+    made = rule.init(tuple(grad.shape), options, grad.dtype, torch.device("meta"))
+    before = {name: state[name].clone() for name in made}
+    direction = rule.direction(grad, state, options, context)
+    for name, tensor in before.items():
+        state[name].copy_(torch.where(ok, state[name], tensor))
+    return replace(direction, matrix=torch.where(ok, direction.matrix, 0.0), norms=None)
 
 
 class MomentumRule(Rule):

@@ -20,6 +20,7 @@ class Lion(MomentumRule):
 
     name: ClassVar[str] = "lion"
     elementwise: ClassVar[bool] = True
+    masks: ClassVar[bool] = True
     decays_last: ClassVar[bool] = False
     betas: tuple[float, float] = (0.9, 0.99)
 
@@ -30,9 +31,8 @@ class Lion(MomentumRule):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         beta1, beta2 = map(float, options["betas"])
-        lr = float(options["lr"])
         direction = kernels.lion_direct_(grad, state["exp_avg"], beta1=beta1, beta2=beta2, ok=context.ok)
-        return Direction(direction, lr, lr)
+        return Direction(direction)
 
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
         return state["exp_avg"] / (1.0 - float(options["betas"][1]) ** step) if step >= 1 else None

@@ -20,6 +20,7 @@ class RMSprop(Rule):
 
     name: ClassVar[str] = "rmsprop"
     elementwise: ClassVar[bool] = True
+    masks: ClassVar[bool] = True
     alpha: float = 0.99
     eps: float = 1e-8
 
@@ -37,9 +38,9 @@ class RMSprop(Rule):
     def direction(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
-        lr, alpha, eps = (float(options[name]) for name in ("lr", "alpha", "eps"))
+        alpha, eps = float(options["alpha"]), float(options["eps"])
         direction = kernels.rmsprop_direct_(grad, state["exp_avg_sq"], alpha=alpha, eps=eps, ok=context.ok)
-        return Direction(direction, lr, lr)
+        return Direction(direction)
 
     def gradient_share(self, options: Mapping[str, Any]) -> float:
         return 1.0 - float(options["alpha"])

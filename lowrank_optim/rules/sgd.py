@@ -21,6 +21,7 @@ class SGD(MomentumRule):
 
     name: ClassVar[str] = "sgd"
     elementwise: ClassVar[bool] = True
+    masks: ClassVar[bool] = True
     decays_last: ClassVar[bool] = False
     momentum: float = 0.0
     nesterov: bool = False
@@ -34,12 +35,12 @@ class SGD(MomentumRule):
     def direction(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
-        lr, momentum, buffer = float(options["lr"]), float(options["momentum"]), state["exp_avg"]
+        momentum, buffer = float(options["momentum"]), state["exp_avg"]
         if options["match_reference"] and context.fresh:
             buffer.copy_(context.weight if context.dense else grad)
         nesterov = bool(options["nesterov"])
         direction = kernels.sgd_direct_(grad, buffer, momentum=momentum, nesterov=nesterov, ok=context.ok)
-        return Direction(direction, lr, lr)
+        return Direction(direction)
 
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
         momentum = float(options["momentum"])

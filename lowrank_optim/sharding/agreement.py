@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim.sharding.dtensor import is_sharded
-from lowrank_optim.sharding.exact_sums import exact_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 def describe(optimizer: Optimizer) -> list[str]:
     """Everything in which two processes have to agree, one line each."""
-    lines = [f"the class is {type(optimizer).__name__}", f"use_exact_sums is {exact_sums()}"]
+    lines = [f"the class is {type(optimizer).__name__}"]
     for number, group in enumerate(optimizer.param_groups):
         for name, value in sorted(group.items(), key=lambda item: item[0]):
             if name not in ("params", "param_names"):

@@ -3,7 +3,7 @@
 `torch.distributed.tensor` is imported only where a parameter is a DTensor: that takes half a second.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -171,15 +171,20 @@ def _scattered(matrix: MeshSpread, lines: MeshSpread, contracted: tuple[int, ...
 
 
 class LocalState(dict[str, Tensor]):
-    """The local parts of one parameter's state; a tensor that is put in or taken out is put into the state, or taken out, too."""
+    """The local parts of one parameter's state; a tensor that is put in or taken out is put into the state, or taken out, too.
 
-    def __init__(self, state: dict[str, Tensor], shards: Shards, side: str | None) -> None:
+    Args:
+        state: as it is kept.
+        place: (name, local tensor) → the tensor as it is kept.
+    """
+
+    def __init__(self, state: dict[str, Tensor], place: Callable[[str, Tensor], Tensor]) -> None:
         super().__init__({name: local(tensor) for name, tensor in state.items()})
-        self._state, self._shards, self._side = state, shards, side
+        self._state, self._place = state, place
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if tensor is not self.get(name):
-            self._state[name] = placed(name, tensor, self._shards, self._side)
+            self._state[name] = self._place(name, tensor)
         super().__setitem__(name, tensor)
 
     def pop(self, name: str) -> Tensor:  # type: ignore[override]
@@ -187,19 +192,13 @@ class LocalState(dict[str, Tensor]):
         return super().pop(name)
 
 
-def placed(name: str, tensor: Tensor, shards: Shards, side: str | None) -> Tensor:
-    """A tensor of the state as it is kept: scalars plain, the others with the placements that belong to their name."""
+def placed(tensor: Tensor, spread: Spread) -> Tensor:
+    """A tensor of the state as it is kept: scalars plain, the others with the placements of `spread`."""
     if tensor.dim() == 0 or is_sharded(tensor):
         return tensor
-    spread = shards.spread_of(name, side)
     if isinstance(spread, MeshSpread) and len(spread.shape) > tensor.dim():  # R of one column is coded as a row
         spread = spread.drop(-1)
     return spread.wrap(tensor)
-
-
-def place_all(state: Mapping[str, Tensor], shards: Shards, side: str | None, plain: Sequence[str]) -> dict[str, Tensor]:
-    """A whole state as it is kept; `plain` names what the host reads."""
-    return {n: t if n in plain else placed(n, t, shards, side) for n, t in state.items()}
 
 
 def as_tensor(value: Any) -> Tensor:

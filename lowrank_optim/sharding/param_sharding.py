@@ -68,27 +68,27 @@ class Shards:
         """The inverse of `collect`: the rows (…, d, ·) that the local part of the weights needs, from those kept here."""
         return core
 
-    def spread_of(self, name: str, side: str | None) -> Spread:
-        """The spread of a state tensor, by its name; `side` is the projected one, None for a dense parameter."""
-        if name in ("grad_sum", "master"):
-            return self.param
-        if name.endswith("_col"):  # a factored moment, one number for each column of R
-            return self.reduced.drop(-2)
-        if name.endswith("_row"):
-            return self.reduced.drop(-1)
-        if name == "col_scale":
-            return self.reduced.only(-3, -1)
-        if side is None:
-            return self.reduced
-        if name.startswith("basis_right"):
-            return self.cols
-        if name.startswith("basis"):
+    def spread_of(self, lies: str, side: str | None) -> Spread:
+        """Where a state tensor lies.
+
+        Args:
+            lies: "reduced" (as R, and R's moments), "rows" or "columns" (one number for each of R's), "column scale" (in a row),
+                "matrix" (as the matrix), "stack" (one number for each matrix), "basis" (along the projected side), "basis_right" (the
+                second of two), "chosen" (indices, whole but for the stack), or "param" (as the parameter).
+            side: the projected one, None for a dense parameter.
+        """
+        if lies == "basis":
             return self.cols if side == "right" else self.rows
-        if name == "indices":
-            return self.matrix.only(-3).drop(-1)
-        if name == "limiter_norm":
+        if lies == "stack":
             return self.matrix.drop(-1).drop(-1)
-        return self.matrix if name == "error" else self.reduced
+        if lies == "chosen":
+            return self.matrix.only(-3).drop(-1)
+        if lies == "column scale":
+            return self.reduced.only(-3, -1)
+        if lies in ("rows", "columns"):
+            return self.reduced.drop(-1 if lies == "rows" else -2)
+        spreads = {"reduced": self.reduced, "matrix": self.matrix, "param": self.param, "basis_right": self.cols}
+        return spreads[lies]
 
 
 HERE = Shards()

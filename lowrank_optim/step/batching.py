@@ -1,120 +1,147 @@
-"""What an ordinary step leaves for its end, where it is done for all parameters at once; inside backward each goes alone.
+"""How steps of parameters run: one alone, or all of a step together, so that small launches and messages become few large ones.
 
-Directions of small matrices are computed in one launch where a backend can, before their second halves follow one by one. A second
-half waits for sums over the processes that share its rows of R, which go in one message. Dense parameters with a fused operation are
-updated in one launch, too.
+The step of a parameter is a generator. It yields what others may do with it, an operation (`Launch`) or a sum over processes (`Sum`),
+and goes on with the answer.
+
+    alone(step)        answers each request at once: updates in backward
+    together(steps)    lets requests wait for those of other parameters: an ordinary step
+
+What waits is bounded. Its size counts whole matrices, so that all processes send their messages in the same order.
 """
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.residuals.base import Reduced
-from lowrank_optim.rules import Direction, FusedDirection
-from lowrank_optim.sharding.param_sharding import HERE
-from lowrank_optim.step.param_step import Job
+from lowrank_optim.sharding.tensor_sharding import Spread
 
 SMALL = 2**18
-"""Elements of R, or of a basis if that has more, up to which a matrix is small: the launch costs more than the work."""
+"""Elements up to which an operation waits for others: the launch costs more than the work."""
 
 TOGETHER = 2**22
-"""Elements of small matrices that wait at most: 16 MiB of R, as much of bases that are not stored, and then of directions."""
+"""Elements of launches that wait at most: 16 MiB of R, as much of bases that are not stored, and then of directions."""
+
+SUMMED_TOGETHER = 2**25
+"""Elements of matrices whose sums wait at most, for one message: 128 MiB of R on all processes together, as much of directions."""
 
 
 @dataclass(frozen=True)
-class Later:
-    """Everything that is left to do for one matrix, whose `reduced.sums` are those of this process."""
+class Launch:
+    """An operation of `kernels`; the answer is what it returns.
 
-    job: Job
-    weight: Tensor
-    move: Direction
-    reduced: Reduced
+    elements: what the waiting step keeps in memory, in elements of the largest of its tensors; 0 for nothing besides the state.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    elements: int = 0
+
+    def run(self) -> Any:
+        """The answer, now."""
+        (answer,) = kernels.run_many(self.op, [self.args])
+        return answer
 
     @property
     def waits(self) -> bool:
-        """Whether other processes have a part of the sums."""
-        return self.reduced.sums is not None and self.job.layout.shards.reduced.splits(-2)
+        """Whether it is small, and run faster with others."""
+        return self.elements <= SMALL and kernels.batches(self.op, self.args[0])
 
 
-@dataclass
-class Waiting:
-    """Of one step, in order.
+@dataclass(frozen=True)
+class Sum:
+    """A tensor to be summed over the processes that split the rows of another; the answer is the sum.
 
-    directions: of small matrices, each with what goes on from there.
-    elements: of the small matrices since directions were computed last.
-    matrices: second halves of matrices.
-    dense: arguments of fused operations, by the operation's name.
+    spread: of that other tensor.
+    elements: as of `Launch`.
     """
 
-    directions: list[tuple[FusedDirection, Callable[[Direction], None]]] = field(default_factory=list)
-    elements: int = 0
-    matrices: list[Later] = field(default_factory=list)
-    dense: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+    part: Tensor
+    spread: Spread
+    elements: int
+    waits = True
 
-    def takes(self, job: Job) -> bool:
-        """Whether a matrix's direction waits. Makes room for it: what waits already is computed where it would be too much together.
-
-        Room is made by the sizes of whole matrices only, so that all processes go through their messages in the same order.
-        """
-        elements = _elements(job)
-        if elements > SMALL:
-            return False
-        if self.elements + elements > TOGETHER:
-            self.run_directions()
-        self.elements += elements
-        return job.in_place and not _may_be_copies(job)
-
-    def run_directions(self) -> None:
-        """Compute the directions that wait, and go on from each."""
-        waiting, self.directions, self.elements = self.directions, [], 0
-        found: list[Any] = [None] * len(waiting)
-        for op in dict.fromkeys(fused.op for fused, _ in waiting):
-            same = [i for i, (fused, _) in enumerate(waiting) if fused.op == op]
-            for i, matrix in zip(same, kernels.run_many(op, [waiting[i][0].args for i in same]), strict=True):
-                found[i] = matrix
-        for (fused, go_on), matrix in zip(waiting, found, strict=True):
-            go_on(fused.direction(matrix))
-
-    def run(self) -> None:
-        """Update the dense parameters, and the matrices whose directions wait."""
-        for op, calls in self.dense.items():
-            kernels.run_many(op, calls)
-        self.run_directions()
+    def run(self) -> Tensor:
+        """The answer, now."""
+        return self.spread.sum(self.part, -2)
 
 
-def _elements(job: Job) -> int:
-    """Elements of R as a whole, or of the largest basis if that has more."""
-    layout, state = job.layout, job.state
-    assert layout.space is not None
-    *batch, lines, cols = layout.whole_moment_shape(job.param, state)
-    return math.prod(batch) * max(lines, layout.space.rows, layout.space.cols) * cols
+Request: TypeAlias = Launch | Sum
+Step: TypeAlias = Generator[Request, Any, None]
 
 
-def _may_be_copies(job: Job) -> bool:
-    """Whether a convolution's weight and gradient may be copies, to be matrices: together, they could be as large as the model."""
-    layout, grad = job.layout, job.param.grad
-    if layout.layout != "conv" and job.param.dim() <= 3:
-        return False
-    return layout.shards is not HERE or grad is None or not (job.weight.is_contiguous() and grad.is_contiguous())
+def alone(step: Step) -> None:
+    """Run the step of one parameter to its end."""
+    request = next(step, None)
+    while request is not None:
+        request = _go_on(step, request.run())
 
 
-def summed(steps: Iterable[Later]) -> list[Later]:
-    """The steps with sums over all processes: one message for all that lie on the same ones."""
-    steps = list(steps)
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for number, step in enumerate(steps):
-        if step.waits:
-            key = (step.weight.device, *step.job.layout.shards.reduced.groups(-2))
-            alike.setdefault(key, []).append(number)
+def together(steps: Iterable[Step]) -> None:
+    """Run the steps of many parameters to their ends. If one raises, those before it are finished."""
+    waiting: list[tuple[Step, Request]] = []
+    launched = summed = 0
+    try:
+        for step in steps:
+            request = next(step, None)
+            while request is not None and not request.waits:
+                request = _go_on(step, request.run())
+            if request is None:
+                continue
+            launched += request.elements if isinstance(request, Launch) else 0
+            summed += request.elements if isinstance(request, Sum) else 0
+            if launched > TOGETHER or summed > SUMMED_TOGETHER:
+                ready, waiting = waiting, []
+                _finish(ready)
+                launched = request.elements if isinstance(request, Launch) else 0
+                summed = request.elements if isinstance(request, Sum) else 0
+            waiting.append((step, request))
+    finally:
+        _finish(waiting)
+
+
+def _go_on(step: Step, answer: Any) -> Request | None:
+    """The next request of a step; None at its end."""
+    try:
+        return step.send(answer)
+    except StopIteration:
+        return None
+
+
+def _finish(waiting: list[tuple[Step, Request]]) -> None:
+    """Answer all requests, and those that follow, until every step has ended."""
+    while waiting:
+        answers = _answers([request for _, request in waiting])
+        following = []
+        for (step, _), answer in zip(waiting, answers, strict=True):
+            request = _go_on(step, answer)
+            if request is not None:
+                following.append((step, request))
+        waiting = following
+
+
+def _answers(requests: Sequence[Request]) -> list[Any]:
+    """Operations of one name in one launch, sums over the same processes in one message."""
+    answers: list[Any] = [None] * len(requests)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, request in enumerate(requests):
+        if isinstance(request, Launch):
+            key: tuple[Any, ...] = (request.op,)
+        else:
+            key = (request.part.device, request.part.dtype, *request.spread.groups(-2))
+        alike.setdefault(key, []).append(number)
     for numbers in alike.values():
-        parts = [sums for n in numbers if (sums := steps[n].reduced.sums) is not None]
-        flat = torch.cat([part.flatten() for part in parts])
-        flat = steps[numbers[0]].job.layout.shards.reduced.sum(flat, -2)
-        for n, part, whole in zip(numbers, parts, flat.split([part.numel() for part in parts]), strict=True):
-            steps[n] = replace(steps[n], reduced=replace(steps[n].reduced, sums=whole.view(part.shape)))
-    return steps
+        first = requests[numbers[0]]
+        if isinstance(first, Launch):
+            found = kernels.run_many(first.op, [r.args for n in numbers if isinstance(r := requests[n], Launch)])
+        else:
+            parts = [r.part for n in numbers if isinstance(r := requests[n], Sum)]
+            flat = first.spread.sum(torch.cat([part.flatten() for part in parts]), -2)
+            sums = flat.split([part.numel() for part in parts])
+            found = [whole.view(part.shape) for whole, part in zip(sums, parts, strict=True)]
+        for number, answer in zip(numbers, found, strict=True):
+            answers[number] = answer
+    return answers

@@ -4,7 +4,7 @@ Behind it, every parameter is the one that the optimizer was built with, in the 
 every gradient is an ordinary dense tensor in memory: operations may read its address and write to it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,33 +12,59 @@ from torch import Tensor
 
 from lowrank_optim.kernels import compute_dtype, is_watched
 from lowrank_optim.sharding.dtensor import dense_spread, local, local_grad
-from lowrank_optim.step.layout import Layout, check_memory, shares_elements
+from lowrank_optim.step.param_plan import ParamPlan, check_memory, shares_elements
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def enter(
+    params: Sequence[Tensor],
+    plans: Mapping[Tensor, ParamPlan],
+    groups: Iterable[Mapping[str, Any]],
+    follow: Callable[[Sequence[Tensor]], None],
+) -> None:
+    """Let parameters into a step: all are checked before anything changes; state and gradients are then as the step needs them.
+
+    Args:
+        params: that come in.
+        plans: of all parameters of the optimizer.
+        groups: its param groups.
+        follow: brings the state of parameters that were moved or converted to where they are now.
+    """
+    given = [param for param in params if param.grad is not None]
+    if any(param not in plans for param in params):
+        check_members(groups, plans)
+    for param in params:
+        check_parameter(param, plans[param])
+    for param in given:
+        check_gradient(param, plans[param])
+    follow(params)
+    for param in given:
+        settle_gradient(param)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parameters
 
 
-def check_members(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, Layout]) -> None:
+def check_members(groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, ParamPlan]) -> None:
     """Raise RuntimeError for a parameter that has come into the groups, or has another shape, since the optimizer was built."""
     groups = list(groups)
     for number, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
-            layout = layouts.get(param)
-            if layout is None:
-                _refuse_stranger(param, number, position, groups, layouts)
-            check_parameter(param, layout)
+            plan = plans.get(param)
+            if plan is None:
+                _refuse_stranger(param, number, position, groups, plans)
+            check_parameter(param, plan)
 
 
-def check_parameter(param: Tensor, layout: Layout) -> None:
+def check_parameter(param: Tensor, plan: ParamPlan) -> None:
     """Raise RuntimeError for a parameter whose state is for another shape, ValueError for one that cannot be written to."""
-    if param.shape != layout.shape:
+    if param.shape != plan.shape:
         raise RuntimeError(
-            f"{layout.name} has shape {tuple(param.shape)}, and had {layout.shape} when the optimizer was built (param.data was set, "
+            f"{plan.name} has shape {tuple(param.shape)}, and had {plan.shape} when the optimizer was built (param.data was set, "
             "or embeddings were resized), so its state does not fit. Nothing has changed; build a new optimizer, with new groups"
         )
-    check_memory(param, f"parameter {layout.name} {layout.shape}")
+    check_memory(param, f"parameter {plan.name} {plan.shape}")
 
 
 def _refuse_stranger(
@@ -46,13 +72,13 @@ def _refuse_stranger(
     number: int,
     position: int,
     groups: list[Mapping[str, Any]],
-    layouts: Mapping[Tensor, Layout],
+    plans: Mapping[Tensor, ParamPlan],
 ) -> NoReturn:
     """Raise RuntimeError for a parameter in the groups that the optimizer was not built with."""
     names = groups[number].get("param_names") or ()
     name = names[position] if position < len(names) else f"{number}.{position}"
     members = {member for group in groups for member in group["params"]}
-    gone = next((layout for known, layout in layouts.items() if known not in members and layout.name == name), None)
+    gone = next((plan for known, plan in plans.items() if known not in members and plan.name == name), None)
     kind = f"a parameter {tuple(param.shape)} {param.dtype} in param group {number}"
     if gone is None:
         raise RuntimeError(
@@ -73,19 +99,19 @@ def _refuse_stranger(
 # ----------------------------------------------------------------------------------------------------------------- gradients
 
 
-def check_gradient(param: Tensor, layout: Layout) -> None:
+def check_gradient(param: Tensor, plan: ParamPlan) -> None:
     """Raise ValueError for a gradient that no step can use, and say what to do; sum it, if its parts are not summed yet."""
     grad = param.grad
     assert grad is not None
-    kind = f"the gradient of {layout.name}"
+    kind = f"the gradient of {plan.name}"
     if grad.layout != torch.strided or grad.is_nested:
         raise ValueError(
             f"{kind} is {'sparse' if grad.is_sparse else f'of layout {grad.layout}'}; make it dense (nn.Embedding(sparse=False), "
             "grad.to_dense()), or give the parameter to torch.optim.SparseAdam"
         )
-    if grad.shape != layout.shape or grad.device != param.device:
+    if grad.shape != plan.shape or grad.device != param.device:
         raise ValueError(
-            f"{kind} is {tuple(grad.shape)} on {grad.device}, the parameter {layout.shape} on {param.device}; they must be alike"
+            f"{kind} is {tuple(grad.shape)} on {grad.device}, the parameter {plan.shape} on {param.device}; they must be alike"
         )
     if not grad.is_floating_point() or compute_dtype(grad.dtype) != compute_dtype(param.dtype):
         raise ValueError(

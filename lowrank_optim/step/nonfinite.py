@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.sharding.dtensor import local_grad
-from lowrank_optim.step.layout import Layout
+from lowrank_optim.step.param_plan import ParamPlan
 
 POLL_EVERY = 100
 """Steps between two looks at the counters of an accelerator."""
 
 
-def first_norms(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, Layout]) -> dict[Tensor, Tensor]:
+def first_norms(groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, ParamPlan]) -> dict[Tensor, Tensor]:
     """A number that is finite where the gradient is, 0-d, for every dense parameter and every sharded one.
 
     Together: one launch where a backend can, and one message for all parameters that lie on the same processes.
@@ -31,15 +31,15 @@ def first_norms(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, La
         for param in group["params"]:
             if param.grad is None or group["on_nonfinite"] == "propagate":
                 continue
-            layout = layouts[param]
-            sharded = layout.shards.matrix.splits()
+            plan = plans[param]
+            sharded = plan.shards.matrix.splits()
             if sharded:
-                found.setdefault((param.device, *layout.shards.matrix.groups()), []).append(param)
-            if sharded or layout.space is None:
+                found.setdefault((param.device, *plan.shards.matrix.groups()), []).append(param)
+            if sharded or plan.space is None:
                 grads[param] = local_grad(param)
     norms = dict(zip(grads, kernels.norms(list(grads.values())), strict=True))
     for params in found.values():
-        total = layouts[params[0]].shards.matrix.sum(torch.stack([norms[param].double() for param in params]))
+        total = plans[params[0]].shards.matrix.sum(torch.stack([norms[param].double() for param in params]))
         norms |= dict(zip(params, total.unbind(), strict=True))
     return norms
 
@@ -59,30 +59,30 @@ class SkippedUpdates:
             self._counts[name] = torch.zeros((), dtype=torch.int64, device=skipped.device)
         self._counts[name] += skipped
 
-    def check(self, seen: Tensor, layout: Layout, policy: str, mask_on_device: bool) -> Literal[False] | Tensor | None:
+    def check(self, seen: Tensor, plan: ParamPlan, policy: str, mask_on_device: bool) -> Literal[False] | Tensor | None:
         """Whether a gradient may be used: None for yes, False for no, or, where the host would have to wait, a 0-d bool.
 
         Args:
             seen: what shows whether the gradient is finite, or, 0-d, its norm on all processes.
-            layout: of its parameter.
+            plan: of its parameter.
             policy: the option `on_nonfinite`.
             mask_on_device: do as for accelerators.
         """
         if policy == "propagate":
             return None
-        norm = layout.shards.matrix.sum(kernels.norm(seen)) if seen.dim() else seen
+        norm = plan.shards.matrix.sum(kernels.norm(seen)) if seen.dim() else seen
         if policy == "skip" and (norm.device.type != "cpu" or mask_on_device):
             ok = torch.isfinite(norm)
-            self.add(layout.name, ~ok)
+            self.add(plan.name, ~ok)
             return ok
         if math.isfinite(norm):
             return None
         if policy == "raise":
             raise RuntimeError(
-                f"the gradient of {layout.name} {layout.shape} holds NaN or infinity; the parameter is unchanged "
+                f"the gradient of {plan.name} {plan.shape} holds NaN or infinity; the parameter is unchanged "
                 '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
             )
-        self.add(layout.name, kernels.host_tensor(True, torch.bool))
+        self.add(plan.name, kernels.host_tensor(True, torch.bool))
         self.warn()
         return False
 

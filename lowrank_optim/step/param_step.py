@@ -1,66 +1,170 @@
-"""What the step of one parameter works on."""
+"""What the step of one parameter works on: its weights, moments, subspace and random numbers."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lowrank_optim import kernels
+from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, PURPOSE_STATE, derive_key, make_key
+from lowrank_optim.projectors import Basis, Write
 from lowrank_optim.quantization import scale_is_due
 from lowrank_optim.quantization.coded_moments import CodedMoments
-from lowrank_optim.rules import Rule
-from lowrank_optim.sharding.dtensor import local
+from lowrank_optim.rules import Context, Direction
+from lowrank_optim.sharding.dtensor import local, local_grad
 from lowrank_optim.sharding.param_sharding import HERE
-from lowrank_optim.step.layout import Layout
+from lowrank_optim.step.nonfinite import SkippedUpdates
+from lowrank_optim.step.param_plan import ParamPlan
+from lowrank_optim.step.refresh_schedule import latest_refresh, moment_steps, own_gap
 
 
-@dataclass(frozen=True)
-class Job:
-    """One parameter in one step.
+def param_key(group: Mapping[str, Any], plan: ParamPlan, step: int, purpose: int = PURPOSE_BASIS) -> int:
+    """The stream of random numbers of one parameter at one step, for one purpose.
 
-    state: the optimizer's state of the parameter, as it is stored.
+    A layer that sleeps and wakes counts its steps from 0 each time, but its random numbers must not repeat: `born` tells its visits
+    apart.
+    """
+    key, born = make_key(group["seed"], plan.index, step, purpose), group.get("born")
+    return derive_key(key, born) if born else key
+
+
+@dataclass
+class ParamStep:
+    """One parameter in one step. As a context: moments that were decoded, and master weights, are written back at its end.
+
+    group: of the parameter.
+    plan: how it is trained.
+    state: the optimizer's state of it, the local parts.
     moments: the rule's tensors in the compute type: the state itself, or, where it is coded, decoded when they are asked for.
+    offset: how many steps before a multiple of its gap it is refreshed.
+    skipped: the counters of updates that were left out.
+    mask_on_device: do on the CPU what accelerators do with gradients that are not finite.
     """
 
     param: Tensor
     group: Mapping[str, Any]
-    layout: Layout
+    plan: ParamPlan
     state: dict[str, Tensor]
     moments: dict[str, Tensor] | CodedMoments
+    offset: int
+    skipped: SkippedUpdates
+    mask_on_device: bool = False
+
+    def __enter__(self) -> Self:
+        if (master := self.state.get("master")) is not None:
+            # Where somebody else has changed the weights (loaded others, say), theirs count.
+            weight = local(self.param)
+            master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            return
+        if isinstance(self.moments, CodedMoments):
+            self.moments.close(int(self.state["step"]))
+        if "master" in self.state:
+            local(self.param).copy_(self.state["master"])
 
     @property
     def weight(self) -> Tensor:
         """What is updated: the parameter, or its master copy where the state has one."""
-        return self.state.get("master", local(self.param))
+        return self.state["master"] if "master" in self.state else local(self.param)
+
+    def local_grad(self) -> Tensor:
+        """The matrix view of the gradient's local part; of a dense parameter, the local part."""
+        grad = local_grad(self.param)
+        return grad if self.plan.space is None else self.plan.view(grad)
+
+    # ----------------------------------------------------------------------------------------------------------- subspace
+
+    def basis(self) -> Basis:
+        """The subspace that stands."""
+        return self.basis_of(self.state, int(self.state["last_refresh"]))
+
+    def basis_of(self, state: Mapping[str, Tensor], refreshed: int) -> Basis:
+        """The subspace in a state, refreshed last at step `refreshed`."""
+        return self.plan.basis(state, self.key(max(refreshed, 0)))
 
     @property
-    def in_place(self) -> bool:
-        """Whether an operation on the moments changes the state itself, so that nothing has to be coded after it."""
-        return not isinstance(self.moments, CodedMoments) or self.moments.codes() is not None
+    def refresh_is_due(self) -> bool:
+        """Whether this step gives a matrix a new subspace, if its gradient allows it."""
+        space, state = self.plan.space, self.state
+        if space is None or space.rank == 0:
+            return False
+        scheduled = latest_refresh(int(state["step"]), own_gap(state, self.group), self.offset)
+        return int(state["last_refresh"]) < scheduled
 
-    def fit_columns(self, grad: Tensor, rule: Rule, steps: int, ok: Tensor | None) -> None:
-        """Measure the column scales of coded moments where that is due, `steps` steps after they began or changed their basis."""
-        if not isinstance(self.moments, CodedMoments) or "col_scale" not in self.state or not scale_is_due(steps):
+    def key(self, step: int, purpose: int = PURPOSE_BASIS) -> int:
+        """See `param_key`."""
+        return param_key(self.group, self.plan, step, purpose)
+
+    # ------------------------------------------------------------------------------------------------- gradient and rule
+
+    def finite(self, seen: Tensor) -> Literal[False] | Tensor | None:
+        """Whether this gradient may be used: None for yes, False for no, or, where the host would have to wait, a 0-d bool."""
+        return self.skipped.check(seen, self.plan, self.group["on_nonfinite"], self.mask_on_device)
+
+    def context(self, ok: Tensor | None, dense: bool, norms: bool = False) -> Context:
+        """What the rule may know of this step, which the parameter's counter includes already."""
+        age = float(self.state["step"])
+        steps = age if dense else moment_steps(self.state, self.group)
+        fresh = (steps if self.plan.projector.resizes else age) == 1
+        return Context(steps, age, self.weight, ok, dense, fresh, self.plan.shards, norms)
+
+    def fit_columns(self, grad: Tensor, since: int, ok: Tensor | None) -> None:
+        """Measure the column scales of coded moments where that is due; `since` is the step of their last change of basis."""
+        moments, steps = self.moments, int(self.state["step"]) - since
+        if not isinstance(moments, CodedMoments) or "col_scale" not in self.state or not scale_is_due(steps):
             return
-        share, spread = rule.gradient_share(self.group), self.layout.shards.reduced
-        rows = spread.sum(self.moments.row_sums(grad, share), -1)
-        columns = spread.sum(self.moments.column_sums(grad, share, rows), -2)
-        self.moments.rescale_(columns, int(self.state["step"]), ok)
+        share, spread = self.plan.rule.gradient_share(self.group), self.plan.shards.reduced
+        rows = spread.sum(moments.row_sums(grad, share), -1)
+        columns = spread.sum(moments.column_sums(grad, share, rows), -2)
+        moments.rescale_(columns, int(self.state["step"]), ok)
+
+    # ------------------------------------------------------------------------------------------------------------ weights
+
+    def write(self, direction: Direction | None, factor: float, ok: Tensor | None) -> Write:
+        """Step size, what is kept of the weights, and how they are rounded."""
+        group = self.group
+        lr = float(group["lr"]) * float(group["lr_factor"])
+        size = lr if direction is None or direction.step is None else direction.step
+        decay = lr if direction is None or direction.decay is None else direction.decay
+        # Rules and residuals are odd functions of the gradient: to ascend is to descend with the sign turned.
+        alpha = -size * factor if group["maximize"] else size * factor
+        kept = group["weight_decay"] if isinstance(group["weight_decay"], Tensor) else float(group["weight_decay"])
+        keep = 1.0 - decay * (kept * float(group["decay_factor"]))
+        if group["match_reference"] and self.plan.rule.decays_last:
+            alpha *= float(keep)  # decay after the update: (1 − ηλ)(W − ηU)
+        key, weight = None, self.weight
+        coded = getattr(weight, "rounds_stochastically", False)  # `lowrank_optim.nn.QuantizedWeight`
+        if coded or (group["stochastic_rounding"] and weight.dtype == torch.bfloat16):
+            key = self.key(int(self.state["step"]), PURPOSE_ROUNDING)
+        return Write(alpha, keep, ok, key)
+
+    def put_back(self, matrix: Tensor) -> None:
+        """Copy a matrix view into the weights where it is none: a convolution whose strides allow no view."""
+        if matrix is not self.weight and matrix.data_ptr() != self.weight.data_ptr():
+            self.weight.copy_(matrix.view(self.weight.shape))
 
     @contextmanager
-    def whole(self, grad: Tensor) -> Iterator[tuple["Job", Tensor]]:
-        """The job and the gradient with everything gathered, where the moments are kept whole although the weights are not."""
-        weight, spread = self.weight, self.layout.shards.matrix
+    def gathered(self, grad: Tensor) -> Iterator[tuple["ParamStep", Tensor]]:
+        """The step and the gradient of the whole parameter, where moments are kept whole although the weights are not."""
+        weight, spread = self.weight, self.plan.shards.matrix
         dims = range(-weight.dim(), 0)
-        gathered = spread.gather(weight, *dims)
+        whole = spread.gather(weight, *dims)
         state = {name: tensor for name, tensor in self.state.items() if name != "master"}
         yield (
-            replace(self, param=gathered, layout=replace(self.layout, shards=HERE), state=state),
+            replace(self, param=whole, plan=replace(self.plan, shards=HERE), state=state),
             spread.gather(grad, *dims),
         )
-        weight.copy_(spread.part(gathered))
+        weight.copy_(spread.part(whole))
 
     def dense_parts(
         self, grad: Tensor, elementwise: bool
@@ -69,7 +173,7 @@ class Job:
 
         Chunks where the rule treats every element for itself and all tensors lie in memory in the same order.
         """
-        weight, first = self.weight, self.layout.shards.matrix.start
+        weight, first = self.weight, self.plan.shards.matrix.start
         moments = {name: tensor for name, tensor in self.moments.items() if tensor.shape == weight.shape}
         parted = elementwise and not hasattr(weight, "codes")  # of a quantised weight, parts would be copies
         if not parted or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):
@@ -78,3 +182,16 @@ class Job:
         for chunk in kernels.row_chunks(weight.numel(), 1):
             parts = {name: tensor.view(-1)[chunk] for name, tensor in moments.items()}
             yield weight.view(-1)[chunk], grad.view(-1)[chunk], parts, first + chunk.start
+
+
+def open_moments(
+    group: Mapping[str, Any], plan: ParamPlan, state: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor] | CodedMoments:
+    """The moments in a state, as the rule sees them."""
+    bits = group["state_bits"]
+    if bits == 32 or not plan.is_coded(bits):
+        return state
+    key = param_key(group, plan, 0, PURPOSE_STATE)
+    return CodedMoments(
+        state, plan.moment_shape(state), bits, kernels.compute_dtype(dtype), key, plan.shards.reduced.start
+    )

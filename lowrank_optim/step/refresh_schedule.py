@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_optim.step.layout import Layout
+from lowrank_optim.groups.names import plain_name
+from lowrank_optim.step.param_plan import ParamPlan
 
 
 def stagger_offset(ordinal: int, count: int, gap: int) -> int:
@@ -13,15 +14,14 @@ def stagger_offset(ordinal: int, count: int, gap: int) -> int:
     return ordinal * gap // max(count, 1)
 
 
-def stagger_offsets(groups: Iterable[Mapping[str, Any]], layouts: Mapping[Tensor, Layout]) -> dict[Tensor, int]:
-    """How many steps before a multiple of its gap each low-rank parameter is refreshed; 0 in groups that refresh together."""
-    low_rank = [(param, group) for group in groups for param in group["params"] if layouts[param].space is not None]
-    offsets = {}
-    for ordinal, (param, group) in enumerate(low_rank):
-        together = group["match_reference"] or not layouts[param].projector.staggers
-        staggered = group["stagger"] and not together
-        offsets[param] = stagger_offset(ordinal, len(low_rank), group["update_proj_gap"]) if staggered else 0
-    return offsets
+def stagger_ordinals(
+    groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, ParamPlan]
+) -> dict[Tensor, tuple[int, int]]:
+    """Number and count of each low-rank parameter whose refreshes may be spread: by name where all have one, else by position."""
+    low_rank = [param for group in groups for param in group["params"] if plans[param].space is not None]
+    if all("param_names" in group for group in groups):
+        low_rank.sort(key=lambda param: plain_name(plans[param].name))
+    return {p: (i if plans[p].projector.staggers else 0, len(low_rank)) for i, p in enumerate(low_rank)}
 
 
 def latest_refresh(step: int, gap: int, offset: int) -> int:

@@ -1,7 +1,12 @@
 """Names in the optimizer's state and groups that several parts read: where they are kept, and how long."""
 
-HOST_STATE = ("step", "last_refresh", "gap", "overlaps", "turn", "micro_batches")
-"""State that the host reads in every step, kept on the CPU wherever the parameter lives."""
+STEP_STATE = {
+    **dict.fromkeys(("step", "last_refresh", "gap", "overlaps", "micro_batches"), "host"),
+    "master": "param",
+    "grad_sum": "param",
+    "col_scale": "column scale",
+}
+"""Where the state of the step itself lies: "host" is read by the host in every step, and kept on the CPU."""
 
 ACCUMULATORS = ("grad_sum", "projected_sum", "sketch_sum", "squares_sum", "micro_batches")
 """State that a parameter has only between two micro-batches of one step."""

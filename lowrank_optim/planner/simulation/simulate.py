@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_optim.in_backward.hooks import update_in_backward
+from lowrank_optim.in_backward import update_in_backward
 from lowrank_optim.optimizers import LowRankOptimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.simulation.pretend import (
@@ -272,7 +272,7 @@ def _is_split(optimizer: Optimizer, param: Tensor, name: str) -> bool:
     """Whether FSDP splits a state tensor: all but bases of the side that is not split (see `sharding.param_sharding`)."""
     if not name.startswith(("basis", "indices")):
         return True
-    space = optimizer._layouts[param].space if isinstance(optimizer, LowRankOptimizer) else None
+    space = optimizer.plan_of(param).space if isinstance(optimizer, LowRankOptimizer) else None
     return space is not None and space.side == "left"
 
 

@@ -1,0 +1,47 @@
+"""A param group as the user gives it, made complete: a value for every option, a name for every part; and whether it can be."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lowrank_optim.groups.options import (
+    SHORTHANDS,
+    check_combination,
+    check_group_names,
+    check_parts,
+    check_values,
+    expand_shorthands,
+    plain_options,
+)
+from lowrank_optim.groups.parts import PartRegistry, Parts, check_option_names
+
+
+def complete_group(
+    given: Mapping[str, Any], registry: PartRegistry, defaults: Mapping[str, Any], reserved: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The group with all options; objects among its parts are kept in the registry.
+
+    Args:
+        given: by the user.
+        registry: of the optimizer's parts.
+        defaults: the optimizer's options.
+        reserved: options of the optimizer that no part may use the names of.
+
+    Raises:
+        TypeError: a key is nearly an option's name.
+        ValueError: an unknown part, or two parts that call an option by the same name.
+    """
+    group = registry.complete(registry.take(expand_shorthands(plain_options(given))), defaults)
+    parts = registry.of(group)
+    check_option_names(parts, reserved)
+    check_group_names(given, (*defaults, *parts.rule.options(), *parts.residual.options(), *SHORTHANDS))
+    return group
+
+
+def check_group(group: Mapping[str, Any], parts: Parts) -> None:
+    """Raise ValueError for a complete group with a value out of range, or with parts that do not go together."""
+    check_values(group)
+    parts.rule.check(group)
+    parts.residual.check(group)
+    parts.projector.check(group["proj_type"])
+    check_parts(parts.rule, parts.projector, parts.residual, group)
+    check_combination(parts.projector, group)

@@ -1,0 +1,127 @@
+"""The rule, the projector and the residual of a param group: objects, which the optimizer keeps under the names in its groups.
+
+A group holds names only, so that checkpoints are plain. An object that stands in a group, or is given to the constructor, is kept
+under its name; other names stand for the package's own parts with their defaults.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from lowrank_optim import projectors
+from lowrank_optim.groups.matrices import is_low_rank
+from lowrank_optim.groups.options import DEFAULTS
+from lowrank_optim.projectors import Projector
+from lowrank_optim.residuals import Residual, residual_from_name
+from lowrank_optim.rules import Rule, rule_from_name
+
+Part: TypeAlias = Rule | Projector | Residual
+
+KINDS: dict[str, type[Any]] = {"rule": Rule, "projector": Projector, "residual": Residual}
+"""The group key of each kind of part."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one group."""
+
+    rule: Rule
+    projector: Projector
+    residual: Residual
+
+
+class PartRegistry:
+    """Parts by kind and name.
+
+    Args:
+        rule: of groups with `rank` or `density`.
+        dense_rule: of the others.
+        projector, residual: of groups that name none.
+        more: parts that groups may name.
+    """
+
+    def __init__(
+        self, rule: Rule, dense_rule: Rule, projector: Projector, residual: Residual, more: Iterable[Part] = ()
+    ) -> None:
+        self.rule, self.dense_rule, self.projector, self.residual = rule, dense_rule, projector, residual
+        self._known: dict[tuple[str, str], Part] = {}
+        for part in (rule, dense_rule, projector, residual, *more):
+            self._keep(part)
+
+    def _keep(self, part: Part) -> None:
+        kind = _kind_of(part)
+        known = self._known.setdefault((kind, part.name), part)
+        if type(known) is not type(part) or (kind == "projector" and known != part):
+            raise ValueError(
+                f"{kind} {part.name!r} is {known!r} already, and {part!r} has the same name; give one of them another name"
+            )
+
+    def take(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A group in which every part is a name: objects are kept here, and their fields become options of the group."""
+        group = dict(given)
+        for kind, base in KINDS.items():
+            part = group.get(kind)
+            if not isinstance(part, base):
+                continue
+            self._keep(part)
+            group[kind] = part.name
+            if kind != "projector":
+                group = {**part.options(), **group}
+        return group
+
+    def get(self, kind: str, name: str) -> Part:
+        """The part of this kind and name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        known = self._known.get((kind, name))
+        if known is not None:
+            return known
+        if kind == "rule":
+            return rule_from_name(name)
+        return projectors.from_name(name) if kind == "projector" else residual_from_name(name)
+
+    def options_of(self, kind: str, name: str) -> dict[str, Any]:
+        """The options that a rule or a residual brings."""
+        part = self.get(kind, name)
+        return {} if isinstance(part, Projector) else part.options()
+
+    def of(self, group: Mapping[str, Any]) -> Parts:
+        """The parts that a complete group names."""
+        rule, projector, residual = (self.get(kind, group[kind]) for kind in KINDS)
+        assert isinstance(rule, Rule)
+        assert isinstance(projector, Projector)
+        assert isinstance(residual, Residual)
+        return Parts(rule, projector.released() if group["match_reference"] else projector, residual)
+
+    def complete(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """A group with a value for every option: its own, those of its parts, then the optimizer's `defaults`."""
+        group = dict(given)
+        if "rule" not in group:
+            group["rule"] = (self.rule if is_low_rank({**defaults, **group}) else self.dense_rule).name
+        group = {**{kind: defaults[kind] for kind in KINDS}, **group}
+        own: dict[str, Any] = {}
+        for kind, usual in (("rule", self.rule), ("residual", self.residual)):
+            if self.get(kind, group[kind]) is not usual:
+                own |= self.options_of(kind, group[kind])
+        return {**defaults, **own, **group}
+
+
+def check_option_names(parts: Parts, also: Iterable[str] = ()) -> None:
+    """Raise ValueError where two parts, or a part and the package, call an option by the same name."""
+    owners = dict.fromkeys((*DEFAULTS, "lr", "weight_decay", "params", *also), "an option of every optimizer")
+    for kind, part in (("rule", parts.rule), ("residual", parts.residual)):
+        for name in part.options():
+            if name in owners:
+                raise ValueError(
+                    f"{name!r} is a field of the {kind} {type(part).__name__}, and {owners[name]} as well; rename the field"
+                )
+            owners[name] = f"a field of the {kind} {type(part).__name__}"
+
+
+def _kind_of(part: object) -> str:
+    for kind, base in KINDS.items():
+        if isinstance(part, base):
+            return kind
+    raise TypeError(f"parts must be rules, projectors or residuals, got {type(part).__name__}")

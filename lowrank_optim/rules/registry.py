@@ -1,0 +1,28 @@
+"""The update rules by name."""
+
+from difflib import get_close_matches
+
+from lowrank_optim.rules.adafactor import Adafactor
+from lowrank_optim.rules.adam import Adam
+from lowrank_optim.rules.base import Rule
+from lowrank_optim.rules.lion import Lion
+from lowrank_optim.rules.rmsprop import RMSprop
+from lowrank_optim.rules.sgd import SGD
+
+RULES: dict[str, type[Rule]] = {kind.name: kind for kind in (Adam, Adafactor, Lion, RMSprop, SGD)}
+
+
+def rule_from_name(name: str) -> Rule:
+    """The rule with its defaults.
+
+    Raises:
+        ValueError: for an unknown name; the message names the nearest valid one.
+    """
+    if name not in RULES:
+        near = get_close_matches(str(name), RULES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"rule is {name!r}: {hint}valid names are {', '.join(RULES)}, or pass a Rule; rules of your own have to be given to the "
+            "constructor (rule=, dense_rule=, parts=[…], or in a param group)"
+        )
+    return RULES[name]()

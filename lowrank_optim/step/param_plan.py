@@ -1,0 +1,320 @@
+"""How each parameter is trained: as which matrix, in which subspace, by which parts. Resolved once from its group.
+
+Decided from the parameter's global shape and its group's options only, so that the state never depends on gradients,
+devices or the number of processes.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import kernels
+from lowrank_optim.groups.matrices import is_low_rank, make_space, matrix_shape, matrix_view
+from lowrank_optim.groups.names import plain_name
+from lowrank_optim.groups.parts import Parts
+from lowrank_optim.kernels.counter_rng import PURPOSE_BLOCKS, make_key
+from lowrank_optim.projectors import Basis, Coordinate, Projector, Space, float64_sums
+from lowrank_optim.quantization.coded_moments import is_coded
+from lowrank_optim.residuals.base import Residual
+from lowrank_optim.rules import JointRule, Rule
+from lowrank_optim.sharding.dtensor import (
+    check_owner,
+    check_placements,
+    dense_shards,
+    dense_spread,
+    is_sharded,
+    local,
+    low_rank_shards,
+    matrix_spread,
+    placed,
+)
+from lowrank_optim.sharding.param_sharding import HERE, Shards
+from lowrank_optim.step.state_names import STEP_STATE
+
+_log = logging.getLogger("lowrank_optim")
+
+
+@dataclass(frozen=True)
+class ParamPlan:
+    """How one parameter is trained: what its group says of it, resolved once.
+
+    name: for messages.
+    index: the parameter's stream of random numbers: from its name where it has one, else its position.
+    layout: how it is seen as a matrix.
+    space: the low-rank problem; None where it is trained densely.
+    rule, projector, residual: the parts of its method.
+    device, dtype, shape: of the parameter.
+    shards: where the rest of a sharded parameter lies.
+    group: number of its param group.
+    position: in its group.
+    unit: the parameters that a joint rule steps together, this one among them; empty for other rules.
+    sum_dtype: the type that sums of the subspace are carried out in, where that is not the compute type (`exact_sums`).
+    """
+
+    name: str
+    index: int
+    layout: str
+    space: Space | None
+    rule: Rule
+    projector: Projector
+    residual: Residual
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...] = ()
+    shards: Shards = HERE
+    group: int = 0
+    position: int = 0
+    unit: tuple[Tensor, ...] = ()
+    sum_dtype: torch.dtype | None = None
+
+    @property
+    def side(self) -> str | None:
+        return None if self.space is None else self.space.side
+
+    @property
+    def place_in_unit(self) -> int:
+        """The position of this parameter among those of its unit."""
+        return self.position % max(len(self.unit), 1)
+
+    def lies(self, name: str) -> str:
+        """Where a state tensor of this name lies, as the part that owns it says."""
+        owners = (STEP_STATE, self.rule.state_lies, self.projector.state_lies, self.residual.state_lies)
+        for known in (name, name.removesuffix("_scale").removesuffix("_zero")):  # codes have scales
+            for owner in owners:
+                if known in owner:
+                    return owner[known]
+        return "reduced"
+
+    def is_on_host(self, name: str) -> bool:
+        """Whether the host reads a state tensor in every step, so that it is kept on the CPU wherever the parameter lives."""
+        return self.lies(name) == "host"
+
+    def placed(self, name: str, tensor: Tensor) -> Tensor:
+        """The local part of a state tensor as it is kept: a DTensor where the parameter is one."""
+        if self.shards is HERE or self.is_on_host(name):
+            return tensor
+        return placed(tensor, self.shards.spread_of(self.lies(name), self.side))
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The matrix view of a tensor of the parameter's shape."""
+        return matrix_view(tensor, self.layout)
+
+    def whole_moment_shape(self, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
+        """The shape of the gradient that the rule sees, on all processes together: now, or, without a state, at its largest."""
+        return self.shape if self.space is None else self.projector.reduced_shape(self.space, state)
+
+    def moment_shape(self, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
+        """The shape of the part of it that this process holds."""
+        return self.shards.moment_shape(self.whole_moment_shape(state))
+
+    def is_coded(self, bits: int) -> bool:
+        """Whether the moments are stored in few bits; decided from the global shape only."""
+        return not self.unit and is_coded(bits, math.prod(self.whole_moment_shape()))
+
+    def basis(self, state: Mapping[str, Tensor], key: int) -> Basis:
+        """The subspace that a state stands for."""
+        assert self.space is not None
+        if self.sum_dtype is not None:
+            return float64_sums.basis_of(self.projector, self.space, state, key, self.device)
+        return self.projector.basis(self.space, state, key, self.device)
+
+    def refresh(
+        self, grad: Tensor, state: Mapping[str, Tensor], key: int, first: bool, momentum: Tensor | None
+    ) -> dict[str, Tensor] | None:
+        """The projector's tensors for a new subspace, see `Projector.refresh`."""
+        assert self.space is not None
+        function = self.projector.refresh if self.sum_dtype is None else partial(float64_sums.refresh, self.projector)
+        return function(grad, self.space, state, key, first, momentum)
+
+
+def plan_group(
+    named: Iterable[tuple[str | None, Tensor]],
+    first: int,
+    number: int,
+    group: Mapping[str, Any],
+    parts: Parts,
+    warned: set[str],
+) -> dict[Tensor, ParamPlan]:
+    """The plans of a group's parameters, with their names where these are known.
+
+    Logs once for each reason why a matrix of a low-rank group is dense.
+
+    Args:
+        first: position of the first parameter in the optimizer.
+        number: of the group.
+        warned: reasons that were logged, modified in place.
+
+    Raises:
+        ValueError: a parameter that cannot be trained, or not by these parts.
+    """
+    plans: dict[Tensor, ParamPlan] = {}
+    projector, first_key = parts.projector, first
+    for position, (given, param) in enumerate(named):
+        name, index = given or f"{number}.{position}", first + position if given is None else name_key(given)
+        first_key = index if position == 0 else first_key
+        check_parameter(param, name, group, projector)
+        space = None
+        shape = matrix_shape(param.shape, group["layout"])
+        if is_low_rank(group) and shape is not None:
+            space = make_space(shape, group, projector, kernels.compute_dtype(param.dtype))
+            if space is None and "rank" not in warned:
+                warned.add("rank")
+                _log.info(
+                    "%s %s is trained densely: its short side is below rank %s", name, tuple(param.shape), group["rank"]
+                )
+        own, wide = projector, None
+        if group["exact_sums"] and kernels.compute_dtype(param.dtype) == torch.float32:
+            wide = torch.float64
+        if space is not None and space.rank == 0 and not projector.resizes:  # density 0: no subspace of any kind
+            own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
+        shards = make_shards(param, space, own, group)
+        space = None if space is None else replace(space, shards=shards)
+        plan = ParamPlan(
+            name, index, group["layout"], space, parts.rule, own, parts.residual, param.device, param.dtype
+        )
+        plan = replace(plan, shape=tuple(param.shape), shards=shards, group=number, sum_dtype=wide, position=position)
+        check_shards(plan, param, group)
+        plans[param] = plan
+    if isinstance(parts.rule, JointRule):
+        _make_units(plans, parts.rule)
+    low_rank = {param: plan.space for param, plan in plans.items() if plan.space is not None}
+    key = make_key(group["seed"], first_key, 0, PURPOSE_BLOCKS)
+    arranged = projector.arrange(list(low_rank.values()), group["density"], key)
+    for param, space in zip(low_rank, arranged, strict=True):
+        plans[param] = replace(plans[param], space=space)
+    return plans
+
+
+def _make_units(plans: dict[Tensor, ParamPlan], rule: JointRule) -> None:
+    """Tell the parameters of a group which ones are stepped together; modified in place."""
+    params, arity = list(plans), rule.arity
+    if len(params) % arity:
+        raise ValueError(
+            f"{type(rule).__name__} steps {arity} parameters at a time, and its group has {len(params)}: "
+            f"{', '.join(plan.name for plan in plans.values())}; give a multiple of {arity}, in order"
+        )
+    for start in range(0, len(params), arity):
+        unit = tuple(params[start : start + arity])
+        frozen = [plans[param].name for param in unit if not param.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"{type(rule).__name__} steps {', '.join(plans[param].name for param in unit)} together, but {', '.join(frozen)} "
+                "does not require a gradient; train all of them, or give the others another rule"
+            )
+        for param in unit:
+            if plans[param].space is not None:
+                raise ValueError(
+                    f"{type(rule).__name__} works on {arity} parameters at once, so that its groups can have no rank or density"
+                )
+            plans[param] = replace(plans[param], unit=unit)
+
+
+def name_key(name: str) -> int:
+    """The stream of random numbers of a parameter of this name, whatever has wrapped its module."""
+    return int.from_bytes(hashlib.blake2b(plain_name(name).encode(), digest_size=8).digest(), "little")
+
+
+def make_shards(param: Tensor, space: Space | None, projector: Projector, group: Mapping[str, Any]) -> Shards:
+    """Where the parts of a sharded parameter and of its state lie."""
+    if not is_sharded(param):
+        return HERE
+    bits = group["state_bits"]
+    if space is None:
+        return replace(dense_shards(param, bits in (8, 4) and is_coded(bits, param.numel())), param=dense_spread(param))
+    reduced = projector.reduced_shape(space)
+    coded = bits in (8, 4) and is_coded(bits, torch.Size(reduced).numel())
+    matrix = matrix_spread(param, group["layout"], space.shape)
+    return replace(low_rank_shards(matrix, reduced, projector.contracted(space), coded), param=dense_spread(param))
+
+
+def check_shards(plan: ParamPlan, param: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise ValueError where a sharded parameter meets a part of the method that needs all of it."""
+    if plan.shards is HERE:
+        return
+    rule, projector, residual, low_rank = plan.rule, plan.projector, plan.residual, plan.space is not None
+    kind = f"parameter {plan.name} {tuple(param.shape)} lies on a mesh as {tuple(param.placements)}"  # type: ignore[attr-defined]
+    for part, knows in (
+        (rule, rule.elementwise or rule.knows_shards),
+        (projector, projector.knows_shards or not low_rank),
+        (residual, residual.knows_shards or not low_rank),
+    ):
+        if not knows:
+            raise ValueError(
+                f"{kind}, but {type(part).__name__} does not say that it works on parts of a matrix (knows_shards = True); use one "
+                "of the package's, DistributedDataParallel, or one process"
+            )
+    if low_rank and not rule.rotates_shards and group["on_refresh"] == "rotate":
+        raise ValueError(
+            f'{kind}; {type(rule).__name__} cannot rotate the moments of sharded matrices: use on_refresh "keep" or "reset"'
+        )
+    coded = group["state_bits"] in (8, 4) and low_rank and not projector.contracted(plan.space)  # type: ignore[arg-type]
+    if coded and plan.shards.matrix.splits(-1):
+        raise ValueError(
+            f"{kind}, along its rows' elements, which {projector.name!r} with state_bits={group['state_bits']} codes in blocks of "
+            "256: use state_bits 32 or 16, or Shard(0)"
+        )
+
+
+def shares_elements(tensor: Tensor) -> bool:
+    """Whether some elements share memory (`expand`), as far as strides tell."""
+    if tensor.is_contiguous():
+        return False
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                return True
+            span += stride * (size - 1)
+    return False
+
+
+def check_memory(param: Tensor, kind: str) -> None:
+    """Raise ValueError for a parameter that cannot be written to as its memory lies; `kind` names it in the message."""
+    if param.is_neg() or param._is_zerotensor() or shares_elements(local(param)):
+        raise ValueError(
+            f"{kind} is a view with a negative bit (of a complex conjugate, say), or its elements share memory (expand); only a copy "
+            "of it can be trained: param.data = param.data.contiguous().resolve_neg(), or a new parameter"
+        )
+
+
+def check_unit(plan: ParamPlan, plans: Mapping[Tensor, ParamPlan]) -> None:
+    """Raise RuntimeError where some parameters that are stepped together have a gradient and others have none."""
+    without = [plans[param].name for param in plan.unit if param.grad is None]
+    if without and len(without) < len(plan.unit):
+        raise RuntimeError(
+            f"{type(plan.rule).__name__} steps {', '.join(plans[param].name for param in plan.unit)} together, but "
+            f"{', '.join(without)} got no gradient; nothing was changed. All of them have to take part in the loss"
+        )
+
+
+def check_parameter(param: Tensor, name: str, group: Mapping[str, Any], projector: Projector) -> None:
+    """Raise ValueError for a parameter that cannot be trained, naming it and what to use instead."""
+    kind = f"parameter {name} {tuple(param.shape)}"
+    if not param.requires_grad and not param.is_floating_point():
+        return  # frozen, such as weights that another package stores in few bits
+    if param.is_complex():
+        raise ValueError(
+            f"{kind} is {param.dtype}; complex parameters are not supported: optimize torch.view_as_real(parameter), "
+            "or give it to torch.optim.AdamW"
+        )
+    if not param.is_floating_point():
+        raise ValueError(f"{kind} is {param.dtype}; an optimizer needs floating-point parameters")
+    if param.is_sparse or param.layout != torch.strided:
+        raise ValueError(f"{kind} has layout {param.layout}; only dense (strided) parameters can be trained")
+    check_memory(param, kind)
+    check_owner(param, kind)
+    check_placements(param, kind, group["layout"])
+    if hasattr(param, "codes") and projector.writes_entries and is_low_rank(group):
+        raise ValueError(
+            f"{kind} is stored in 8 bits, where single columns, rows or entries cannot be written; use another projector "
+            "(FRUGAL: coordinates=None with projector='svd'), or lowrank_optim.nn.dequantize_weights_(model)"
+        )
+    if group["stochastic_rounding"] and param.dtype == torch.float16:
+        raise ValueError(f"{kind} is float16; stochastic rounding is for bfloat16 weights: use those, or float32")

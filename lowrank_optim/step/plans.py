@@ -1,0 +1,64 @@
+"""The plans of all parameters of an optimizer, made from its groups: when they are made, and when they no longer hold."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lowrank_optim.groups.options import check_structure, structure
+from lowrank_optim.groups.parts import PartRegistry
+from lowrank_optim.rules import Rule
+from lowrank_optim.step.param_plan import ParamPlan, plan_group
+from lowrank_optim.step.refresh_schedule import stagger_offset, stagger_ordinals
+
+Group = Mapping[str, Any]
+
+
+class Plans(dict[Tensor, ParamPlan]):
+    """Each parameter's plan.
+
+    Args:
+        parts: of the groups.
+    """
+
+    def __init__(self, parts: PartRegistry) -> None:
+        super().__init__()
+        self.parts = parts
+        self.warned: set[str] = set()  # reasons that were logged
+        self._made_for: list[tuple[Rule, tuple[Any, ...]]] = []  # of each group, its rule and what its state was made for
+        self._ordinals: dict[Tensor, tuple[int, int]] = {}
+
+    def of_group(self, group: Group, params: Iterable[Tensor], number: int, first: int) -> dict[Tensor, ParamPlan]:
+        """How the parameters of one group are trained; `first` is the position of its first parameter in the optimizer."""
+        params = list(params)
+        names = group.get("param_names") or [None] * len(params)
+        parts = self.parts.of(group)
+        return plan_group(zip(names, params, strict=True), first, number, group, parts, self.warned)
+
+    def set_group(self, number: int, group: Group, plans: Mapping[Tensor, ParamPlan]) -> None:
+        """Take in the plans of a group that is new, or was changed."""
+        self |= plans
+        rule = self.parts.of(group).rule
+        self._made_for[number:] = [(rule, structure(group, rule)), *self._made_for[number + 1 :]]
+        self._ordinals.clear()
+
+    def renew(self, groups: Sequence[Group]) -> None:
+        """Make all plans anew."""
+        self.clear()
+        self._made_for.clear()
+        for number, group in enumerate(groups):
+            self.set_group(number, group, self.of_group(group, group["params"], number, len(self)))
+
+    def check_structure(self, groups: Sequence[Group]) -> None:
+        """Raise ValueError where an option that decides about the state was edited in a live group."""
+        for number, (group, (rule, made_for)) in enumerate(zip(groups, self._made_for, strict=True)):
+            check_structure(group, made_for, rule, number)
+
+    def offset(self, param: Tensor, groups: Sequence[Group]) -> int:
+        """How many steps before a multiple of its gap a parameter is refreshed."""
+        plan = self[param]
+        group = groups[plan.group]
+        if not group["stagger"] or group["match_reference"] or plan.space is None:
+            return 0
+        self._ordinals = self._ordinals or stagger_ordinals(groups, self)
+        return stagger_offset(*self._ordinals[param], group["update_proj_gap"])

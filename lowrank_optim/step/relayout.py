@@ -1,0 +1,98 @@
+"""The state of a parameter laid out anew, for a group whose rank, parts or bits were changed (`LowRankOptimizer.change_group`).
+
+Where the rule stays, moments go along: those of a dense parameter as they are, those of a matrix into the new subspace, if both are
+bases of the same side that were computed from gradients. A smaller basis is the leading columns of the old one, a larger one is the
+old one and random columns that are orthogonal to it, until its next refresh. Everything else begins afresh, from step 0.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.kernels.counter_rng import gaussian
+from lowrank_optim.projectors.base import Basis, Space
+from lowrank_optim.projectors.dense_basis import DenseBasis, TwoSidedBasis
+from lowrank_optim.projectors.randomized_svd import householder
+from lowrank_optim.projectors.stored_projector import basis_spreads, load, store
+from lowrank_optim.quantization.coded_moments import CodedMoments
+from lowrank_optim.step.param_step import ParamStep
+
+
+def carry_over(old: ParamStep, new: ParamStep) -> None:
+    """Put into the fresh state of `new` what it can keep of `old`, in place."""
+    before, after = old.plan, new.plan
+    if type(before.rule) is not type(after.rule) or (before.space is None) != (after.space is None):
+        return
+    if after.space is None:
+        moments = {name: old.moments[name] for name in _moment_names(new)}
+    else:
+        assert before.space is not None
+        both = (before.projector, after.projector)
+        if not all(projector.stores_basis for projector in both) or before.space.side != after.space.side:
+            return
+        moments = _into_new_subspace(old, new, before.space, after.space)
+    if any(moments[name].shape != new.moments[name].shape for name in moments):
+        return
+    _keep_counters(old.state, new.state)
+    for name, tensor in moments.items():
+        new.moments[name].copy_(tensor)
+    if isinstance(new.moments, CodedMoments):
+        new.moments.close(int(new.state["step"]))
+
+
+def _moment_names(step: ParamStep) -> list[str]:
+    """The tensors of the rule."""
+    shape = step.plan.moment_shape(step.state)
+    return list(step.plan.rule.init(shape, step.group, torch.float32, torch.device("meta")))
+
+
+def _keep_counters(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Counters and the residual's tensors, where both have them."""
+    for name in ("step", "last_refresh", "gap", "overlaps", "limiter_norm", "error", "master"):
+        if name in old and name in new and old[name].shape == new[name].shape:
+            new[name].copy_(old[name])
+
+
+def _into_new_subspace(old: ParamStep, new: ParamStep, before: Space, after: Space) -> dict[str, Tensor]:
+    """Bases of another rank into the new state, and the moments in its coordinates."""
+    width = max(before.rank, after.rank)
+    key = new.key(int(old.state["step"]))
+    bases = load(old.state, before)
+    resized = {name: _resized(basis, after, name, key) for name, basis in bases.items()}
+    for name, tensor in store(resized, after).items():
+        new.state[name].copy_(tensor)
+    # Columns of zeros make both as wide as the wider one; their part of the moments is cut off again.
+    wide_old = _basis({name: _padded(basis, width) for name, basis in bases.items()}, after)
+    wide_new = _basis({name: _padded(basis, width) for name, basis in resized.items()}, after)
+    full = before.side == "full"
+    moments = {name: _padded(old.moments[name], width, rows=full) for name in _moment_names(new)}
+    steps = float(old.state["step"])
+    old.plan.rule.transport(
+        moments, lambda moment, power: wide_new.transport(moment, wide_old, power), old.group, steps
+    )
+    rows = slice(after.rank) if full else slice(None)
+    return {name: moment[..., rows, : after.rank] for name, moment in moments.items()}
+
+
+def _resized(basis: Tensor, space: Space, name: str, key: int) -> Tensor:
+    """The leading columns, or all of them and random ones orthogonal to them."""
+    missing = space.rank - basis.shape[-1]
+    if missing <= 0:
+        return basis[..., : space.rank].clone()
+    spread = basis_spreads(space)[name]
+    size = space.cols if name == "basis_right" or space.side == "right" else space.rows
+    sketch = spread.part(gaussian(key, (*space.batch, size, missing), basis.device, basis.dtype), -2)
+    return torch.cat([basis, householder(sketch - basis @ spread.sum(basis.mT @ sketch, -2), spread)], -1)
+
+
+def _padded(tensor: Tensor, width: int, rows: bool = False) -> Tensor:
+    """A copy with zeros up to `width` columns, and rows."""
+    below = width - tensor.shape[-2] if rows else 0
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1], 0, below)).clone()
+
+
+def _basis(bases: Mapping[str, Tensor], space: Space) -> Basis:
+    if space.side == "full":
+        return TwoSidedBasis(bases["basis"], bases["basis_right"], shards=space.shards)
+    return DenseBasis(bases["basis"], space.side, shards=space.shards)
