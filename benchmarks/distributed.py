@@ -68,13 +68,13 @@ def counting(sent: dict[str, float]) -> Iterator[None]:
 
         return call
 
-    from lowrank_optim.sharding import param_sharding as shards
+    from lowrank_optim.sharding import param_sharding as sharding
 
-    kept = shards._reduce_scatter, shards._all_gather
+    kept = sharding._reduce_scatter, sharding._all_gather
     try:
         for name in real:
             setattr(torch.distributed, name, counted(name))
-        shards._reduce_scatter, shards._all_gather = (
+        sharding._reduce_scatter, sharding._all_gather = (
             counted(n) for n in ("reduce_scatter_tensor", "all_gather_into_tensor")
         )
         with Gathers(sent):
@@ -82,7 +82,7 @@ def counting(sent: dict[str, float]) -> Iterator[None]:
     finally:
         for name, function in real.items():
             setattr(torch.distributed, name, function)
-        shards._reduce_scatter, shards._all_gather = kept
+        sharding._reduce_scatter, sharding._all_gather = kept
 
 
 class Model(nn.Module):

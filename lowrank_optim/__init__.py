@@ -30,9 +30,9 @@ from lowrank_optim.optimizers import (
     state_bytes,
 )
 from lowrank_optim.projectors import SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
-from lowrank_optim.projectors.base import Basis, GradientTerm, Space, Write, usable
+from lowrank_optim.projectors.base import Basis, GradientTerm, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
-from lowrank_optim.residuals.base import Reduced, Residual, Update
+from lowrank_optim.residuals.base import Residual, ResidualInput, Update
 from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual, SGDResidual, SignResidual
 from lowrank_optim.residuals.scaled import GradientScaled, NormScaled
 from lowrank_optim.rules import (
@@ -92,16 +92,16 @@ __all__ = [
     "RMSprop",
     "Random",
     "RandomizedSVD",
-    "Reduced",
     "Residual",
+    "ResidualInput",
     "Role",
     "Rule",
     "SGDResidual",
     "SignResidual",
-    "Space",
+    "StepParams",
+    "SubspaceSpec",
     "Update",
     "UpdateInBackward",
-    "Write",
     "__version__",
     "by_name",
     "describe",

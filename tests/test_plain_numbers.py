@@ -68,7 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-WHOLE = ("lr", "rho", "error_feedback", "coordinates", "nesterov", "match_reference")
+UNSHARDED = ("lr", "rho", "error_feedback", "coordinates", "nesterov", "match_reference")
 """Options that decide, in the constructor, what the method is."""
 
 
@@ -113,7 +113,7 @@ def test_numbers_of_other_types_become_pythons_and_train_alike(name, form, where
     if where == "constructor":
         optimizer = lo.by_name(name)(ours, **given)
     else:
-        whole = {key: given.pop(key) for key in WHOLE if key in given}
+        whole = {key: given.pop(key) for key in UNSHARDED if key in given}
         optimizer = lo.by_name(name)([{"params": ours[:1], **given}], **whole)
         optimizer.add_param_group({"params": ours[1:], **given})
     assert_plain(optimizer)

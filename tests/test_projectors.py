@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lowrank_optim as lo
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, make_key
-from lowrank_optim.projectors import Basis, Projector, Space, Write, from_name
+from lowrank_optim.projectors import Basis, Projector, StepParams, SubspaceSpec, from_name
 from lowrank_optim.projectors.base import align_signs
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -56,11 +56,11 @@ def key(step: int = 0, index: int = 0, seed: int = 0) -> int:
     return make_key(seed, index, step, PURPOSE_BASIS)
 
 
-def space_of(projector: Projector, grad: Tensor, rank: int, proj_type: str) -> Space:
+def space_of(projector: Projector, grad: Tensor, rank: int, proj_type: str) -> SubspaceSpec:
     return projector.space(tuple(grad.shape), rank, proj_type, F64 if grad.dtype == F64 else F32)
 
 
-def refreshed(projector: Projector, grads: list[Tensor], rank: int, proj_type: str) -> tuple[Space, State]:
+def refreshed(projector: Projector, grads: list[Tensor], rank: int, proj_type: str) -> tuple[SubspaceSpec, State]:
     """The state after one refresh with each gradient, as the optimizer does it."""
     space = space_of(projector, grads[0], rank, proj_type)
     state = projector.init(space, key(), CPU)
@@ -427,7 +427,7 @@ def test_project_and_apply_are_the_explicit_products(projector, shape, rank, sid
     scale = float(expected.abs().max())
     torch.testing.assert_close(r, expected, rtol=0, atol=10 * TOLERANCE[compute] * scale)
     target = 0.75 * weight.double() - 0.5 * lifted
-    basis.apply_(weight, reduced, Write(alpha=0.5, keep=0.75))
+    basis.apply_(weight, reduced, StepParams(alpha=0.5, keep=0.75))
     tolerance = torch.finfo(BF16).eps / 2 if dtype == BF16 else 10 * TOLERANCE[dtype]
     torch.testing.assert_close(weight.double(), target, rtol=0, atol=tolerance * float(target.abs().max()))
 
@@ -435,7 +435,7 @@ def test_project_and_apply_are_the_explicit_products(projector, shape, rank, sid
 # -------------------------------------------------------------------------------------------------------------------- random
 
 
-def random_parts(projector: Projector, space: Space, k: int) -> list[Tensor]:
+def random_parts(projector: Projector, space: SubspaceSpec, k: int) -> list[Tensor]:
     basis = projector.basis(space, {}, k, CPU)
     return [basis.left, basis.right] if space.side == "full" else [basis.matrix]
 
@@ -506,7 +506,7 @@ def test_both_sides_of_a_square_matrix_and_all_experts_get_unrelated_random_base
 # ----------------------------------------------------------------------------------------------------------------- coordinate
 
 
-def explicit_mask(projector: lo.Coordinate, space: Space, indices: Tensor) -> Tensor:
+def explicit_mask(projector: lo.Coordinate, space: SubspaceSpec, indices: Tensor) -> Tensor:
     """1 where an entry of the matrix is selected; one matrix at a time, by plain loops."""
     mask = torch.zeros(space.shape, dtype=torch.bool)
     masks = mask if space.batch else mask.unsqueeze(0)
@@ -553,7 +553,7 @@ def check_selection(projector: lo.Coordinate, grad: Tensor, weight: Tensor, rank
     assert torch.equal(reduced.flatten(), values.to(compute))
 
     expected = torch.where(mask, 0.75 * weight.double() - 0.5 * grad.double(), 0.75 * weight.double())
-    basis.apply_(weight, reduced, Write(alpha=0.5, keep=0.75))
+    basis.apply_(weight, reduced, StepParams(alpha=0.5, keep=0.75))
     if weight.dtype == BF16:  # the float32 arithmetic is exact here, so rounding happens once
         assert torch.equal(weight, expected.to(BF16))
     else:
@@ -568,7 +568,7 @@ def test_coordinates_with_a_false_mask_change_nothing(projector, dtype):
     basis, before = projector.basis(space, state, key(), CPU), weight.clone()
     zero = torch.zeros(projector.reduced_shape(space))
     for rounding in (None, 7) if dtype == BF16 else (None,):
-        basis.apply_(weight, zero, Write(0.5, 0.75, torch.tensor(False), rounding))
+        basis.apply_(weight, zero, StepParams(0.5, 0.75, torch.tensor(False), rounding))
         assert torch.equal(weight, before)
 
 
@@ -581,7 +581,7 @@ def test_coordinate_updates_of_bfloat16_weights_are_rounded_stochastically_and_o
         space, state = refreshed(projector, [weight], 4, "std")
         basis = projector.basis(space, state, key(), CPU)
         core = torch.full(projector.reduced_shape(space), -(2.0**-9))  # a quarter of the spacing above 1
-        basis.apply_(weight, core, Write(1.0, 1.0, None, make_key(0, 0, step, PURPOSE_ROUNDING)))
+        basis.apply_(weight, core, StepParams(1.0, 1.0, None, make_key(0, 0, step, PURPOSE_ROUNDING)))
         mask = explicit_mask(projector, space, state["indices"])
         assert (weight[~mask] == 1.0).all()
         assert ((weight[mask] == 1.0) | (weight[mask] == 1.0 + 2.0**-7)).all()
@@ -630,7 +630,7 @@ def test_an_unknown_proj_type_raises_and_lists_the_valid_ones(projector):
 # ----------------------------------------------------------------------------------------------------------------- transport
 
 
-def two_bases(projector: Projector, shape: tuple[int, ...], rank: int, side: str) -> tuple[Space, Basis, Basis]:
+def two_bases(projector: Projector, shape: tuple[int, ...], rank: int, side: str) -> tuple[SubspaceSpec, Basis, Basis]:
     space, old = refreshed(projector, [draw(1, *shape)], rank, side)
     new = projector.refresh(draw(2, *shape), space, old, key(9), first=False)
     assert new is not None
@@ -688,7 +688,7 @@ def test_transport_between_coordinates_keeps_what_both_share_and_clears_the_rest
     old, new = (projector.basis(space, s, 0, CPU) for s in states)
     moment = draw(3, *projector.reduced_shape(space), dtype=F32)
     whole = torch.zeros(space.shape)
-    old.apply_(whole, moment, Write(alpha=-1.0, keep=1.0))  # the moment, as a matrix
+    old.apply_(whole, moment, StepParams(alpha=-1.0, keep=1.0))  # the moment, as a matrix
     for power in (1, 2):
         assert torch.equal(new.transport(moment, old, power), new.project(whole))
 

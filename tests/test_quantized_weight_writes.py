@@ -26,7 +26,7 @@ from lowrank_optim.nn import QuantizedWeight
 from lowrank_optim.nn.quantized_weight import WeightView
 
 ROWS, COLS = 8, 12
-Write = Callable[[Any], object]
+StepParams = Callable[[Any], object]
 
 
 def start(dtype: torch.dtype = torch.float32, rows: int = ROWS, cols: int = COLS) -> QuantizedWeight:
@@ -43,7 +43,7 @@ def assert_same(weight: QuantizedWeight, dense: Tensor, tolerance: float = 1.0) 
     assert torch.all(error <= tolerance * levels(weight) * 1.01 + 1e-6), error.max()
 
 
-def written_both(write: Write, dtype: torch.dtype) -> tuple[QuantizedWeight, Tensor]:
+def written_both(write: StepParams, dtype: torch.dtype) -> tuple[QuantizedWeight, Tensor]:
     """An 8-bit weight and a float32 matrix of the same values, after the same write."""
     weight = start(dtype)
     dense = weight.decoded(torch.float32)
@@ -132,7 +132,7 @@ def test_views_are_live_in_inference_mode(name: str) -> None:
         assert torch.all((VIEWS[name](weight.decoded()) - 5.0).abs() <= 5.0 / 127)
 
 
-WRITES: dict[str, Write] = {
+WRITES: dict[str, StepParams] = {
     "setitem": lambda w: w.__setitem__(slice(0, 3), 0),
     "setitem_row": lambda w: w.__setitem__(slice(None), torch.ones(COLS)),
     "setitem_mask": lambda w: w.__setitem__(w > 0, 0.25),
@@ -206,7 +206,7 @@ def test_a_write_returns_the_weight_itself() -> None:
     assert row.zero_() is row
 
 
-REFUSED: dict[str, Write] = {
+REFUSED: dict[str, StepParams] = {
     "resize_": lambda w: w.resize_(3, 3),
     "resize_as_": lambda w: w.resize_as_(torch.empty(3)),
     "t_": lambda w: w.t_(),
@@ -535,7 +535,7 @@ AVERAGES: dict[str, tuple[dict[str, Any], Average]] = {
 
 
 def averaged(
-    dtype: torch.dtype, name: str, prepare: Write = lambda model: None
+    dtype: torch.dtype, name: str, prepare: StepParams = lambda model: None
 ) -> tuple[AveragedModel, Tensor, Tensor]:
     """The average of 30 models, its float64 reference, and how far the last model is from it."""
     options, average = AVERAGES[name]

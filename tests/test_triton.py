@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-HERE = Path(__file__).parent
+LOCAL = Path(__file__).parent
 
 GROUPS = {
     "products and elements": "not (coded_adam or quantize or pack)",
@@ -25,10 +25,10 @@ GROUPS = {
 
 def child(*args: str, **environment: str) -> str:
     """What a Python process of this environment prints; it has to succeed."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **environment}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(LOCAL.parent), **environment}
     for name in {"LOWRANK_OPTIM_BACKEND", "PYTEST_XDIST_WORKER", "TRITON_INTERPRET"} - environment.keys():
         env.pop(name, None)
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=HERE, env=env, check=False)
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=LOCAL, env=env, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -71,7 +71,7 @@ for variant in variants:
 def test_every_kernel_compiles_ahead_of_time(capability, tmp_path):
     said = child("-c", AHEAD, str(capability), TRITON_CACHE_DIR=str(tmp_path))
     built = {line.split()[0] for line in said.splitlines()}
-    sources = Path(HERE.parent, "lowrank_optim", "kernels", "triton").glob("*.py")
+    sources = Path(LOCAL.parent, "lowrank_optim", "kernels", "triton").glob("*.py")
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
     assert built == kernels
 

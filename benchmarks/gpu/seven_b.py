@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent / "examples")]
+LOCAL = Path(__file__).resolve().parent
+sys.path[:0] = [str(LOCAL.parent), str(LOCAL.parent.parent / "examples")]
 
 from common import packages, write  # noqa: E402
 from pretraining.configs import SIZES, build_model  # noqa: E402

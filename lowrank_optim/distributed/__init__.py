@@ -6,18 +6,12 @@ Light to import: `torch.distributed.tensor` and its kin are imported where a par
 from typing import TYPE_CHECKING, Any
 
 from lowrank_optim.distributed.checkpoint_template import match_checkpoint
-from lowrank_optim.sharding.param_sharding import HERE, Shards
-from lowrank_optim.sharding.tensor_sharding import WHOLE, Spread
 
 if TYPE_CHECKING:
     from lowrank_optim.distributed.ddp import LowRankHook
 
 __all__ = [
-    "HERE",
-    "WHOLE",
     "LowRankHook",
-    "Shards",
-    "Spread",
     "match_checkpoint",
 ]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors import Projector, Space
+from lowrank_optim.projectors import Projector, SubspaceSpec
 
 
 def matrix_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
@@ -42,7 +42,7 @@ def is_low_rank(group: Mapping[str, Any]) -> bool:
 
 def make_space(
     shape: tuple[int, ...], group: Mapping[str, Any], projector: Projector, dtype: torch.dtype
-) -> Space | None:
+) -> SubspaceSpec | None:
     """The low-rank problem of a matrix in a low-rank group; None where the rank exceeds its short side, so that it is dense."""
     if group["density"] is not None:
         space = projector.space_of_density(shape, float(group["density"]), group["proj_type"], dtype)

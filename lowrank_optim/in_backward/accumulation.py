@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.kernels.counter_rng import random_bits
-from lowrank_optim.projectors import Basis, Space, Write
+from lowrank_optim.projectors import Basis, StepParams, SubspaceSpec
 from lowrank_optim.projectors.coordinate_basis import CoordinateBasis
 from lowrank_optim.projectors.dense_basis import DenseBasis, WholeBasis
 from lowrank_optim.projectors.float64_sums import plain
@@ -43,7 +43,7 @@ def add(state: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 def add_projected(
-    state: dict[str, Tensor], grad: Tensor, reduced: Tensor, basis: Basis, space: Space, key: int
+    state: dict[str, Tensor], grad: Tensor, reduced: Tensor, basis: Basis, space: SubspaceSpec, key: int
 ) -> None:
     """Add one micro-batch of a matrix: R, and what the norm of the whole gradient needs.
 
@@ -72,7 +72,7 @@ def accumulated_norm(state: Mapping[str, Tensor], basis: Basis) -> Tensor:
 
 
 def template(
-    param: Tensor, saved: Mapping[str, Tensor], space: Space | None, reduced_shape: tuple[int, ...]
+    param: Tensor, saved: Mapping[str, Tensor], space: SubspaceSpec | None, reduced_shape: tuple[int, ...]
 ) -> dict[str, Tensor]:
     """Types and shapes of the accumulators in a checkpoint, as tensors without memory."""
     meta = torch.device("meta")
@@ -83,12 +83,12 @@ def template(
     return like | {name: torch.empty(shape, dtype=space.dtype, device=meta) for name, shape in shapes.items()}
 
 
-def sketch_shape(space: Space) -> tuple[int, ...]:
+def sketch_shape(space: SubspaceSpec) -> tuple[int, ...]:
     """Shape of EΩ."""
     return (*space.batch, space.cols if space.side == "left" else space.rows, PROBES)
 
 
-def _probe(basis: Basis, space: Space, key: int, device: torch.device) -> tuple[Tensor, str]:
+def _probe(basis: Basis, space: SubspaceSpec, key: int, device: torch.device) -> tuple[Tensor, str]:
     """Ω, (…, d, s) on the projected side d, and that side; outside of the subspace where its norms can be taken exactly."""
     side = "left" if space.side == "left" else "right"
     shape = (PROBES, space.cols) if side == "right" else (space.rows, PROBES)
@@ -98,7 +98,7 @@ def _probe(basis: Basis, space: Space, key: int, device: torch.device) -> tuple[
     if isinstance(plain(basis), WholeBasis):
         probe.zero_()
     elif _norms_are_inside(basis):
-        basis.apply_(probe, basis.project(probe), Write(1.0, 1.0))  # Ω ← Ω − B(BᵀΩ)
+        basis.apply_(probe, basis.project(probe), StepParams(1.0, 1.0))  # Ω ← Ω − B(BᵀΩ)
     return (probe.mT if side == "right" else probe), side
 
 

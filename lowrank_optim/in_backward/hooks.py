@@ -28,7 +28,7 @@ from lowrank_optim.kernels.counter_rng import PURPOSE_SKETCH, make_key
 from lowrank_optim.optimizers.base import LowRankOptimizer
 from lowrank_optim.optimizers.owners import WAY_OUT, GradientHook, StepHook, check_free, owner, two_optimizers
 from lowrank_optim.sharding.dtensor import local, local_grad, wait_for_host_copy
-from lowrank_optim.sharding.param_sharding import HERE
+from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.param_plan import ParamPlan, check_unit
 from lowrank_optim.step.state_names import ACCUMULATORS, MEASURED
 from lowrank_optim.step.trained_param import TrainedParam
@@ -258,7 +258,7 @@ class UpdateInBackward:
         state, plan = trained.state, trained.plan
         first = "micro_batches" not in state
         whole = plan.space is None or plan.residual.uses_gradient or "grad_sum" in state
-        whole = whole or plan.shards is not HERE  # the norm of a sum of R's takes a sketch of whole lines
+        whole = whole or plan.sharding is not LOCAL  # the norm of a sum of R's takes a sketch of whole lines
         if first and not whole and plan.projector.needs_gradient and int(state["last_refresh"]) >= 0:
             whole = trained.refresh_is_due
         if whole:
@@ -287,14 +287,14 @@ class UpdateInBackward:
     def _step_whole(self, trained: TrainedParam) -> None:
         """Update a parameter from the whole gradient in `param.grad`."""
         plan, grad = trained.plan, local_grad(trained.param)
-        norm = plan.shards.matrix.norm(kernels.norm(grad))
+        norm = plan.sharding.matrix.norm(kernels.norm(grad))
         within = norm
         if self.max_grad_norm is not None and self.clip == "subspace" and plan.space is not None:
             _, _, reduced = trained.project()
             if not plan.residual.uses_gradient:
                 self._step_projected(trained, reduced, norm)
                 return
-            within = plan.shards.reduced.norm(torch.linalg.vector_norm(reduced))
+            within = plan.sharding.reduced.norm(torch.linalg.vector_norm(reduced))
         self._scale(grad, within)
         self._record(plan, norm)
         if plan.unit:
@@ -319,7 +319,7 @@ class UpdateInBackward:
         """Update a matrix from R, where ‖G‖ is `norm`."""
         within = norm
         if self.clip == "subspace":
-            within = trained.plan.shards.reduced.norm(torch.linalg.vector_norm(reduced))
+            within = trained.plan.sharding.reduced.norm(torch.linalg.vector_norm(reduced))
         self._scale(reduced, within)
         self._record(trained.plan, norm)
         trained.step_projected(reduced)
@@ -349,7 +349,7 @@ class UpdateInBackward:
         if scale is None:
             raise RuntimeError("the GradScaler has no scale yet; call scaler.scale(loss).backward()")
         grad.mul_(on_device(scale.double().reciprocal().float(), grad.device))
-        bad = ~torch.isfinite(plan.shards.matrix.sum(kernels.norm(grad)))
+        bad = ~torch.isfinite(plan.sharding.matrix.sum(kernels.norm(grad)))
         self._found_inf = bad if self._found_inf is None else self._found_inf.to(bad.device) | bad
 
     # ----------------------------------------------------------------------------------------------------- for the optimizer
@@ -400,7 +400,7 @@ class UpdateInBackward:
                 continue
             gradient = local(param).numel() * param.element_size()
             largest = max(largest, gradient)
-            if plan.space is None or plan.residual.uses_gradient or plan.shards is not HERE:
+            if plan.space is None or plan.residual.uses_gradient or plan.sharding is not LOCAL:
                 kept += gradient + 8
             else:
                 reduced = plan.whole_moment_shape(optimizer.state.get(param))

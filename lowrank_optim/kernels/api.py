@@ -225,7 +225,7 @@ def _adam_direct_with_norms_(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     direction: Tensor = _ops.adam_direct_(grad, exp_avg, exp_avg_sq, scalars, ok)
-    return direction, *reference.line_norms(direction, grad)
+    return direction, *reference.row_norms(direction, grad)
 
 
 @definition("adam_dense_")

@@ -158,7 +158,7 @@ def adam_direct_(
     return direction if ok is None else direction.masked_fill_(~ok, 0.0)
 
 
-def line_norms(direction: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def row_norms(direction: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
     above: Tensor = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     below: Tensor = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)

@@ -31,7 +31,7 @@ from lowrank_optim.residuals import Residual, residual_from_name
 from lowrank_optim.rules import Rule, rule_from_name
 from lowrank_optim.sharding.agreement import check_agreement
 from lowrank_optim.sharding.dtensor import LocalState
-from lowrank_optim.sharding.param_sharding import HERE
+from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Step, alone, together
 from lowrank_optim.step.dense import joint_step
 from lowrank_optim.step.entrance import check_members, enter
@@ -274,7 +274,7 @@ class LowRankOptimizer(Optimizer):
             state: dict[str, Tensor] = self.state.get(param) or self._new_state(param, group, plan)
         else:
             group, plan, state = changed
-        if plan.shards is not HERE:
+        if plan.sharding is not LOCAL:
             state = LocalState(state, plan.placed)
         moments, offset = open_moments(group, plan, state, param.dtype), self._plans.offset(param, self.param_groups)
         return TrainedParam(param, group, plan, state, moments, offset, self._skipped, self._mask_on_device)

@@ -14,7 +14,7 @@ from lowrank_optim.optimizers.layer_sampling import draw_layers
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
 from lowrank_optim.residuals.base import Residual
 from lowrank_optim.rules import Adam
-from lowrank_optim.sharding.dtensor import dense_spread, local
+from lowrank_optim.sharding.dtensor import dense_sharding, local
 
 Importance: TypeAlias = Callable[[int, list[Tensor]], float]
 """(number of a layer, its parameters) → its weight in the draw, at least 0."""
@@ -134,5 +134,5 @@ def weight_norm(layer: int, params: list[Tensor]) -> float:
     """‖W‖ of all weights of a layer; 1 where they hold no numbers (meta tensors)."""
     if any(param.is_meta for param in params):
         return 1.0
-    norms = [dense_spread(param).norm(_norm(local(param))) for param in params]
+    norms = [dense_sharding(param).norm(_norm(local(param))) for param in params]
     return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, Space, Write
+from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, StepParams, SubspaceSpec
 from lowrank_optim.projectors.blocks import Blocks
 from lowrank_optim.projectors.coordinate import Coordinate
 from lowrank_optim.projectors.power_iteration import PowerIteration
@@ -22,8 +22,8 @@ __all__ = [
     "Projector",
     "Random",
     "RandomizedSVD",
-    "Space",
-    "Write",
+    "StepParams",
+    "SubspaceSpec",
     "from_name",
 ]
 

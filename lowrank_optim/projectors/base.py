@@ -23,8 +23,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_optim.kernels import as_python
-from lowrank_optim.sharding.param_sharding import HERE, Shards
-from lowrank_optim.sharding.tensor_sharding import WHOLE, Spread
+from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
+from lowrank_optim.sharding.tensor_sharding import UNSHARDED, TensorSharding
 
 SIDES = ("right", "left", "full")
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -42,7 +42,7 @@ def choose_side(proj_type: str, rows: int, cols: int) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class Turn:
     """The place of a tensor among the tensors of its group, for projectors that take turns with whole tensors.
 
     position of count; `active` of them are trained with moments at a time; `key` is the group's stream of random numbers.
@@ -55,11 +55,11 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Space:
+class SubspaceSpec:
     """The shape of a low-rank problem: one matrix, or a stack of them, and the subspace it is projected to.
 
     Depends on the parameter's global shape and its options only, never on gradients. All sizes are those of the whole matrix; what
-    this process holds of it, `shards` says.
+    this process holds of it, `sharding` says.
     """
 
     batch: tuple[int, ...]  # () for a matrix, (experts,) for a stack
@@ -69,8 +69,8 @@ class Space:
     side: str
     dtype: torch.dtype  # compute type: float32, or float64 for float64 parameters
     basis_bits: int = 32
-    place: Place | None = None
-    shards: Shards = field(default=HERE, compare=False)
+    place: Turn | None = None
+    sharding: ParamSharding = field(default=LOCAL, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,11 +111,11 @@ class GradientTerm:
     ok: Tensor | None = None
     subtract: Tensor | None = None
     sign: bool = False
-    by_line: bool = False
+    by_channel: bool = False
 
 
 @dataclass(frozen=True)
-class Write:
+class StepParams:
     """How an update goes into the weights; the fields are arguments of `kernels.apply_`."""
 
     alpha: float
@@ -128,7 +128,7 @@ class Basis(Protocol):
     """A subspace at one moment: what the step needs of it."""
 
     @property
-    def shards(self) -> Shards:
+    def sharding(self) -> ParamSharding:
         """Where the parts of matrix, basis and R lie."""
 
     @property
@@ -144,7 +144,7 @@ class Basis(Protocol):
     def lifted_squares(self, reduced: Tensor) -> Tensor:
         """‖P r_j‖² for every row r_j of R, (…, d, 1): ‖r_j‖² where P is orthonormal, r_jᵀPᵀP r_j elsewhere."""
 
-    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
+    def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:
         """W ← keep·W − α·(lift(core) + term), in place. No core lifts to nothing."""
 
     def lift_(self, grad: Tensor, reduced: Tensor) -> None:
@@ -177,7 +177,7 @@ class Projector(ABC):
     uses_momentum: ClassVar[bool] = False
     """Whether `refresh` wants the rule's momentum."""
     knows_shards: ClassVar[bool] = False
-    """Whether gradients and bases may be local parts, which `Space.shards` describes; if not, sharded parameters are refused."""
+    """Whether gradients and bases may be local parts (`SubspaceSpec.sharding`); if not, sharded parameters are refused."""
     orthonormal: ClassVar[bool] = True
     """Whether the basis vectors are orthonormal, so that G − lift R is what lies outside of the subspace."""
     has_channels: ClassVar[bool] = True
@@ -208,37 +208,39 @@ class Projector(ABC):
                 f"proj_type is {proj_type!r}, which projector={self.name!r} cannot do; use std, reverse_std, {', '.join(self.sides)}"
             )
 
-    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
+    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> SubspaceSpec:
         """The low-rank problem for a gradient of `shape` (…, m, n)."""
         *batch, rows, cols = shape
-        return Space(tuple(batch), rows, cols, rank, choose_side(proj_type, rows, cols), dtype)
+        return SubspaceSpec(tuple(batch), rows, cols, rank, choose_side(proj_type, rows, cols), dtype)
 
-    def space_of_density(self, shape: tuple[int, ...], density: float, proj_type: str, dtype: torch.dtype) -> Space:
+    def space_of_density(
+        self, shape: tuple[int, ...], density: float, proj_type: str, dtype: torch.dtype
+    ) -> SubspaceSpec:
         """As `space`, with the fraction `density` in [0, 1] of the projected side as rank."""
         space = self.space(shape, 0, proj_type, dtype)
         return replace(space, rank=space.share(density))
 
-    def arrange(self, spaces: list[Space], density: float | None, key: int) -> list[Space]:
+    def arrange(self, spaces: list[SubspaceSpec], density: float | None, key: int) -> list[SubspaceSpec]:
         """The spaces of one group, told of each other."""
         return spaces
 
-    def reduced_shape(self, space: Space, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
+    def reduced_shape(self, space: SubspaceSpec, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
         """Shape of R and of the moments."""
         return space.reduced_shape
 
-    def contracted(self, space: Space) -> tuple[int, ...]:
+    def contracted(self, space: SubspaceSpec) -> tuple[int, ...]:
         """The dimensions of G that the projection sums over, −2 and −1, in this order."""
         return {"right": (-1,), "left": (-2,), "full": (-2, -1)}[space.side]
 
     @abstractmethod
-    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
+    def init(self, space: SubspaceSpec, key: int, device: torch.device) -> dict[str, Tensor]:
         """State tensors before the first gradient: a valid basis, if not yet a good one."""
 
     @abstractmethod
     def refresh(
         self,
         grad: Tensor,
-        space: Space,
+        space: SubspaceSpec,
         state: Mapping[str, Tensor],
         key: int,
         first: bool,
@@ -255,11 +257,11 @@ class Projector(ABC):
         return self
 
     @abstractmethod
-    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+    def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
         """The subspace that the state (or, where nothing is stored, the key) stands for."""
 
 
-def usable(grad: Tensor, spread: Spread = WHOLE) -> Tensor:
+def usable(grad: Tensor, spread: TensorSharding = UNSHARDED) -> Tensor:
     """For each matrix of the stack, whether it is finite and not all zero: (…, 1, 1) bool, the same on all processes."""
     norm = spread.sum(torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True), -2, -1)
     flag: Tensor = torch.isfinite(norm) & (norm > 0)
@@ -272,7 +274,7 @@ def row_squares(matrix: Tensor) -> Tensor:
     return norm.square_()
 
 
-def align_signs(new: Tensor, old: Tensor, spread: Spread = WHOLE) -> Tensor:
+def align_signs(new: Tensor, old: Tensor, spread: TensorSharding = UNSHARDED) -> Tensor:
     """Flip basis vectors so that each has a non-negative product with the old vector of its column.
 
     Singular vectors have no sign of their own. Moments that are kept across a refresh are read in the new coordinates, and a flipped

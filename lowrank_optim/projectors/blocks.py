@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import choose, derive_key
 from lowrank_optim.kernels.host import host_tensor
-from lowrank_optim.projectors.base import Basis, Place, Projector, Space
+from lowrank_optim.projectors.base import Basis, Projector, SubspaceSpec, Turn
 from lowrank_optim.projectors.dense_basis import DenseBasis, WholeBasis
 
 ORDERS = ("random", "ascending", "descending", "mirror")
@@ -56,15 +56,17 @@ class Blocks(Projector):
     def name(self) -> str:
         return f"blocks:{self.order}"
 
-    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
+    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> SubspaceSpec:
         raise ValueError(
             f"blocks={self.order!r} trains whole tensors, which have no rank; use density=… in place of rank={rank}"
         )
 
-    def space_of_density(self, shape: tuple[int, ...], density: float, proj_type: str, dtype: torch.dtype) -> Space:
+    def space_of_density(
+        self, shape: tuple[int, ...], density: float, proj_type: str, dtype: torch.dtype
+    ) -> SubspaceSpec:
         return super().space(shape, shape[-1], "right", dtype)
 
-    def arrange(self, spaces: list[Space], density: float | None, key: int) -> list[Space]:
+    def arrange(self, spaces: list[SubspaceSpec], density: float | None, key: int) -> list[SubspaceSpec]:
         count = len(spaces)
         active = round((density or 0.0) * count) or math.ceil(density or 0.0)
         if self.order == "mirror" and (count % 2 or active % 2):
@@ -72,14 +74,14 @@ class Blocks(Projector):
                 f'blocks="mirror" pairs the tensors of a group, but density {density} takes {active} of {count}; both must be even: '
                 'change the density, or use blocks="ascending" or "random"'
             )
-        return [replace(space, place=Place(i, count, active, key)) for i, space in enumerate(spaces)]
+        return [replace(space, place=Turn(i, count, active, key)) for i, space in enumerate(spaces)]
 
-    def reduced_shape(self, space: Space, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
+    def reduced_shape(self, space: SubspaceSpec, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
         if state is None or self._is_active(space, int(state["turn"])):
             return space.reduced_shape
         return (*space.batch, space.rows, 0)
 
-    def _is_active(self, space: Space, turn: int) -> bool:
+    def _is_active(self, space: SubspaceSpec, turn: int) -> bool:
         assert space.place is not None
         position, count, active = space.place.position, space.place.count, space.place.active
         if self.order == "random":
@@ -90,16 +92,16 @@ class Blocks(Projector):
             position = count - 1 - position
         return (position - turn * active) % count < active
 
-    def contracted(self, space: Space) -> tuple[int, ...]:
+    def contracted(self, space: SubspaceSpec) -> tuple[int, ...]:
         return ()
 
-    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
+    def init(self, space: SubspaceSpec, key: int, device: torch.device) -> dict[str, Tensor]:
         return {"turn": host_tensor(0, torch.int64)}
 
     def refresh(
         self,
         grad: Tensor,
-        space: Space,
+        space: SubspaceSpec,
         state: Mapping[str, Tensor],
         key: int,
         first: bool,
@@ -107,8 +109,8 @@ class Blocks(Projector):
     ) -> dict[str, Tensor] | None:
         return {"turn": state["turn"] + (not first)}
 
-    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+    def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
         if self._is_active(space, int(state["turn"])):
-            return WholeBasis(space.shards)
+            return WholeBasis(space.sharding)
         nothing = torch.empty((*space.batch, space.cols, 0), dtype=space.dtype, device=device)
-        return DenseBasis(space.shards.cols.part(nothing), "right", shards=space.shards)
+        return DenseBasis(space.sharding.cols.part(nothing), "right", sharding=space.sharding)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import choose, choose_stratified, derive_key
-from lowrank_optim.projectors.base import Basis, Projector, Space
+from lowrank_optim.projectors.base import Basis, Projector, SubspaceSpec
 from lowrank_optim.projectors.coordinate_basis import (
     CoordinateBasis,
     EntryBasis,
@@ -63,21 +63,23 @@ class Coordinate(Projector):
             )
         super().check(proj_type)
 
-    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
+    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> SubspaceSpec:
         side = _SIDE_OF[self.coordinates] if self.coordinates else proj_type
         count = rank * max(shape[-2:]) if self.coordinates == "entries" else rank
         return super().space(shape, count, side, dtype)
 
-    def space_of_density(self, shape: tuple[int, ...], density: float, proj_type: str, dtype: torch.dtype) -> Space:
+    def space_of_density(
+        self, shape: tuple[int, ...], density: float, proj_type: str, dtype: torch.dtype
+    ) -> SubspaceSpec:
         space = self.space(shape, 0, proj_type, dtype)
         population = space.rows * space.cols if self.coordinates == "entries" else space.basis_rows
         # Rounded down; 0.29 of 100 is 29, whatever floating-point numbers say.
         return replace(space, rank=int(density * population + 1e-6) or math.ceil(density))
 
-    def reduced_shape(self, space: Space, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
+    def reduced_shape(self, space: SubspaceSpec, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
         return (*space.batch, space.rank, 1) if self.coordinates == "entries" else space.reduced_shape
 
-    def _draw(self, space: Space, key: int, device: torch.device) -> Tensor:
+    def _draw(self, space: SubspaceSpec, key: int, device: torch.device) -> Tensor:
         if self.coordinates == "entries":
             draw, population = choose_stratified, space.rows * space.cols
         else:
@@ -89,19 +91,19 @@ class Coordinate(Projector):
             [draw(derive_key(key, i), population, space.rank, device).to(dtype) for i in range(space.batch[0])]
         )
 
-    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
+    def init(self, space: SubspaceSpec, key: int, device: torch.device) -> dict[str, Tensor]:
         return {"indices": self._indices(space, key, device)}
 
-    def contracted(self, space: Space) -> tuple[int, ...]:
+    def contracted(self, space: SubspaceSpec) -> tuple[int, ...]:
         return (-2, -1) if self.coordinates == "entries" else super().contracted(space)
 
-    def _indices(self, space: Space, key: int, device: torch.device) -> Tensor:
-        return space.shards.spread_of("chosen", space.side).part(self._draw(space, key, device))
+    def _indices(self, space: SubspaceSpec, key: int, device: torch.device) -> Tensor:
+        return space.sharding.sharding_of("chosen", space.side).part(self._draw(space, key, device))
 
     def refresh(
         self,
         grad: Tensor,
-        space: Space,
+        space: SubspaceSpec,
         state: Mapping[str, Tensor],
         key: int,
         first: bool,
@@ -109,8 +111,8 @@ class Coordinate(Projector):
     ) -> dict[str, Tensor] | None:
         return {"indices": self._indices(space, key, grad.device)}
 
-    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
-        scattered = space.shards.matrix.splits(*self.contracted(space))
+    def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+        scattered = space.sharding.matrix.splits(*self.contracted(space))
         if self.coordinates == "entries":
-            return (ScatteredEntries if scattered else EntryBasis)(state["indices"], space.shards)
-        return (ScatteredCoordinates if scattered else CoordinateBasis)(state["indices"], space.side, space.shards)
+            return (ScatteredEntries if scattered else EntryBasis)(state["indices"], space.sharding)
+        return (ScatteredCoordinates if scattered else CoordinateBasis)(state["indices"], space.side, space.sharding)

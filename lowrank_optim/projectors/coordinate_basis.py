@@ -9,9 +9,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_optim import kernels
-from lowrank_optim.projectors.base import GradientTerm, Write, row_squares
+from lowrank_optim.projectors.base import GradientTerm, StepParams, row_squares
 from lowrank_optim.projectors.dense_basis import LIFT, _nothing, lifted
-from lowrank_optim.sharding.param_sharding import HERE, Shards
+from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
 
 
 class _SelectedEntries(ABC):
@@ -21,7 +21,7 @@ class _SelectedEntries(ABC):
     """
 
     disjoint: ClassVar[bool] = True
-    shards: Shards
+    sharding: ParamSharding
 
     @abstractmethod
     def _get(self, matrix: Tensor) -> Tensor:
@@ -46,14 +46,14 @@ class _SelectedEntries(ABC):
         return scale
 
     def project(self, grad: Tensor) -> Tensor:
-        return self.shards.collect(self._get(grad).to(kernels.compute_dtype(grad.dtype)))
+        return self.sharding.collect(self._get(grad).to(kernels.compute_dtype(grad.dtype)))
 
     def lifted_squares(self, reduced: Tensor) -> Tensor:
         return row_squares(reduced)
 
-    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
-        dtype, start = kernels.compute_dtype(weight.dtype), self.shards.matrix.start
-        core, term = lifted(self.shards, core, term)
+    def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:
+        dtype, start = kernels.compute_dtype(weight.dtype), self.sharding.matrix.start
+        core, term = lifted(self.sharding, core, term)
         selected = None if core is None else self._get(weight).to(dtype)
         residual = None
         if term is not None:
@@ -81,7 +81,7 @@ class CoordinateBasis(_SelectedEntries):
 
     indices: Tensor
     side: str
-    shards: Shards = field(default=HERE, compare=False)
+    sharding: ParamSharding = field(default=LOCAL, compare=False)
 
     def _columns(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix with the selected dimension last, and the indices expanded to gather from it (no memory)."""
@@ -117,7 +117,7 @@ class CoordinateBasis(_SelectedEntries):
         dim = -1 if self.side == "right" else -2
         dtype = kernels.compute_dtype(grad.dtype)
         squares = torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=dtype).square_()
-        return self.shards.collect_with(self._get(grad).to(dtype), squares if self.side == "right" else squares.mT)
+        return self.sharding.collect_with(self._get(grad).to(dtype), squares if self.side == "right" else squares.mT)
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         shared = old.indices.unsqueeze(-1) == self.indices.unsqueeze(-2)
@@ -129,7 +129,7 @@ class EntryBasis(_SelectedEntries):
     """Single entries of the matrix: `indices` (…, k), ascending positions in row-major order. R is a (…, k, 1) column."""
 
     indices: Tensor
-    shards: Shards = field(default=HERE, compare=False)
+    sharding: ParamSharding = field(default=LOCAL, compare=False)
 
     def _flat(self, matrix: Tensor) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
         """For each matrix of the stack, the matrix and the (row, column) of its entries."""
@@ -175,7 +175,7 @@ class _Scattered(_SelectedEntries):
 
         Which entries those are has to be counted, so that an accelerator makes the host wait here.
         """
-        offsets = self.shards.matrix.offsets[-2:]  # type: ignore[attr-defined]
+        offsets = self.sharding.matrix.offsets[-2:]  # type: ignore[attr-defined]
         row, col = torch.broadcast_tensors(
             *(place - offset for place, offset in zip(self._coordinates(), offsets, strict=True))
         )
@@ -203,7 +203,7 @@ class ScatteredCoordinates(_Scattered, CoordinateBasis):
     """Columns or rows, of a matrix that is split along them."""
 
     def _coordinates(self) -> tuple[Tensor, Tensor]:
-        matrix, index = self.shards.matrix, self.indices.to(torch.int64).unsqueeze(-2)
+        matrix, index = self.sharding.matrix, self.indices.to(torch.int64).unsqueeze(-2)
         line = -2 if self.side == "right" else -1
         shape, offsets = matrix.local_shape(matrix.shape), matrix.offsets  # type: ignore[attr-defined]
         lines = (torch.arange(shape[line], device=index.device) + offsets[line]).unsqueeze(-1)
@@ -214,5 +214,5 @@ class ScatteredEntries(_Scattered, EntryBasis):
     """Single entries, of a matrix that is split."""
 
     def _coordinates(self) -> tuple[Tensor, Tensor]:
-        index, cols = self.indices.to(torch.int64).unsqueeze(-1), self.shards.matrix.shape[-1]  # type: ignore[attr-defined]
+        index, cols = self.indices.to(torch.int64).unsqueeze(-1), self.sharding.matrix.shape[-1]  # type: ignore[attr-defined]
         return index // cols, index % cols

@@ -8,21 +8,21 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_optim import kernels
-from lowrank_optim.projectors.base import GradientTerm, Write, row_squares
-from lowrank_optim.sharding.param_sharding import HERE, Shards
-from lowrank_optim.sharding.tensor_sharding import Spread
+from lowrank_optim.projectors.base import GradientTerm, StepParams, row_squares
+from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
+from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
-LIFT = Write(alpha=-1.0, keep=1.0)
+LIFT = StepParams(alpha=-1.0, keep=1.0)
 """W ← W + lift(core)."""
 
 
-def _change_of_basis(new: Tensor, old: Tensor, orthonormal: bool, spread: Spread) -> Tensor:
+def _change_of_basis(new: Tensor, old: Tensor, orthonormal: bool, spread: TensorSharding) -> Tensor:
     """C with coordinates_new = coordinates_old C: P_oldᵀ P_new, with the pseudo-inverse of P_old where it is not orthonormal."""
     overlap = spread.sum(old.mT @ new, -2)
     return overlap if orthonormal else torch.linalg.solve(spread.sum(old.mT @ old, -2), overlap)
 
 
-def _inverse_gram(basis: Tensor, orthonormal: bool, spread: Spread) -> Tensor:
+def _inverse_gram(basis: Tensor, orthonormal: bool, spread: TensorSharding) -> Tensor:
     """(PᵀP)⁻¹: the identity where P is orthonormal."""
     if orthonormal:
         return torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
@@ -30,25 +30,27 @@ def _inverse_gram(basis: Tensor, orthonormal: bool, spread: Spread) -> Tensor:
     return inverse
 
 
-def _overlap(new: Tensor, old: Tensor, spread: Spread) -> Tensor:
+def _overlap(new: Tensor, old: Tensor, spread: TensorSharding) -> Tensor:
     """‖P_oldᵀP_new‖²/r, at most 1, the mean over a stack. Unlike the angle of single vectors, it knows no signs and no order."""
     squares = spread.sum(old.mT @ new, -2).square().sum((-2, -1))
     shares = squares.div(max(new.shape[-1], 1)).clamp_max(1.0)
     return shares.mean() if not spread.splits(-3) else spread.drop(-1).drop(-1).mean(shares, -1)
 
 
-def lifted(shards: Shards, core: Tensor | None, term: GradientTerm | None) -> tuple[Tensor | None, GradientTerm | None]:
+def lifted(
+    sharding: ParamSharding, core: Tensor | None, term: GradientTerm | None
+) -> tuple[Tensor | None, GradientTerm | None]:
     """All that an update has for the rows of R, brought to the processes whose weights need it, in one message."""
-    if shards is HERE:
+    if sharding is LOCAL:
         return core, term
     parts = {"core": core}
     if term is not None:
-        parts |= {"scale": term.scale if term.by_line else None, "subtract": term.subtract}
+        parts |= {"scale": term.scale if term.by_channel else None, "subtract": term.subtract}
     given = {name: part for name, part in parts.items() if part is not None}
     if not given:
         return core, term
     widths = [part.shape[-1] for part in given.values()]
-    together = shards.lift(torch.cat(list(given.values()), -1) if len(given) > 1 else next(iter(given.values())))
+    together = sharding.lift(torch.cat(list(given.values()), -1) if len(given) > 1 else next(iter(given.values())))
     found = dict(zip(given, together.split(widths, -1), strict=True))
     core = found.pop("core", None)
     return core, None if term is None else replace(term, **found)
@@ -67,7 +69,7 @@ class DenseBasis:
     matrix: Tensor
     side: str
     orthonormal: bool = True
-    shards: Shards = field(default=HERE, compare=False)
+    sharding: ParamSharding = field(default=LOCAL, compare=False)
     disjoint: ClassVar[bool] = False
 
     def project(self, grad: Tensor) -> Tensor:
@@ -75,14 +77,14 @@ class DenseBasis:
             return grad.new_empty(
                 (0, grad.shape[-2 if self.side == "right" else -1], self.matrix.shape[-1]), dtype=self.matrix.dtype
             )
-        return self.shards.collect(kernels.project(grad, self.matrix, self.side))
+        return self.sharding.collect(kernels.project(grad, self.matrix, self.side))
 
     def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         if grad.shape[0] == 0 and grad.dim() > 2:
             reduced = self.project(grad)
             return reduced, row_squares(reduced)
         reduced, squares = kernels.project_with_norms(grad, self.matrix, self.side)
-        return self.shards.collect_with(reduced, squares)
+        return self.sharding.collect_with(reduced, squares)
 
     def lifted_squares(self, reduced: Tensor) -> Tensor:
         if self.orthonormal:
@@ -91,8 +93,8 @@ class DenseBasis:
         return ((reduced @ gram) * reduced).sum(-1, keepdim=True)
 
     @property
-    def _spread(self) -> Spread:
-        return self.shards.rows if self.side == "left" else self.shards.cols
+    def _spread(self) -> TensorSharding:
+        return self.sharding.rows if self.side == "left" else self.sharding.cols
 
     def _factors(self, core: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors whose product is lift(core)."""
@@ -100,15 +102,15 @@ class DenseBasis:
             return _nothing(like, self.matrix.dtype)
         return (core, self.matrix.mT) if self.side == "right" else (self.matrix, core.mT)
 
-    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
-        core, term = lifted(self.shards, core, term)
+    def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:
+        core, term = lifted(self.sharding, core, term)
         residual = None
         if term is not None:
             scale = term.scale if self.side == "right" else term.scale.mT
             left, right = (None, None) if term.subtract is None else self._factors(term.subtract, weight)
             residual = kernels.ResidualTerm(term.grad, scale, term.ok, term.sign, left, right)
         left, right = self._factors(core, weight)
-        kernels.apply_(weight, left, right, residual=residual, start=self.shards.matrix.start, **vars(write))
+        kernels.apply_(weight, left, right, residual=residual, start=self.sharding.matrix.start, **vars(write))
 
     def lift_(self, grad: Tensor, reduced: Tensor) -> None:
         self.apply_(grad.zero_(), reduced @ _inverse_gram(self.matrix, self.orthonormal, self._spread), LIFT)
@@ -127,15 +129,15 @@ class TwoSidedBasis:
     left: Tensor
     right: Tensor
     orthonormal: bool = True
-    shards: Shards = field(default=HERE, compare=False)
+    sharding: ParamSharding = field(default=LOCAL, compare=False)
     disjoint: ClassVar[bool] = False
 
     def project(self, grad: Tensor) -> Tensor:
         # (AᵀG)B and not Aᵀ(GB): on a refresh step R is diagonal but for rounding, which Adam blows up to full size, so that only the
         # order of the released code follows it.
         if grad.dtype == self.left.dtype:
-            return self.shards.collect((self.left.mT @ grad) @ self.right)
-        return self.shards.collect(kernels.project(grad, self.left, "left").mT @ self.right)
+            return self.sharding.collect((self.left.mT @ grad) @ self.right)
+        return self.sharding.collect(kernels.project(grad, self.left, "left").mT @ self.right)
 
     def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("a projection of both sides has no row or column norms; use proj_type std, left or right")
@@ -143,33 +145,33 @@ class TwoSidedBasis:
     def lifted_squares(self, reduced: Tensor) -> Tensor:
         raise ValueError("a projection of both sides has no rows or columns; use proj_type std, left or right")
 
-    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
+    def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:
         if term is not None and term.subtract is not None:
             term = replace(term, subtract=self.left @ term.subtract)
         core = None if core is None else self.left @ core
-        one_sided = DenseBasis(self.right, "right", self.orthonormal, Shards(matrix=self.shards.matrix))
+        one_sided = DenseBasis(self.right, "right", self.orthonormal, ParamSharding(matrix=self.sharding.matrix))
         one_sided.apply_(weight, core, write, term)
 
     def lift_(self, grad: Tensor, reduced: Tensor) -> None:
-        left = _inverse_gram(self.left, self.orthonormal, self.shards.rows)
-        right = _inverse_gram(self.right, self.orthonormal, self.shards.cols)
+        left = _inverse_gram(self.left, self.orthonormal, self.sharding.rows)
+        right = _inverse_gram(self.right, self.orthonormal, self.sharding.cols)
         self.apply_(grad.zero_(), left @ reduced @ right, LIFT)
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
-        left = _change_of_basis(self.left, old.left, self.orthonormal, self.shards.rows).pow(power)
-        right = _change_of_basis(self.right, old.right, self.orthonormal, self.shards.cols).pow(power)
+        left = _change_of_basis(self.left, old.left, self.orthonormal, self.sharding.rows).pow(power)
+        right = _change_of_basis(self.right, old.right, self.orthonormal, self.sharding.cols).pow(power)
         return left.mT @ moment @ right
 
     def overlap(self, old: Self) -> Tensor:
-        left = _overlap(self.left, old.left, self.shards.rows)
-        return (left + _overlap(self.right, old.right, self.shards.cols)) / 2.0
+        left = _overlap(self.left, old.left, self.sharding.rows)
+        return (left + _overlap(self.right, old.right, self.sharding.cols)) / 2.0
 
 
 @dataclass(frozen=True)
 class WholeBasis:
     """The whole matrix: R is G itself, and nothing lies outside."""
 
-    shards: Shards = field(default=HERE, compare=False)
+    sharding: ParamSharding = field(default=LOCAL, compare=False)
     disjoint: ClassVar[bool] = True
 
     def project(self, grad: Tensor) -> Tensor:
@@ -177,18 +179,18 @@ class WholeBasis:
 
     def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         reduced = self.project(grad)
-        return reduced, self.shards.matrix.sum(row_squares(reduced), -1)
+        return reduced, self.sharding.matrix.sum(row_squares(reduced), -1)
 
     def lifted_squares(self, reduced: Tensor) -> Tensor:
-        return self.shards.matrix.sum(row_squares(reduced), -1)
+        return self.sharding.matrix.sum(row_squares(reduced), -1)
 
-    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
+    def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:
         update = torch.zeros_like(weight, dtype=kernels.compute_dtype(weight.dtype)) if core is None else core
         if term is not None and term.subtract is None:  # else E = G − lift R, which is 0
             gradient = self.project(term.grad)
             gradient = gradient if term.ok is None else torch.where(term.ok, gradient, 0.0)
             update = torch.addcmul(update, gradient.sign() if term.sign else gradient, term.scale)
-        kernels.apply_dense_(weight, update, start=self.shards.matrix.start, **vars(write))
+        kernels.apply_dense_(weight, update, start=self.sharding.matrix.start, **vars(write))
 
     def lift_(self, grad: Tensor, reduced: Tensor) -> None:
         grad.copy_(reduced)

@@ -18,8 +18,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_optim import kernels
-from lowrank_optim.projectors.base import Basis, GradientTerm, Projector, Space, Write
-from lowrank_optim.sharding.param_sharding import Shards
+from lowrank_optim.projectors.base import Basis, GradientTerm, Projector, StepParams, SubspaceSpec
+from lowrank_optim.sharding.param_sharding import ParamSharding
 
 
 def plain(basis: Basis) -> Basis:
@@ -27,7 +27,9 @@ def plain(basis: Basis) -> Basis:
     return basis.inner if isinstance(basis, ExactBasis) else basis
 
 
-def basis_of(projector: Projector, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+def basis_of(
+    projector: Projector, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device
+) -> Basis:
     """`Projector.basis`, exact."""
     return ExactBasis(projector.basis(replace(space, dtype=torch.float64), state, key, device), space.dtype)
 
@@ -35,7 +37,7 @@ def basis_of(projector: Projector, space: Space, state: Mapping[str, Tensor], ke
 def refresh(
     projector: Projector,
     grad: Tensor,
-    space: Space,
+    space: SubspaceSpec,
     state: Mapping[str, Tensor],
     key: int,
     first: bool,
@@ -56,8 +58,8 @@ class ExactBasis:
     dtype: torch.dtype
 
     @property
-    def shards(self) -> Shards:
-        return self.inner.shards
+    def sharding(self) -> ParamSharding:
+        return self.inner.sharding
 
     @property
     def disjoint(self) -> bool:
@@ -73,14 +75,14 @@ class ExactBasis:
     def lifted_squares(self, reduced: Tensor) -> Tensor:
         return self.inner.lifted_squares(reduced.double())
 
-    def apply_(self, weight: Tensor, core: Tensor | None, write: Write, term: GradientTerm | None = None) -> None:
+    def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:
         if term is not None:
             subtract = None if term.subtract is None else term.subtract.double()
             term = replace(term, grad=term.grad.double(), scale=term.scale.double(), subtract=subtract)
         updated = weight.double()
         core = None if core is None else core.double()
         self.inner.apply_(updated, core, replace(write, rounding_key=None), term)
-        kernels.store_(weight, updated.to(self.dtype), write.rounding_key, self.shards.matrix.start)
+        kernels.store_(weight, updated.to(self.dtype), write.rounding_key, self.sharding.matrix.start)
 
     def lift_(self, grad: Tensor, reduced: Tensor) -> None:
         wide = torch.empty_like(grad, dtype=torch.float64)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors.base import Projector, Space, align_signs, choose_side, usable
+from lowrank_optim.projectors.base import Projector, SubspaceSpec, align_signs, choose_side, usable
 from lowrank_optim.projectors.randomized_svd import RandomizedSVD, householder, unit_columns
 from lowrank_optim.projectors.stored_projector import StoredProjector, agree, load, store
 from lowrank_optim.projectors.svd import SVD
@@ -51,7 +51,7 @@ class PowerIteration(StoredProjector):
                 'proj_type is "full", but power iteration projects one side; use proj_type "std", "reverse_std", "left" or "right"'
             )
 
-    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> Space:
+    def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> SubspaceSpec:
         *_, rows, cols = shape
         square = rows == cols and proj_type == "std"
         return super().space(shape, rank, self.square_side if square else choose_side(proj_type, rows, cols), dtype)
@@ -59,7 +59,7 @@ class PowerIteration(StoredProjector):
     def refresh(
         self,
         grad: Tensor,
-        space: Space,
+        space: SubspaceSpec,
         state: Mapping[str, Tensor],
         key: int,
         first: bool,
@@ -73,7 +73,7 @@ class PowerIteration(StoredProjector):
     def compute(
         self,
         grad: Tensor,
-        space: Space,
+        space: SubspaceSpec,
         old: Mapping[str, Tensor],
         key: int,
         first: bool,
@@ -84,11 +84,11 @@ class PowerIteration(StoredProjector):
             return (SVD() if exact else RandomizedSVD()).compute(grad, space, old, key, first)
         basis, rho = old["basis"], self.rho if momentum is not None else 0.0
         grad = grad.mT if space.side == "left" else grad  # m̂, as all low-rank matrices, is tall: B = ρ m̂ Pᵀ + (1−ρ) G
-        shards = space.shards
-        long, short = (shards.cols, shards.rows) if space.side == "left" else (shards.rows, shards.cols)
+        sharding = space.sharding
+        long, short = (sharding.cols, sharding.rows) if space.side == "left" else (sharding.rows, sharding.cols)
         image = short.sum(grad @ basis, -2).mul_(1.0 - rho)
         if momentum is not None:
-            momentum = shards.lift(momentum)
+            momentum = sharding.lift(momentum)
             image.add_(momentum, alpha=rho)  # PᵀP = I
         iterate = long.sum(grad.mT @ image, -2).mul_(1.0 - rho)
         if momentum is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import derive_key, gaussian
-from lowrank_optim.projectors.base import Basis, Projector, Space
+from lowrank_optim.projectors.base import Basis, Projector, SubspaceSpec
 from lowrank_optim.projectors.dense_basis import DenseBasis, TwoSidedBasis
 from lowrank_optim.projectors.randomized_svd import cholesky_qr, orthonormalize
 
@@ -42,13 +42,13 @@ class Random(Projector):
     def name(self) -> str:
         return "random" if self.kind == Random.kind else f"random:{self.kind}"
 
-    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
+    def init(self, space: SubspaceSpec, key: int, device: torch.device) -> dict[str, Tensor]:
         return {}
 
     def refresh(
         self,
         grad: Tensor,
-        space: Space,
+        space: SubspaceSpec,
         state: Mapping[str, Tensor],
         key: int,
         first: bool,
@@ -56,17 +56,17 @@ class Random(Projector):
     ) -> dict[str, Tensor] | None:
         return {}
 
-    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
-        orthonormal, shards = self.kind == "orthonormal", space.shards
+    def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+        orthonormal, sharding = self.kind == "orthonormal", space.sharding
         if space.side == "full":
-            left = shards.rows.part(self._matrix(space, space.rows, derive_key(key, 1), device))
-            right = shards.cols.part(self._matrix(space, space.cols, key, device))
-            return TwoSidedBasis(left, right, orthonormal, shards)
-        spread = shards.rows if space.side == "left" else shards.cols
+            left = sharding.rows.part(self._matrix(space, space.rows, derive_key(key, 1), device))
+            right = sharding.cols.part(self._matrix(space, space.cols, key, device))
+            return TwoSidedBasis(left, right, orthonormal, sharding)
+        spread = sharding.rows if space.side == "left" else sharding.cols
         basis = spread.part(self._matrix(space, space.basis_rows, key, device))
-        return DenseBasis(basis, space.side, orthonormal, shards)
+        return DenseBasis(basis, space.side, orthonormal, sharding)
 
-    def _matrix(self, space: Space, size: int, key: int, device: torch.device) -> Tensor:
+    def _matrix(self, space: SubspaceSpec, size: int, key: int, device: torch.device) -> Tensor:
         matrix = gaussian(key, (*space.batch, size, space.rank), device, space.dtype)
         if self.kind == "gaussian":
             return matrix.mul_(space.rank**-0.5)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import gaussian
-from lowrank_optim.projectors.base import Space, align_signs
-from lowrank_optim.projectors.stored_projector import StoredProjector, basis_spreads
-from lowrank_optim.sharding.tensor_sharding import WHOLE, Spread
+from lowrank_optim.projectors.base import SubspaceSpec, align_signs
+from lowrank_optim.projectors.stored_projector import StoredProjector, basis_shardings
+from lowrank_optim.sharding.tensor_sharding import UNSHARDED, TensorSharding
 
 
-def cholesky_qr(matrix: Tensor, passes: int, spread: Spread = WHOLE) -> tuple[Tensor, Tensor]:
+def cholesky_qr(matrix: Tensor, passes: int, spread: TensorSharding = UNSHARDED) -> tuple[Tensor, Tensor]:
     """Orthonormal columns with the span of `matrix` (…, d, k), by `passes` rounds of Q ← Q L⁻ᵀ with QᵀQ = L Lᵀ.
 
     The columns are scaled to unit length first: in a warm start those of GᵀGV differ by σ² in length and in little else. The error of
@@ -43,7 +43,7 @@ def cholesky_qr(matrix: Tensor, passes: int, spread: Spread = WHOLE) -> tuple[Te
     return q, ok
 
 
-def unit_columns(matrix: Tensor, spread: Spread = WHOLE) -> Tensor:
+def unit_columns(matrix: Tensor, spread: TensorSharding = UNSHARDED) -> Tensor:
     """The columns at unit length; those that are rounding errors beside the longest one become exactly 0.
 
     (Householder QR of denormal columns gives NaN on some processors, and such columns have nothing to say.)
@@ -54,13 +54,13 @@ def unit_columns(matrix: Tensor, spread: Spread = WHOLE) -> Tensor:
     return torch.where(norms > floor, matrix / norms, 0.0)
 
 
-def householder(matrix: Tensor, spread: Spread = WHOLE) -> Tensor:
+def householder(matrix: Tensor, spread: TensorSharding = UNSHARDED) -> Tensor:
     """The orthonormal factor of a QR decomposition. Rows that lie on other processes are gathered: a tall matrix is small."""
     q: Tensor = torch.linalg.qr(spread.gather(matrix, -2))[0]
     return spread.part(q, -2)
 
 
-def orthonormalize(matrix: Tensor, passes: int = 2, spread: Spread = WHOLE) -> Tensor:
+def orthonormalize(matrix: Tensor, passes: int = 2, spread: TensorSharding = UNSHARDED) -> Tensor:
     """Orthonormal columns whose span contains that of `matrix` (…, d, k), d ≥ k: Cholesky-QR, or Householder QR where it fails."""
     q, ok = cholesky_qr(matrix, passes, spread)
     # All processes that share the rows see the same Gram matrices, and so take the same branch.
@@ -79,7 +79,12 @@ def eigenvectors(gram: Tensor) -> Tensor:
 
 
 def range_finder(
-    grad: Tensor, sketch: Tensor, rank: int, iterations: int, long: Spread = WHOLE, short: Spread = WHOLE
+    grad: Tensor,
+    sketch: Tensor,
+    rank: int,
+    iterations: int,
+    long: TensorSharding = UNSHARDED,
+    short: TensorSharding = UNSHARDED,
 ) -> Tensor:
     """Approximate leading right singular vectors of `grad` (…, m, n) from a sketch (…, n, k), k ≥ rank: (…, n, rank).
 
@@ -132,14 +137,14 @@ class RandomizedSVD(StoredProjector):
     def compute(
         self,
         grad: Tensor,
-        space: Space,
+        space: SubspaceSpec,
         old: Mapping[str, Tensor],
         key: int,
         first: bool,
         momentum: Tensor | None = None,
     ) -> dict[str, Tensor]:
         if space.basis_bits != 32 and not first:  # rounded vectors are not orthonormal, which a warm start needs
-            spreads = basis_spreads(space)
+            spreads = basis_shardings(space)
             old = {name: orthonormalize(basis, spread=spreads[name]) for name, basis in old.items()}
         if space.side == "left":
             return {"basis": self._vectors(grad, old["basis"], space, "left", key, first)}
@@ -147,13 +152,13 @@ class RandomizedSVD(StoredProjector):
             return {"basis": self._vectors(grad, old["basis"], space, "right", key, first)}
         right = self._vectors(grad, old["basis_right"], space, "right", key, first)
         # G B has orthogonal columns after Rayleigh-Ritz: made orthonormal, they are the left singular vectors.
-        rows, cols = space.shards.rows, space.shards.cols
+        rows, cols = space.sharding.rows, space.sharding.cols
         left = orthonormalize(cols.sum(grad @ right, -2), spread=rows)
         return {"basis": left if first else align_signs(left, old["basis"], rows), "basis_right": right}
 
-    def _vectors(self, grad: Tensor, old: Tensor, space: Space, side: str, key: int, first: bool) -> Tensor:
+    def _vectors(self, grad: Tensor, old: Tensor, space: SubspaceSpec, side: str, key: int, first: bool) -> Tensor:
         """Leading singular vectors on one side; `grad` and `old` are local parts."""
-        rank, size, long, short = space.rank, space.cols, space.shards.rows, space.shards.cols
+        rank, size, long, short = space.rank, space.cols, space.sharding.rows, space.sharding.cols
         if side == "left":
             grad, size, long, short = grad.mT, space.rows, short, long
         columns = min(rank + self.oversample, space.rows, space.cols)

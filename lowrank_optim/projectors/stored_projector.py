@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import choose, derive_key
-from lowrank_optim.projectors.base import Basis, Projector, Space, usable
+from lowrank_optim.projectors.base import Basis, Projector, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis, TwoSidedBasis
 from lowrank_optim.quantization import pack_basis, unpack_basis
-from lowrank_optim.sharding.tensor_sharding import Spread
+from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
 
-def unit_vectors(space: Space, size: int, key: int, device: torch.device) -> Tensor:
+def unit_vectors(space: SubspaceSpec, size: int, key: int, device: torch.device) -> Tensor:
     """`rank` distinct unit vectors of length `size`, drawn by the key, as a (…, size, rank) basis.
 
     The basis of a parameter that has not had a usable gradient yet: orthonormal, and free to make.
@@ -26,17 +26,17 @@ def unit_vectors(space: Space, size: int, key: int, device: torch.device) -> Ten
     return basis
 
 
-def basis_spreads(space: Space) -> dict[str, Spread]:
+def basis_shardings(space: SubspaceSpec) -> dict[str, TensorSharding]:
     """Where the bases lie: each along the side of the matrix that it projects."""
-    return {name: space.shards.spread_of(name, space.side) for name in ("basis", "basis_right")}
+    return {name: space.sharding.sharding_of(name, space.side) for name in ("basis", "basis_right")}
 
 
-def agree(bases: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+def agree(bases: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]:
     """The same bits on all processes that hold the same part, whatever the arithmetic that made them."""
-    return {name: basis_spreads(space)[name].agree(basis) for name, basis in bases.items()}
+    return {name: basis_shardings(space)[name].agree(basis) for name, basis in bases.items()}
 
 
-def store(bases: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+def store(bases: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]:
     """State tensors for bases in the compute type: themselves, in bfloat16, or `name`, `name_scale` and `name_zero` when packed."""
     if space.basis_bits == 32:
         return dict(bases)
@@ -48,7 +48,7 @@ def store(bases: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
     return state
 
 
-def load(state: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+def load(state: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]:
     """The bases that `store` put into the state, in the compute type."""
     names = [name for name in ("basis", "basis_right") if name in state]
     if space.basis_bits in (32, 16):
@@ -68,31 +68,31 @@ class StoredProjector(Projector):
     sides: ClassVar[tuple[str, ...]] = ("left", "right", "full")
     knows_shards: ClassVar[bool] = True
 
-    def init(self, space: Space, key: int, device: torch.device) -> dict[str, Tensor]:
-        spreads = basis_spreads(space)
+    def init(self, space: SubspaceSpec, key: int, device: torch.device) -> dict[str, Tensor]:
+        spreads = basis_shardings(space)
         keys = {"basis": derive_key(key, 1), "basis_right": key} if space.side == "full" else {"basis": key}
         sizes = {"basis": space.rows if space.side == "full" else space.basis_rows, "basis_right": space.cols}
         whole = {name: unit_vectors(space, sizes[name], keys[name], device) for name in keys}
         return store({name: spreads[name].part(basis) for name, basis in whole.items()}, space)
 
-    def basis(self, space: Space, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
+    def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
         bases, exact = load(state, space), space.basis_bits == 32
         if space.side == "full":
-            return TwoSidedBasis(bases["basis"], bases["basis_right"], exact, space.shards)
-        return DenseBasis(bases["basis"], space.side, exact, space.shards)
+            return TwoSidedBasis(bases["basis"], bases["basis_right"], exact, space.sharding)
+        return DenseBasis(bases["basis"], space.side, exact, space.sharding)
 
     def refresh(
         self,
         grad: Tensor,
-        space: Space,
+        space: SubspaceSpec,
         state: Mapping[str, Tensor],
         key: int,
         first: bool,
         momentum: Tensor | None = None,
     ) -> dict[str, Tensor] | None:
-        ok = usable(grad, space.shards.matrix)
+        ok = usable(grad, space.sharding.matrix)
         # The one place of a step where the host waits for the device, on refresh steps only.
-        if not bool(space.shards.matrix.sum(ok.any().float(), -3)):
+        if not bool(space.sharding.matrix.sum(ok.any().float(), -3)):
             return None
         grad, old = grad.to(space.dtype), load(state, space)
         if not space.batch:
@@ -106,7 +106,7 @@ class StoredProjector(Projector):
     def compute(
         self,
         grad: Tensor,
-        space: Space,
+        space: SubspaceSpec,
         old: Mapping[str, Tensor],
         key: int,
         first: bool,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors.base import Space, align_signs
-from lowrank_optim.projectors.stored_projector import StoredProjector, basis_spreads
+from lowrank_optim.projectors.base import SubspaceSpec, align_signs
+from lowrank_optim.projectors.stored_projector import StoredProjector, basis_shardings
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,20 @@ class SVD(StoredProjector):
     def compute(
         self,
         grad: Tensor,
-        space: Space,
+        space: SubspaceSpec,
         old: Mapping[str, Tensor],
         key: int,
         first: bool,
         momentum: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        shards = space.shards
+        sharding = space.sharding
         # Every process that shares the matrix gathers it, on refresh steps only.
-        u, _, vh = torch.linalg.svd(shards.matrix.gather(grad, -2, -1), full_matrices=False)
-        left, right = shards.rows.part(u[..., : space.rank], -2), shards.cols.part(vh[..., : space.rank, :].mT, -2)
+        u, _, vh = torch.linalg.svd(sharding.matrix.gather(grad, -2, -1), full_matrices=False)
+        left, right = sharding.rows.part(u[..., : space.rank], -2), sharding.cols.part(vh[..., : space.rank, :].mT, -2)
         factors = {"left": {"basis": left}, "right": {"basis": right}, "full": {"basis": left, "basis_right": right}}
         new = factors[space.side]
         if self.align and not first:
-            spreads = basis_spreads(space)
+            spreads = basis_shardings(space)
             new = {name: align_signs(tensor, old[name], spreads[name]) for name, tensor in new.items()}
         # A slice would keep the whole factor alive.
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in new.items()}

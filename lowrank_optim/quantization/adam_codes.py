@@ -236,7 +236,7 @@ def _coded_adam_direct_(
 @kernels.definition("coded_adam_direct_with_norms_")
 def _coded_adam_direct_with_norms_(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     direction: Tensor = torch.ops.lowrank_optim.coded_adam_direct_(grad, *others)
-    return direction, *kernels.line_norms(direction, grad)
+    return direction, *kernels.row_norms(direction, grad)
 
 
 @kernels.definition("coded_adam_dense_")

@@ -1,6 +1,6 @@
 """What becomes of the gradient outside of the subspace: the third part of a method, beside rule and projector."""
 
-from lowrank_optim.residuals.base import Reduced, Residual, Update
+from lowrank_optim.residuals.base import Residual, ResidualInput, Update
 from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual, SGDResidual, SignResidual
 from lowrank_optim.residuals.registry import RESIDUALS, residual_from_name
 from lowrank_optim.residuals.scaled import GradientScaled, Limited, NormScaled
@@ -12,8 +12,8 @@ __all__ = [
     "Limited",
     "NoResidual",
     "NormScaled",
-    "Reduced",
     "Residual",
+    "ResidualInput",
     "SGDResidual",
     "SignResidual",
     "Update",

@@ -21,11 +21,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors import Basis, GradientTerm, Space
+from lowrank_optim.projectors import Basis, GradientTerm, SubspaceSpec
 
 
 @dataclass(frozen=True)
-class Reduced:
+class ResidualInput:
     """What a residual sees of one step.
 
     grad: G, the matrix view of the gradient, only ever handed on.
@@ -85,18 +85,18 @@ class Residual(ABC):
     def check(self, options: Mapping[str, Any]) -> None:  # noqa: B027 (nothing to check is common)
         """Raise ValueError for hyperparameters out of range: name, value, valid range."""
 
-    def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
+    def init(self, space: SubspaceSpec, device: torch.device) -> dict[str, Tensor]:
         """State tensors of the residual."""
         return {}
 
     def absorb(self, grad: Tensor, state: Mapping[str, Tensor], ok: Tensor | None) -> Tensor:
-        """The gradient that the step works with, where `feeds_back`; `state` is modified in place, `ok` as in `Reduced`."""
+        """The gradient that the step works with, where `feeds_back`; `state` is modified in place, `ok` as in `ResidualInput`."""
         return grad
 
-    def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor | None:
+    def sums(self, step: ResidualInput, options: Mapping[str, Any]) -> Tensor | None:
         """The sums over the rows of R that `update` needs, (k, …) in float64; None where it needs none."""
         return None
 
     @abstractmethod
-    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+    def update(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         """C, φ and E of this step; `state` is modified in place."""

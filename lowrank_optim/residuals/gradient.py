@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors import GradientTerm, Space, Write
-from lowrank_optim.residuals.base import Reduced, Residual, Update
+from lowrank_optim.projectors import GradientTerm, StepParams, SubspaceSpec
+from lowrank_optim.residuals.base import Residual, ResidualInput, Update
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class NoResidual(Residual):
     linear: ClassVar[bool] = True
     knows_shards: ClassVar[bool] = True
 
-    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+    def update(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         return Update(step.direction, options["scale"])
 
 
@@ -38,7 +38,7 @@ class SGDResidual(Residual):
         if not options["residual_lr_scale"] >= 0.0:
             raise ValueError(f"residual_lr_scale is {options['residual_lr_scale']!r}; it must be at least 0")
 
-    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+    def update(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         kappa = _uniform(step, float(options["residual_lr_scale"]))
         if step.basis.disjoint:  # nothing to subtract, and so nothing that rounds
             return Update(
@@ -55,7 +55,7 @@ class SignResidual(SGDResidual):
     name: ClassVar[str] = "sign"
     linear: ClassVar[bool] = False
 
-    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+    def update(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         scale = _uniform(step, float(options["residual_lr_scale"]))
         return Update(
             step.direction,
@@ -79,19 +79,19 @@ class ErrorFeedback(Residual):
     needs_orthonormal: ClassVar[bool] = True
     knows_shards: ClassVar[bool] = True
 
-    def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
-        shape = space.shards.matrix.local_shape(space.shape)
+    def init(self, space: SubspaceSpec, device: torch.device) -> dict[str, Tensor]:
+        shape = space.sharding.matrix.local_shape(space.shape)
         return {"error": torch.zeros(shape, dtype=space.dtype, device=device)}
 
     def absorb(self, grad: Tensor, state: Mapping[str, Tensor], ok: Tensor | None) -> Tensor:
         return state["error"].add_(grad if ok is None else torch.where(ok, grad, 0.0))
 
-    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
-        step.basis.apply_(step.grad, step.projected, Write(1.0, 1.0))  # step.grad is state["error"]
+    def update(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+        step.basis.apply_(step.grad, step.projected, StepParams(1.0, 1.0))  # step.grad is state["error"]
         return Update(step.direction, options["scale"])
 
 
-def _uniform(step: Reduced, value: float) -> Tensor:
+def _uniform(step: ResidualInput, value: float) -> Tensor:
     """A step size κη that is the same for the whole matrix, (…, 1, 1), in units of the direction's."""
     scale = torch.full(
         (*step.projected.shape[:-2], 1, 1), value, dtype=step.projected.dtype, device=step.projected.device

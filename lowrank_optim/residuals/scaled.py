@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors import GradientTerm, Space
+from lowrank_optim.projectors import GradientTerm, SubspaceSpec
 from lowrank_optim.projectors.base import row_squares
-from lowrank_optim.residuals.base import Reduced, Residual, Update
+from lowrank_optim.residuals.base import Residual, ResidualInput, Update
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Limited(Residual):
         if options["limiter"] is not None and not options["limiter"] >= 1.0:
             raise ValueError(f"limiter is {options['limiter']!r}; it must be None or at least 1")
 
-    def init(self, space: Space, device: torch.device) -> dict[str, Tensor]:
-        shape = space.shards.spread_of("stack", space.side).local_shape(space.batch)
+    def init(self, space: SubspaceSpec, device: torch.device) -> dict[str, Tensor]:
+        shape = space.sharding.sharding_of("stack", space.side).local_shape(space.batch)
         return {"limiter_norm": torch.zeros(shape, dtype=space.dtype, device=device)}
 
 
@@ -48,7 +48,7 @@ class NormScaled(Limited):
         """How much of the gradient in the subspace is taken out."""
         return float(options["scale"]) if options["match_reference"] else 1.0
 
-    def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor:
+    def sums(self, step: ResidualInput, options: Mapping[str, Any]) -> Tensor:
         assert step.squares is not None
         assert step.norms is not None
         inside, inner = self._inside(options), row_squares(step.projected)
@@ -56,7 +56,7 @@ class NormScaled(Limited):
         phi = _ratio(*step.norms, options)
         return (phi.square() * outside.clamp_min(0.0)).double().sum((-2, -1))[None]
 
-    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+    def update(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         assert step.sums is not None
         assert step.norms is not None
         phi = _ratio(*step.norms, options)
@@ -64,7 +64,7 @@ class NormScaled(Limited):
         phi = phi / _growth(norm / step.correction, state, options, step.ok)
         core = step.direction * float(options["scale"])
         core = torch.addcmul(core, phi, step.projected, value=-self._inside(options))
-        return Update(core, 1.0, GradientTerm(step.grad, phi, step.ok, by_line=True))
+        return Update(core, 1.0, GradientTerm(step.grad, phi, step.ok, by_channel=True))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class GradientScaled(Limited):
         if not options["scale"] >= 0.0:
             raise ValueError(f"scale is {options['scale']!r}; its square root is taken, so it must be at least 0")
 
-    def sums(self, step: Reduced, options: Mapping[str, Any]) -> Tensor:
+    def sums(self, step: ResidualInput, options: Mapping[str, Any]) -> Tensor:
         assert step.squares is not None
         assert step.norms is not None
         above, below = step.norms
@@ -96,12 +96,12 @@ class GradientScaled(Limited):
         squares = (above.double().square(), below.double().square(), step.squares.double())
         return torch.stack([each.sum((-2, -1)) for each in squares])
 
-    def update(self, step: Reduced, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
+    def update(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         assert step.sums is not None
         assert step.norms is not None
-        by_line, dtype = options["scale_type"] == "channel", step.projected.dtype
+        by_channel, dtype = options["scale_type"] == "channel", step.projected.dtype
         norms = step.sums.sqrt()
-        if by_line:
+        if by_channel:
             phi = _ratio(*step.norms, options)
             norm = norms[0].to(dtype)
         else:
@@ -109,7 +109,7 @@ class GradientScaled(Limited):
             ratio = _ratio(above, below, options)
             phi, norm = ratio[..., None, None], ratio * whole
         phi = phi / _growth(norm / step.correction, state, options, step.ok)
-        return Update(None, options["scale"] ** 0.5, GradientTerm(step.grad, phi, step.ok, by_line=by_line))
+        return Update(None, options["scale"] ** 0.5, GradientTerm(step.grad, phi, step.ok, by_channel=by_channel))
 
 
 def _ratio(above: Tensor, below: Tensor, options: Mapping[str, Any]) -> Tensor:

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.rules.base import Context, Direction, Rule, Transport
-from lowrank_optim.sharding.tensor_sharding import Spread
+from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
 
-def _rms(x: Tensor, spread: Spread) -> Tensor:
+def _rms(x: Tensor, spread: TensorSharding) -> Tensor:
     norm = spread.norm(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
     return norm.div_(max(spread.numel(x), 1) ** 0.5)
 
 
-def _inverse_root(row: Tensor, col: Tensor, rows: Spread) -> Tensor:
+def _inverse_root(row: Tensor, col: Tensor, rows: TensorSharding) -> Tensor:
     """1/√V for V = row colᵀ / mean(row); `rows` is the spread of `row`."""
     return (row / rows.mean(row, -1).unsqueeze(-1)).rsqrt_().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
 
@@ -78,8 +78,8 @@ class Adafactor(Rule):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         eps1, eps2 = options["eps"]
-        spread = context.shards.reduced
-        size = _step_size(options, context.age, context.weight, context.shards.matrix, eps2)
+        spread = context.sharding.reduced
+        size = _step_size(options, context.age, context.weight, context.sharding.matrix, eps2)
         if spread.numel(grad) == 0:  # a tensor whose turn it is not (FRUGAL's blocks): means over nothing are NaN
             return Direction(grad, 1.0, size)
         # 1 − β̂, and 0 where the gradient is to be ignored.
@@ -118,7 +118,7 @@ class Adafactor(Rule):
         col.copy_(moved.mean(-2)).clamp_min_(options["eps"][0])
 
 
-def _step_size(options: Mapping[str, Any], age: float, weight: Tensor, spread: Spread, eps2: float) -> Tensor:
+def _step_size(options: Mapping[str, Any], age: float, weight: Tensor, spread: TensorSharding, eps2: float) -> Tensor:
     """The step size as a 0-d tensor on the weight's device."""
     size = float(options["lr"]) * float(options["lr_factor"])
     if options["relative_step"]:

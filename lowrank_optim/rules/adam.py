@@ -97,7 +97,7 @@ class Adam(Rule):
         def call(write: Mapping[str, Any]) -> tuple[Any, ...]:
             if codes is not None and isinstance(state, CodedMoments):
                 return state.adam_dense_call(target, part, codes, int(context.age), write, **numbers)
-            moments, start = (state["exp_avg"], state["exp_avg_sq"]), context.shards.matrix.start
+            moments, start = (state["exp_avg"], state["exp_avg_sq"]), context.sharding.matrix.start
             return kernels.adam_dense_call(target, part, moments, start, write, **numbers)
 
         # Copies must not wait with others: together they could be as large as the model.

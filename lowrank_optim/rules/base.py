@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.sharding.param_sharding import HERE, Shards
+from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
 
 Transport = Callable[[Tensor, int], Tensor]
 """(matrix, power) → the matrix in the coordinates of a new basis (`Basis.transport`)."""
@@ -66,7 +66,7 @@ class FusedDense:
     """A rule's whole step on a dense parameter as one operation, with the learning rate as step and decay.
 
     op: its name.
-    call: its arguments, from those of `projectors.Write` by name.
+    call: its arguments, from those of `projectors.StepParams` by name.
     after: what is left to do then, if anything.
     """
 
@@ -95,7 +95,7 @@ class Context:
     ok: Tensor | None
     dense: bool = False
     fresh: bool = False
-    shards: Shards = HERE
+    sharding: ParamSharding = LOCAL
     norms: bool = False
 
     def at(self, weight: Tensor) -> "Context":
@@ -110,7 +110,7 @@ class Rule(ABC):
     elementwise: ClassVar[bool] = False
     """Whether every element is treated for itself, so that a large tensor may be given in parts."""
     knows_shards: ClassVar[bool] = False
-    """Whether sums over the gradient go through `Context.shards`; if not, and not `elementwise`, sharded parameters are refused."""
+    """Whether sums over the gradient go through `Context.sharding`; if not, and not `elementwise`, sharded parameters are refused."""
     state_lies: ClassVar[Mapping[str, str]] = {}
     """Where a state tensor lies if parameters are sharded: "reduced" (as R; the default), "rows" or "columns" (one number for each of
     R's), "matrix", "stack" (one number for each matrix of a stack). Moments in few bits have to be as R."""

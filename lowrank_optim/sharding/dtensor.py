@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.host import host_tensor
-from lowrank_optim.sharding.param_sharding import HERE, MeshShards, Shards
-from lowrank_optim.sharding.tensor_sharding import WHOLE, MeshSpread, Spread
+from lowrank_optim.sharding.param_sharding import LOCAL, MeshParamSharding, ParamSharding
+from lowrank_optim.sharding.tensor_sharding import UNSHARDED, MeshSharding, TensorSharding
 
 SUPPORTED = (
     "supported are Replicate and Shard along dimension 0 of any parameter (fully_shard, also with replicas: HSDP), along both "
@@ -72,11 +72,11 @@ def check_owner(param: Tensor, kind: str) -> None:
         )
 
 
-def dense_spread(param: Tensor) -> Spread:
+def dense_sharding(param: Tensor) -> TensorSharding:
     """The spread of a parameter in its own shape."""
     if not is_sharded(param):
-        return WHOLE
-    return MeshSpread(param.device_mesh, tuple(param.placements), tuple(param.shape))  # type: ignore[attr-defined]
+        return UNSHARDED
+    return MeshSharding(param.device_mesh, tuple(param.placements), tuple(param.shape))  # type: ignore[attr-defined]
 
 
 def check_placements(param: Tensor, kind: str, layout: str) -> None:
@@ -99,24 +99,24 @@ def check_placements(param: Tensor, kind: str, layout: str) -> None:
             raise ValueError(f"{where}; of a convolution, the second one where its size is a multiple of the processes")
 
 
-def dense_shards(param: Tensor, coded: bool) -> Shards:
+def dense_param_sharding(param: Tensor, coded: bool) -> ParamSharding:
     """The shards of a parameter that is trained directly; `coded` says whether its moments are stored in row blocks."""
-    spread = dense_spread(param)
-    if not isinstance(spread, MeshSpread):
-        return HERE
+    spread = dense_sharding(param)
+    if not isinstance(spread, MeshSharding):
+        return LOCAL
     if coded and spread.splits(-1) and (param.dim() < 4 or spread.splits(-2, -1)):  # blocks would span processes
-        return MeshShards(matrix=spread, reduced=spread.only(), lines=spread, whole=True)
+        return MeshParamSharding(matrix=spread, reduced=spread.only(), lines=spread, whole=True)
     reduced = spread
     if coded and param.dim() > 3:  # coded as a matrix of its first dimension
         reduced = spread.moved({0: 0}, (param.shape[0], param.shape[1:].numel()))
-    return MeshShards(matrix=spread, reduced=reduced, lines=spread)
+    return MeshParamSharding(matrix=spread, reduced=reduced, lines=spread)
 
 
-def matrix_spread(param: Tensor, layout: str, shape: Sequence[int]) -> Spread:
+def matrix_sharding(param: Tensor, layout: str, shape: Sequence[int]) -> TensorSharding:
     """The spread of a parameter's matrix view, which has `shape`."""
-    spread = dense_spread(param)
-    if not isinstance(spread, MeshSpread):
-        return WHOLE
+    spread = dense_sharding(param)
+    if not isinstance(spread, MeshSharding):
+        return UNSHARDED
     last = param.dim() - 1
     dims = {dim: dim for dim in range(param.dim())}
     if layout == "transposed" and param.dim() in (2, 3):
@@ -124,7 +124,9 @@ def matrix_spread(param: Tensor, layout: str, shape: Sequence[int]) -> Spread:
     return spread.moved({dim: to for dim, to in dims.items() if to < len(shape)}, tuple(shape))
 
 
-def low_rank_shards(matrix: Spread, reduced_shape: tuple[int, ...], contracted: tuple[int, ...], coded: bool) -> Shards:
+def low_rank_sharding(
+    matrix: TensorSharding, reduced_shape: tuple[int, ...], contracted: tuple[int, ...], coded: bool
+) -> ParamSharding:
     """The shards of a matrix in a subspace.
 
     Args:
@@ -133,32 +135,32 @@ def low_rank_shards(matrix: Spread, reduced_shape: tuple[int, ...], contracted: 
         contracted: the dimensions of the matrix, −2 and −1, that the projection sums over; of the others, one becomes the rows of R.
         coded: whether the moments are stored in row blocks.
     """
-    if not isinstance(matrix, MeshSpread):
-        return HERE
+    if not isinstance(matrix, MeshSharding):
+        return LOCAL
     shape, ndim = matrix.shape, len(matrix.shape)
     batch = {dim: dim for dim in range(ndim - 2)}
     rows = matrix.moved({**batch, ndim - 2: ndim - 2}, (*shape[:-1], 1))
     cols = matrix.moved({**batch, ndim - 1: ndim - 2}, (*shape[:-2], shape[-1], 1))
     if not contracted:  # whole tensors: R is the gradient
-        return MeshShards(matrix=matrix, rows=rows, cols=cols, reduced=matrix, lines=matrix)
+        return MeshParamSharding(matrix=matrix, rows=rows, cols=cols, reduced=matrix, lines=matrix)
     free = rows if contracted == (-1,) else cols if contracted == (-2,) else matrix.only(-3)
     lines = free.moved({dim: dim for dim in range(ndim - 1)}, reduced_shape)
     partial = tuple(matrix.groups(*contracted))
     one_row = coded and reduced_shape[-1] == 1  # coded as one row, whose blocks would span processes
     if one_row and (lines.splits(-2) or partial):
-        return MeshShards(
+        return MeshParamSharding(
             matrix=matrix, rows=rows, cols=cols, reduced=lines.only(-3), lines=lines, partial=partial, whole=True
         )
     scatter = len(partial) == 1 and not lines.splits() and len(contracted) < 2
-    reduced: MeshSpread = lines
+    reduced: MeshSharding = lines
     if scatter:
         reduced = _scattered(matrix, lines, contracted)
-    return MeshShards(
+    return MeshParamSharding(
         matrix=matrix, rows=rows, cols=cols, reduced=reduced, lines=lines, partial=partial, scatter=scatter
     )
 
 
-def _scattered(matrix: MeshSpread, lines: MeshSpread, contracted: tuple[int, ...]) -> MeshSpread:
+def _scattered(matrix: MeshSharding, lines: MeshSharding, contracted: tuple[int, ...]) -> MeshSharding:
     """The spread of R where each process of the group that the matrix is split over keeps a share of its rows."""
     (group,) = matrix.groups(*contracted)
     from torch.distributed.tensor import Shard
@@ -167,7 +169,7 @@ def _scattered(matrix: MeshSpread, lines: MeshSpread, contracted: tuple[int, ...
         Shard(len(lines.shape) - 2) if matrix.mesh.size(n) > 1 and matrix.mesh.get_group(n) == group else placement
         for n, placement in enumerate(lines.placements)
     ]
-    return MeshSpread(lines.mesh, tuple(placements), lines.shape)
+    return MeshSharding(lines.mesh, tuple(placements), lines.shape)
 
 
 class LocalState(dict[str, Tensor]):
@@ -192,11 +194,11 @@ class LocalState(dict[str, Tensor]):
         return super().pop(name)
 
 
-def placed(tensor: Tensor, spread: Spread) -> Tensor:
+def placed(tensor: Tensor, spread: TensorSharding) -> Tensor:
     """A tensor of the state as it is kept: scalars plain, the others with the placements of `spread`."""
     if tensor.dim() == 0 or is_sharded(tensor):
         return tensor
-    if isinstance(spread, MeshSpread) and len(spread.shape) > tensor.dim():  # R of one column is coded as a row
+    if isinstance(spread, MeshSharding) and len(spread.shape) > tensor.dim():  # R of one column is coded as a row
         spread = spread.drop(-1)
     return spread.wrap(tensor)
 
@@ -212,7 +214,7 @@ def like(value: Any, template: Tensor, device: torch.device) -> Tensor:
         value = value.full_tensor() if is_sharded(value) else as_tensor(value)
         copy: Tensor = value.detach().to(dtype=template.dtype, device=device, copy=True)
         return copy
-    spread = MeshSpread(template.device_mesh, tuple(template.placements), tuple(template.shape))  # type: ignore[attr-defined]
+    spread = MeshSharding(template.device_mesh, tuple(template.placements), tuple(template.shape))  # type: ignore[attr-defined]
     if is_sharded(value):
         same = value.device_mesh == spread.mesh
         part = value.redistribute(placements=spread.placements).to_local() if same else spread.part(value.full_tensor())

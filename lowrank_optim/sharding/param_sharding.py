@@ -1,7 +1,7 @@
 """One parameter of the step across processes: where its weights, its bases and R lie, and how R gets to the processes that keep it.
 
-The step works on local parts. `HERE` is the parameter that lies on one process; `MeshShards` is made from the placements of a DTensor
-(`distributed.dtensor`). With the basis B along the contracted side of G (columns for side "right", rows for "left"):
+The step works on local parts. `LOCAL` is the parameter that lies on one process; `MeshParamSharding` is made from the placements of a
+DTensor (`sharding.dtensor`). With the basis B along the contracted side of G (columns for side "right", rows for "left"):
 
     contracted side    R = Σ over processes of (local G)(local B)      moments lie with
     whole              nothing to sum: 0 bytes                         the rows of R, as the weights do
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.sharding.tensor_sharding import WHOLE, MeshSpread, Spread
+from lowrank_optim.sharding.tensor_sharding import UNSHARDED, MeshSharding, TensorSharding
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,7 +35,7 @@ _all_gather = _collective("all_gather_single", "all_gather_into_tensor")
 
 
 @dataclass(frozen=True)
-class Shards:
+class ParamSharding:
     """A parameter that this process holds whole; every operation hands on what it was given.
 
     matrix: the spread of the weights' matrix view (…, m, n); of a dense parameter, its own.
@@ -45,11 +45,11 @@ class Shards:
     whole: whether R and the moments are kept whole on every process, although the weights are not.
     """
 
-    matrix: Spread = WHOLE
-    rows: Spread = WHOLE
-    cols: Spread = WHOLE
-    reduced: Spread = WHOLE
-    param: Spread = WHOLE
+    matrix: TensorSharding = UNSHARDED
+    rows: TensorSharding = UNSHARDED
+    cols: TensorSharding = UNSHARDED
+    reduced: TensorSharding = UNSHARDED
+    param: TensorSharding = UNSHARDED
     whole: bool = False
 
     def moment_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ class Shards:
         """The inverse of `collect`: the rows (…, d, ·) that the local part of the weights needs, from those kept here."""
         return core
 
-    def spread_of(self, lies: str, side: str | None) -> Spread:
+    def sharding_of(self, lies: str, side: str | None) -> TensorSharding:
         """Where a state tensor lies.
 
         Args:
@@ -91,11 +91,11 @@ class Shards:
         return spreads[lies]
 
 
-HERE = Shards()
+LOCAL = ParamSharding()
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshShards(Shards):
+class MeshParamSharding(ParamSharding):
     """The local part of a DTensor.
 
     lines: the spread of R before it is summed: as the weights' rows or columns lie.
@@ -103,12 +103,12 @@ class MeshShards(Shards):
     scatter: whether each process of the one group in `partial` keeps a share of the rows of R.
     """
 
-    lines: MeshSpread
+    lines: MeshSharding
     partial: "tuple[ProcessGroup, ...]" = ()
     scatter: bool = False
 
     def moment_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        same = isinstance(self.reduced, MeshSpread) and len(shape) == len(self.reduced.shape)
+        same = isinstance(self.reduced, MeshSharding) and len(shape) == len(self.reduced.shape)
         return (self.reduced if same else self.matrix).local_shape(shape)  # else a convolution, coded as a matrix
 
     def collect(self, partial: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Where the parts of a tensor lie: sums, gathers and slices over the processes that share it.
 
-A `Spread` describes one tensor of the step (the matrix view of a weight, R, a basis). Here is the trivial one: this process holds the
-tensor whole, and every operation hands on what it was given. `MeshSpread` is the same for the local part of a DTensor. Code on plain
-tensors that asks its spread wherever it sums over a dimension is right for both:
+A `TensorSharding` describes one tensor of the step (the matrix view of a weight, R, a basis). The class itself is the trivial one:
+this process holds the tensor whole, and every operation hands on what it was given. `MeshSharding` is the same for the local part of
+a DTensor. Code on plain tensors that asks its sharding wherever it sums over a dimension is right for both:
 
     contracting a dimension that is not split is local; contracting one that is split leaves a sum over the processes that split it
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
 
-class Spread:
+class TensorSharding:
     """A tensor that this process holds whole. Dimensions are counted from the end: −2 rows, −1 columns."""
 
     start: int = 0
@@ -72,20 +72,20 @@ class Spread:
         """The local part as it stands in the optimizer's state: itself, or a DTensor."""
         return tensor
 
-    def drop(self, dim: int) -> "Spread":
+    def drop(self, dim: int) -> "TensorSharding":
         """The spread of a tensor without dimension `dim`."""
         return self
 
-    def only(self, *dims: int) -> "Spread":
+    def only(self, *dims: int) -> "TensorSharding":
         """The spread of a tensor that is split along these dimensions only, and held whole in all others."""
         return self
 
 
-WHOLE = Spread()
+UNSHARDED = TensorSharding()
 
 
 @dataclass(frozen=True)
-class MeshSpread(Spread):
+class MeshSharding(TensorSharding):
     """The local part of a tensor of `shape` that lies on `mesh` as `placements` (of `torch.distributed.tensor`) say."""
 
     mesh: "DeviceMesh"
@@ -202,16 +202,16 @@ class MeshSpread(Spread):
         spec = DTensorSpec(self.mesh, self.placements, TensorMeta(shape, strides, tensor.dtype))
         return DTensor(tensor, spec, requires_grad=False)
 
-    def drop(self, dim: int) -> "MeshSpread":
+    def drop(self, dim: int) -> "MeshSharding":
         gone = dim + len(self.shape)
         moved = {d: (d if d < gone else d - 1) for d in range(len(self.shape)) if d != gone}
         return self.moved(moved, (*self.shape[:gone], *self.shape[gone + 1 :]))
 
-    def only(self, *dims: int) -> "MeshSpread":
+    def only(self, *dims: int) -> "MeshSharding":
         kept = [dim + len(self.shape) for dim in dims if dim + len(self.shape) >= 0]
         return self.moved({dim: dim for dim in kept}, self.shape)
 
-    def moved(self, dims: Mapping[int, int], shape: tuple[int, ...]) -> "MeshSpread":
+    def moved(self, dims: Mapping[int, int], shape: tuple[int, ...]) -> "MeshSharding":
         """The spread of a tensor of `shape` whose dimension dims[d] is split as d is here; its others are whole."""
         from torch.distributed.tensor import Replicate
 
@@ -219,7 +219,7 @@ class MeshSpread(Spread):
             dim: int | None = getattr(placement, "dim", None)
             return placement_along(placement, dims[dim]) if dim is not None and dim in dims else Replicate()
 
-        return MeshSpread(self.mesh, tuple(move(placement) for placement in self.placements), shape)
+        return MeshSharding(self.mesh, tuple(move(placement) for placement in self.placements), shape)
 
 
 def placement_along(placement: Any, dim: int) -> Any:

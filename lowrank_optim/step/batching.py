@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.sharding.tensor_sharding import Spread
+from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
 SMALL = 2**18
 """Elements up to which an operation waits for others: the launch costs more than the work."""
@@ -60,7 +60,7 @@ class Sum:
     """
 
     part: Tensor
-    spread: Spread
+    spread: TensorSharding
     elements: int
     waits = True
 

@@ -16,7 +16,7 @@ def dense_step(step: ParamStep, norm: Tensor | None = None) -> Step:
     """W ← (1 − ηλ) W − η N. `norm`, where it is known, is finite where the gradient is."""
     grad = step.local_grad()
     with step:
-        if not step.plan.shards.whole:
+        if not step.plan.sharding.whole:
             yield from _dense(step, grad, norm)
             return
         with step.gathered(grad) as (whole, gradient):

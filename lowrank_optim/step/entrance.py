@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import compute_dtype, is_watched
-from lowrank_optim.sharding.dtensor import dense_spread, local, local_grad
+from lowrank_optim.sharding.dtensor import dense_sharding, local, local_grad
 from lowrank_optim.step.param_plan import ParamPlan, check_memory, shares_elements
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -156,4 +156,4 @@ def settle_gradient(param: Tensor) -> None:
         return
     else:
         plain = part.as_subclass(Tensor)
-    param.grad = dense_spread(param).wrap(plain)
+    param.grad = dense_sharding(param).wrap(plain)

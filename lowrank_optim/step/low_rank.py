@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.projectors import Basis
-from lowrank_optim.residuals.base import Reduced
+from lowrank_optim.residuals.base import ResidualInput
 from lowrank_optim.rules import Context, Direction, masked_direction
-from lowrank_optim.sharding.param_sharding import HERE
+from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Launch, Step, Sum
 from lowrank_optim.step.param_step import ParamStep
 from lowrank_optim.step.refresh import refresh_if_due
@@ -66,8 +66,8 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
         direction = yield from _direction(step, reduced, step.context(ok, dense=False, norms=residual.uses_norms))
         inputs = _residual_input(step, seen, reduced, squares, direction, ok)
         if (sums := residual.sums(inputs, group)) is not None:
-            if step.plan.shards.reduced.splits(-2):
-                sums = yield Sum(sums, step.plan.shards.reduced, _elements(step))
+            if step.plan.sharding.reduced.splits(-2):
+                sums = yield Sum(sums, step.plan.sharding.reduced, _elements(step))
             inputs = replace(inputs, sums=sums)
         update = residual.update(inputs, state, group)
         seen.basis.apply_(weight, update.core, step.write(direction, update.factor, ok), update.term)
@@ -78,7 +78,7 @@ def project(step: ParamStep, norm: Tensor | None) -> Projected:
     """The gradient in its subspace, which is a new one where that is due; and whether it may be used."""
     plan, residual = step.plan, step.plan.residual
     grad = step.local_grad()
-    norm = None if plan.shards is HERE else norm  # R shows as much as a pass over all of G
+    norm = None if plan.sharding is LOCAL else norm  # R shows as much as a pass over all of G
     ok: Literal[False] | Tensor | None = None
     if residual.feeds_back:
         ok = step.finite(grad if norm is None else norm)
@@ -108,14 +108,16 @@ def _direction(step: ParamStep, reduced: Tensor, context: Context) -> Generator[
 
 def _residual_input(
     step: ParamStep, seen: Projected, reduced: Tensor, squares: Tensor | None, direction: Direction, ok: Tensor | None
-) -> Reduced:
+) -> ResidualInput:
     """What the residual sees, in the type that sums are carried out in."""
     matrix, norms, wide = direction.matrix, direction.norms, step.plan.sum_dtype
     if wide is not None:
         reduced, matrix, norms = reduced.to(wide), matrix.to(wide), None
     if step.plan.residual.uses_norms and norms is None:
-        norms = kernels.line_norms(matrix, reduced)
-    return Reduced(seen.grad, reduced, squares, matrix, direction.correction, direction.unit, seen.basis, ok, norms)
+        norms = kernels.row_norms(matrix, reduced)
+    return ResidualInput(
+        seen.grad, reduced, squares, matrix, direction.correction, direction.unit, seen.basis, ok, norms
+    )
 
 
 def _elements(step: ParamStep) -> int:
@@ -127,4 +129,4 @@ def _elements(step: ParamStep) -> int:
     if plan.layout != "conv" and param.dim() <= 3:
         return elements
     contiguous = param.grad is not None and step.weight.is_contiguous() and param.grad.is_contiguous()
-    return elements if plan.shards is HERE and contiguous else max(elements, param.numel())
+    return elements if plan.sharding is LOCAL and contiguous else max(elements, param.numel())

@@ -32,14 +32,14 @@ def first_norms(groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, Para
             if param.grad is None or group["on_nonfinite"] == "propagate":
                 continue
             plan = plans[param]
-            sharded = plan.shards.matrix.splits()
+            sharded = plan.sharding.matrix.splits()
             if sharded:
-                found.setdefault((param.device, *plan.shards.matrix.groups()), []).append(param)
+                found.setdefault((param.device, *plan.sharding.matrix.groups()), []).append(param)
             if sharded or plan.space is None:
                 grads[param] = local_grad(param)
     norms = dict(zip(grads, kernels.norms(list(grads.values())), strict=True))
     for params in found.values():
-        total = plans[params[0]].shards.matrix.sum(torch.stack([norms[param].double() for param in params]))
+        total = plans[params[0]].sharding.matrix.sum(torch.stack([norms[param].double() for param in params]))
         norms |= dict(zip(params, total.unbind(), strict=True))
     return norms
 
@@ -70,7 +70,7 @@ class SkippedUpdates:
         """
         if policy == "propagate":
             return None
-        norm = plan.shards.matrix.sum(kernels.norm(seen)) if seen.dim() else seen
+        norm = plan.sharding.matrix.sum(kernels.norm(seen)) if seen.dim() else seen
         if policy == "skip" and (norm.device.type != "cpu" or mask_on_device):
             ok = torch.isfinite(norm)
             self.add(plan.name, ~ok)

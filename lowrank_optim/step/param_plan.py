@@ -20,22 +20,22 @@ from lowrank_optim.groups.matrices import is_low_rank, make_space, matrix_shape,
 from lowrank_optim.groups.names import plain_name
 from lowrank_optim.groups.parts import Parts
 from lowrank_optim.kernels.counter_rng import PURPOSE_BLOCKS, make_key
-from lowrank_optim.projectors import Basis, Coordinate, Projector, Space, float64_sums
+from lowrank_optim.projectors import Basis, Coordinate, Projector, SubspaceSpec, float64_sums
 from lowrank_optim.quantization.coded_moments import is_coded
 from lowrank_optim.residuals.base import Residual
 from lowrank_optim.rules import JointRule, Rule
 from lowrank_optim.sharding.dtensor import (
     check_owner,
     check_placements,
-    dense_shards,
-    dense_spread,
+    dense_param_sharding,
+    dense_sharding,
     is_sharded,
     local,
-    low_rank_shards,
-    matrix_spread,
+    low_rank_sharding,
+    matrix_sharding,
     placed,
 )
-from lowrank_optim.sharding.param_sharding import HERE, Shards
+from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
 from lowrank_optim.step.state_names import STEP_STATE
 
 _log = logging.getLogger("lowrank_optim")
@@ -61,14 +61,14 @@ class ParamPlan:
     name: str
     index: int
     layout: str
-    space: Space | None
+    space: SubspaceSpec | None
     rule: Rule
     projector: Projector
     residual: Residual
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, ...] = ()
-    shards: Shards = HERE
+    sharding: ParamSharding = LOCAL
     group: int = 0
     position: int = 0
     unit: tuple[Tensor, ...] = ()
@@ -98,9 +98,9 @@ class ParamPlan:
 
     def placed(self, name: str, tensor: Tensor) -> Tensor:
         """The local part of a state tensor as it is kept: a DTensor where the parameter is one."""
-        if self.shards is HERE or self.is_on_host(name):
+        if self.sharding is LOCAL or self.is_on_host(name):
             return tensor
-        return placed(tensor, self.shards.spread_of(self.lies(name), self.side))
+        return placed(tensor, self.sharding.sharding_of(self.lies(name), self.side))
 
     def view(self, tensor: Tensor) -> Tensor:
         """The matrix view of a tensor of the parameter's shape."""
@@ -112,7 +112,7 @@ class ParamPlan:
 
     def moment_shape(self, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
         """The shape of the part of it that this process holds."""
-        return self.shards.moment_shape(self.whole_moment_shape(state))
+        return self.sharding.moment_shape(self.whole_moment_shape(state))
 
     def is_coded(self, bits: int) -> bool:
         """Whether the moments are stored in few bits; decided from the global shape only."""
@@ -174,13 +174,15 @@ def plan_group(
             wide = torch.float64
         if space is not None and space.rank == 0 and not projector.resizes:  # density 0: no subspace of any kind
             own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
-        shards = make_shards(param, space, own, group)
-        space = None if space is None else replace(space, shards=shards)
+        sharding = make_sharding(param, space, own, group)
+        space = None if space is None else replace(space, sharding=sharding)
         plan = ParamPlan(
             name, index, group["layout"], space, parts.rule, own, parts.residual, param.device, param.dtype
         )
-        plan = replace(plan, shape=tuple(param.shape), shards=shards, group=number, sum_dtype=wide, position=position)
-        check_shards(plan, param, group)
+        plan = replace(
+            plan, shape=tuple(param.shape), sharding=sharding, group=number, sum_dtype=wide, position=position
+        )
+        check_sharding(plan, param, group)
         plans[param] = plan
     if isinstance(parts.rule, JointRule):
         _make_units(plans, parts.rule)
@@ -221,22 +223,26 @@ def name_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(plain_name(name).encode(), digest_size=8).digest(), "little")
 
 
-def make_shards(param: Tensor, space: Space | None, projector: Projector, group: Mapping[str, Any]) -> Shards:
+def make_sharding(
+    param: Tensor, space: SubspaceSpec | None, projector: Projector, group: Mapping[str, Any]
+) -> ParamSharding:
     """Where the parts of a sharded parameter and of its state lie."""
     if not is_sharded(param):
-        return HERE
+        return LOCAL
     bits = group["state_bits"]
     if space is None:
-        return replace(dense_shards(param, bits in (8, 4) and is_coded(bits, param.numel())), param=dense_spread(param))
+        return replace(
+            dense_param_sharding(param, bits in (8, 4) and is_coded(bits, param.numel())), param=dense_sharding(param)
+        )
     reduced = projector.reduced_shape(space)
     coded = bits in (8, 4) and is_coded(bits, torch.Size(reduced).numel())
-    matrix = matrix_spread(param, group["layout"], space.shape)
-    return replace(low_rank_shards(matrix, reduced, projector.contracted(space), coded), param=dense_spread(param))
+    matrix = matrix_sharding(param, group["layout"], space.shape)
+    return replace(low_rank_sharding(matrix, reduced, projector.contracted(space), coded), param=dense_sharding(param))
 
 
-def check_shards(plan: ParamPlan, param: Tensor, group: Mapping[str, Any]) -> None:
+def check_sharding(plan: ParamPlan, param: Tensor, group: Mapping[str, Any]) -> None:
     """Raise ValueError where a sharded parameter meets a part of the method that needs all of it."""
-    if plan.shards is HERE:
+    if plan.sharding is LOCAL:
         return
     rule, projector, residual, low_rank = plan.rule, plan.projector, plan.residual, plan.space is not None
     kind = f"parameter {plan.name} {tuple(param.shape)} lies on a mesh as {tuple(param.placements)}"  # type: ignore[attr-defined]
@@ -255,7 +261,7 @@ def check_shards(plan: ParamPlan, param: Tensor, group: Mapping[str, Any]) -> No
             f'{kind}; {type(rule).__name__} cannot rotate the moments of sharded matrices: use on_refresh "keep" or "reset"'
         )
     coded = group["state_bits"] in (8, 4) and low_rank and not projector.contracted(plan.space)  # type: ignore[arg-type]
-    if coded and plan.shards.matrix.splits(-1):
+    if coded and plan.sharding.matrix.splits(-1):
         raise ValueError(
             f"{kind}, along its rows' elements, which {projector.name!r} with state_bits={group['state_bits']} codes in blocks of "
             "256: use state_bits 32 or 16, or Shard(0)"

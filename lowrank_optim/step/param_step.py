@@ -12,12 +12,12 @@ from typing_extensions import Self
 
 from lowrank_optim import kernels
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, PURPOSE_STATE, derive_key, make_key
-from lowrank_optim.projectors import Basis, Write
+from lowrank_optim.projectors import Basis, StepParams
 from lowrank_optim.quantization import scale_is_due
 from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.rules import Context, Direction
 from lowrank_optim.sharding.dtensor import local, local_grad
-from lowrank_optim.sharding.param_sharding import HERE
+from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.nonfinite import SkippedUpdates
 from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.refresh_schedule import latest_refresh, moment_steps, own_gap
@@ -116,21 +116,21 @@ class ParamStep:
         age = float(self.state["step"])
         steps = age if dense else moment_steps(self.state, self.group)
         fresh = (steps if self.plan.projector.resizes else age) == 1
-        return Context(steps, age, self.weight, ok, dense, fresh, self.plan.shards, norms)
+        return Context(steps, age, self.weight, ok, dense, fresh, self.plan.sharding, norms)
 
     def fit_columns(self, grad: Tensor, since: int, ok: Tensor | None) -> None:
         """Measure the column scales of coded moments where that is due; `since` is the step of their last change of basis."""
         moments, steps = self.moments, int(self.state["step"]) - since
         if not isinstance(moments, CodedMoments) or "col_scale" not in self.state or not scale_is_due(steps):
             return
-        share, spread = self.plan.rule.gradient_share(self.group), self.plan.shards.reduced
+        share, spread = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
         rows = spread.sum(moments.row_sums(grad, share), -1)
         columns = spread.sum(moments.column_sums(grad, share, rows), -2)
         moments.rescale_(columns, int(self.state["step"]), ok)
 
     # ------------------------------------------------------------------------------------------------------------ weights
 
-    def write(self, direction: Direction | None, factor: float, ok: Tensor | None) -> Write:
+    def write(self, direction: Direction | None, factor: float, ok: Tensor | None) -> StepParams:
         """Step size, what is kept of the weights, and how they are rounded."""
         group = self.group
         lr = float(group["lr"]) * float(group["lr_factor"])
@@ -146,7 +146,7 @@ class ParamStep:
         coded = getattr(weight, "rounds_stochastically", False)  # `lowrank_optim.nn.QuantizedWeight`
         if coded or (group["stochastic_rounding"] and weight.dtype == torch.bfloat16):
             key = self.key(int(self.state["step"]), PURPOSE_ROUNDING)
-        return Write(alpha, keep, ok, key)
+        return StepParams(alpha, keep, ok, key)
 
     def put_back(self, matrix: Tensor) -> None:
         """Copy a matrix view into the weights where it is none: a convolution whose strides allow no view."""
@@ -156,12 +156,12 @@ class ParamStep:
     @contextmanager
     def gathered(self, grad: Tensor) -> Iterator[tuple["ParamStep", Tensor]]:
         """The step and the gradient of the whole parameter, where moments are kept whole although the weights are not."""
-        weight, spread = self.weight, self.plan.shards.matrix
+        weight, spread = self.weight, self.plan.sharding.matrix
         dims = range(-weight.dim(), 0)
         whole = spread.gather(weight, *dims)
         state = {name: tensor for name, tensor in self.state.items() if name != "master"}
         yield (
-            replace(self, param=whole, plan=replace(self.plan, shards=HERE), state=state),
+            replace(self, param=whole, plan=replace(self.plan, sharding=LOCAL), state=state),
             spread.gather(grad, *dims),
         )
         weight.copy_(spread.part(whole))
@@ -173,7 +173,7 @@ class ParamStep:
 
         Chunks where the rule treats every element for itself and all tensors lie in memory in the same order.
         """
-        weight, first = self.weight, self.plan.shards.matrix.start
+        weight, first = self.weight, self.plan.sharding.matrix.start
         moments = {name: tensor for name, tensor in self.moments.items() if tensor.shape == weight.shape}
         parted = elementwise and not hasattr(weight, "codes")  # of a quantised weight, parts would be copies
         if not parted or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):
@@ -193,5 +193,5 @@ def open_moments(
         return state
     key = param_key(group, plan, 0, PURPOSE_STATE)
     return CodedMoments(
-        state, plan.moment_shape(state), bits, kernels.compute_dtype(dtype), key, plan.shards.reduced.start
+        state, plan.moment_shape(state), bits, kernels.compute_dtype(dtype), key, plan.sharding.reduced.start
     )

@@ -25,7 +25,9 @@ class Plans(dict[Tensor, ParamPlan]):
         super().__init__()
         self.parts = parts
         self.warned: set[str] = set()  # reasons that were logged
-        self._made_for: list[tuple[Rule, tuple[Any, ...]]] = []  # of each group, its rule and what its state was made for
+        self._made_for: list[
+            tuple[Rule, tuple[Any, ...]]
+        ] = []  # of each group, its rule and what its state was made for
         self._ordinals: dict[Tensor, tuple[int, int]] = {}
 
     def of_group(self, group: Group, params: Iterable[Tensor], number: int, first: int) -> dict[Tensor, ParamPlan]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors import Basis, Write
+from lowrank_optim.projectors import Basis, StepParams
 from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.step.init_state import init_moments
 from lowrank_optim.step.param_step import ParamStep
@@ -49,10 +49,10 @@ def _rotate(step: ParamStep, old: Basis, new: Basis, steps: float) -> None:
     rule, moments, group, state = step.plan.rule, step.moments, step.group, step.state
     weight = rule.memory(group) if step.plan.residual.feeds_back else 0.0
     if weight:
-        old.apply_(state["error"], moments["exp_avg"], Write(-weight, 1.0))
+        old.apply_(state["error"], moments["exp_avg"], StepParams(-weight, 1.0))
     rule.transport(moments, lambda moment, power: new.transport(moment, old, power), group, steps)
     if weight:
-        new.apply_(state["error"], moments["exp_avg"], Write(weight, 1.0))
+        new.apply_(state["error"], moments["exp_avg"], StepParams(weight, 1.0))
 
 
 def reset_moments(step: ParamStep) -> None:

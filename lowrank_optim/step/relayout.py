@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import gaussian
-from lowrank_optim.projectors.base import Basis, Space
+from lowrank_optim.projectors.base import Basis, SubspaceSpec
 from lowrank_optim.projectors.dense_basis import DenseBasis, TwoSidedBasis
 from lowrank_optim.projectors.randomized_svd import householder
-from lowrank_optim.projectors.stored_projector import basis_spreads, load, store
+from lowrank_optim.projectors.stored_projector import basis_shardings, load, store
 from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.step.param_step import ParamStep
 
@@ -54,7 +54,7 @@ def _keep_counters(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None
             new[name].copy_(old[name])
 
 
-def _into_new_subspace(old: ParamStep, new: ParamStep, before: Space, after: Space) -> dict[str, Tensor]:
+def _into_new_subspace(old: ParamStep, new: ParamStep, before: SubspaceSpec, after: SubspaceSpec) -> dict[str, Tensor]:
     """Bases of another rank into the new state, and the moments in its coordinates."""
     width = max(before.rank, after.rank)
     key = new.key(int(old.state["step"]))
@@ -75,12 +75,12 @@ def _into_new_subspace(old: ParamStep, new: ParamStep, before: Space, after: Spa
     return {name: moment[..., rows, : after.rank] for name, moment in moments.items()}
 
 
-def _resized(basis: Tensor, space: Space, name: str, key: int) -> Tensor:
+def _resized(basis: Tensor, space: SubspaceSpec, name: str, key: int) -> Tensor:
     """The leading columns, or all of them and random ones orthogonal to them."""
     missing = space.rank - basis.shape[-1]
     if missing <= 0:
         return basis[..., : space.rank].clone()
-    spread = basis_spreads(space)[name]
+    spread = basis_shardings(space)[name]
     size = space.cols if name == "basis_right" or space.side == "right" else space.rows
     sketch = spread.part(gaussian(key, (*space.batch, size, missing), basis.device, basis.dtype), -2)
     return torch.cat([basis, householder(sketch - basis @ spread.sum(basis.mT @ sketch, -2), spread)], -1)
@@ -92,7 +92,7 @@ def _padded(tensor: Tensor, width: int, rows: bool = False) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1], 0, below)).clone()
 
 
-def _basis(bases: Mapping[str, Tensor], space: Space) -> Basis:
+def _basis(bases: Mapping[str, Tensor], space: SubspaceSpec) -> Basis:
     if space.side == "full":
-        return TwoSidedBasis(bases["basis"], bases["basis_right"], shards=space.shards)
-    return DenseBasis(bases["basis"], space.side, shards=space.shards)
+        return TwoSidedBasis(bases["basis"], bases["basis_right"], sharding=space.sharding)
+    return DenseBasis(bases["basis"], space.side, sharding=space.sharding)

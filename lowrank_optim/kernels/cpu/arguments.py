@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import turn_offset
-from lowrank_optim.kernels.reference import line_norms
+from lowrank_optim.kernels.reference import row_norms
 
 F32 = torch.float32
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -47,7 +47,7 @@ def phi_words(scale: Tensor | None, first_row: int) -> tuple[int | None, int, in
 def no_direction(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A direction of zeros, and its and the gradient's norms."""
     direction = torch.zeros_like(grad, memory_format=torch.contiguous_format)
-    return direction, *line_norms(direction, grad)
+    return direction, *row_norms(direction, grad)
 
 
 def room_for_lengths(grad: Tensor) -> tuple[Tensor, Tensor]:

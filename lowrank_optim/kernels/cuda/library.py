@@ -17,7 +17,7 @@ ABI_VERSION = 3
 
 VARIABLE = "LOWRANK_OPTIM_CUDA_LIBRARY"
 NAME = "liblowrank_optim_cuda.so"
-HERE = Path(__file__).parent
+LOCAL = Path(__file__).parent
 REBUILD = "run `python -m lowrank_optim.kernels.cuda.build` in a checkout, with nvcc on the path"
 
 
@@ -29,7 +29,7 @@ class Adam(Structure):
     _fields_ = tuple((name, c_float) for name in ("towards", "beta2", "rest2", "root_factor", "root_offset"))
 
 
-class Write(Structure):
+class StepParams(Structure):
     _fields_ = (("alpha", c_float), ("keep", c_float))
 
 
@@ -60,7 +60,7 @@ class AdamElement(Structure):
         ("grad_dtype", c_int32),
         ("weight_dtype", c_int32),
         ("adam", Adam),
-        ("write", Write),
+        ("write", StepParams),
         ("rounding", Noise),
     )
 
@@ -96,7 +96,7 @@ class StoreElement(Structure):
         ("flat", c_int32),
         ("update", c_int32),
         ("keep_is_double", c_int32),
-        ("write", Write),
+        ("write", StepParams),
         ("rounding", Noise),
     )
 
@@ -160,7 +160,7 @@ class CodedAdamBlock(Structure):
         ("grad_dtype", c_int32),
         ("weight_dtype", c_int32),
         ("adam", Adam),
-        ("write", Write),
+        ("write", StepParams),
         ("noise", Noise),
         ("rounding", Noise),
     )
@@ -212,7 +212,7 @@ def open_library(chosen: str | None = None) -> Library:
         Unavailable: it is not there, or not one of this version of the package.
     """
     named = chosen or os.environ.get(VARIABLE)
-    path = Path(named) if named else HERE / NAME
+    path = Path(named) if named else LOCAL / NAME
     if not path.exists():
         why = f"{VARIABLE}={named}: there is no such file." if named else f"it is not built. To build it: {REBUILD}."
         raise Unavailable(why)

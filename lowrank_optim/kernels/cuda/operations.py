@@ -27,12 +27,12 @@ from lowrank_optim.kernels.cuda.library import (
     PackBlock,
     QuantizeBlock,
     RuleElement,
+    StepParams,
     StoreElement,
     Strided,
     UnpackBlock,
-    Write,
 )
-from lowrank_optim.kernels.reference import line_norms
+from lowrank_optim.kernels.reference import row_norms
 from lowrank_optim.kernels.schemas import coded_shapes
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -171,7 +171,7 @@ def _dense(
         TYPES[grad.dtype],
         TYPES[weight.dtype],
         _adam(*adam),
-        Write(alpha, keep),
+        StepParams(alpha, keep),
         _noise(rounding, weight.dtype == torch.bfloat16),
     )
 
@@ -184,7 +184,7 @@ def _store(
     library: Library,
     target: Tensor,
     value: Tensor,
-    write: Write | None,
+    write: StepParams | None,
     keep: Tensor | None,
     ok: Tensor | None,
     rounding: Noise,
@@ -208,7 +208,7 @@ def _store(
         flat,
         write is not None,
         keep is not None and keep.dtype == torch.float64,
-        write or Write(),
+        write or StepParams(),
         rounding,
     )
     _call(library, target, "store", op, target.numel())
@@ -225,7 +225,7 @@ def apply_dense_(
     rounding: Tensor | None,
 ) -> Any:
     noise = _noise(rounding, weight.dtype == torch.bfloat16)
-    return _store(library, weight, direction, Write(*scalars.tolist()), keep, ok, noise)
+    return _store(library, weight, direction, StepParams(*scalars.tolist()), keep, ok, noise)
 
 
 def stochastic_round_(library: Library, target: Tensor, value: Tensor, rounding: Tensor | None) -> Any:
@@ -343,7 +343,7 @@ class _CodedAdam:
         codes: Codes,
         col_scale: Tensor | None,
         adam: list[float],
-        write: Write,
+        write: StepParams,
         noise: Tensor | None,
         ok: Tensor | None,
         rounding: Tensor | None,
@@ -396,7 +396,7 @@ def _coded_direct(
     block: int,
 ) -> _CodedAdam:
     codes, adam = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-    return _CodedAdam(out, None, grad, codes, col_scale, adam, Write(), noise, ok, None, bits, block)
+    return _CodedAdam(out, None, grad, codes, col_scale, adam, StepParams(), noise, ok, None, bits, block)
 
 
 def coded_adam_dense_(library: Library, *args: Any) -> Any:
@@ -419,7 +419,7 @@ def _coded_dense(
     block: int,
 ) -> _CodedAdam:
     codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-    write = Write(alpha, keep)
+    write = StepParams(alpha, keep)
     return _CodedAdam(weight, weight, grad, codes, col_scale, adam, write, noise, ok, rounding, bits, block)
 
 
@@ -512,7 +512,7 @@ def many_coded_adam_direct_with_norms_(library: Library, calls: Sequence[Sequenc
 
 def _with_norms(calls: Sequence[Sequence[Any]], directions: list[Any]) -> list[Any]:
     pairs = zip(directions, calls, strict=True)
-    return [done if done is NotImplemented else (done, *line_norms(done, grad)) for done, (grad, *_) in pairs]
+    return [done if done is NotImplemented else (done, *row_norms(done, grad)) for done, (grad, *_) in pairs]
 
 
 def many(library: Library) -> dict[str, Callable[..., Any]]:
