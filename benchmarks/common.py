@@ -61,13 +61,30 @@ def _version(name: str) -> str:
         return "not installed by pip"
 
 
+_ON_GPU = torch.cuda.is_available()  # asked once: the question takes as long as a small kernel
+
+
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    if _ON_GPU:
         torch.cuda.synchronize()
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each candidate, all measured in every round, so that a noisy machine disturbs them alike.
+def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one run, from an idle device to an idle device."""
+    _synchronize()
+    start = clock()
+    run()
+    _synchronize()
+    return clock() - start
+
+
+def rounds_of(
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each candidate, all measured in every round, so that a noisy machine disturbs them alike.
 
     Each round has an order of its own: what a candidate finds in the caches is what the one before has left there.
     """
@@ -76,13 +93,20 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warmup
     for i in range(rounds + warmup):
         shuffle(order)
         for name in order:
-            _synchronize()
-            start = time.perf_counter()
-            candidates[name]()
-            _synchronize()
+            seconds = timed(candidates[name], clock)
             if i >= warmup:
-                times[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in times.items()}
+                times[name].append(seconds)
+    return times
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each candidate, see `rounds_of`."""
+    return {name: median(values) for name, values in rounds_of(candidates, rounds, warmup).items()}
+
+
+def reason(why: Exception) -> str:
+    """Why a candidate has no result, in one line."""
+    return f"{type(why).__name__}: {why}".splitlines()[0][:200]
 
 
 def write(name: str, results: Any) -> Path:

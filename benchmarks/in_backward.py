@@ -11,11 +11,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-from common import write
+from common import rounds_of, write
 from memory_tracker import Gradients, PeakMemory
 from torch import nn
 
@@ -79,22 +80,11 @@ def measure_time(
     size: str, dtype: torch.dtype, device: torch.device, tokens: torch.Tensor, rounds: int, method: str
 ) -> dict[str, float | str]:
     """Seconds a step of both kinds, interleaved, and the median ratio within a round; `again` is a second ordinary run."""
-    steps: dict[str, Callable[[torch.Tensor], None]] = {
-        name: build(kind, size, dtype, device, method)[2]
+    steps: dict[str, Callable[[], object]] = {
+        name: partial(build(kind, size, dtype, device, method)[2], tokens)
         for name, kind in (("ordinary", "ordinary"), ("in_backward", "in_backward"), ("again", "ordinary"))
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    for i in range(rounds + 2):
-        for name, step in sorted(steps.items(), key=lambda item: (list(steps).index(item[0]) + i) % len(steps)):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = clock()
-            step(tokens)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if i >= 2:
-                times[name].append(clock() - start)
+    times = rounds_of(steps, rounds, clock=time.perf_counter if device.type == "cuda" else time.process_time)
     ratios = [a / b for a, b in zip(times["in_backward"], times["ordinary"], strict=True)]
     noise = [a / b for a, b in zip(times["again"], times["ordinary"], strict=True)]
     return {

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import Loaded, api, dispatch
-from lowrank_optim.projectors.randomized_svd import RandomizedSVD
+from lowrank_optim.projectors import RandomizedSVD, Refresh
 from lowrank_optim.quantization import zero_rows
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -49,12 +49,7 @@ def seconds(run: Callable[[], object], rounds: int) -> list[float]:
     """Durations of single runs; on a GPU between two events, with the launches hidden behind a wait of the device."""
     run()
     if not GPU:
-        times = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return times
+        return [common.timed(run) for _ in range(rounds)]
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     torch.cuda._sleep(2_000_000)
     for begin, end in pairs:
@@ -63,17 +58,6 @@ def seconds(run: Callable[[], object], rounds: int) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) / 1000 for begin, end in pairs]
-
-
-def once(run: Callable[[], object]) -> float:
-    """Seconds of a single long run, with nothing before it."""
-    if GPU:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -244,12 +228,12 @@ def refresh(rows: int, cols: int, rank: int, rounds: int) -> dict[str, Any]:
     grad, projector = random(rows, cols), RandomizedSVD()
     space = projector.space((rows, cols), rank, "std", F32)
     state = projector.init(space, 1, DEVICE)
-    first = projector.compute(grad, space, state, 2, True)
+    first = projector.compute(Refresh(grad, space, state, 2, True))
     torch.linalg.svd(grad[:64, :64])  # loads the library
     took = {
-        "torch.linalg.svd": once(lambda: torch.linalg.svd(grad, full_matrices=False)),
-        "first refresh": median(seconds(lambda: projector.compute(grad, space, state, 2, True), rounds)),
-        "later refresh": median(seconds(lambda: projector.compute(grad, space, first, 3, False), rounds)),
+        "torch.linalg.svd": common.timed(lambda: torch.linalg.svd(grad, full_matrices=False)),
+        "first refresh": median(seconds(lambda: projector.compute(Refresh(grad, space, state, 2, True)), rounds)),
+        "later refresh": median(seconds(lambda: projector.compute(Refresh(grad, space, first, 3)), rounds)),
     }
     faster = {name: took["torch.linalg.svd"] / value for name, value in took.items()}
     return {"what": f"refresh of {rows}×{cols} at rank {rank}", "seconds": took, "times_faster": faster}

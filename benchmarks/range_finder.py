@@ -10,8 +10,7 @@ import torch
 from common import interleaved, write
 from torch import Tensor
 
-from lowrank_optim.projectors import SVD, RandomizedSVD
-from lowrank_optim.projectors.base import Projector
+from lowrank_optim.projectors import SVD, Projector, RandomizedSVD, Refresh
 
 SHAPES = ((1024, 2736), (4096, 4096))
 
@@ -59,7 +58,7 @@ def measure(rows: int, cols: int, rounds: int) -> dict[str, float | int | str]:
     space = projector.space((rows, cols), rank, "std", torch.float32)
 
     def refresh(which: Projector, grad: Tensor, state: dict[str, Tensor], is_first: bool) -> dict[str, Tensor]:
-        new = which.refresh(grad, space, state, key=1, first=is_first)
+        new = which.refresh(Refresh(grad, space, state, 1, is_first))
         assert new is not None
         return new
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import environment, interleaved, write
+from common import environment, interleaved, reason, write
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -133,7 +133,7 @@ def measure(candidates: dict[str, Build], grads: list[Tensor], rank: int, rounds
         try:
             step, size = prepare(build, grads, rank)
         except Exception as why:  # a peer that does not run here is a result, too
-            results[name] = {"skipped": f"{type(why).__name__}: {why}".splitlines()[0][:200]}
+            results[name] = {"skipped": reason(why)}
             continue
         results[name] = {"state_bytes": size}
         if cuda:  # one at a time: together they do not fit

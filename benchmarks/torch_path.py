@@ -12,15 +12,13 @@ a machine that others use, too.
 
 import argparse
 import os
-import random
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
 
 import torch
-from common import environment, write
+from common import environment, reason, rounds_of, write
 from step_time import DENSE, FUSED, LAYERS, PEERS_DENSE, Build, galore_torch, gradients, ours, ours_dense, prepare
 
 import lowrank_optim as lo
@@ -28,27 +26,12 @@ from lowrank_optim import kernels
 from lowrank_optim.kernels.dispatch import VARIABLE
 from lowrank_optim.kernels.reference import has_bfloat16_units
 
-PEERS = ("bitsandbytes", "torchao", "galore-torch")
+Clock = Callable[[], float]
 
 
-def version_of(package: str) -> str | None:
-    """None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def measure(candidates: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """Seconds by name, all measured in every round, in an order of its own."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    order, shuffle = list(candidates), random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            begun = clock()
-            candidates[name]()
-            times[name].append(clock() - begun)
+def measure(candidates: dict[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, Any]:
+    """Seconds by name: the median and the least of interleaved rounds."""
+    times = rounds_of(candidates, rounds, warmup=0, clock=clock)
     return {name: {"median_s": median(values), "least_s": min(values)} for name, values in times.items()}
 
 
@@ -59,7 +42,7 @@ def steps(builds: dict[str, Build], grads: list[torch.Tensor], rank: int) -> tup
         try:
             ready[name] = prepare(build, grads, rank)[0]
         except Exception as why:  # noqa: PERF203 a peer that does not run here is a result, too
-            missing[name] = f"{type(why).__name__}: {why}".splitlines()[0][:200]
+            missing[name] = reason(why)
     return ready, missing
 
 
@@ -110,11 +93,7 @@ def main() -> None:
     os.environ[VARIABLE] = options.backend
     clock = time.process_time if options.cpu_time else time.perf_counter
     print(environment())
-    results: dict[str, Any] = {
-        "backend": options.backend,
-        "peers": {name: version_of(name) for name in PEERS},
-        "clock": clock.__name__,
-    }
+    results: dict[str, Any] = {"backend": options.backend, "clock": clock.__name__}
     print("dense, 13.6 M parameters, float32")
     dense = {**PEERS_DENSE, "GaLoreAdamW without rank, 8-bit state": ours_dense(8)}
     results["dense"] = compare(dense, DENSE, 0, options.rounds, clock, FUSED)

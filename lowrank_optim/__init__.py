@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lowrank_optim import nn
+from lowrank_optim import distributed, nn
 from lowrank_optim._version import __version__
 from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.describe import describe
-from lowrank_optim.groups.layers import describe_layers, layer_groups
+from lowrank_optim.groups.layer_report import describe_layers
+from lowrank_optim.groups.layers import layer_groups
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.in_backward import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import (
@@ -30,8 +31,9 @@ from lowrank_optim.optimizers import (
     state_bytes,
 )
 from lowrank_optim.projectors import SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
-from lowrank_optim.projectors.base import Basis, GradientTerm, StepParams, SubspaceSpec, usable
+from lowrank_optim.projectors.base import Basis, GradientTerm, Refresh, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
+from lowrank_optim.projectors.stored_projector import StoredProjector
 from lowrank_optim.residuals.base import Residual, ResidualInput, Update
 from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual, SGDResidual, SignResidual
 from lowrank_optim.residuals.scaled import GradientScaled, NormScaled
@@ -92,6 +94,7 @@ __all__ = [
     "RMSprop",
     "Random",
     "RandomizedSVD",
+    "Refresh",
     "Residual",
     "ResidualInput",
     "Role",
@@ -99,6 +102,7 @@ __all__ = [
     "SGDResidual",
     "SignResidual",
     "StepParams",
+    "StoredProjector",
     "SubspaceSpec",
     "Update",
     "UpdateInBackward",
@@ -106,6 +110,7 @@ __all__ = [
     "by_name",
     "describe",
     "describe_layers",
+    "distributed",
     "layer_groups",
     "nn",
     "param_groups",
@@ -117,11 +122,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`lowrank_optim.integrations` and the planner, imported when they are first asked for."""
-    if name == "integrations":
+    """`lowrank_optim.integrations`, `.testing` and the planner, imported when they are first asked for."""
+    if name in ("integrations", "testing"):
         from importlib import import_module
 
-        return import_module("lowrank_optim.integrations")
+        return import_module(f"lowrank_optim.{name}")
     if name in ("plan", "MemoryPlan"):
         from lowrank_optim import planner
 

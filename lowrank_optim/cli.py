@@ -1,16 +1,13 @@
-"""The command `lowrank-optim`: each subcommand is a module with `add_parser(subparsers)` and `run(args) -> int`."""
+"""The command `lowrank-optim`: each subcommand is a module with `add_parser(subparsers)`, which sets `run(args) -> int`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 
+from lowrank_optim import doctor
 from lowrank_optim._version import __version__
 from lowrank_optim.console import accept_any_text
-
-SUBCOMMANDS = ("lowrank_optim.planner.command", "lowrank_optim.doctor")
-"""Modules of the subcommands; one that is not there is left out."""
+from lowrank_optim.planner import command as planner
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,11 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lowrank-optim", description="Memory-efficient optimizers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    for name in SUBCOMMANDS:
-        if find_spec(name) is not None:
-            module = import_module(name)
-            module.add_parser(subparsers)
-            subparsers.choices[name.split(".")[1].replace("planner", "plan")].set_defaults(run=module.run)
+    planner.add_parser(subparsers)
+    doctor.add_parser(subparsers)
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()

@@ -14,9 +14,6 @@ from lowrank_optim.kernels import Loaded, dispatch
 from lowrank_optim.kernels.cpu import library
 from lowrank_optim.kernels.selftest import Case, answer, compare, quick_cases
 
-# The definitions of the coded operations are registered there.
-from lowrank_optim.quantization import quantize_rows as _registered  # noqa: F401
-
 SHOWN = "{:22} {}\n"
 
 

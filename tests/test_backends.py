@@ -321,3 +321,70 @@ def test_the_reference_can_be_forced(monkeypatch):
     target = torch.zeros(3)
     torch.ops.lowrank_optim.stochastic_round_(target, torch.ones(3), None)
     assert target.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_every_operation_is_defined_within_kernels():
+    assert dispatch._DEFINITIONS.keys() == schemas.CHECKS.keys()
+    assert {define.__module__.rpartition(".")[0] for define in dispatch._DEFINITIONS.values()} == {
+        "lowrank_optim.kernels"
+    }
+
+
+@pytest.mark.parametrize(
+    ("op", "place", "bad", "message"),
+    [
+        ("project", 0, torch.ones(20), r"grad is \(20,\) torch.float32 on cpu; needed: a \(…, rows, cols\) matrix"),
+        ("project", 1, torch.ones(7, 3), r"grad is \(20, 33\).* and basis \(7, 3\).*needed on the right"),
+        ("project", 1, torch.ones(33, 3, dtype=torch.int32), r"basis is \(33, 3\) torch.int32 on cpu; needed: one of"),
+        ("project", 1, torch.ones(33, 3, device="meta"), "basis is on meta, grad on cpu; needed: one device"),
+        ("adam_direct_", 1, torch.ones(20, 32), r"exp_avg is \(20, 32\).*needed: \(20, 33\), the gradient's shape"),
+        (
+            "adam_direct_",
+            2,
+            torch.ones(20, 33).double(),
+            "exp_avg_sq is torch.float64, grad torch.float32; needed: one type",
+        ),
+        (
+            "adam_direct_",
+            2,
+            torch.ones(20, 33, device="meta"),
+            "exp_avg_sq is on meta, grad on cpu; needed: one device",
+        ),
+        (
+            "adam_direct_",
+            3,
+            torch.ones(4),
+            r"scalars is \(4,\) torch.float32.*needed: \(4,\) torch.float64 on cpu, \[beta1",
+        ),
+        ("adam_direct_", 4, torch.ones(2, dtype=torch.bool), r"ok is \(2,\) torch.bool on cpu; needed: a 0-d bool"),
+        ("adam_direct_", 4, torch.ones((), dtype=torch.bool, device="meta"), "ok is on meta, grad on cpu"),
+        ("apply_", 1, torch.ones(19, 3), r"left is \(19, 3\).*needed: \(20, 3\), the weight's rows × rank"),
+        ("apply_", 2, torch.ones(3, 5), r"right is \(3, 5\).*needed: \(3, 33\), rank × the weight's columns"),
+        ("apply_", 4, torch.ones(1), r"keep is \(1,\) torch.float32 on cpu; needed: a 0-d float32 or float64 on cpu"),
+        (
+            "apply_",
+            6,
+            torch.ones(2),
+            r"rounding is \(2,\) torch.float32 on cpu; needed: \(2,\) torch.int64 on cpu, \[key",
+        ),
+        ("apply_", 7, torch.ones(20, 33), "grad and phi belong together: pass both or neither"),
+        ("apply_", 9, torch.ones(20, 3), "subtract_left and subtract_right belong together, and to a gradient"),
+    ],
+)
+def test_what_an_operation_cannot_take_is_refused_before_anything_changes(op, place, bad, message):
+    make = {
+        "project": lambda: made.project((), 20, 33, 3, True, torch.float32),
+        "adam_direct_": lambda: made.adam_direct((20, 33)),
+        "apply_": lambda: made.apply((), 20, 33, 3, torch.float32),
+    }[op]
+    args, before = list(make()), make()
+    args[place] = bad
+    with pytest.raises(ValueError, match=rf"^lowrank_optim\.{op}: .*{message}"):
+        schemas.CHECKS[op](*args)
+    with pytest.raises(ValueError, match=message):
+        dispatch.run_many(op, [tuple(args), tuple(args)])
+    assert all(
+        torch.equal(now, old)
+        for i, (now, old) in enumerate(zip(args, before, strict=True))
+        if i != place and isinstance(old, torch.Tensor)
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lowrank_optim as lo
-from lowrank_optim.step.state_names import HOST_STATE
+from lowrank_optim.step.state_names import STEP_STATE
 
 RANK = 41  # odd, so that 4-bit codes end in half a byte
 SHAPES = ((136, 100), (100, 136), (2, 110, 100), (120, 64), (64,))
@@ -62,7 +62,7 @@ def test_state_has_exactly_the_bytes_of_the_formula(bits):
         held = sum(
             value.numel() * value.element_size()
             for name, value in state.items()
-            if name not in (*HOST_STATE, "basis", "col_scale")
+            if name not in (*STEP_STATE, "turn", "basis")
         )
         assert held == 2 * moment_bytes(m, r, bits)
         columns = 2 * r if param.dim() == 3 else r

@@ -9,7 +9,7 @@ from test_step import ReadsOfDeviceValues
 from torch import nn
 
 import lowrank_optim as lo
-from lowrank_optim.step.state_names import HOST_STATE
+from lowrank_optim.step.state_names import STEP_STATE
 
 LIMIT = 0.5
 
@@ -275,7 +275,12 @@ def test_a_steady_step_never_waits_for_the_device(scaled, accumulate, clip, monk
         for _ in range(accumulate):
             loss = model(torch.randn(4, 24)).square().mean()
             if step:
-                on_host = [s[key] for s in optimizer.state.values() for key in HOST_STATE if key in s]
+                on_host = [
+                    s[key]
+                    for s in optimizer.state.values()
+                    for key in STEP_STATE
+                    if STEP_STATE[key] == "host" and key in s
+                ]
                 reads.enter_context(CountsMicroBatches(on_host, optimizer))
             (scale.scale(loss) if scale else loss).backward()
             reads.close()

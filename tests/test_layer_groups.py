@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import lowrank_optim as lo
-from lowrank_optim.groups.layers import find_layers
+from lowrank_optim.groups.model_layers import find_layers
 
 BASE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -356,7 +356,7 @@ def test_groups_with_layers_are_taken_by_every_optimizer():
 
 
 def test_the_examples_in_the_docstrings_hold():
-    for name in ("layers", "sampling"):
-        module = importlib.import_module(f"lowrank_optim.in_backward.{name}")
+    for name in ("groups.layers", "groups.layer_report", "optimizers.layer_sampling"):
+        module = importlib.import_module(f"lowrank_optim.{name}")
         result = doctest.testmod(module)
         assert result.failed == 0

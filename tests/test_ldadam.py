@@ -12,13 +12,13 @@ Gradients are prescribed, so that errors feed back through e only.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import assert_same_run, resume
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -390,21 +390,10 @@ def test_resume_is_exact_to_the_bit(feedback: bool, dtype: torch.dtype) -> None:
     run(uninterrupted, whole, 0, 20)
     params, saved = fresh()
     run(saved, params, 0, 9)
-    file = io.BytesIO()
-    torch.save({"optimizer": saved.state_dict(), "weights": [param.detach() for param in params]}, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
     second, resumed = fresh()
-    with torch.no_grad():
-        for param, weight in zip(second, loaded["weights"], strict=True):
-            param.copy_(weight)
-    resumed.load_state_dict(loaded["optimizer"])
+    resume(saved, params, resumed, second)
     run(resumed, second, 9, 20)
-    for a, b in zip(whole, second, strict=True):
-        assert torch.equal(a, b)
-        assert uninterrupted.state[a].keys() == resumed.state[b].keys()
-        for name, value in uninterrupted.state[a].items():
-            assert torch.equal(value, resumed.state[b][name])
+    assert_same_run(uninterrupted, whole, resumed, second)
 
 
 def test_resume_is_exact_for_another_rho_than_the_default() -> None:

@@ -2,8 +2,10 @@
 
 import copy
 import io
+import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -452,7 +454,7 @@ def test_pairs_that_cannot_be_are_refused_by_name():
     before = [param.detach().clone() for param in params]
     give_gradients(params, 0)
     params[3].grad = None
-    with pytest.raises(RuntimeError, match=r"0\.3 got no gradient; nothing was changed"):
+    with pytest.raises(RuntimeError, match=r"0\.3 got no gradient, so that none of them was changed"):
         optimizer.step()
     assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
 
@@ -501,3 +503,39 @@ def test_overrides_make_groups_of_their_own():
     assert by_name["linear.bias"]["lr_factor"] == 1.5
     with pytest.raises(ValueError, match="overrides pattern 'nothing' matches no parameter"):
         lo.param_groups(Factors(), rank=4, overrides={"nothing": {"lr_factor": 3.0}})
+
+
+# --------------------------------------------------------------------------------------------------------------- the example
+
+
+def test_the_example_with_a_rank_schedule_resumes_to_the_same_losses(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any
+):
+    path = Path(__file__).parents[1] / "examples/rank_schedule.py"
+    monkeypatch.setattr("sys.argv", [str(path), "--ranks", "0:8,20:24,40:4", "--steps", "60"])
+    runpy.run_path(str(path), run_name="__main__")
+    out = capsys.readouterr().out
+    losses = [float(line.split("loss ")[1]) for line in out.splitlines() if "loss " in line]
+    assert "resumed at step 30: the same losses" in out
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_describe_shows_the_parts_of_each_group_and_knows_projectors_of_ones_own():
+    @dataclass(frozen=True)
+    class MySVD(lo.SVD):
+        @property
+        def name(self) -> str:
+            return "mine"
+
+    params = parameters()
+    optimizer = lo.LowRankOptimizer(
+        [
+            {"params": params[:1], "rank": 4, "projector": MySVD(), "rule": "lion", "residual": "sgd"},
+            {"params": params[1:], "rank": 8},
+        ],
+        rule="adam",
+    )
+    lines = lo.describe(optimizer).splitlines()
+    assert lines[0].startswith("group 0: low-rank, rule lion, residual sgd, rank 4")
+    assert "projector mine" in lo.describe(optimizer)
+    assert any(line.startswith("group 1: low-rank, rule adam, residual none, rank 8") for line in lines)

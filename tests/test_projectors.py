@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lowrank_optim as lo
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, make_key
-from lowrank_optim.projectors import Basis, Projector, StepParams, SubspaceSpec, from_name
+from lowrank_optim.projectors import Basis, Projector, Refresh, StepParams, SubspaceSpec, from_name
 from lowrank_optim.projectors.base import align_signs
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -65,7 +65,7 @@ def refreshed(projector: Projector, grads: list[Tensor], rank: int, proj_type: s
     space = space_of(projector, grads[0], rank, proj_type)
     state = projector.init(space, key(), CPU)
     for step, grad in enumerate(grads):
-        new = projector.refresh(grad, space, state, key(step), first=step == 0)
+        new = projector.refresh(Refresh(grad, space, state, key(step), first=step == 0))
         assert new is not None
         assert new.keys() == state.keys()
         state = new
@@ -145,7 +145,7 @@ def test_a_refresh_modifies_neither_the_gradient_nor_the_state(projector, side):
     space, state = refreshed(projector, grads[:1], 5, side)
     before = {name: tensor.clone() for name, tensor in state.items()}
     kept = grads[1].clone()
-    projector.refresh(grads[1], space, state, key(1), first=False)
+    projector.refresh(Refresh(grads[1], space, state, key(1), first=False))
     assert torch.equal(grads[1], kept)
     for name, tensor in state.items():
         assert torch.equal(tensor, before[name])
@@ -313,7 +313,7 @@ def test_the_size_of_the_gradient_does_not_matter(projector, side, scale):
     space = space_of(projector, small, 12, side)
     state = projector.init(space, key(), CPU)
     for step in range(3):
-        new = projector.refresh(small, space, state, key(step), first=step == 0)
+        new = projector.refresh(Refresh(small, space, state, key(step), first=step == 0))
         if new is None:  # smaller than float32 can take the norm of: no basis, and none that is wrong
             assert scale < 1e-18
             return
@@ -331,9 +331,11 @@ def test_a_gradient_that_is_zero_or_not_finite_gives_no_basis(projector, dtype, 
     grad[3, 4] = value
     space = space_of(projector, grad, 4, "std")
     state = projector.init(space, key(), CPU)
-    assert projector.refresh(grad, space, state, key(), first=True) is None
+    assert projector.refresh(Refresh(grad, space, state, key(), first=True)) is None
     assert (
-        projector.refresh(grad.expand(2, 20, 12), space_of(projector, grad.expand(2, 20, 12), 4, "std"), {}, 0, True)
+        projector.refresh(
+            Refresh(grad.expand(2, 20, 12), space_of(projector, grad.expand(2, 20, 12), 4, "std"), {}, 0, True)
+        )
         is None
     )
 
@@ -353,10 +355,10 @@ def test_experts_without_a_usable_gradient_keep_their_basis_and_do_not_disturb_t
     space = space_of(projector, now, 5, side)
     state = projector.init(space, key(), CPU)
     if not first:
-        state = projector.refresh(earlier, space, state, key(), first=True)
-    new = projector.refresh(now, space, state, key(7), first=first)
+        state = projector.refresh(Refresh(earlier, space, state, key(), first=True))
+    new = projector.refresh(Refresh(now, space, state, key(7), first=first))
     # The others get the bases that they would have got with a healthy neighbour.
-    healthy = projector.refresh(torch.where(torch.isfinite(now), now, 1.0), space, state, key(7), first=first)
+    healthy = projector.refresh(Refresh(torch.where(torch.isfinite(now), now, 1.0), space, state, key(7), first=first))
     for name, tensor in new.items():
         assert torch.equal(tensor[1], state[name][1]), name
         for expert in (0, 2, 3):
@@ -447,8 +449,10 @@ def test_random_bases_are_regenerated_and_never_stored(kind, side, shape, rank):
     projector = lo.Random(kind)
     space = projector.space(shape, rank, side, F32)
     assert projector.init(space, key(), CPU) == {}
-    assert projector.refresh(draw(1, *shape, dtype=F32), space, {}, key(), True) == {}
-    assert projector.refresh(torch.zeros(shape), space, {}, key(), True) == {}  # cannot fail: looks at no gradient
+    assert projector.refresh(Refresh(draw(1, *shape, dtype=F32), space, {}, key(), True)) == {}
+    assert (
+        projector.refresh(Refresh(torch.zeros(shape), space, {}, key(), True)) == {}
+    )  # cannot fail: looks at no gradient
     torch.manual_seed(1)
     first = random_parts(projector, space, key())
     torch.manual_seed(2)
@@ -632,7 +636,7 @@ def test_an_unknown_proj_type_raises_and_lists_the_valid_ones(projector):
 
 def two_bases(projector: Projector, shape: tuple[int, ...], rank: int, side: str) -> tuple[SubspaceSpec, Basis, Basis]:
     space, old = refreshed(projector, [draw(1, *shape)], rank, side)
-    new = projector.refresh(draw(2, *shape), space, old, key(9), first=False)
+    new = projector.refresh(Refresh(draw(2, *shape), space, old, key(9), first=False))
     assert new is not None
     return space, projector.basis(space, old, key(), CPU), projector.basis(space, new, key(9), CPU)
 
@@ -700,7 +704,7 @@ def test_new_basis_vectors_point_to_the_side_of_the_old_ones(projector, side, ba
     grads = [draw(step, *batch, 40, 30, dtype=F32) for step in range(6)]
     space, state = refreshed(projector, grads[:1], 8, side)
     for step, grad in enumerate(grads[1:], 1):
-        new = projector.refresh(grad, space, state, key(step), first=False)
+        new = projector.refresh(Refresh(grad, space, state, key(step), first=False))
         for name in new:
             assert ((new[name] * state[name]).sum(-2) >= 0).all(), name
         state = new

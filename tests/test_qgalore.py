@@ -8,7 +8,6 @@ Codes are decoded, and refreshes foretold, by functions of their own in numpy. M
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import assert_same_run, resume
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -446,23 +446,10 @@ def test_resume_is_exact_to_the_bit_with_the_queue_and_the_gap(
     params, saved = fresh()
     run(saved, params, 0, middle)
     assert 2 < int(saved.state[params[0]]["gap"]) < int(uninterrupted.state[whole[0]]["gap"])
-    file = io.BytesIO()
-    torch.save({"optimizer": saved.state_dict(), "weights": [param.detach() for param in params]}, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
     second, resumed = fresh()
-    with torch.no_grad():
-        for param, weight in zip(second, loaded["weights"], strict=True):
-            param.copy_(weight)
-    resumed.load_state_dict(loaded["optimizer"])
+    resume(saved, params, resumed, second)
     run(resumed, second, middle, steps)
-    for a, b in zip(whole, second, strict=True):
-        assert torch.equal(a, b)
-        state_a, state_b = uninterrupted.state[a], resumed.state[b]
-        assert state_a.keys() == state_b.keys()
-        for name in state_a:
-            assert state_a[name].dtype == state_b[name].dtype
-            assert torch.equal(state_a[name].nan_to_num(-1.0), state_b[name].nan_to_num(-1.0))
+    assert_same_run(uninterrupted, whole, resumed, second)
 
 
 def test_a_checkpoint_of_other_bits_or_without_the_queue_is_refused() -> None:

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_optim as lo
 from lowrank_optim.step.refresh_schedule import latest_refresh, stagger_offset
-from lowrank_optim.step.state_names import HOST_STATE
 
 
 def problem(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (24, 16)) -> nn.Parameter:
@@ -280,7 +279,12 @@ def test_a_steady_step_never_waits_for_the_device(name, projector, dtype, monkey
     for step in range(3):
         for param in params:
             param.grad = gradient(step, tuple(param.shape)).to(dtype)
-        on_host = [s[key] for s in optimizer.state.values() for key in HOST_STATE if key in s]
+        on_host = [
+            tensor
+            for p, s in optimizer.state.items()
+            for key, tensor in s.items()
+            if optimizer.plans[p].is_on_host(key)
+        ]
         # The first step refreshes the subspace, which may read a flag.
         with ReadsOfDeviceValues(on_host) if step else contextlib.nullcontext():
             optimizer.step()

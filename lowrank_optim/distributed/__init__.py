@@ -22,4 +22,6 @@ def __getattr__(name: str) -> Any:
         from lowrank_optim.distributed.ddp import LowRankHook
 
         return LowRankHook
+    if name == "use_exact_sums":
+        raise AttributeError("use_exact_sums is an option of every optimizer now: exact_sums=True")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lowrank_optim.groups.options import (
     SHORTHANDS,
     check_combination,
@@ -35,6 +37,21 @@ def complete_group(
     check_option_names(parts, reserved)
     check_group_names(given, (*defaults, *parts.rule.options(), *parts.residual.options(), *SHORTHANDS))
     return group
+
+
+def list_params(group: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The tensors of a group, and the group with the names of (name, tensor) pairs; its `params` are a list then, in place.
+
+    What is no tensor is handed on, and sets stay sets: torch refuses them, and says why.
+    """
+    params = group.get("params", [])
+    if isinstance(params, Tensor):
+        params = [params]
+    elif not isinstance(params, set):
+        group["params"] = params = list(params)
+    paired = [item for item in params if isinstance(item, tuple)]
+    named = {**group, "param_names": [item[0] for item in paired]} if paired else group
+    return [item[1] if isinstance(item, tuple) else item for item in params], named
 
 
 def check_group(group: Mapping[str, Any], parts: Parts) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lowrank_optim.groups.matrices import is_low_rank, make_space, matrix_shape, resolve_rank
 from lowrank_optim.groups.names import collapse_names, shorten, star_numbers
 from lowrank_optim.groups.options import DEFAULTS, expand_shorthands, plain_options
+from lowrank_optim.groups.parts import PartRegistry
 from lowrank_optim.projectors import Projector, from_name
 
 # The table ----------------------------------------------------------------------------------------------------------------------
@@ -60,6 +61,8 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
         groups: the result of `param_groups`, an optimizer or its `param_groups`, or groups written by hand, with or without names.
 
     Examples:
+        >>> from torch import nn
+        >>> from lowrank_optim import describe, param_groups
         >>> model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
         >>> print(describe(param_groups(model, rank=16, weight_decay=0.1)))
         group 0: low-rank, rank 16, weight_decay 0.1
@@ -80,6 +83,8 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
             raise TypeError(
                 f"describe takes param groups (dicts) or an optimizer, got an iterable of {type(item).__name__}"
             )
+    registry: PartRegistry | None = getattr(groups, "parts", None)
+    differing = [key for key in ("rule", "residual") if len({group.get(key) for group in group_list}) > 1]
     tensors = [list(_named_tensors(group)) for group in group_list]
     total = sum(tensor.numel() for group in tensors for _, tensor in group)
 
@@ -87,11 +92,11 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
     sums: dict[str, tuple[int, int]] = {}
     for index, (group, members) in enumerate(zip(group_list, tensors, strict=True)):
         lines += textwrap.wrap(
-            f"group {index}: {_summary(group)}", LINE_WIDTH, subsequent_indent=" " * len(f"group {index}: ")
+            f"group {index}: {_summary(group, differing)}", LINE_WIDTH, subsequent_indent=" " * len(f"group {index}: ")
         )
         rows: dict[tuple[str, _Row], list[tuple[str, int]]] = {}
         for name, tensor in members:
-            row = _row(group, tuple(tensor.shape))
+            row = _row(group, tuple(tensor.shape), registry)
             rows.setdefault((star_numbers(name), row), []).append((name, tensor.numel()))
             kind = row.treatment.partition(" (")[0]
             count, size = sums.get(kind, (0, 0))
@@ -108,7 +113,7 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
     return _render(lines, [(kind, count, f"{size:,}", _percent(size, total)) for kind, count, size in totals])
 
 
-def _row(group: Mapping[str, Any], shape: tuple[int, ...]) -> _Row:
+def _row(group: Mapping[str, Any], shape: tuple[int, ...], registry: PartRegistry | None) -> _Row:
     group = {**DEFAULTS, **expand_shorthands(plain_options(group))}
     layout = group["layout"]
     if not is_low_rank(group):
@@ -117,12 +122,13 @@ def _row(group: Mapping[str, Any], shape: tuple[int, ...]) -> _Row:
     if matrix is None:
         return _Row(shape, "-", "-", "-", "dense (empty)" if 0 in shape else f"dense ({len(shape)}-D)")
     projector = group["projector"]
-    projector = projector if isinstance(projector, Projector) else from_name(projector)
+    if not isinstance(projector, Projector):
+        projector = from_name(projector) if registry is None else registry.projector_of(projector)
     space = make_space(matrix, group, projector, torch.float32)
     if space is None:
         short = min(matrix[-2:])
         return _Row(shape, "-", "-", layout, f"dense ({short} < {resolve_rank(group['rank'], short)})")
-    if projector.resizes:
+    if projector.moments_change_shape:
         return _Row(shape, "-", "-", layout, "in turn")
     return _Row(shape, space.side, str(space.rank), layout, "low-rank")
 
@@ -142,12 +148,13 @@ def _named_tensors(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield item
 
 
-def _summary(group: Mapping[str, Any]) -> str:
+def _summary(group: Mapping[str, Any], differing: Iterable[str]) -> str:
     kind = "low-rank" if is_low_rank(group) else "dense"
     keys = [
         key for key in _GROUP_KEYS if group.get(key) is not None and (kind == "low-rank" or key not in _GROUP_KEYS[:6])
     ]
-    return ", ".join([kind, *(f"{key} {group[key]}" for key in keys)])
+    own = [key for key in differing if group.get(key) is not None and (kind == "low-rank" or key == "rule")]
+    return ", ".join([kind, *(f"{key} {group[key]}" for key in [*own, *keys])])
 
 
 def _percent(part: int, whole: int) -> str:

@@ -27,8 +27,10 @@ def names_itself(pattern: Pattern, name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without what torch.compile and DistributedDataParallel put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    """The name of a parameter without what torch.compile, FSDP, checkpointing and DistributedDataParallel put into it."""
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
 
 
 def star_numbers(name: str) -> str:

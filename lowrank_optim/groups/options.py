@@ -206,6 +206,14 @@ def check_names(given: Iterable[str], valid: Iterable[str], where: str) -> None:
             raise _unknown(name, get_close_matches(name, valid, n=1), valid, where)
 
 
+def check_known(given: Iterable[str], valid: Iterable[str]) -> None:
+    """Raise TypeError for a name that `change_group` cannot change."""
+    valid = sorted(set(valid))
+    for name in given:
+        if name not in valid:
+            raise _unknown(name, get_close_matches(str(name), valid, n=1), valid, "change_group(…)")
+
+
 def check_group_names(given: Iterable[str], valid: Iterable[str]) -> None:
     """Raise TypeError for a group key that is nearly an option's name; other unknown keys are somebody else's, and carried along."""
     valid = sorted(set(valid))
@@ -346,7 +354,7 @@ def check_parts(rule: Rule, projector: Projector, residual: Residual, options: M
 
 def check_combination(projector: Projector, options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that make no sense together with this projector."""
-    if projector.resizes and options["on_refresh"] != "reset":
+    if projector.moments_change_shape and options["on_refresh"] != "reset":
         raise ValueError(
             f"on_refresh is {options['on_refresh']!r}, but projector={projector.name!r} frees the moments of a tensor when its "
             'turn ends; use on_refresh="reset"'

@@ -4,7 +4,8 @@ A group holds names only, so that checkpoints are plain. An object that stands i
 under its name; other names stand for the package's own parts with their defaults.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -51,7 +52,9 @@ class PartRegistry:
     def _keep(self, part: Part) -> None:
         kind = _kind_of(part)
         known = self._known.setdefault((kind, part.name), part)
-        if type(known) is not type(part) or (kind == "projector" and known != part):
+        # The package's own variants of a rule stand for it: TorchAdam for Adam.
+        variant = isinstance(known, type(part)) and type(known).__module__.startswith("lowrank_optim.")
+        if not (variant or type(known) is type(part)) or (kind == "projector" and known != part):
             raise ValueError(
                 f"{kind} {part.name!r} is {known!r} already, and {part!r} has the same name; give one of them another name"
             )
@@ -69,6 +72,16 @@ class PartRegistry:
                 group = {**part.options(), **group}
         return group
 
+    @contextmanager
+    def tentatively(self) -> Iterator[None]:
+        """Forget what is taken inside, if anything raises."""
+        known = dict(self._known)
+        try:
+            yield
+        except BaseException:
+            self._known = known
+            raise
+
     def get(self, kind: str, name: str) -> Part:
         """The part of this kind and name.
 
@@ -81,6 +94,12 @@ class PartRegistry:
         if kind == "rule":
             return rule_from_name(name)
         return projectors.from_name(name) if kind == "projector" else residual_from_name(name)
+
+    def projector_of(self, name: str) -> Projector:
+        """The projector of this name."""
+        projector = self.get("projector", name)
+        assert isinstance(projector, Projector)
+        return projector
 
     def options_of(self, kind: str, name: str) -> dict[str, Any]:
         """The options that a rule or a residual brings."""
@@ -98,10 +117,12 @@ class PartRegistry:
     def complete(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         """A group with a value for every option: its own, those of its parts, then the optimizer's `defaults`."""
         group = dict(given)
-        if "rule" not in group:
-            group["rule"] = (self.rule if is_low_rank({**defaults, **group}) else self.dense_rule).name
-        group = {**{kind: defaults[kind] for kind in KINDS}, **group}
         own: dict[str, Any] = {}
+        if "rule" not in group:
+            rule = self.rule if is_low_rank({**defaults, **group}) else self.dense_rule
+            group["rule"] = rule.name
+            own = {} if rule is self.rule else rule.options()
+        group = {**{kind: defaults[kind] for kind in KINDS}, **group}
         for kind, usual in (("rule", self.rule), ("residual", self.residual)):
             if self.get(kind, group[kind]) is not usual:
                 own |= self.options_of(kind, group[kind])

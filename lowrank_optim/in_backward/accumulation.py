@@ -9,6 +9,7 @@ where only the last sum is not known exactly: with s random vectors Ω of signs/
 unbiased estimate is ‖ΣEᵢΩ‖² − Σ‖EᵢΩ‖².
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -17,13 +18,26 @@ from torch import Tensor
 from lowrank_optim import kernels
 from lowrank_optim.kernels.counter_rng import random_bits
 from lowrank_optim.projectors import Basis, StepParams, SubspaceSpec
-from lowrank_optim.projectors.coordinate_basis import CoordinateBasis
-from lowrank_optim.projectors.dense_basis import DenseBasis, WholeBasis
-from lowrank_optim.projectors.float64_sums import plain
 from lowrank_optim.sharding.dtensor import is_sharded
+from lowrank_optim.sharding.param_sharding import LOCAL
+from lowrank_optim.step.param_plan import ParamPlan
 
 PROBES = 8
 """s, the random vectors of a sketch."""
+
+
+def keeps_whole(plan: ParamPlan) -> bool:
+    """Whether a parameter keeps ΣG, in every step; the others keep ΣR in steps without a refresh."""
+    # The norm of a sum of R's takes a sketch of whole lines.
+    return plan.space is None or plan.residual.uses_gradient or plan.sharding is not LOCAL
+
+
+def kept_bytes(plan: ParamPlan, gradient: int, state: Mapping[str, Tensor] | None) -> int:
+    """Bytes that a parameter keeps between the micro-batches of a step without a refresh; its gradient has `gradient` bytes."""
+    if plan.space is None or keeps_whole(plan):
+        return gradient + 8
+    numbers = math.prod(plan.whole_moment_shape(state)) + math.prod(sketch_shape(plan.space)) + 1
+    return numbers * plan.space.dtype.itemsize + 8
 
 
 def count(state: dict[str, Tensor]) -> int:
@@ -95,14 +109,11 @@ def _probe(basis: Basis, space: SubspaceSpec, key: int, device: torch.device) ->
     signs = random_bits(key, torch.arange(shape[0] * shape[1], device=device)) & 1
     probe = signs.to(space.dtype).mul_(2.0).sub_(1.0).mul_(PROBES**-0.5).view(shape)
     probe = probe.expand(*space.batch, *shape).clone()
-    if isinstance(plain(basis), WholeBasis):
-        probe.zero_()
-    elif _norms_are_inside(basis):
+    if _norms_are_inside(basis):
         basis.apply_(probe, basis.project(probe), StepParams(1.0, 1.0))  # Ω ← Ω − B(BᵀΩ)
     return (probe.mT if side == "right" else probe), side
 
 
 def _norms_are_inside(basis: Basis) -> bool:
     """Whether ‖G‖² = ‖R‖² + ‖G − lift R‖², and lines of a matrix can be made orthogonal to the subspace."""
-    basis = plain(basis)
-    return isinstance(basis, (CoordinateBasis, WholeBasis)) or (isinstance(basis, DenseBasis) and basis.orthonormal)
+    return getattr(basis, "splits_rows", False)

@@ -42,7 +42,7 @@ def update_in_backward(
 
     `optimizer.last_grad_norm` is the norm of the last step's gradient before clipping; "previous" resumes with it from a checkpoint.
     It is exact, but for matrices that keep R only between micro-batches: what the parts of their gradients outside of the subspace
-    have in common is estimated from a random sketch (`layerwise/accumulation.py`).
+    have in common is estimated from a random sketch (`in_backward/accumulation.py`).
 
     fully_shard (FSDP2): updates come after the gradients' reduction, one small message each for whether they are finite. With
     `set_requires_gradient_sync(False)` on all but the last micro-batch, hooks run on the last one only: leave `accumulate` at 1. With

@@ -1,14 +1,21 @@
-"""What can be updated in backward: whatever cannot is refused, with the reason and the way out, before a hook is registered."""
+"""What can be updated in backward: whatever cannot is refused, with the reason and the way out, before a hook is registered.
+
+The steps of other optimizers on the same parameters are refused, too.
+"""
 
 import gc
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 
 from lowrank_optim.in_backward.clipping import CLIPS
 from lowrank_optim.optimizers.base import LowRankOptimizer
+from lowrank_optim.optimizers.contracts import Attachment
+from lowrank_optim.optimizers.owners import owner, two_optimizers
 from lowrank_optim.residuals import Residual
 from lowrank_optim.step.param_plan import ParamPlan
 
@@ -83,6 +90,37 @@ def _check_parallel(param: Tensor, name: str, replicated: bool) -> None:
             f"{name} {owner}: DistributedDataParallel reduces gradients after the hooks of parameters have run, so every process "
             "would take a step of its own. Use ordinary stepping with DistributedDataParallel, fully_shard (FSDP2), whose hooks run "
             "after the reduction, or one process without either"
+        )
+
+
+def refuse_step(other: Optimizer, handle: Attachment, under_way: bool) -> None:
+    """Raise RuntimeError where `other` is about to step parameters that `handle` updates in backward.
+
+    A wrapper of the handle's own optimizer may step. An optimizer that was dropped, but is part of a cycle, is freed here; `other`
+    then steps, and is warned where gradients of its parameters are lost: some were kept, or the step was `under_way`.
+    """
+    optimizer = handle.optimizer
+    if not isinstance(optimizer, LowRankOptimizer):
+        return
+    groups = {id(group) for group in optimizer.param_groups}
+    if not isinstance(other, LowRankOptimizer) and any(id(group) in groups for group in other.param_groups):
+        return
+    held = [param for group in other.param_groups for param in group["params"] if owner(param) is handle]
+    if not held:
+        return
+    message = two_optimizers([optimizer.plan_of(param).name for param in held], optimizer)
+    lost = under_way or any("micro_batches" in optimizer.state.get(param, {}) for param in held)
+    del optimizer
+    gc.collect()
+    if handle.active:
+        raise RuntimeError(f"{type(other).__name__} takes no step: {message}")
+    if lost:
+        warnings.warn(
+            "the gradients of the last backward pass went to an optimizer with update_in_backward that was dropped but not yet "
+            f"freed; this step of {type(other).__name__} has none. It is freed now; call remove() on the handle before an "
+            "optimizer is dropped",
+            RuntimeWarning,
+            stacklevel=6,
         )
 
 

@@ -5,9 +5,6 @@ of which only R was kept). There is one optimizer and one scheduler. Hooks, hand
 matters: whoever drops the model and the optimizer frees both.
 """
 
-import gc
-import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -22,13 +19,12 @@ from typing_extensions import Self
 
 from lowrank_optim import kernels
 from lowrank_optim.in_backward import accumulation
-from lowrank_optim.in_backward.checks import check_kind, check_plans
+from lowrank_optim.in_backward.checks import check_kind, check_plans, refuse_step
 from lowrank_optim.in_backward.clipping import clip_factor, on_device, record_norms, scale_
 from lowrank_optim.kernels.counter_rng import PURPOSE_SKETCH, make_key
 from lowrank_optim.optimizers.base import LowRankOptimizer
-from lowrank_optim.optimizers.owners import WAY_OUT, GradientHook, StepHook, check_free, owner, two_optimizers
+from lowrank_optim.optimizers.owners import WAY_OUT, GradientHook, StepHook, check_free, owner
 from lowrank_optim.sharding.dtensor import local, local_grad, wait_for_host_copy
-from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.param_plan import ParamPlan, check_unit
 from lowrank_optim.step.state_names import ACCUMULATORS, MEASURED
 from lowrank_optim.step.trained_param import TrainedParam
@@ -93,6 +89,8 @@ class UpdateInBackward:
                     self._register(param)
 
     def _register(self, param: Tensor) -> None:
+        if not param.is_floating_point():
+            return  # frozen for ever, such as codes of another package
         frozen = not param.requires_grad
         param.requires_grad_(True)  # torch registers on no others; a hook outlives the change back
         try:
@@ -130,32 +128,7 @@ class UpdateInBackward:
     def refuse_step_of(self, other: Optimizer) -> None:
         """Raise RuntimeError where `other` is about to take a step on parameters that are updated in backward here."""
         if other is not self._optimizer():
-            kernels.outside_graph(self._refuse_step_of, other)  # a traced parameter shows no hooks
-
-    def _refuse_step_of(self, other: Optimizer) -> None:
-        optimizer = self._optimizer()
-        if optimizer is None:
-            return
-        groups = {id(group) for group in optimizer.param_groups}
-        if not isinstance(other, LowRankOptimizer) and any(id(group) in groups for group in other.param_groups):
-            return  # a wrapper, which hands the step on
-        held = [param for group in other.param_groups for param in group["params"] if owner(param) is self]
-        if not held:
-            return
-        told = two_optimizers([optimizer.plan_of(param).name for param in held], optimizer)
-        taken = bool(self._done) or any("micro_batches" in optimizer.state.get(param, {}) for param in held)
-        del optimizer
-        gc.collect()
-        if self.active:
-            raise RuntimeError(f"{type(other).__name__} takes no step: {told}")
-        if taken:
-            warnings.warn(
-                "the gradients of the last backward pass went to an optimizer with update_in_backward that was dropped but not yet "
-                f"freed; this step of {type(other).__name__} has none. It is freed now; call remove() on the handle before an "
-                "optimizer is dropped",
-                RuntimeWarning,
-                stacklevel=6,
-            )
+            kernels.outside_graph(refuse_step, other, self, bool(self._done))  # a traced parameter shows no hooks
 
     @property
     def optimizer(self) -> LowRankOptimizer | None:
@@ -209,8 +182,8 @@ class UpdateInBackward:
 
     def restart(self) -> None:
         """Forget what is known of the step that is under way; its sums are state, and stay."""
-        self._done: set[str] = set()  # parameters that this step has updated, by name
-        self._norms: dict[str, Tensor] = {}
+        self._done: set[tuple[int, int]] = set()  # places of parameters that this step has updated
+        self._norms: dict[tuple[int, int], Tensor] = {}
         self._found_inf: Tensor | None = None
 
     @kernels.plain_arithmetic
@@ -221,7 +194,7 @@ class UpdateInBackward:
             return
         optimizer.enter([param])
         plan = optimizer.plan_of(param)
-        if plan.name in self._done:
+        if plan.place in self._done:
             raise RuntimeError(
                 f"{plan.name} got another gradient, but was updated in this step already. A step has {self.accumulate} backward "
                 "passes (accumulate) and ends with optimizer.step(). If that was kept to: a weight that is used in two segments of "
@@ -257,8 +230,7 @@ class UpdateInBackward:
         """Add the gradient to the parameter's sum; returns the number of micro-batches in it."""
         state, plan = trained.state, trained.plan
         first = "micro_batches" not in state
-        whole = plan.space is None or plan.residual.uses_gradient or "grad_sum" in state
-        whole = whole or plan.sharding is not LOCAL  # the norm of a sum of R's takes a sketch of whole lines
+        whole = accumulation.keeps_whole(plan) or "grad_sum" in state
         if first and not whole and plan.projector.needs_gradient and int(state["last_refresh"]) >= 0:
             whole = trained.refresh_is_due
         if whole:
@@ -305,15 +277,15 @@ class UpdateInBackward:
     def _step_unit(self, plan: ParamPlan) -> None:
         """Update parameters whose rule needs all their gradients at once, when the last one is there; they are freed together."""
         optimizer = self._require_optimizer()
-        if all(optimizer.plan_of(param).name in self._done for param in plan.unit):
+        if all(optimizer.plan_of(param).place in self._done for param in plan.unit):
             optimizer.step_param(plan.unit[0])
             for param in plan.unit:
                 param.grad = None
 
     def _waits(self, plan: ParamPlan) -> bool:
         """Whether a gradient that is complete has to be kept, until those that its rule needs besides are there."""
-        names = {self._require_optimizer().plan_of(param).name for param in plan.unit}
-        return plan.name in self._done and not names <= self._done
+        places = {self._require_optimizer().plan_of(param).place for param in plan.unit}
+        return plan.place in self._done and not places <= self._done
 
     def _step_projected(self, trained: TrainedParam, reduced: Tensor, norm: Tensor) -> None:
         """Update a matrix from R, where ‖G‖ is `norm`."""
@@ -325,8 +297,8 @@ class UpdateInBackward:
         trained.step_projected(reduced)
 
     def _record(self, plan: ParamPlan, norm: Tensor) -> None:
-        self._norms[plan.name] = norm
-        self._done.add(plan.name)
+        self._norms[plan.place] = norm
+        self._done.add(plan.place)
 
     def _scale(self, tensor: Tensor, norm: Tensor) -> None:
         """Clip in place by the factor that `norm` or the last step gives; make NaN what the GradScaler has found to be skipped."""
@@ -360,8 +332,9 @@ class UpdateInBackward:
         optimizer = self._require_optimizer()
         for param, plan in _parameters(optimizer):
             if param.grad is not None and self._waits(plan):
+                self.restart()
                 check_unit(plan, optimizer.plans)
-            elif param.grad is not None and plan.name in self._done:
+            elif param.grad is not None and plan.place in self._done:
                 raise RuntimeError(
                     f"{plan.name} was updated in backward, but has a gradient again. DistributedDataParallel puts one there after "
                     "its hooks: call handle.remove() and step as usual, or train without DistributedDataParallel"
@@ -372,7 +345,7 @@ class UpdateInBackward:
                 self._step_kept(optimizer, param)
         if self._norms:
             first = optimizer.param_groups[0]
-            norms = [self._norms[plan.name] for _, plan in _parameters(optimizer) if plan.name in self._norms]
+            norms = [self._norms[plan.place] for _, plan in _parameters(optimizer) if plan.place in self._norms]
             first[MEASURED] = record_norms(norms, first.get(MEASURED))
         if self._scaler is not None:
             found = kernels.host_tensor(False, torch.bool) if self._found_inf is None else self._found_inf
@@ -400,12 +373,7 @@ class UpdateInBackward:
                 continue
             gradient = local(param).numel() * param.element_size()
             largest = max(largest, gradient)
-            if plan.space is None or plan.residual.uses_gradient or plan.sharding is not LOCAL:
-                kept += gradient + 8
-            else:
-                reduced = plan.whole_moment_shape(optimizer.state.get(param))
-                numbers = math.prod(reduced) + math.prod(accumulation.sketch_shape(plan.space)) + 1
-                kept += numbers * plan.space.dtype.itemsize + 8
+            kept += accumulation.kept_bytes(plan, gradient, optimizer.state.get(param))
         return {"gradient": largest, "accumulated": kept if self.accumulate > 1 else 0}
 
 

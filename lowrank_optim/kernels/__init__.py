@@ -6,7 +6,6 @@ of its tensors (`dispatch`); the definition in torch ops (`reference`) serves ev
 
 from lowrank_optim.kernels.api import (
     AdamNumbers,
-    adam_dense_,
     adam_dense_call,
     adam_direct_,
     adam_direct_call,
@@ -22,6 +21,7 @@ from lowrank_optim.kernels.api import (
     store_,
     words,
 )
+from lowrank_optim.kernels.coded_reference import decode_adam, encode_adam
 from lowrank_optim.kernels.compiling import outside_graph
 from lowrank_optim.kernels.dispatch import (
     Loaded,
@@ -54,7 +54,6 @@ __all__ = [
     "Loaded",
     "ResidualTerm",
     "Unavailable",
-    "adam_dense_",
     "adam_dense_call",
     "adam_direct_",
     "adam_direct_call",
@@ -66,7 +65,9 @@ __all__ = [
     "cache_elements",
     "compute_dtype",
     "decay_",
+    "decode_adam",
     "definition",
+    "encode_adam",
     "host_tensor",
     "is_known",
     "is_watched",

@@ -58,13 +58,13 @@ def key_of(words: Tensor | None) -> tuple[int | None, list[int]]:
 
 def project(grad: Tensor, basis: Tensor, side: str) -> Tensor:
     """R = G B for side "right" (m×r), R = Gᵀ B for side "left" (n×r), with float32 accumulation."""
-    result: Tensor = _ops.project(grad, basis, side == "right")
+    result: Tensor = _ops.project.default(grad, basis, side == "right")
     return result
 
 
 def project_with_norms(grad: Tensor, basis: Tensor, side: str) -> tuple[Tensor, Tensor]:
     """R, and ‖g_j‖² of every row ("right") or column ("left") of G."""
-    reduced, squares = _ops.project_with_norms(grad, basis, side == "right")
+    reduced, squares = _ops.project_with_norms.default(grad, basis, side == "right")
     return reduced, squares
 
 
@@ -81,7 +81,7 @@ def adam_direct_(
 ) -> Tensor:
     """Adam's moments and direction, see `reference.adam_direct_`."""
     adam: AdamNumbers = {"beta1": beta1, "beta2": beta2, "eps": eps, "step": step}
-    result: Tensor = _ops.adam_direct_(*adam_direct_call(grad, (exp_avg, exp_avg_sq), ok, **adam))
+    result: Tensor = _ops.adam_direct_.default(*adam_direct_call(grad, (exp_avg, exp_avg_sq), ok, **adam))
     return result
 
 
@@ -90,28 +90,6 @@ def adam_direct_call(
 ) -> tuple[Any, ...]:
     """The arguments of the operation `adam_direct_`, for `run_many`."""
     return grad, *moments, numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"]), ok
-
-
-def adam_dense_(
-    weight: Tensor,  # modified in place
-    grad: Tensor,
-    exp_avg: Tensor,  # modified in place
-    exp_avg_sq: Tensor,  # modified in place
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: float,
-    alpha: float,
-    keep: float,
-    ok: Tensor | None = None,
-    rounding_key: int | None = None,
-    start: int = 0,
-) -> None:
-    """A whole step of Adam on a dense parameter, contiguous tensors of one shape: `adam_direct_`, then `apply_dense_`."""
-    adam: AdamNumbers = {"beta1": beta1, "beta2": beta2, "eps": eps, "step": step}
-    write = {"alpha": alpha, "keep": keep, "ok": ok, "rounding_key": rounding_key}
-    _ops.adam_dense_(*adam_dense_call(weight, grad, (exp_avg, exp_avg_sq), start, write, **adam))
 
 
 def adam_dense_call(
@@ -129,7 +107,7 @@ def adam_dense_call(
 
 def lion_direct_(grad: Tensor, exp_avg: Tensor, *, beta1: float, beta2: float, ok: Tensor | None = None) -> Tensor:
     """Lion's direction and momentum, see `reference.lion_direct_`."""
-    result: Tensor = _ops.lion_direct_(grad, exp_avg, numbers(beta1, beta2), ok)
+    result: Tensor = _ops.lion_direct_.default(grad, exp_avg, numbers(beta1, beta2), ok)
     return result
 
 
@@ -137,13 +115,13 @@ def sgd_direct_(
     grad: Tensor, exp_avg: Tensor, *, momentum: float, nesterov: bool = False, ok: Tensor | None = None
 ) -> Tensor:
     """Momentum and direction of SGD, see `reference.sgd_direct_`."""
-    result: Tensor = _ops.sgd_direct_(grad, exp_avg, numbers(momentum), ok, nesterov)
+    result: Tensor = _ops.sgd_direct_.default(grad, exp_avg, numbers(momentum), ok, nesterov)
     return result
 
 
 def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, *, alpha: float, eps: float, ok: Tensor | None = None) -> Tensor:
     """RMSprop's second moment and direction, see `reference.rmsprop_direct_`."""
-    result: Tensor = _ops.rmsprop_direct_(grad, exp_avg_sq, numbers(alpha, eps), ok)
+    result: Tensor = _ops.rmsprop_direct_.default(grad, exp_avg_sq, numbers(alpha, eps), ok)
     return result
 
 
@@ -163,13 +141,14 @@ def apply_(
     grad = phi = subtract_left = subtract_right = None
     if residual is not None:
         grad, phi, subtract_left, subtract_right = residual.grad, residual.scale, residual.left, residual.right
-    _ops.apply_(
+    _ops.apply_.default(
         weight,
         left,
         right,
-        *_kept(alpha, keep),
+        numbers(alpha, 1.0 if isinstance(keep, Tensor) else keep),
+        keep if isinstance(keep, Tensor) else None,
         ok,
-        words(rounding_key, start),
+        None if rounding_key is None else words(rounding_key, start),
         grad,
         phi,
         subtract_left,
@@ -189,16 +168,13 @@ def apply_dense_(
     start: int = 0,
 ) -> None:
     """W ← keep·W − α·N for a direction of the weight's own shape."""
-    _ops.apply_dense_(weight, direction, *_kept(alpha, keep), ok, words(rounding_key, start))
-
-
-def _kept(alpha: float, keep: float | Tensor) -> tuple[Tensor, Tensor | None]:
-    return (numbers(alpha, 1.0), keep) if isinstance(keep, Tensor) else (numbers(alpha, keep), None)
+    number, factor = (1.0, keep) if isinstance(keep, Tensor) else (keep, None)
+    _ops.apply_dense_.default(weight, direction, numbers(alpha, number), factor, ok, words(rounding_key, start))
 
 
 def store_(target: Tensor, value: Tensor, rounding_key: int | None, start: int = 0) -> None:
     """target ← value, rounded to the target's type: to nearest, or stochastically with a key."""
-    _ops.stochastic_round_(target, value, words(rounding_key, start))
+    _ops.stochastic_round_.default(target, value, words(rounding_key, start))
 
 
 # ------------------------------------------------------------------------------------- the definitions, with the ops' arguments
@@ -224,7 +200,7 @@ def _adam_direct_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Te
 def _adam_direct_with_norms_(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    direction: Tensor = _ops.adam_direct_(grad, exp_avg, exp_avg_sq, scalars, ok)
+    direction: Tensor = _ops.adam_direct_.default(grad, exp_avg, exp_avg_sq, scalars, ok)
     return direction, *reference.row_norms(direction, grad)
 
 

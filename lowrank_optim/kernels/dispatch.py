@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -66,7 +67,11 @@ class Loaded:
 
 
 _DEFINITIONS: dict[str, Kernel] = {}
+_OPERATIONS: dict[str, Any] = {}
 _WRITTEN: dict[str, list[int]] = {}
+# Every operation asks for the variable, and `os.environ` decodes it anew each time, in three calls of Python.
+_environment: Callable[[Any], Any] = os.environ._data.get  # type: ignore[attr-defined]
+_KEY = os.environ.encodekey(VARIABLE)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _SHORT = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,18 +89,19 @@ def definition(name: str) -> Callable[[Kernel], Kernel]:
 
 def _dispatcher(name: str) -> Kernel:
     check, define = schemas.CHECKS[name], _DEFINITIONS[name]
-    arguments = getattr(torch.ops.lowrank_optim, name).default._schema.arguments
+    _OPERATIONS[name] = getattr(torch.ops.lowrank_optim, name).default
+    arguments = _OPERATIONS[name]._schema.arguments
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
     _WRITTEN[name] = written
 
     def kernel(*args: Any) -> Any:
         check(*args)
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
-        for backend in _chain(device, os.environ.get(VARIABLE)):
+        for backend in _chain(args[0].device.type, _environment(_KEY)):
             if name in backend.operations:
                 result = backend.operations[name](*args)
                 if result is not NotImplemented:
-                    _changed(args, written)
+                    if written:
+                        _changed(args, written)
                     return result
         return define(*args)
 
@@ -104,7 +110,7 @@ def _dispatcher(name: str) -> Kernel:
 
 def _changed(args: Sequence[Any], written: Iterable[int]) -> None:
     """Tell autograd: a tensor that was saved for a backward pass must not be used with other values."""
-    increment_version([tensor for i in written if not (tensor := args[i]).is_inference()])
+    increment_version([*filterfalse(Tensor.is_inference, map(args.__getitem__, written))])
 
 
 def is_watched() -> bool:
@@ -130,13 +136,15 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
 
     Nothing that one of them writes may be read by another.
     """
+    if len(calls) == 1:
+        return [_OPERATIONS[name](*calls[0])]
     results: list[Any] = [NotImplemented] * len(calls)
     left: dict[torch.device | None, list[int]] = {}
     watched = is_watched()
     for i, args in enumerate(calls):
         left.setdefault(None if watched or not _is_plain(args) else args[0].device, []).append(i)
     for device, same in left.items():
-        for backend in _chain(device.type, os.environ.get(VARIABLE)) if device and len(same) > 1 else ():
+        for backend in _chain(device.type, _environment(_KEY)) if device and len(same) > 1 else ():
             if name in backend.many:
                 for i in same:
                     schemas.CHECKS[name](*calls[i])
@@ -146,18 +154,18 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
                         results[i] = result
                 same = [i for i in same if results[i] is NotImplemented]
         for i in same:
-            results[i] = getattr(torch.ops.lowrank_optim, name)(*calls[i])
+            results[i] = _OPERATIONS[name](*calls[i])
     return results
 
 
 def batches(name: str, tensor: Tensor) -> bool:
     """Whether a backend runs an operation faster for many tensors like this one together."""
-    return not is_watched() and _batches(name, tensor.device.type, os.environ.get(VARIABLE))
+    return not is_watched() and _batches(name, tensor.device.type, _environment(_KEY))
 
 
 @cache
-def _batches(name: str, device: str, forced: str | None) -> bool:
-    return any(name in backend.many for backend in _chain(device, forced))
+def _batches(name: str, device: str, chosen: Any) -> bool:
+    return any(name in backend.many for backend in _chain(device, chosen))
 
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -169,7 +177,7 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
             if _is_plain((x,)) and x.dtype in _SHORT and x.is_contiguous():
                 together.setdefault(x.device, []).append(i)
     for device, same in together.items():
-        chain = _chain(device.type, os.environ.get(VARIABLE))
+        chain = _chain(device.type, _environment(_KEY))
         measure = next((backend.many["norm"] for backend in chain if "norm" in backend.many), None)
         if measure is not None:
             for i, norm in zip(same, measure([tensors[i] for i in same]).unbind(), strict=True):
@@ -178,8 +186,9 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @cache
-def _chain(device: str, forced: str | None) -> tuple[Loaded, ...]:
-    """The backends that serve a device type, in order of preference."""
+def _chain(device: str, chosen: Any) -> tuple[Loaded, ...]:
+    """The backends that serve a device type, in order of preference; `chosen` is the variable's value in the environment."""
+    forced = os.fsdecode(chosen) if chosen else ""
     if not forced:
         loaded = [backend for backend in map(_try, BACKENDS) if isinstance(backend, Loaded)]
         return tuple(backend for backend in loaded if backend.serves(device))

@@ -7,7 +7,7 @@ Numbers that change from step to step (learning rate, bias corrections, keys, st
 a compiled graph never specialises on them:
 
     scalars    float64, the numbers that the operation names, in its order
-    noise      int64 [key, turn, start] or None: rounding of codes, see `quantization.rows`; None rounds to nearest
+    noise      int64 [key, turn, start] or None: rounding of codes, see `quantization.row_codes`; None rounds to nearest
     rounding   int64 [key, start] or None: stochastic rounding of bfloat16 weights, see `reference.stochastic_round`
     keep       0-d tensor on the device or None: the factor of the weights, in place of the number of that name
     ok         0-d bool on the device or None: where false, moments and weights stay and a direction is 0 (what `apply_` and
@@ -112,23 +112,26 @@ def _host(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype, holds: 
         _refuse(op, f"{name} is {_said(tensor)}; needed: ({len(holds)},) {dtype} on cpu, [{', '.join(holds)}]")
 
 
-def _scalars(op: str, scalars: Tensor, like: str) -> None:
-    _host(op, "scalars", scalars, torch.float64, SCALARS[like])
-
-
-def _ok(op: str, ok: Tensor | None) -> None:
+def _step_params(
+    op: str, like: str, scalars: Tensor, ok: Tensor | None, rounding: Tensor | None = None, target: Tensor | None = None
+) -> None:
+    """The arguments that say how a step goes, whatever the tensors are; `target` is what `rounding` rounds."""
+    if scalars.dtype != torch.float64 or scalars.shape != (len(SCALARS[like]),) or not scalars.is_cpu:
+        _host(op, "scalars", scalars, torch.float64, SCALARS[like])
     if ok is not None and (ok.dtype != torch.bool or ok.dim() != 0):
         _refuse(op, f"ok is {_said(ok)}; needed: a 0-d bool")
+    if rounding is not None and target is not None:
+        _rounding(op, rounding, target)
 
 
-def _rounding(op: str, rounding: Tensor | None, target: Tensor) -> None:
+def _rounding(op: str, rounding: Tensor, target: Tensor) -> None:
     _host(op, "rounding", rounding, torch.int64, ("key", "start"))
-    if rounding is not None and target.dtype == torch.float16:
+    if target.dtype == torch.float16:
         _refuse(op, "float16 cannot be rounded stochastically; use bfloat16, or leave rounding out")
 
 
-def _keep(op: str, keep: Tensor | None, weight: Tensor) -> None:
-    if keep is not None and (keep.dim() != 0 or keep.dtype not in COMPUTE or keep.device != weight.device):
+def _keep(op: str, keep: Tensor, weight: Tensor) -> None:
+    if keep.dim() != 0 or keep.dtype not in COMPUTE or keep.device != weight.device:
         _refuse(op, f"keep is {_said(keep)}; needed: a 0-d float32 or float64 on {weight.device}")
 
 
@@ -174,11 +177,13 @@ def _check_col_scale(op: str, col_scale: Tensor | None, shape: tuple[int, ...]) 
 
 
 def _check_product(op: str, grad: Tensor, basis: Tensor, right: bool) -> tuple[int, ...]:
-    _matrix(op, "grad", grad)
-    _matrix(op, "basis", basis)
-    _floating(op, grad=grad)
-    _floating(op, COMPUTE, basis=basis)
-    _same_device(op, grad=grad, basis=basis)
+    if grad.dim() < 2 or basis.dim() < 2 or grad.dtype not in FLOATS or basis.dtype not in COMPUTE:
+        _matrix(op, "grad", grad)
+        _matrix(op, "basis", basis)
+        _floating(op, grad=grad)
+        _floating(op, COMPUTE, basis=basis)
+    if grad.device != basis.device:
+        _same_device(op, grad=grad, basis=basis)
     lines, contracted = (grad.shape[-2], grad.shape[-1]) if right else (grad.shape[-1], grad.shape[-2])
     if basis.shape[-2] != contracted or basis.shape[:-2] != grad.shape[:-2]:
         side, needed = "right" if right else "left", (*grad.shape[:-2], contracted, "r")
@@ -219,18 +224,42 @@ def apply_(
 ) -> None:
     """W ← keep·W − alpha·(left @ right + φ ⊙ E), E = G, sign(G) or sign(G − subtract_left @ subtract_right)."""
     op = "apply_"
-    _matrix(op, "weight", weight)
-    _floating(op, weight=weight, grad=grad)
-    _floating(op, COMPUTE, left=left, right=right, phi=phi, subtract_left=subtract_left, subtract_right=subtract_right)
-    _same_device(op, weight=weight, left=left, right=right, grad=grad, phi=phi, ok=ok)
-    _scalars(op, scalars, op)
-    _keep(op, keep, weight)
-    _ok(op, ok)
-    _rounding(op, rounding, weight)
+    _check_product_on_weight(op, weight, left, right)
+    _step_params(op, op, scalars, ok, rounding, weight)
+    if keep is not None:
+        _keep(op, keep, weight)
+    if ok is not None:
+        _same_device(op, weight=weight, ok=ok)
+    if not (grad is phi is subtract_left is subtract_right):  # all are None
+        _check_residual(op, weight, grad, phi, subtract_left, subtract_right)
+
+
+def _check_product_on_weight(op: str, weight: Tensor, left: Tensor, right: Tensor) -> None:
+    if weight.dim() < 2 or weight.dtype not in FLOATS or left.dtype not in COMPUTE or right.dtype not in COMPUTE:
+        _matrix(op, "weight", weight)
+        _floating(op, weight=weight)
+        _floating(op, COMPUTE, left=left, right=right)
+    if weight.device != left.device or weight.device != right.device:
+        _same_device(op, weight=weight, left=left, right=right)
     *batch, rows, cols = weight.shape
     rank = left.shape[-1]
-    _shape(op, "left", left, (*batch, rows, rank), "the weight's rows × rank")
-    _shape(op, "right", right, (*batch, rank, cols), "rank × the weight's columns")
+    if left.shape != (*batch, rows, rank) or right.shape != (*batch, rank, cols):
+        _shape(op, "left", left, (*batch, rows, rank), "the weight's rows × rank")
+        _shape(op, "right", right, (*batch, rank, cols), "rank × the weight's columns")
+
+
+def _check_residual(
+    op: str,
+    weight: Tensor,
+    grad: Tensor | None,
+    phi: Tensor | None,
+    subtract_left: Tensor | None,
+    subtract_right: Tensor | None,
+) -> None:
+    _floating(op, grad=grad)
+    _floating(op, COMPUTE, phi=phi, subtract_left=subtract_left, subtract_right=subtract_right)
+    _same_device(op, weight=weight, grad=grad, phi=phi)
+    *batch, rows, cols = weight.shape
     _shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
     if (grad is None) != (phi is None):
         _refuse(op, "grad and phi belong together: pass both or neither")
@@ -262,14 +291,16 @@ def apply_dense_(
 ) -> None:
     """W ← keep·W − alpha·N."""
     op = "apply_dense_"
-    _floating(op, weight=weight)
-    _floating(op, COMPUTE, direction=direction)
-    _same_device(op, weight=weight, direction=direction, ok=ok)
-    _shape(op, "direction", direction, tuple(weight.shape), "the weight's shape")
-    _scalars(op, scalars, "apply_")
-    _keep(op, keep, weight)
-    _ok(op, ok)
-    _rounding(op, rounding, weight)
+    if weight.dtype not in FLOATS or direction.dtype not in COMPUTE:
+        _floating(op, weight=weight)
+        _floating(op, COMPUTE, direction=direction)
+    if ok is not None or weight.device != direction.device:
+        _same_device(op, weight=weight, direction=direction, ok=ok)
+    if direction.shape != weight.shape:
+        _shape(op, "direction", direction, tuple(weight.shape), "the weight's shape")
+    _step_params(op, "apply_", scalars, ok, rounding, weight)
+    if keep is not None:
+        _keep(op, keep, weight)
 
 
 @operation("stochastic_round_(Tensor(a!) target, Tensor value, Tensor? rounding) -> ()")
@@ -280,18 +311,23 @@ def stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) ->
     _floating(op, COMPUTE, value=value)
     _same_device(op, target=target, value=value)
     _shape(op, "value", value, tuple(target.shape), "the target's shape")
-    _rounding(op, rounding, target)
+    if rounding is not None:
+        _rounding(op, rounding, target)
 
 
 def _check_moments(op: str, grad: Tensor, scalars: Tensor, like: str, ok: Tensor | None, **moments: Tensor) -> Tensor:
-    _floating(op, COMPUTE, grad=grad)
-    _same_device(op, grad=grad, ok=ok, **moments)
+    if grad.dtype not in COMPUTE:
+        _floating(op, COMPUTE, grad=grad)
     for name, moment in moments.items():
-        _shape(op, name, moment, tuple(grad.shape), "the gradient's shape")
+        if moment.device != grad.device:
+            _same_device(op, grad=grad, **{name: moment})
+        if moment.shape != grad.shape:
+            _shape(op, name, moment, tuple(grad.shape), "the gradient's shape")
         if moment.dtype != grad.dtype:
             _refuse(op, f"{name} is {moment.dtype}, grad {grad.dtype}; needed: one type")
-    _scalars(op, scalars, like)
-    _ok(op, ok)
+    if ok is not None:
+        _same_device(op, grad=grad, ok=ok)
+    _step_params(op, like, scalars, ok)
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
@@ -359,12 +395,11 @@ def adam_dense_(
     _floating(op, weight=weight, grad=grad)
     _floating(op, COMPUTE, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _same_device(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ok=ok)
-    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        _shape(op, name, tensor, tuple(weight.shape), "the weight's shape")
+    if not weight.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
+        for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            _shape(op, name, tensor, tuple(weight.shape), "the weight's shape")
     _contiguous(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    _scalars(op, scalars, op)
-    _ok(op, ok)
-    _rounding(op, rounding, weight)
+    _step_params(op, op, scalars, ok, rounding, weight)
 
 
 def _check_coded(
@@ -384,10 +419,9 @@ def _check_coded(
     _check_codes(op, f"lowrank_optim.{op}: ratio", ratio, ratio_scale, shape, (bits, True, block))
     _check_codes(op, f"lowrank_optim.{op}: root", root, root_scale, shape, (bits, False, block))
     _check_col_scale(op, col_scale, shape)
-    _same_device(
-        op, grad=grad, ratio=ratio, ratio_scale=ratio_scale, root=root, root_scale=root_scale, col_scale=col_scale
-    )
-    _contiguous(op, ratio=ratio, ratio_scale=ratio_scale, root=root, root_scale=root_scale)
+    moments = {"ratio": ratio, "ratio_scale": ratio_scale, "root": root, "root_scale": root_scale}
+    _same_device(op, grad=grad, **moments, col_scale=col_scale)
+    _contiguous(op, **moments)
     _noise(op, noise)
 
 
@@ -408,12 +442,11 @@ def coded_adam_direct_(
     bits: int,
     block: int,
 ) -> Tensor:
-    """`adam_direct_` on coded moments (`quantization.moments`): decode, update, N, encode."""
+    """`adam_direct_` on coded moments (`quantization.adam_codes`): decode, update, N, encode."""
     op = "coded_adam_direct_"
     _floating(op, COMPUTE, grad=grad)
     _check_coded(op, grad, (ratio, ratio_scale, root, root_scale), col_scale, noise, bits, block)
-    _scalars(op, scalars, "adam_direct_")
-    _ok(op, ok)
+    _step_params(op, "adam_direct_", scalars, ok)
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
@@ -455,9 +488,7 @@ def coded_adam_dense_(
     _same_device(op, weight=weight, grad=grad, ok=ok)
     _shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
     _contiguous(op, weight=weight, grad=grad)
-    _scalars(op, scalars, "adam_dense_")
-    _ok(op, ok)
-    _rounding(op, rounding, weight)
+    _step_params(op, "adam_dense_", scalars, ok, rounding, weight)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- codes

@@ -7,28 +7,37 @@ accumulation, hooks and optimizers see what they always see. One rule holds for 
     views     are live: `w[:10]`, `w.t()`, … decode when they are read, and code the whole weight anew when they are written to
     writes    decode in float32, run the operation on it, round stochastically to the new codes; or raise before anything has changed
 
-What is read, viewed or written is seen from the operation's schema and from what it returns, so that there is no list of operations.
-The package's operations (`kernels`) write by parts of the rows, for which only some rows are decoded at a time.
+`coded_operations` keeps it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NoReturn, TypeAlias
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lowrank_optim import kernels
 from lowrank_optim.kernels.counter_rng import derive_key
+from lowrank_optim.nn.coded_operations import (
+    Call,
+    CodedTensor,
+    by_rows,
+    check_write,
+    one_by_one,
+    read,
+    with_memory,
+    write,
+    written,
+)
 from lowrank_optim.quantization import dequantize_rows, quantize_rows
 
 _aten = torch.ops.aten
 
 
-class _Decoding(Tensor):
-    """A tensor without memory of its own. Operations that read or write memory below the dispatcher are caught here."""
+class _Decoding(CodedTensor):
+    """Every operation comes by here; those that read or write memory below the dispatcher are caught first."""
 
     @classmethod
     def __torch_function__(
@@ -41,6 +50,11 @@ class _Decoding(Tensor):
         run = _BELOW_DISPATCH.get(func, func)
         with torch._C.DisableTorchFunctionSubclass():
             return run(*args, **(kwargs or {}))
+
+    def show(self, call: Call, like: Tensor) -> "WeightView":
+        # Of the codes, not of the tensor that holds them now: `weight.data = …` leaves old views with the old codes, as elsewhere.
+        assert isinstance(self.whole, QuantizedWeight)
+        return WeightView(_detach(self.whole), (*self.calls, call), like.shape, like.stride(), like.storage_offset())
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -55,16 +69,16 @@ class _Decoding(Tensor):
             return _WHOLE_WEIGHT[func](*args, **kwargs)
         if func is _aten.copy_.default and _same_form(*args[:2]):
             return args[0].copy_codes_(args[1])
-        written = [value for value in _written(func, args, kwargs) if isinstance(value, _CODED)]
-        if not written:
-            return _read(func, args, kwargs)
-        _check_write(func, written[0])
+        coded = [value for value in written(func, args, kwargs) if isinstance(value, CodedTensor)]
+        if not coded:
+            return read(func, args, kwargs)
+        check_write(func, coded[0])
         name = func._schema.name
         if name.startswith(("aten::_foreach_", "aten::_fused_")):
-            return _one_by_one(func, args, kwargs)
+            return one_by_one(func, args, kwargs)
         if func.namespace == "lowrank_optim" and isinstance(args[0], QuantizedWeight):
-            return _by_rows(func, *args)
-        return _write(func, args, kwargs)
+            return by_rows(func, *args)
+        return write(func, args, kwargs)
 
 
 def _inference(memory: Tensor) -> AbstractContextManager[Any]:
@@ -73,7 +87,7 @@ def _inference(memory: Tensor) -> AbstractContextManager[Any]:
 
 
 class QuantizedWeight(_Decoding):
-    """An m×n matrix as int8 codes and one float32 scale for each 256 columns of a row (`quantization.rows`, signed).
+    """An m×n matrix as int8 codes and one float32 scale for each 256 columns of a row (`quantization.row_codes`, signed).
 
     Every write rounds stochastically, so that updates far below a level count on average, with a key that depends on the new values
     and on the number of writes so far: processes that write the same values, get the same codes. A value that comes rounded to 16
@@ -169,19 +183,22 @@ class WeightView(_Decoding):
     Memory: none. A copy (`copy.deepcopy`, pickle) is a plain tensor.
     """
 
-    whole: QuantizedWeight
-    calls: "tuple[_Call, ...]"
+    _whole: QuantizedWeight
 
     @staticmethod
     def __new__(
-        cls, whole: QuantizedWeight, calls: "tuple[_Call, ...]", size: Any, stride: Any, offset: Any
+        cls, whole: QuantizedWeight, calls: tuple[Call, ...], size: Any, stride: Any, offset: Any
     ) -> "WeightView":
         with _inference(whole):
             self: WeightView = torch.Tensor._make_wrapper_subclass(
                 cls, size, stride, offset, dtype=whole.dtype, device=whole.device
             )
-        self.whole, self.calls = whole, calls
+        self._whole, self.calls = whole, calls
         return self
+
+    @property
+    def whole(self) -> QuantizedWeight:
+        return self._whole
 
     def decoded(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values, in the nominal type or another."""
@@ -190,7 +207,7 @@ class WeightView(_Decoding):
     def within(self, dense: Tensor) -> Tensor:
         """The memory of this tensor in a decoded whole weight."""
         for func, args, kwargs, index in self.calls:
-            plain_args, plain_kwargs = tree_map(_with_memory(dense), (args, kwargs))
+            plain_args, plain_kwargs = tree_map(with_memory(dense), (args, kwargs))
             dense = tree_leaves(func(*plain_args, **plain_kwargs))[index]
         return dense
 
@@ -216,158 +233,6 @@ class WeightView(_Decoding):
 def _same_form(target: Tensor, source: Tensor) -> bool:
     whole = isinstance(target, QuantizedWeight) and isinstance(source, QuantizedWeight)
     return whole and target.shape == source.shape
-
-
-_CODED = (QuantizedWeight, WeightView)
-_Call: TypeAlias = tuple[Any, Sequence[Any], Mapping[str, Any], int]
-"""An operation, its arguments with `_MEMORY` for the tensor whose memory it shows, and which of its results is meant."""
-_MEMORY = "memory"
-
-
-def _with_memory(dense: Tensor) -> Callable[[Any], Any]:
-    return lambda value: dense if value is _MEMORY else _decode(value)
-
-
-def _decode(value: Any) -> Any:
-    return value.decoded() if isinstance(value, _CODED) else value
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments that an operation writes to, out of lists, too.
-
-    Collectives do not say so in their schemas: those with an underscore at the end write to their first argument.
-    """
-    schema = func._schema
-    found = []
-    for i, argument in enumerate(schema.arguments):
-        value = args[i] if i < len(args) else kwargs.get(argument.name)
-        by_name = func.namespace == "c10d" and i == 0 and schema.name.endswith("_")
-        if by_name or (argument.alias_info is not None and argument.alias_info.is_write):
-            found += tree_leaves(value)
-    return found
-
-
-def _check_write(func: Any, weight: QuantizedWeight | WeightView) -> None:
-    """Raise NotImplementedError for operations that write to memory later, or that bind a tensor to other memory."""
-    if func.namespace in ("c10d", "_c10d_functional"):
-        raise NotImplementedError(
-            f"{func} writes to a QuantizedWeight {tuple(weight.shape)}, whose codes it cannot reach; send weight.codes and "
-            "weight.scale, or a copy (weight.decoded()), and weight.copy_(values) what has arrived"
-        )
-    if torch.Tag.inplace_view in func.tags:
-        raise NotImplementedError(
-            f"{func} gives a QuantizedWeight {tuple(weight.shape)} another shape or memory in place, which is stored as 8-bit codes; "
-            "use weight.copy_(values) for new values, or lowrank_optim.nn.dequantize_weights_(model)"
-        )
-
-
-def _read(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operation on decoded values. Results that share their memory are views, whatever the schema says."""
-    coded = {id(value): (value, value.decoded()) for value in tree_leaves((args, kwargs)) if isinstance(value, _CODED)}
-    plain_args, plain_kwargs = tree_map(
-        lambda value: coded[id(value)][1] if id(value) in coded else value, (args, kwargs)
-    )
-    results, form = tree_flatten(func(*plain_args, **plain_kwargs))
-    for index, result in enumerate(results):
-        for source, dense in coded.values():
-            if isinstance(result, Tensor) and _share_memory(result, dense):
-                if result.dtype != dense.dtype or result.is_neg():
-                    raise NotImplementedError(
-                        f"{func} shows the bits of a {dense.dtype} matrix, but a QuantizedWeight is stored as 8-bit codes; use "
-                        "weight.decoded()"
-                    )
-                results[index] = _view(source, (func, args, kwargs, index), result)
-    return tree_unflatten(results, form)
-
-
-def _view(source: QuantizedWeight | WeightView, call: _Call, like: Tensor) -> WeightView:
-    func, args, kwargs, index = call
-    args, kwargs = tree_map(lambda value: _MEMORY if value is source else value, (args, kwargs))
-    calls = (*(source.calls if isinstance(source, WeightView) else ()), (func, args, kwargs, index))
-    # Of the codes, not of the tensor that holds them now: `weight.data = …` leaves old views with the old codes, as elsewhere.
-    return WeightView(_detach(source.whole), calls, like.shape, like.stride(), like.storage_offset())
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.layout == torch.strided and a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-def _one_by_one(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Run an operation on lists (`_foreach_*_`, `_fused_*_`) for one parameter at a time: one decoded matrix in memory."""
-    names = [argument.name for argument in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    count = len(args[0])
-
-    def part(name: str, value: Any, i: int) -> Any:
-        listed = isinstance(value, list | tuple) and len(value) == count
-        return value[i : i + 1] if listed or (name == "scalars" and isinstance(value, Tensor)) else value
-
-    for i in range(count):
-        _run_one(func, {name: part(name, value, i) for name, value in given.items()})
-
-
-def _run_one(func: Any, given: Mapping[str, Any]) -> None:
-    written = [value for value in _written(func, (), given) if isinstance(value, _CODED)]
-    if not written:
-        func(**given)
-        return
-    _write(func, (), given)
-    # Autograd counts the writes of other operations, but leaves those on lists to their kernels.
-    torch.autograd.graph.increment_version([value for value in written if not value.is_inference()])
-
-
-def _write(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operation that changes weights on their values in float32 and code the changed weights anew.
-
-    Plain tensors of a weight's nominal type become float32, too, for the operation's sake; those that it changes are copied back.
-    """
-    leaves = {id(value): value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-    written = {id(value): leaves[id(value)] for value in _written(func, args, kwargs) if isinstance(value, Tensor)}
-    weights = {id(value.whole.codes): value.whole for value in written.values() if isinstance(value, _CODED)}
-    wide = next(iter(weights.values())).wide
-    nominal = {weight.dtype for weight in weights.values()}
-    matrices = {name: weight.decoded(wide) for name, weight in weights.items()}
-
-    def dense(value: Tensor) -> Tensor:
-        if isinstance(value, _CODED):
-            return value.within(matrices[id(value.whole.codes)]) if id(value) in written else value.decoded(wide)
-        return value.to(wide) if value.dtype in nominal else value
-
-    plain = {name: dense(value) for name, value in leaves.items()}
-    plain_args, plain_kwargs = tree_map(lambda value: plain.get(id(value), value), (args, kwargs))
-    result = func(*plain_args, **plain_kwargs)
-    for name, value in written.items():
-        if plain[name].shape != value.shape:
-            raise RuntimeError(
-                f"{func} needs a result of shape {tuple(plain[name].shape)}; got a {type(value).__name__} {tuple(value.shape)}, "
-                "which cannot be resized"
-            )
-    given = [value for value in leaves.values() if not isinstance(value, _CODED)]
-    nearest = _moves(func, args) and any(value.dtype in (torch.bfloat16, torch.float16) for value in given)
-    for name, weight in weights.items():
-        weight.store_(matrices[name], nearest)
-    for name, value in written.items():
-        if not isinstance(value, _CODED) and plain[name] is not value:
-            value.copy_(plain[name])
-    own = {id(plain[name]): value for name, value in written.items()}
-    return tree_map(lambda value: own.get(id(value), value), result)
-
-
-def _moves(func: Any, args: Sequence[Any]) -> bool:
-    """Whether an operation stores values as they come. Those of 16 bits are coded to nearest: w.copy_(w.bfloat16()) would drift."""
-    adds = len(args) > 3 and args[3] is True  # index_put_ and put_, accumulate
-    return func in _MOVES and not adds
-
-
-_MOVES = {
-    _aten.copy_.default,
-    _aten._foreach_copy_.default,
-    _aten.index_copy_.default,
-    _aten.index_put_.default,
-    _aten.masked_scatter_.default,
-    _aten.put_.default,
-    _aten.scatter_.src,
-}
 
 
 class _Linear(torch.autograd.Function):
@@ -408,40 +273,6 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _apply_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     result: Tensor = _Linear.apply(x, weight, bias)
     return result
-
-
-def _by_rows(func: Any, weight: QuantizedWeight, *args: Any) -> None:
-    """Run one of the package's in-place operations on some rows at a time, in float32, and code them again, rounded stochastically.
-
-    Every tensor with the weight's number of rows is taken by rows, state (moments, codes, scales) included: it is contiguous, so
-    that its rows are views.
-    """
-    schema = func._schema.arguments[1:]
-    rounding = next(value for value, argument in zip(args, schema, strict=True) if argument.name == "rounding")
-    key, (start, *_) = kernels.key_of(rounding)
-    rows, cols = weight.shape
-    for chunk in kernels.row_chunks(rows, cols):
-        first = chunk.start * cols
-        parts = []
-        for value, argument in zip(args, schema, strict=True):
-            if argument.name == "rounding":
-                value = None  # nothing is rounded before it is coded
-            elif argument.name == "noise" and value is not None:
-                value = value + kernels.host_tensor([0, 0, first], torch.int64)
-            elif isinstance(value, Tensor) and _has_rows(argument.name, value, rows):
-                value = value[chunk]
-            parts.append(value)
-        values = weight.decoded(torch.float32, chunk)
-        func(values, *parts)
-        weight.store_rows_(chunk, values, key, start + first)
-
-
-_WHOLE = ("right", "subtract_right", "scalars", "keep", "ok", "col_scale")
-
-
-def _has_rows(name: str, value: Tensor, rows: int) -> bool:
-    """Whether an argument is cut with the rows of the weight; φ may be for rows, for columns or for the whole."""
-    return name not in _WHOLE and (name != "phi" or value.shape[-2] == rows > 1)
 
 
 def _moved(

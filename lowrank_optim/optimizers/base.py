@@ -4,7 +4,7 @@
 each param group. How one parameter is stepped stands in `lowrank_optim.step`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim import kernels
-from lowrank_optim.groups.complete import check_group, complete_group
+from lowrank_optim.groups.complete import check_group, complete_group, list_params
 from lowrank_optim.groups.options import (
     DEFAULTS,
     SHORTHANDS,
@@ -34,10 +34,10 @@ from lowrank_optim.sharding.dtensor import LocalState
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Step, alone, together
 from lowrank_optim.step.dense import joint_step
-from lowrank_optim.step.entrance import check_members, enter
+from lowrank_optim.step.entrance import check_members, enter, settle
 from lowrank_optim.step.init_state import init_state
 from lowrank_optim.step.nonfinite import SkippedUpdates, first_norms
-from lowrank_optim.step.param_plan import ParamPlan, check_unit
+from lowrank_optim.step.param_plan import ParamPlan, check_trainable, check_unit
 from lowrank_optim.step.param_step import open_moments
 from lowrank_optim.step.plans import Plans
 from lowrank_optim.step.state_names import MEASURED
@@ -118,9 +118,9 @@ class LowRankOptimizer(Optimizer):
         check_names(options, (*valid, *SHORTHANDS), f"{type(self).__name__}(…)")
         options = expand_shorthands(plain_options(options))
         projector = projector_option(options)
-        self._parts = PartRegistry(rule, dense, projector, residual, parts)
+        self.parts = PartRegistry(rule, dense, projector, residual, parts)
         defaults = {**valid, **options, "projector": projector.name, "rule": rule.name, "residual": residual.name}
-        self._plans, self._skipped = Plans(self._parts), SkippedUpdates()
+        self.plans, self._skipped = Plans(self.parts), SkippedUpdates()
         super().__init__(params, defaults)
         check_agreement(self)
 
@@ -128,20 +128,17 @@ class LowRankOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch. Its options and parameters are checked, and their state made, before anything changes."""
-        group = complete_group(param_group, self._parts, self.defaults, self._group_options)
+        with self.parts.tentatively():
+            self._add_param_group(param_group)
+
+    def _add_param_group(self, param_group: Mapping[str, Any]) -> None:
+        group = complete_group(param_group, self.parts, self.defaults, self._group_options)
         self.check_options(group)
-        params = group.get("params", [])
-        if isinstance(params, Tensor):
-            params = [params]
-        elif not isinstance(params, set):  # torch refuses sets, and says why
-            group["params"] = params = list(params)
-        tensors = [item[1] if isinstance(item, tuple) else item for item in params]
-        named = dict(group)
-        if params and isinstance(next(iter(params)), tuple):
-            named["param_names"] = [item[0] for item in params]
+        tensors, named = list_params(group)
         plans: dict[Tensor, ParamPlan] = {}
         if all(isinstance(tensor, Tensor) for tensor in tensors):  # torch refuses anything else, and says why
-            plans = self._plans.of_group(named, tensors, len(self.param_groups), len(self._plans))
+            plans = self.plans.of_group(named, tensors, len(self.param_groups), len(self.plans))
+        check_trainable(plans)
         if self._in_backward is None:
             check_free(plans)
         else:
@@ -150,21 +147,20 @@ class LowRankOptimizer(Optimizer):
             p: init_state(p, named, plan) for p, plan in plans.items() if p.requires_grad and self._is_trained(named)
         }
         super().add_param_group(group)
-        self._plans.set_group(len(self.param_groups) - 1, self.param_groups[-1], plans)
+        self.plans.set_group(len(self.param_groups) - 1, self.param_groups[-1], plans)
         self.state.update(states)
         if self._in_backward is not None:
             self._in_backward.refresh_hooks()
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ValueError where a complete group says what cannot be."""
-        check_group(options, self._parts.of(options))
+        check_group(options, self.parts.of(options))
 
     def change_group(self, number: int, **options: Any) -> None:
         """Change options of a param group that decide about its state, and lay its state out anew.
 
         Moments go along where they can (`lowrank_optim.step.relayout`): a rank may grow and shrink in mid-training. Everything else
-        of the group begins afresh. A run that is resumed from a checkpoint needs an optimizer built with the options that held when
-        it was written.
+        begins afresh. To resume a run, build the optimizer with the options that held when its checkpoint was written.
 
         Args:
             number: of the group in `param_groups`.
@@ -178,18 +174,13 @@ class LowRankOptimizer(Optimizer):
 
     # -------------------------------------------------------------------------------------------------------------- plans
 
-    @property
-    def plans(self) -> Plans:
-        """How each parameter is trained."""
-        return self._plans
-
     def plan_of(self, param: Tensor) -> ParamPlan:
         """How a parameter is trained."""
-        return self._plans[param]
+        return self.plans[param]
 
     def check_members(self) -> None:
         """Raise RuntimeError for a parameter in the groups that is another one, or has another shape, than at construction."""
-        check_members(self.param_groups, self._plans)
+        check_members(self.param_groups, self.plans)
 
     # --------------------------------------------------------------------------------------------------------------- step
 
@@ -200,18 +191,15 @@ class LowRankOptimizer(Optimizer):
         to `torch.compile` the step runs outside of the graph. Autocast changes nothing.
         """
         if torch.compiler.is_compiling():
-            return kernels.outside_graph(self._closed_step, closure)
-        return self._closed_step(closure)
-
-    def _closed_step(self, closure: Callable[[], Any] | None) -> Any:
+            return kernels.outside_graph(LowRankOptimizer.step, self, closure)
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._step()
         return loss
 
     @kernels.plain_arithmetic
     def _step(self) -> None:
-        self._plans.check_structure(self.param_groups)
-        self.enter(param for group in self.param_groups for param in group["params"])
+        self.plans.check_structure(self.param_groups)
+        self._enter([param for group in self.param_groups for param in group["params"]])
         if self._in_backward is not None:
             self._in_backward.finish_step()
         else:
@@ -228,20 +216,27 @@ class LowRankOptimizer(Optimizer):
             RuntimeError: a parameter is not one that the optimizer was built with, or has another shape than its state is for.
             ValueError: a parameter that cannot be written to, or a gradient that no step can use.
         """
-        enter(list(params), self._plans, self.param_groups, lambda entering: follow(self, entering))
+        self._enter(list(params))
+
+    def _enter(self, params: Sequence[Tensor]) -> None:
+        if enter(params, self.plans, self.param_groups):
+            follow(self, params)
+        settle(params)
 
     def _steps(self) -> Iterator[Step]:
         """The steps of all parameters that have a gradient."""
-        norms = first_norms(self.param_groups, self._plans)
-        for plan in self._plans.values():
-            check_unit(plan, self._plans)
+        norms = first_norms(self.param_groups, self.plans)
+        for plan in self.plans.values():
+            if plan.unit:
+                check_unit(plan, self.plans)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None or not self._admits(param, group):
                     continue
-                unit = self.plan_of(param).unit
+                trained = self.trained(param)
+                unit = trained.plan.unit
                 if not unit:
-                    yield self.trained(param).begin(norms.get(param))
+                    yield trained.begin(norms.get(param) if norms else None)
                 elif unit[-1] is param:
                     yield joint_step([self.trained(member) for member in unit], [norms.get(member) for member in unit])
 
@@ -256,7 +251,7 @@ class LowRankOptimizer(Optimizer):
         if param.grad is None or not self._admits(param, self.param_groups[plan.group]):
             return
         if plan.unit:
-            check_unit(plan, self._plans)
+            check_unit(plan, self.plans)
             alone(joint_step([self.trained(member) for member in plan.unit]))
         else:
             alone(self.trained(param).begin(norm))
@@ -269,14 +264,14 @@ class LowRankOptimizer(Optimizer):
         `changed`: group, plan and state in place of those that it has.
         """
         if changed is None:
-            plan = self.plan_of(param)
+            plan = self.plans[param]
             group: Mapping[str, Any] = self.param_groups[plan.group]
             state: dict[str, Tensor] = self.state.get(param) or self._new_state(param, group, plan)
         else:
             group, plan, state = changed
         if plan.sharding is not LOCAL:
             state = LocalState(state, plan.placed)
-        moments, offset = open_moments(group, plan, state, param.dtype), self._plans.offset(param, self.param_groups)
+        moments, offset = open_moments(group, plan, state, param.dtype), self.plans.offset(param, plan, group)
         return TrainedParam(param, group, plan, state, moments, offset, self._skipped, self._mask_on_device)
 
     def _new_state(self, param: Tensor, group: Mapping[str, Any], plan: ParamPlan) -> dict[str, Tensor]:
@@ -289,8 +284,12 @@ class LowRankOptimizer(Optimizer):
 
     def is_trained(self, param: Tensor) -> bool:
         """Whether the optimizer trains this parameter now: it is one of its own, and does not sleep."""
-        plan = self._plans.get(param)
+        plan = self.plans.get(param)
         return plan is not None and self._is_trained(self.param_groups[plan.group])
+
+    def may_begin(self, group: Mapping[str, Any]) -> bool:
+        """Whether a parameter without state in a checkpoint, which was frozen then, begins afresh."""
+        return True
 
     def _is_trained(self, group: Mapping[str, Any]) -> bool:
         return True
@@ -316,7 +315,7 @@ class LowRankOptimizer(Optimizer):
 
     def state_device(self, name: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
         """Where a state tensor of this name belongs."""
-        return torch.device("cpu") if self._plans[param].is_on_host(name) else param.device
+        return torch.device("cpu") if self.plans[param].is_on_host(name) else param.device
 
     def state_template(self, param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Types and shapes of the state at the step at which `saved` was written, with that `group`."""
@@ -344,17 +343,17 @@ class LowRankOptimizer(Optimizer):
                 was.
         """
         self.check_members()
-        follow(self, list(self._plans))
+        follow(self, list(self.plans))
         checkpoint.load(self, state_dict)
-        self._plans.renew(self.param_groups)
+        self.plans.renew(self.param_groups)
         if self._in_backward is not None:
             self._in_backward.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_parts": self._parts}
+        return {**super().__getstate__(), "parts": self.parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_parts" in state:  # unpickled or copied
-            self._plans, self._skipped = Plans(self._parts), SkippedUpdates()
-        self._plans.renew(self.param_groups)
+        if "parts" in state:  # unpickled or copied
+            self.plans, self._skipped = Plans(self.parts), SkippedUpdates()
+        self.plans.renew(self.param_groups)

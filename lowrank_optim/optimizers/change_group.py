@@ -3,34 +3,61 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank_optim.groups.options import SHORTHANDS, check_names, expand_shorthands, plain_options
+from lowrank_optim.groups.options import DEFAULTS, SHORTHANDS, check_known, expand_shorthands, plain_options, structure
+from lowrank_optim.groups.parts import check_option_names
 from lowrank_optim.optimizers.contracts import HasState
 from lowrank_optim.step.init_state import init_state
+from lowrank_optim.step.param_plan import check_trainable
 from lowrank_optim.step.relayout import carry_over
 
 
 def change_group(optimizer: HasState, number: int, options: Mapping[str, Any]) -> None:
     """See `LowRankOptimizer.change_group`."""
-    own, plans = optimizer.param_groups[number], optimizer.plans
-    parts, params = plans.parts, own["params"]
-    changed = parts.take(expand_shorthands(plain_options(options)))
-    brought: dict[str, Any] = {}
-    for kind in ("rule", "residual"):
-        if changed.get(kind, own[kind]) != own[kind]:
-            brought |= parts.options_of(kind, changed[kind])
-    check_names(options, (*own, *brought, *SHORTHANDS), "change_group(…)")
-    changed = {**brought, **changed}
-    group = {**own, **changed}
-    optimizer.check_options(group)
-    if any("micro_batches" in optimizer.state.get(param, {}) for param in params):
-        raise RuntimeError("gradients of an unfinished step are kept: call optimizer.step() first, then change_group")
-    first = sum(len(earlier["params"]) for earlier in optimizer.param_groups[:number])
-    new_plans = plans.of_group(group, params, number, first)
-    states = {}
-    for param, plan in new_plans.items():
-        if optimizer.state.get(param) and optimizer.is_trained(param):
-            states[param] = init_state(param, group, plan)
-            carry_over(optimizer.trained(param), optimizer.trained(param, (group, plan, states[param])))
+    groups, plans = optimizer.param_groups, optimizer.plans
+    if not 0 <= number < len(groups):
+        raise ValueError(f"there is no param group {number}; there are {len(groups)}, numbered from 0")
+    own, parts = groups[number], plans.parts
+    with parts.tentatively():
+        changed = parts.take(expand_shorthands(plain_options(options)))
+        brought: dict[str, Any] = {}
+        for kind in ("rule", "residual"):
+            name = changed.get(kind, own[kind])
+            brought |= parts.options_of(kind, name) if name != own[kind] else {}
+        present = [name for kind in ("rule", "residual") for name in parts.options_of(kind, own[kind])]
+        check_known(options, ("lr", "weight_decay", *DEFAULTS, *SHORTHANDS, "rule", "residual", *present, *brought))
+        changed = {**brought, **changed}
+        group = {**own, **changed}
+        check_option_names(parts.of(group))
+        optimizer.check_options(group)
+        if any(
+            "micro_batches" in optimizer.state.get(param, {}) or _waits(optimizer, param) for param in own["params"]
+        ):
+            raise RuntimeError(
+                "gradients of an unfinished step are kept: call optimizer.step() first, then change_group"
+            )
+        first = sum(len(earlier["params"]) for earlier in groups[:number])
+        new_plans = plans.of_group(group, own["params"], number, first)
+        check_trainable(new_plans)
+        if optimizer._in_backward is not None:
+            optimizer._in_backward.check(new_plans, [group])
+        states = {}
+        rule = parts.of(group).rule
+        if rule is not parts.of(own).rule or structure(group, rule) != structure(own, rule):
+            for param, plan in new_plans.items():
+                if optimizer.state.get(param) and optimizer.is_trained(param):
+                    states[param] = init_state(param, group, plan)
+                    carry_over(optimizer.trained(param), optimizer.trained(param, (group, plan, states[param])))
     own.update(changed)
     plans.set_group(number, own, new_plans)
-    optimizer.state.update(states)
+    for param in own["params"]:
+        if param in states:
+            optimizer.state[param] = states[param]
+        elif not optimizer.is_trained(param):
+            optimizer.state.pop(param, None)  # of a layer that sleeps: it begins afresh when it wakes
+        if "update_proj_gap" in options and "gap" in optimizer.state.get(param, {}):
+            optimizer.state[param]["gap"].fill_(own["update_proj_gap"])
+
+
+def _waits(optimizer: HasState, param: Any) -> bool:
+    """Whether hooks keep a gradient for a rule that needs those of other parameters besides."""
+    return optimizer._in_backward is not None and bool(optimizer.plans[param].unit) and param.grad is not None

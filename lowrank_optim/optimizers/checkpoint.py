@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lowrank_optim.groups.names import plain_name
 from lowrank_optim.groups.options import STRUCTURAL, plain_options
 from lowrank_optim.sharding.dtensor import as_tensor, like
+from lowrank_optim.step.init_state import init_state
 from lowrank_optim.step.state_names import MEASURED
 
 
@@ -39,11 +40,13 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if not own:  # a layer that sleeps
             state.pop(param, None)
             continue
+        if not saved:  # it was frozen then: it begins afresh
+            state.pop(param, None)
+            if param.requires_grad:
+                state[param] = init_state(param, group, optimizer.plans[param])  # type: ignore[attr-defined]
+            continue
         device_of = optimizer.state_device  # type: ignore[attr-defined]
-        state[param] = {
-            name: like(saved[name], tensor, device_of(name, param, group)) if saved else tensor
-            for name, tensor in own.items()
-        }
+        state[param] = {name: like(saved[name], tensor, device_of(name, param, group)) for name, tensor in own.items()}
 
     optimizer.state.clear()
     optimizer.state.update(state)
@@ -69,7 +72,8 @@ def _in_our_order(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]
         return keys
     by_name = dict(zip(map(plain_name, theirs), keys, strict=True))
     names = list(map(plain_name, ours))
-    return [by_name[name] for name in names] if by_name.keys() == set(names) else keys
+    unique = len(by_name) == len(keys) == len(set(names))
+    return [by_name[name] for name in names] if unique and by_name.keys() == set(names) else keys
 
 
 def _merge(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +102,12 @@ def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[st
     for number, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         if len(saved["params"]) != len(own["params"]):
             found.append(f"group {number}: {len(saved['params'])} parameters saved, {len(own['params'])} here")
+        theirs, ours = (set(map(plain_name, group.get("param_names") or ())) for group in (saved, own))
+        if theirs & ours and theirs != ours:
+            only = ", ".join(sorted(theirs - ours)[:5]), ", ".join(sorted(ours - theirs)[:5])
+            found.append(
+                f"group {number}: only the checkpoint has {only[0] or 'nothing'}, only the optimizer {only[1] or 'nothing'}"
+            )
         # A checkpoint of torch.optim.AdamW names none of these; its tensors are compared below.
         found += [
             f"group {number}: {name} is {saved[name]!r} in the checkpoint, {own.get(name)!r} here"
@@ -106,13 +116,13 @@ def _differences(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[st
         ]
     if found:
         return found
-    plans = optimizer._plans  # type: ignore[attr-defined]
+    plans = optimizer.plans  # type: ignore[attr-defined]
     for key, param, group in _saved_params(optimizer, state_dict):
         name = f"{plans[param].name} {tuple(param.shape)}"
         saved_state = state_dict["state"].get(key, {})
+        if not saved_state and optimizer.may_begin(group):  # type: ignore[attr-defined]
+            continue  # it was frozen then
         own_state = optimizer.state_template(param, saved_state, group)  # type: ignore[attr-defined]
-        if not saved_state and plans[param].space is None and "rule" not in saved_groups[0]:
-            continue  # torch.optim keeps no state for a parameter that never had a gradient
         missing, extra = own_state.keys() - saved_state.keys(), saved_state.keys() - own_state.keys()
         if missing or extra:
             parts = [f"lacks {', '.join(sorted(missing))}"] if missing else []

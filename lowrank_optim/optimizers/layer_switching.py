@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.groups.layers import describe_layers
+from lowrank_optim.groups.layer_report import describe_layers
 from lowrank_optim.groups.options import Options, plain_options
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
 from lowrank_optim.residuals.base import Residual
@@ -104,7 +104,7 @@ class LayerSwitching(LowRankOptimizer):
         """Give every layer `requires_grad=True` again, to hand the model to another optimizer; this one is not stepped any more."""
         for group in self._layer_groups():
             for param in group["params"]:
-                param.requires_grad_(True)
+                param.requires_grad_(param.is_floating_point())
 
     def _layer_groups(self) -> Iterator[dict[str, Any]]:
         return (group for group in self.param_groups if group["layer"] is not None)
@@ -143,15 +143,15 @@ class LayerSwitching(LowRankOptimizer):
         group["awake"] = True
         period = group["steps"] // group["period"]
         for param in group["params"]:
-            param.requires_grad_(True)
+            param.requires_grad_(param.is_floating_point())
             if parked := self.state.get(param):
                 self.state[param] = {
-                    name: tensor if self._plans[param].is_on_host(name) else tensor.to(param.device)
+                    name: tensor if self.plans[param].is_on_host(name) else tensor.to(param.device)
                     for name, tensor in parked.items()
                 }
             else:
                 group["born"] = period
-                self.state[param] = init_state(param, group, self._plans[param])
+                self.state[param] = init_state(param, group, self.plans[param])
 
     def _tell_hooks(self) -> None:
         """Let updates inside backward find the parameters that were woken."""
@@ -163,15 +163,18 @@ class LayerSwitching(LowRankOptimizer):
             self._refuse(param)
         return param.grad is not None
 
+    def may_begin(self, group: Mapping[str, Any]) -> bool:
+        return group["layer"] is None  # those of layers that are awake have some
+
     def _is_trained(self, group: Mapping[str, Any]) -> bool:
         return group["layer"] is None or group["awake"]
 
     def _refuse(self, param: Tensor) -> None:
         """A gradient of a layer that sleeps: somebody has set `requires_grad`."""
-        if "asleep" not in self._plans.warned:
-            self._plans.warned.add("asleep")
+        if "asleep" not in self.plans.warned:
+            self.plans.warned.add("asleep")
             warnings.warn(
-                f"{self._plans[param].name} has a gradient, but its layer sleeps: something has set requires_grad=True. The "
+                f"{self.plans[param].name} has a gradient, but its layer sleeps: something has set requires_grad=True. The "
                 "gradient is dropped and the layer sleeps again; later ones do so without a warning.",
                 RuntimeWarning,
                 stacklevel=3,
@@ -212,7 +215,7 @@ class LayerSwitching(LowRankOptimizer):
                 f"layer is {layer!r} in a param group; it must be an int of at least 0, or None (always on)"
             )
         for name in self._group_options:
-            if name != "layer" and options[name] != self.defaults[name]:
+            if name not in ("layer", "awake", "born", "steps") and options[name] != self.defaults[name]:
                 raise ValueError(
                     f"{name} is {options[name]!r} in a param group, {self.defaults[name]!r} in the optimizer; it cannot differ"
                 )
@@ -248,7 +251,7 @@ class LayerSwitching(LowRankOptimizer):
         super().load_state_dict(state_dict)
         for group in self._layer_groups():
             for param in group["params"]:
-                param.requires_grad_(group["awake"])
+                param.requires_grad_(group["awake"] and param.is_floating_point())
                 param.grad = param.grad if group["awake"] else None
         self._tell_hooks()
 

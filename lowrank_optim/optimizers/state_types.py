@@ -30,7 +30,7 @@ def _resized(
 ) -> dict[str, Tensor]:
     """`own` with moments of the types and shapes that they have beside `saved`, where they change with the subspace."""
     plan = optimizer.plans[param]
-    if plan.space is None or not plan.projector.resizes or not saved:
+    if plan.space is None or not plan.projector.moments_change_shape or not saved:
         return own
     moments = placed(plan, init_moments(group, plan, saved, param.dtype, torch.device("meta")))
     return {name: tensor for name, tensor in own.items() if name != "col_scale"} | moments

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim.nn import quantize_weights_
 from lowrank_optim.planner.choices import OptimizerChoice, resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.memory_plan import MemoryPlan
@@ -13,7 +14,6 @@ from lowrank_optim.planner.models import ModelChoice, resolve_model
 from lowrank_optim.planner.simulation import sharding
 from lowrank_optim.planner.simulation.allocator import reserved_peak, rules_for
 from lowrank_optim.planner.simulation.pretend import bare
-from lowrank_optim.planner.simulation.quantized import quantize_weights
 from lowrank_optim.planner.simulation.simulate import DataInForward, Run, Setting, simulate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -137,7 +137,7 @@ def make_setting(
 
     def build() -> nn.Module:
         built = model.build(dtype, layers)
-        return quantize_weights(built) if weight_bits == 8 else built
+        return quantize_weights_(built) if weight_bits == 8 else built
 
     return Setting(build, optimizer.build, batch, loss or default_loss, device, **how)
 

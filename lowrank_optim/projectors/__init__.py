@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, StepParams, SubspaceSpec
+from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, Refresh, StepParams, SubspaceSpec
 from lowrank_optim.projectors.blocks import Blocks
 from lowrank_optim.projectors.coordinate import Coordinate
 from lowrank_optim.projectors.power_iteration import PowerIteration
@@ -22,6 +22,7 @@ __all__ = [
     "Projector",
     "Random",
     "RandomizedSVD",
+    "Refresh",
     "StepParams",
     "SubspaceSpec",
     "from_name",

@@ -42,19 +42,6 @@ def choose_side(proj_type: str, rows: int, cols: int) -> str:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """The place of a tensor among the tensors of its group, for projectors that take turns with whole tensors.
-
-    position of count; `active` of them are trained with moments at a time; `key` is the group's stream of random numbers.
-    """
-
-    position: int
-    count: int
-    active: int
-    key: int
-
-
-@dataclass(frozen=True)
 class SubspaceSpec:
     """The shape of a low-rank problem: one matrix, or a stack of them, and the subspace it is projected to.
 
@@ -69,7 +56,6 @@ class SubspaceSpec:
     side: str
     dtype: torch.dtype  # compute type: float32, or float64 for float64 parameters
     basis_bits: int = 32
-    place: Turn | None = None
     sharding: ParamSharding = field(default=LOCAL, compare=False)
 
     @property
@@ -101,7 +87,7 @@ class GradientTerm:
     grad: G, the gradient's matrix view.
     scale: φ, one number for every row of R, (…, d, 1), or for the whole matrix, (…, 1, 1); compute type.
     ok: 0-d bool, false where G may hold NaN and is to be ignored; None means true.
-    by_line: whether φ has one number for every row of R, and so lies where R's rows lie.
+    by_channel: whether φ has one number for every row of R, and so lies where R's rows lie.
     subtract: R, to take E = G − lift R; None takes E = G.
     sign: take the sign of E.
     """
@@ -124,8 +110,32 @@ class StepParams:
     rounding_key: int | None = None
 
 
+@dataclass(frozen=True)
+class Refresh:
+    """What a new subspace of one matrix is computed from.
+
+    grad: G, the gradient's matrix view (…, m, n), in its own type; of a sharded parameter the local part.
+    space: the shape of the low-rank problem.
+    state: the projector's tensors, of the subspace before.
+    key: the stream of random numbers of this parameter and step.
+    first: whether the state holds no basis of a gradient yet.
+    momentum: the rule's bias-corrected momentum in the old basis, for projectors that use it (`uses_momentum`); else None.
+    """
+
+    grad: Tensor
+    space: SubspaceSpec
+    state: Mapping[str, Tensor]
+    key: int
+    first: bool = False
+    momentum: Tensor | None = None
+
+
 class Basis(Protocol):
-    """A subspace at one moment: what the step needs of it."""
+    """A subspace at one moment: what the step needs of it.
+
+    A basis may also have a `splits_rows`: True where every row of G (or column, by the side) is the sum of its part in lift R and one
+    orthogonal to it. The norm of a sum of R's is then exact inside the subspace.
+    """
 
     @property
     def sharding(self) -> ParamSharding:
@@ -165,7 +175,7 @@ class Projector(ABC):
 
     state_lies: ClassVar[Mapping[str, str]] = {}
     """Where each state tensor lies: "host" (read by the host in every step, kept on the CPU), or, if parameters are sharded, "basis"
-    (along the projected side; the default), "basis_right" (the second of two), "chosen" (indices)."""
+    (along the projected side), "basis_right" (the second of two), "chosen" (indices). Has to name all if `knows_shards`."""
     needs_gradient: ClassVar[bool] = True
     """False where a refresh does not look at the gradient, and so cannot fail."""
     sees_all: ClassVar[bool] = True
@@ -186,7 +196,7 @@ class Projector(ABC):
     """What can be projected: "left", "right", "full"."""
     writes_entries: ClassVar[bool] = False
     """Whether single columns, rows or entries of the weights are written, which weights stored in few bits cannot take."""
-    resizes: ClassVar[bool] = False
+    moments_change_shape: ClassVar[bool] = False
     """Whether R and the moments have another shape after a refresh; such moments can only be reset."""
 
     def __post_init__(self) -> None:
@@ -237,19 +247,10 @@ class Projector(ABC):
         """State tensors before the first gradient: a valid basis, if not yet a good one."""
 
     @abstractmethod
-    def refresh(
-        self,
-        grad: Tensor,
-        space: SubspaceSpec,
-        state: Mapping[str, Tensor],
-        key: int,
-        first: bool,
-        momentum: Tensor | None = None,
-    ) -> dict[str, Tensor] | None:
+    def refresh(self, request: Refresh) -> dict[str, Tensor] | None:
         """New values for the tensors that `init` made, or None where this gradient cannot give a basis (zero or non-finite).
 
-        `first` says that the state holds no basis of a gradient yet; `momentum` is the rule's, in the old basis, for projectors that
-        use it. Nothing is modified.
+        Nothing is modified.
         """
 
     def released(self) -> "Projector":

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
+from lowrank_optim import kernels
 from lowrank_optim.kernels.counter_rng import choose, derive_key
 from lowrank_optim.kernels.host import host_tensor
-from lowrank_optim.projectors.base import Basis, Projector, SubspaceSpec, Turn
-from lowrank_optim.projectors.dense_basis import DenseBasis, WholeBasis
+from lowrank_optim.projectors.base import Basis, GradientTerm, Projector, Refresh, StepParams, SubspaceSpec, row_squares
+from lowrank_optim.projectors.dense_basis import DenseBasis
+from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
 
 ORDERS = ("random", "ascending", "descending", "mirror")
 
@@ -21,6 +24,55 @@ ORDERS = ("random", "ascending", "descending", "mirror")
 def _draw(key: int, count: int, active: int) -> frozenset[int]:
     """Which of a group's tensors are active; every one of them asks."""
     return frozenset(choose(key, count, active, torch.device("cpu")).tolist())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn(SubspaceSpec):
+    """A tensor that takes turns with the other tensors of its group: its place among them.
+
+    position of count; `active` of them are trained with moments at a time; `key` is the group's stream of random numbers.
+    """
+
+    position: int
+    count: int
+    active: int
+    key: int
+
+
+@dataclass(frozen=True)
+class WholeBasis:
+    """The whole matrix: R is G itself, and nothing lies outside."""
+
+    sharding: ParamSharding = field(default=LOCAL, compare=False)
+    disjoint: ClassVar[bool] = True
+    splits_rows: ClassVar[bool] = True
+
+    def project(self, grad: Tensor) -> Tensor:
+        return grad.to(kernels.compute_dtype(grad.dtype))
+
+    def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        reduced = self.project(grad)
+        return reduced, self.sharding.matrix.sum(row_squares(reduced), -1)
+
+    def lifted_squares(self, reduced: Tensor) -> Tensor:
+        return self.sharding.matrix.sum(row_squares(reduced), -1)
+
+    def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:
+        update = torch.zeros_like(weight, dtype=kernels.compute_dtype(weight.dtype)) if core is None else core
+        if term is not None and term.subtract is None:  # else E = G − lift R, which is 0
+            gradient = self.project(term.grad)
+            gradient = gradient if term.ok is None else torch.where(term.ok, gradient, 0.0)
+            update = torch.addcmul(update, gradient.sign() if term.sign else gradient, term.scale)
+        kernels.apply_dense_(weight, update, start=self.sharding.matrix.start, **vars(write))
+
+    def lift_(self, grad: Tensor, reduced: Tensor) -> None:
+        grad.copy_(reduced)
+
+    def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
+        return moment
+
+    def overlap(self, old: Self) -> Tensor:
+        return kernels.host_tensor(1.0, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -45,7 +97,7 @@ class Blocks(Projector):
     knows_shards: ClassVar[bool] = True
     has_channels: ClassVar[bool] = False
     sides: ClassVar[tuple[str, ...]] = ("left", "right", "full")
-    resizes: ClassVar[bool] = True
+    moments_change_shape: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +126,7 @@ class Blocks(Projector):
                 f'blocks="mirror" pairs the tensors of a group, but density {density} takes {active} of {count}; both must be even: '
                 'change the density, or use blocks="ascending" or "random"'
             )
-        return [replace(space, place=Turn(i, count, active, key)) for i, space in enumerate(spaces)]
+        return [Turn(**vars(space), position=i, count=count, active=active, key=key) for i, space in enumerate(spaces)]
 
     def reduced_shape(self, space: SubspaceSpec, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
         if state is None or self._is_active(space, int(state["turn"])):
@@ -82,10 +134,10 @@ class Blocks(Projector):
         return (*space.batch, space.rows, 0)
 
     def _is_active(self, space: SubspaceSpec, turn: int) -> bool:
-        assert space.place is not None
-        position, count, active = space.place.position, space.place.count, space.place.active
+        assert isinstance(space, Turn)
+        position, count, active = space.position, space.count, space.active
         if self.order == "random":
-            return position in _draw(derive_key(space.place.key, turn), count, active)
+            return position in _draw(derive_key(space.key, turn), count, active)
         if self.order == "mirror":  # pairs of a tensor and its mirror image
             position, count, active = min(position, count - 1 - position), count // 2, active // 2
         elif self.order == "descending":
@@ -98,16 +150,8 @@ class Blocks(Projector):
     def init(self, space: SubspaceSpec, key: int, device: torch.device) -> dict[str, Tensor]:
         return {"turn": host_tensor(0, torch.int64)}
 
-    def refresh(
-        self,
-        grad: Tensor,
-        space: SubspaceSpec,
-        state: Mapping[str, Tensor],
-        key: int,
-        first: bool,
-        momentum: Tensor | None = None,
-    ) -> dict[str, Tensor] | None:
-        return {"turn": state["turn"] + (not first)}
+    def refresh(self, request: Refresh) -> dict[str, Tensor] | None:
+        return {"turn": request.state["turn"] + (not request.first)}
 
     def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
         if self._is_active(space, int(state["turn"])):

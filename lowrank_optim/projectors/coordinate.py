@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import choose, choose_stratified, derive_key
-from lowrank_optim.projectors.base import Basis, Projector, SubspaceSpec
+from lowrank_optim.projectors.base import Basis, Projector, Refresh, SubspaceSpec
 from lowrank_optim.projectors.coordinate_basis import (
     CoordinateBasis,
     EntryBasis,
@@ -100,16 +100,8 @@ class Coordinate(Projector):
     def _indices(self, space: SubspaceSpec, key: int, device: torch.device) -> Tensor:
         return space.sharding.sharding_of("chosen", space.side).part(self._draw(space, key, device))
 
-    def refresh(
-        self,
-        grad: Tensor,
-        space: SubspaceSpec,
-        state: Mapping[str, Tensor],
-        key: int,
-        first: bool,
-        momentum: Tensor | None = None,
-    ) -> dict[str, Tensor] | None:
-        return {"indices": self._indices(space, key, grad.device)}
+    def refresh(self, request: Refresh) -> dict[str, Tensor] | None:
+        return {"indices": self._indices(request.space, request.key, request.grad.device)}
 
     def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
         scattered = space.sharding.matrix.splits(*self.contracted(space))

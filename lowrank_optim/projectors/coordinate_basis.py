@@ -82,6 +82,7 @@ class CoordinateBasis(_SelectedEntries):
     indices: Tensor
     side: str
     sharding: ParamSharding = field(default=LOCAL, compare=False)
+    splits_rows: ClassVar[bool] = True
 
     def _columns(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """The matrix with the selected dimension last, and the indices expanded to gather from it (no memory)."""

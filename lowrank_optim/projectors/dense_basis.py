@@ -72,6 +72,10 @@ class DenseBasis:
     sharding: ParamSharding = field(default=LOCAL, compare=False)
     disjoint: ClassVar[bool] = False
 
+    @property
+    def splits_rows(self) -> bool:
+        return self.orthonormal
+
     def project(self, grad: Tensor) -> Tensor:
         if grad.shape[0] == 0 and grad.dim() > 2:  # no expert of the stack is here
             return grad.new_empty(
@@ -165,38 +169,3 @@ class TwoSidedBasis:
     def overlap(self, old: Self) -> Tensor:
         left = _overlap(self.left, old.left, self.sharding.rows)
         return (left + _overlap(self.right, old.right, self.sharding.cols)) / 2.0
-
-
-@dataclass(frozen=True)
-class WholeBasis:
-    """The whole matrix: R is G itself, and nothing lies outside."""
-
-    sharding: ParamSharding = field(default=LOCAL, compare=False)
-    disjoint: ClassVar[bool] = True
-
-    def project(self, grad: Tensor) -> Tensor:
-        return grad.to(kernels.compute_dtype(grad.dtype))
-
-    def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        reduced = self.project(grad)
-        return reduced, self.sharding.matrix.sum(row_squares(reduced), -1)
-
-    def lifted_squares(self, reduced: Tensor) -> Tensor:
-        return self.sharding.matrix.sum(row_squares(reduced), -1)
-
-    def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:
-        update = torch.zeros_like(weight, dtype=kernels.compute_dtype(weight.dtype)) if core is None else core
-        if term is not None and term.subtract is None:  # else E = G − lift R, which is 0
-            gradient = self.project(term.grad)
-            gradient = gradient if term.ok is None else torch.where(term.ok, gradient, 0.0)
-            update = torch.addcmul(update, gradient.sign() if term.sign else gradient, term.scale)
-        kernels.apply_dense_(weight, update, start=self.sharding.matrix.start, **vars(write))
-
-    def lift_(self, grad: Tensor, reduced: Tensor) -> None:
-        grad.copy_(reduced)
-
-    def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
-        return moment
-
-    def overlap(self, old: Self) -> Tensor:
-        return kernels.host_tensor(1.0, torch.float32)

@@ -18,13 +18,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_optim import kernels
-from lowrank_optim.projectors.base import Basis, GradientTerm, Projector, StepParams, SubspaceSpec
+from lowrank_optim.projectors.base import Basis, GradientTerm, Projector, Refresh, StepParams, SubspaceSpec
 from lowrank_optim.sharding.param_sharding import ParamSharding
-
-
-def plain(basis: Basis) -> Basis:
-    """The basis itself, without its rounding."""
-    return basis.inner if isinstance(basis, ExactBasis) else basis
 
 
 def basis_of(
@@ -34,20 +29,12 @@ def basis_of(
     return ExactBasis(projector.basis(replace(space, dtype=torch.float64), state, key, device), space.dtype)
 
 
-def refresh(
-    projector: Projector,
-    grad: Tensor,
-    space: SubspaceSpec,
-    state: Mapping[str, Tensor],
-    key: int,
-    first: bool,
-    momentum: Tensor | None,
-) -> dict[str, Tensor] | None:
+def refresh(projector: Projector, request: Refresh) -> dict[str, Tensor] | None:
     """`Projector.refresh`, exact."""
-    wide = replace(space, dtype=torch.float64)
-    momentum = None if momentum is None else momentum.double()
-    new = projector.refresh(grad.double(), wide, state, key, first, momentum)
-    return None if new is None else {name: tensor.to(state[name].dtype) for name, tensor in new.items()}
+    space = replace(request.space, dtype=torch.float64)
+    momentum = None if request.momentum is None else request.momentum.double()
+    new = projector.refresh(replace(request, grad=request.grad.double(), space=space, momentum=momentum))
+    return None if new is None else {name: tensor.to(request.state[name].dtype) for name, tensor in new.items()}
 
 
 @dataclass(frozen=True)
@@ -64,6 +51,10 @@ class ExactBasis:
     @property
     def disjoint(self) -> bool:
         return self.inner.disjoint
+
+    @property
+    def splits_rows(self) -> bool:
+        return getattr(self.inner, "splits_rows", False)
 
     def project(self, grad: Tensor) -> Tensor:
         return self.inner.project(grad.double()).to(self.dtype)

@@ -1,13 +1,12 @@
 """LDAdam's subspace: one step of power iteration from the old basis, at every step or as often as wanted."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors.base import Projector, SubspaceSpec, align_signs, choose_side, usable
+from lowrank_optim.projectors.base import Projector, Refresh, SubspaceSpec, align_signs, choose_side, usable
 from lowrank_optim.projectors.randomized_svd import RandomizedSVD, householder, unit_columns
 from lowrank_optim.projectors.stored_projector import StoredProjector, agree, load, store
 from lowrank_optim.projectors.svd import SVD
@@ -31,6 +30,7 @@ class PowerIteration(StoredProjector):
     square_side: str = "right"
     first_basis: str = "randomized_svd"
     uses_momentum: ClassVar[bool] = True
+    sides: ClassVar[tuple[str, ...]] = ("left", "right")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,45 +45,31 @@ class PowerIteration(StoredProjector):
         return replace(self, square_side="left", first_basis="svd")
 
     def check(self, proj_type: str) -> None:
-        super().check(proj_type)
         if proj_type == "full":
             raise ValueError(
                 'proj_type is "full", but power iteration projects one side; use proj_type "std", "reverse_std", "left" or "right"'
             )
+        super().check(proj_type)
 
     def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> SubspaceSpec:
         *_, rows, cols = shape
         square = rows == cols and proj_type == "std"
         return super().space(shape, rank, self.square_side if square else choose_side(proj_type, rows, cols), dtype)
 
-    def refresh(
-        self,
-        grad: Tensor,
-        space: SubspaceSpec,
-        state: Mapping[str, Tensor],
-        key: int,
-        first: bool,
-        momentum: Tensor | None = None,
-    ) -> dict[str, Tensor] | None:
-        if first:
-            return super().refresh(grad, space, state, key, first)
-        old = load(state, space)
-        return store(agree(self.compute(grad.to(space.dtype), space, old, key, first, momentum), space), space)
+    def refresh(self, request: Refresh) -> dict[str, Tensor] | None:
+        if request.first:
+            return super().refresh(request)
+        space = request.space
+        request = replace(request, grad=request.grad.to(space.dtype), state=load(request.state, space))
+        return store(agree(self.compute(request), space), space)
 
-    def compute(
-        self,
-        grad: Tensor,
-        space: SubspaceSpec,
-        old: Mapping[str, Tensor],
-        key: int,
-        first: bool,
-        momentum: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        if first:
-            exact = self.first_basis == "svd"
-            return (SVD() if exact else RandomizedSVD()).compute(grad, space, old, key, first)
-        basis, rho = old["basis"], self.rho if momentum is not None else 0.0
-        grad = grad.mT if space.side == "left" else grad  # m̂, as all low-rank matrices, is tall: B = ρ m̂ Pᵀ + (1−ρ) G
+    def compute(self, request: Refresh) -> dict[str, Tensor]:
+        if request.first:
+            return (SVD() if self.first_basis == "svd" else RandomizedSVD()).compute(request)
+        space, basis, momentum = request.space, request.state["basis"], request.momentum
+        rho = self.rho if momentum is not None else 0.0
+        # m̂, as all low-rank matrices, is tall: B = ρ m̂ Pᵀ + (1−ρ) G
+        grad = request.grad.mT if space.side == "left" else request.grad
         sharding = space.sharding
         long, short = (sharding.cols, sharding.rows) if space.side == "left" else (sharding.rows, sharding.cols)
         image = short.sum(grad @ basis, -2).mul_(1.0 - rho)

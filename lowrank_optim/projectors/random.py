@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import derive_key, gaussian
-from lowrank_optim.projectors.base import Basis, Projector, SubspaceSpec
+from lowrank_optim.projectors.base import Basis, Projector, Refresh, SubspaceSpec
 from lowrank_optim.projectors.dense_basis import DenseBasis, TwoSidedBasis
 from lowrank_optim.projectors.randomized_svd import cholesky_qr, orthonormalize
 
@@ -45,15 +45,7 @@ class Random(Projector):
     def init(self, space: SubspaceSpec, key: int, device: torch.device) -> dict[str, Tensor]:
         return {}
 
-    def refresh(
-        self,
-        grad: Tensor,
-        space: SubspaceSpec,
-        state: Mapping[str, Tensor],
-        key: int,
-        first: bool,
-        momentum: Tensor | None = None,
-    ) -> dict[str, Tensor] | None:
+    def refresh(self, request: Refresh) -> dict[str, Tensor] | None:
         return {}
 
     def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:

@@ -11,14 +11,13 @@ G of its own. The first refresh of a parameter starts from Gaussian columns, lat
 from Cholesky-QR, with Householder QR where the columns are (nearly) dependent.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import gaussian
-from lowrank_optim.projectors.base import SubspaceSpec, align_signs
+from lowrank_optim.projectors.base import Refresh, SubspaceSpec, align_signs
 from lowrank_optim.projectors.stored_projector import StoredProjector, basis_shardings
 from lowrank_optim.sharding.tensor_sharding import UNSHARDED, TensorSharding
 
@@ -134,15 +133,8 @@ class RandomizedSVD(StoredProjector):
         default = (RandomizedSVD.oversample, RandomizedSVD.power_iterations, RandomizedSVD.warm_iterations)
         return "randomized_svd" if chosen == default else "randomized_svd:" + ",".join(map(str, chosen))
 
-    def compute(
-        self,
-        grad: Tensor,
-        space: SubspaceSpec,
-        old: Mapping[str, Tensor],
-        key: int,
-        first: bool,
-        momentum: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def compute(self, request: Refresh) -> dict[str, Tensor]:
+        grad, space, old, key, first = request.grad, request.space, request.state, request.key, request.first
         if space.basis_bits != 32 and not first:  # rounded vectors are not orthonormal, which a warm start needs
             spreads = basis_shardings(space)
             old = {name: orthonormalize(basis, spread=spreads[name]) for name, basis in old.items()}

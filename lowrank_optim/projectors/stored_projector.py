@@ -2,13 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import choose, derive_key
-from lowrank_optim.projectors.base import Basis, Projector, SubspaceSpec, usable
+from lowrank_optim.projectors.base import Basis, Projector, Refresh, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis, TwoSidedBasis
 from lowrank_optim.quantization import pack_basis, unpack_basis
 from lowrank_optim.sharding.tensor_sharding import TensorSharding
@@ -50,7 +51,7 @@ def store(bases: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]
 
 def load(state: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]:
     """The bases that `store` put into the state, in the compute type."""
-    names = [name for name in ("basis", "basis_right") if name in state]
+    names = ("basis", "basis_right") if space.side == "full" else ("basis",)
     if space.basis_bits in (32, 16):
         return {name: state[name].to(space.dtype) for name in names}
     unpacked = {}
@@ -61,7 +62,11 @@ def load(state: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]:
 
 
 class StoredProjector(Projector):
-    """A projector whose basis is computed from a gradient and stored: `basis`, and `basis_right` when both sides are projected."""
+    """A projector whose basis is computed from a gradient and stored: `basis`, and `basis_right` when both sides are projected.
+
+    A subclass is a frozen dataclass with a `name` and `compute`. One that looks at the whole gradient sets `knows_shards = False`,
+    and one that makes no `basis_right` sets `sides = ("left", "right")`.
+    """
 
     state_lies: ClassVar[Mapping[str, str]] = {"basis": "basis", "basis_right": "basis_right"}
     stores_basis: ClassVar[bool] = True
@@ -81,38 +86,23 @@ class StoredProjector(Projector):
             return TwoSidedBasis(bases["basis"], bases["basis_right"], exact, space.sharding)
         return DenseBasis(bases["basis"], space.side, exact, space.sharding)
 
-    def refresh(
-        self,
-        grad: Tensor,
-        space: SubspaceSpec,
-        state: Mapping[str, Tensor],
-        key: int,
-        first: bool,
-        momentum: Tensor | None = None,
-    ) -> dict[str, Tensor] | None:
+    def refresh(self, request: Refresh) -> dict[str, Tensor] | None:
+        grad, space = request.grad, request.space
         ok = usable(grad, space.sharding.matrix)
         # The one place of a step where the host waits for the device, on refresh steps only.
         if not bool(space.sharding.matrix.sum(ok.any().float(), -3)):
             return None
-        grad, old = grad.to(space.dtype), load(state, space)
+        grad, old = grad.to(space.dtype), load(request.state, space)
         if not space.batch:
-            return store(agree(self.compute(grad, space, old, key, first, momentum), space), space)
+            return store(agree(self.compute(replace(request, grad=grad, state=old)), space), space)
         # Matrices of a stack without a usable gradient (experts without tokens) keep their basis.
-        new = self.compute(torch.where(ok, grad, 0.0), space, old, key, first, momentum)
+        new = self.compute(replace(request, grad=torch.where(ok, grad, 0.0), state=old))
         kept = {name: torch.where(ok, tensor, old[name]) for name, tensor in new.items()}
         return store(agree(kept, space), space)
 
     @abstractmethod
-    def compute(
-        self,
-        grad: Tensor,
-        space: SubspaceSpec,
-        old: Mapping[str, Tensor],
-        key: int,
-        first: bool,
-        momentum: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """The new bases for finite gradients in the compute type, compact in memory; `old` are the ones before.
+    def compute(self, request: Refresh) -> dict[str, Tensor]:
+        """The new bases, compact in memory, for a finite gradient in the compute type; `request.state` are the ones before, likewise.
 
         Where a parameter is sharded, gradient and bases are the local parts.
         """

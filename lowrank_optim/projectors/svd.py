@@ -4,13 +4,12 @@ Slow (seconds for a 4096×4096 matrix on a CPU); it is here for parity with publ
 `RandomizedSVD`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors.base import SubspaceSpec, align_signs
+from lowrank_optim.projectors.base import Refresh, align_signs
 from lowrank_optim.projectors.stored_projector import StoredProjector, basis_shardings
 
 
@@ -34,23 +33,15 @@ class SVD(StoredProjector):
     def released(self) -> "SVD":
         return SVD(align=False)
 
-    def compute(
-        self,
-        grad: Tensor,
-        space: SubspaceSpec,
-        old: Mapping[str, Tensor],
-        key: int,
-        first: bool,
-        momentum: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        sharding = space.sharding
+    def compute(self, request: Refresh) -> dict[str, Tensor]:
+        space, sharding = request.space, request.space.sharding
         # Every process that shares the matrix gathers it, on refresh steps only.
-        u, _, vh = torch.linalg.svd(sharding.matrix.gather(grad, -2, -1), full_matrices=False)
+        u, _, vh = torch.linalg.svd(sharding.matrix.gather(request.grad, -2, -1), full_matrices=False)
         left, right = sharding.rows.part(u[..., : space.rank], -2), sharding.cols.part(vh[..., : space.rank, :].mT, -2)
         factors = {"left": {"basis": left}, "right": {"basis": right}, "full": {"basis": left, "basis_right": right}}
         new = factors[space.side]
-        if self.align and not first:
+        if self.align and not request.first:
             spreads = basis_shardings(space)
-            new = {name: align_signs(tensor, old[name], spreads[name]) for name, tensor in new.items()}
+            new = {name: align_signs(tensor, request.state[name], spreads[name]) for name, tensor in new.items()}
         # A slice would keep the whole factor alive.
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in new.items()}

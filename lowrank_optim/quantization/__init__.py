@@ -1,12 +1,11 @@
-"""Optimizer state in few bits: moments by blocks of a row, and packed bases. Functions on plain tensors, in torch ops.
+"""Optimizer state in few bits: moments by blocks of a row, and packed bases. Functions on plain tensors.
 
-They are the definition of the format; compiled kernels are tested against them.
+The definitions of the operations that they call are in `kernels.coded_reference`.
 """
 
+from lowrank_optim.kernels.nibbles import pack_nibbles, unpack_nibbles
 from lowrank_optim.quantization.adam_codes import (
     MomentCodes,
-    coded_adam_dense_,
-    coded_adam_direct_,
     column_scale,
     decode_moments,
     encode_moments,
@@ -19,7 +18,6 @@ from lowrank_optim.quantization.basis_codes import (
     packed_basis_shapes,
     unpack_basis,
 )
-from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
 from lowrank_optim.quantization.row_codes import (
     BLOCK,
     dequantize_rows,
@@ -33,8 +31,6 @@ __all__ = [
     "BLOCK",
     "GROUP",
     "MomentCodes",
-    "coded_adam_dense_",
-    "coded_adam_direct_",
     "column_scale",
     "decode_moments",
     "dequantize_rows",

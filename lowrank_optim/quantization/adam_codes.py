@@ -46,7 +46,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lowrank_optim import kernels
-from lowrank_optim.quantization.row_codes import BLOCK, dequantize_rows, quantize_rows
+from lowrank_optim.quantization.row_codes import BLOCK
 
 
 class MomentCodes(NamedTuple):
@@ -85,13 +85,8 @@ def encode_moments(
 
     Memory: 2·(bits/8 + 4/block) bytes per element.
     """
-    root = exp_avg_sq.to(torch.float32).sqrt()
-    ratio = torch.where(root > 0.0, exp_avg.to(torch.float32) / root, 0.0)
-    root_codes, root_scale = quantize_rows(
-        root, bits, False, block=block, col_scale=col_scale, key=key, turn=turn, start=start
-    )
-    ratio_codes, ratio_scale = quantize_rows(ratio, bits, True, block=block)
-    return MomentCodes(ratio_codes, ratio_scale, root_codes, root_scale)
+    noise = kernels.words(key, turn, start)
+    return MomentCodes(*kernels.encode_adam(exp_avg, exp_avg_sq, col_scale, noise, bits, block))
 
 
 def decode_moments(
@@ -108,42 +103,9 @@ def decode_moments(
         codes: from `encode_moments`.
         cols: columns of the matrix; needed for 4 bits where it is odd.
     """
-    root = dequantize_rows(codes.root, codes.root_scale, bits, False, cols=cols, block=block, col_scale=col_scale)
-    ratio = dequantize_rows(codes.ratio, codes.ratio_scale, bits, True, cols=cols, block=block)
-    return ratio.mul_(root), root.square_()
-
-
-def coded_adam_direct_(
-    grad: Tensor,
-    codes: MomentCodes,  # modified in place
-    bits: int = 8,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: float,
-    block: int = BLOCK,
-    col_scale: Tensor | None = None,
-    key: int | None = None,
-    turn: int = 0,
-    start: int = 0,
-    ok: Tensor | None = None,
-) -> Tensor:
-    """One step of Adam on coded moments: decode, `kernels.adam_direct_`, encode, in one pass where a backend can; returns N.
-
-    N is that of the moments before they are coded again.
-
-    Args:
-        grad: (…, cols), float32 or float64.
-        ok: 0-d bool on the device; where it is false, the codes stay as they are and N is 0. None means true.
-
-    The others are those of `encode_moments` and `kernels.adam_direct_`.
-    """
-    adam: kernels.AdamNumbers = {"beta1": beta1, "beta2": beta2, "eps": eps, "step": step}
-    noise = kernels.words(key, turn, start)
-    call = coded_adam_direct_call(grad, codes, bits, block, col_scale, noise, ok, **adam)
-    direction: Tensor = torch.ops.lowrank_optim.coded_adam_direct_(*call)
-    return direction
+    if cols is None:
+        cols = codes.ratio.shape[-1] * (1 if bits == 8 else 2)
+    return kernels.decode_adam(codes, col_scale, bits, block, cols)
 
 
 def coded_adam_direct_call(
@@ -156,37 +118,17 @@ def coded_adam_direct_call(
     ok: Tensor | None,
     **adam: Unpack[kernels.AdamNumbers],
 ) -> tuple[Any, ...]:
-    """The arguments of the operation `coded_adam_direct_`, for `kernels.run_many`."""
+    """The arguments of the operation `coded_adam_direct_`, for `kernels.run_many`: decode, `adam_direct_`, encode.
+
+    The operation returns N, that of the moments before they are coded again.
+
+    Args:
+        grad: (…, cols), float32 or float64.
+        col_scale: as in `encode_moments`; so are `bits`, `block` and, as `noise`, key, turn and start.
+        ok: 0-d bool on the device; where it is false, the codes stay as they are and N is 0. None means true.
+    """
     scalars = kernels.numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"])
     return grad, *codes, col_scale, scalars, noise, ok, bits, block
-
-
-def coded_adam_dense_(
-    weight: Tensor,  # modified in place
-    grad: Tensor,
-    codes: MomentCodes,  # modified in place
-    bits: int = 8,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: float,
-    alpha: float,
-    keep: float,
-    block: int = BLOCK,
-    col_scale: Tensor | None = None,
-    key: int | None = None,
-    turn: int = 0,
-    start: int = 0,
-    ok: Tensor | None = None,
-    rounding_key: int | None = None,
-) -> None:
-    """A whole step of Adam with coded moments on a dense parameter (…, cols), contiguous: W ← keep·W − α·N."""
-    adam: kernels.AdamNumbers = {"beta1": beta1, "beta2": beta2, "eps": eps, "step": step}
-    write = {"alpha": alpha, "keep": keep, "ok": ok, "rounding_key": rounding_key}
-    noise = kernels.words(key, turn, start)
-    call = coded_adam_dense_call(weight, grad, codes, bits, block, col_scale, noise, start, write, **adam)
-    torch.ops.lowrank_optim.coded_adam_dense_(*call)
 
 
 def coded_adam_dense_call(
@@ -201,87 +143,10 @@ def coded_adam_dense_call(
     write: Mapping[str, Any],
     **adam: Unpack[kernels.AdamNumbers],
 ) -> tuple[Any, ...]:
-    """The arguments of the operation `coded_adam_dense_`, for `kernels.run_many`."""
+    """The arguments of the operation `coded_adam_dense_`, for `kernels.run_many`: W ← keep·W − α·N, all contiguous."""
     scalars = kernels.numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"])
     rounding = kernels.words(write["rounding_key"], start)
     return weight, grad, *codes, col_scale, scalars, noise, write["ok"], rounding, bits, block
-
-
-@kernels.definition("coded_adam_direct_")
-def _coded_adam_direct_(
-    grad: Tensor,
-    ratio: Tensor,
-    ratio_scale: Tensor,
-    root: Tensor,
-    root_scale: Tensor,
-    col_scale: Tensor | None,
-    scalars: Tensor,
-    noise: Tensor | None,
-    ok: Tensor | None,
-    bits: int,
-    block: int,
-) -> Tensor:
-    codes = MomentCodes(ratio, ratio_scale, root, root_scale)
-    beta1, beta2, eps, step = scalars.tolist()
-    key, (turn, start) = kernels.key_of(noise)
-    exp_avg, exp_avg_sq = decode_moments(codes, bits, cols=grad.shape[-1], block=block, col_scale=col_scale)
-    g = grad.to(torch.float32) if ok is None else torch.where(ok, grad.to(torch.float32), 0.0)
-    direction = kernels.adam_direct_(g, exp_avg, exp_avg_sq, beta1=beta1, beta2=beta2, eps=eps, step=step, ok=ok)
-    new = encode_moments(exp_avg, exp_avg_sq, bits, block=block, col_scale=col_scale, key=key, turn=turn, start=start)
-    for old, value in zip(codes, new, strict=True):
-        old.copy_(value if ok is None else torch.where(ok, value, old))
-    return direction.to(grad.dtype)
-
-
-@kernels.definition("coded_adam_direct_with_norms_")
-def _coded_adam_direct_with_norms_(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    direction: Tensor = torch.ops.lowrank_optim.coded_adam_direct_(grad, *others)
-    return direction, *kernels.row_norms(direction, grad)
-
-
-@kernels.definition("coded_adam_dense_")
-def _coded_adam_dense_(
-    weight: Tensor,
-    grad: Tensor,
-    ratio: Tensor,
-    ratio_scale: Tensor,
-    root: Tensor,
-    root_scale: Tensor,
-    col_scale: Tensor | None,
-    scalars: Tensor,
-    noise: Tensor | None,
-    ok: Tensor | None,
-    rounding: Tensor | None,
-    bits: int,
-    block: int,
-) -> None:
-    if weight.numel() == 0:
-        return
-    *adam, alpha, keep = scalars.tolist()
-    key, (turn, start) = kernels.key_of(noise)
-    rounding_key, (first, *_) = kernels.key_of(rounding)
-    rows, cols = weight.shape[-2] if weight.dim() > 1 else 1, weight.shape[-1]
-    stacks = [
-        tensor.view(-1, rows, tensor.shape[-1]) for tensor in (weight, grad, ratio, ratio_scale, root, root_scale)
-    ]
-    columns = None if col_scale is None else col_scale.expand(*weight.shape[:-2], 1, cols).reshape(-1, cols)
-    for i, matrices in enumerate(zip(*stacks, strict=True)):
-        for chunk in kernels.row_chunks(rows, cols):
-            w, g, *codes = (matrix[chunk] for matrix in matrices)
-            own, element = None if columns is None else columns[i], (i * rows + chunk.start) * cols
-            part = None if noise is None else kernels.words(key, turn, start + element)
-            direction = _coded_adam_direct_(
-                g.to(torch.float32), *codes, own, kernels.numbers(*adam), part, ok, bits, block
-            )
-            kernels.apply_dense_(
-                w,
-                direction.to(kernels.compute_dtype(w.dtype)),
-                alpha=alpha,
-                keep=keep,
-                ok=ok,
-                rounding_key=rounding_key,
-                start=first + element,
-            )
 
 
 def column_scale(sums: Tensor) -> Tensor:

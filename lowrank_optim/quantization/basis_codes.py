@@ -17,9 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowrank_optim import kernels
 from lowrank_optim.kernels.schemas import check_coding, coded_shapes
-from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
 
 GROUP = 256
 """Columns that share a scale and a zero point."""
@@ -49,31 +47,6 @@ def pack_basis(basis: Tensor, bits: int = 4, group: int = GROUP) -> tuple[Tensor
     return codes, scale, zero
 
 
-@kernels.definition("pack_basis")
-def _pack_basis(basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    _, scale_shape = packed_basis_shapes(tuple(basis.shape), bits, group)
-    *rows, cols = basis.shape
-    top = 2**bits - 1
-    if basis.numel() == 0:
-        scale = torch.zeros(scale_shape, dtype=torch.float32, device=basis.device)
-        codes = basis.to(torch.uint8).contiguous()
-        return (codes if bits == 8 else pack_nibbles(codes)), scale, scale.clone()
-    width = min(group, cols)
-    x = basis.to(torch.float32)
-    # The last column once more is in no group's way.
-    padded = torch.cat([x, x[..., -1:].expand(*rows, -cols % width)], -1) if cols % width else x
-    groups = padded.reshape(*rows, -1, width)
-    zero, greatest = groups.aminmax(dim=-1)
-    scale = (greatest - zero) / top
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
-    ok = torch.isfinite(scale)
-    zero, scale = torch.where(ok, zero, torch.nan), torch.where(ok, scale, torch.nan)
-    step = scale.unsqueeze(-1)
-    y = torch.where(step > 0.0, (groups - zero.unsqueeze(-1)) / step, 0.0)
-    codes = y.round_().clamp_(0, top).to(torch.uint8).reshape(*rows, -1)[..., :cols]
-    return (codes.contiguous() if bits == 8 else pack_nibbles(codes)), scale, zero
-
-
 def unpack_basis(
     codes: Tensor,
     scale: Tensor,
@@ -101,15 +74,6 @@ def unpack_basis(
         cols = codes.shape[-1] * (1 if bits == 8 else 2)
     basis: Tensor = torch.ops.lowrank_optim.unpack_basis(codes, scale, zero, bits, group, cols, dtype)
     return basis
-
-
-@kernels.definition("unpack_basis")
-def _unpack_basis(
-    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, cols: int, dtype: torch.dtype
-) -> Tensor:
-    code = (codes if bits == 8 else unpack_nibbles(codes, cols)).to(torch.float32)
-    steps, offset = (t.repeat_interleave(group, -1)[..., :cols] for t in (scale, zero))
-    return code.mul_(steps).add_(offset).to(dtype)
 
 
 def packed_basis_shapes(

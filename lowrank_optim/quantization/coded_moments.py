@@ -230,7 +230,7 @@ class CodedMoments(Mapping[str, Tensor]):
         write: Mapping[str, Any],
         **adam: Unpack[kernels.AdamNumbers],
     ) -> tuple[Any, ...]:
-        """The arguments of `coded_adam_dense_`, `kernels.adam_dense_` on the codes; `weight` and `grad` are contiguous."""
+        """The arguments of `coded_adam_dense_`, `adam_dense_` on the codes; `weight` and `grad` are contiguous."""
         shape = row_shape(self.shape)
         if tuple(weight.shape) != shape:  # a view of a quantised weight would be a copy
             weight, grad = weight.view(shape), grad.view(shape)

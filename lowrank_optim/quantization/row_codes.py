@@ -22,19 +22,10 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.kernels import cache_elements, row_chunks
-from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.kernels.schemas import check_coding, coded_shapes
-from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
 
 BLOCK = 256
 """Columns that share a scale."""
-
-MIN_SCALE = 2.0**-100
-"""Blocks of smaller magnitude are stored as zeros, so that no division overflows and denormal numbers play no part."""
-
-LEVELS = {(8, True): 127, (4, True): 7, (8, False): 256, (4, False): 16}
-"""L by bits and sign."""
 
 
 def quantize_rows(
@@ -83,26 +74,6 @@ def quantize_rows(
     return codes, scale
 
 
-@kernels.definition("quantize_rows")
-def _quantize_rows(
-    x: Tensor, col_scale: Tensor | None, noise: Tensor | None, bits: int, signed: bool, block: int
-) -> tuple[Tensor, Tensor]:
-    key, (turn, start) = kernels.key_of(noise)
-    codes, scale = zero_rows(tuple(x.shape), bits, signed, block=block, device=x.device)
-    cols = x.shape[-1]
-    if x.numel() == 0:
-        return codes, scale
-    matrix, factor = x.reshape(-1, cols), None if col_scale is None else _per_row(col_scale.reciprocal(), x)
-    flat_codes, flat_scale = codes.view(-1, codes.shape[-1]), scale.view(-1, scale.shape[-1])
-    for chunk in row_chunks(len(matrix), cols, cache_elements(x.device)):
-        part = matrix[chunk].to(torch.float32)
-        if factor is not None:
-            part = part * (factor if factor.dim() == 1 else factor[chunk])
-        first = start + chunk.start * cols
-        flat_codes[chunk], flat_scale[chunk] = _encode(part, bits, signed, block, (key, turn, first))
-    return codes, scale
-
-
 def dequantize_rows(
     codes: Tensor,
     scale: Tensor,
@@ -133,37 +104,6 @@ def dequantize_rows(
         cols = codes.shape[-1] * (1 if bits == 8 else 2)
     x: Tensor = torch.ops.lowrank_optim.dequantize_rows(codes, scale, col_scale, bits, signed, block, cols, dtype)
     return x
-
-
-@kernels.definition("dequantize_rows")
-def _dequantize_rows(
-    codes: Tensor,
-    scale: Tensor,
-    col_scale: Tensor | None,
-    bits: int,
-    signed: bool,
-    block: int,
-    cols: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    levels = LEVELS[bits, signed]
-    level = (codes if bits == 8 else unpack_nibbles(codes, cols)).to(torch.float32)
-    # In float32, L · (1/L) is exactly 1 for each of the L: the largest element decodes to s. The unsigned L are powers of two.
-    if signed:
-        x = (level if bits == 8 else level.sub_(8.0)).mul_(1.0 / levels)
-    else:
-        x, scale = level.add_(1.0), scale / levels
-    _multiply_blocks_(x, scale, block)
-    return (x if col_scale is None else x.mul_(col_scale)).to(dtype)
-
-
-def _multiply_blocks_(x: Tensor, factors: Tensor, block: int) -> None:
-    """x (…, cols) ← x · the factor of its block (…, ⌈cols/block⌉), in place."""
-    whole = x.shape[-1] // block
-    if whole:
-        x[..., : whole * block].unflatten(-1, (whole, block)).mul_(factors[..., :whole].unsqueeze(-1))
-    if whole < factors.shape[-1]:
-        x[..., whole * block :].mul_(factors[..., whole:])
 
 
 def zero_rows(
@@ -206,57 +146,3 @@ def quantized_bytes(shape: tuple[int, ...], bits: int = 8, block: int = BLOCK) -
 
 def _code_dtype(bits: int, signed: bool) -> torch.dtype:
     return torch.int8 if bits == 8 and signed else torch.uint8
-
-
-def _per_row(col_scale: Tensor, x: Tensor) -> Tensor:
-    """The column scales of each row of x seen as a matrix, or of all of them, (cols,)."""
-    if col_scale.dim() == 1:
-        return col_scale
-    return col_scale.expand(x.shape).reshape(-1, x.shape[-1])
-
-
-def _encode(
-    x: Tensor, bits: int, signed: bool, block: int, noise: tuple[int | None, int, int]
-) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a float32 (rows, cols) matrix."""
-    rows, cols = x.shape
-    width, levels = min(block, cols), LEVELS[bits, signed]
-    padded = torch.nn.functional.pad(x, (0, -cols % width)) if cols % width else x
-    blocks = padded.view(rows, -1, width)
-    scale, factor = block_factors((blocks.abs() if signed else blocks).amax(-1), levels)
-    y = (blocks * factor.unsqueeze(-1)).view(rows, -1)[:, :cols]
-    if not kernels.is_known(scale == scale):
-        y = y.nan_to_num_(nan=0.0)
-    key, turn, start = noise
-    level = y.round_() if key is None else _round_stochastically_(y, key, turn, start)
-    # No |y| is so far above L that it would be rounded to more.
-    if not signed:
-        level.clamp_min_(1.0).sub_(1.0)
-    if bits == 8:
-        return _bytes(level, signed), scale
-    return pack_nibbles(_bytes(level.add_(8.0) if signed else level, True)), scale
-
-
-def block_factors(greatest: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """The scale s of blocks with these largest magnitudes, and L/s, or 0 where there is none."""
-    scale = greatest.masked_fill(greatest < MIN_SCALE, 0.0)
-    scale.add_(greatest - greatest)  # 0, or NaN where it is not finite
-    return scale, (levels / scale).nan_to_num_(nan=0.0, posinf=0.0)
-
-
-def _bytes(level: Tensor, signed: bool) -> Tensor:
-    """Whole numbers as int8 or uint8. Torch converts float32 to int8 several at a time, and to uint8 one by one."""
-    return level.to(torch.int8) if signed else level.sub_(128.0).to(torch.int8).view(torch.uint8).bitwise_xor_(128)
-
-
-def _round_stochastically_(y: Tensor, key: int, turn: int, start: int) -> Tensor:
-    """⌊y⌋ or ⌊y⌋ + 1, in place; the latter with probability y − ⌊y⌋ up to 2⁻²⁰ |y|, in multiples of 2⁻¹⁶.
-
-    With a random r of 16 bits, ρ = (r + 1/2)/2¹⁶ − 1/2 lies evenly in (−1/2, 1/2), and the level nearest to y + ρ is y on average.
-    What was decoded comes back as y within four roundings of its level, 2⁻²² |y|, and has to stay what it was: the factor of ρ keeps
-    it from being moved.
-    """
-    # In int16, where sums wrap around, r − 2¹⁵ = 2¹⁶ρ − 1/2 has the bits of r + 2¹⁵.
-    centred = consecutive_halves(key, start, y.numel(), y.device).add_(turn_offset(turn) - (1 << 15))
-    part = centred.to(torch.float32).add_(0.5).view(y.shape).mul_(torch.rsub(y.abs(), 1.0, alpha=2.0**-19))
-    return y.add_(part, alpha=2.0**-16).round_()

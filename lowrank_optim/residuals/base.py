@@ -70,7 +70,7 @@ class Residual(ABC):
     feeds_back: ClassVar[bool] = False
     """Whether the gradient that the step sees is `absorb(grad)` and not the gradient itself."""
     state_lies: ClassVar[Mapping[str, str]] = {}
-    """Where each state tensor lies if parameters are sharded, see `Rule.state_lies`; "matrix" if it is not named."""
+    """Where each state tensor lies if parameters are sharded, see `Rule.state_lies`; has to name all if `knows_shards`."""
     needs_orthonormal: ClassVar[bool] = False
     """Whether G − lift R has to be what lies outside of the subspace."""
     linear: ClassVar[bool] = False

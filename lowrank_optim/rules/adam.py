@@ -60,7 +60,7 @@ class Adam(Rule):
     ) -> FusedDirection:
         shape, (numbers, correction) = grad.shape, self._numbers(options, context)
         norms = context.norms
-        if isinstance(state, CodedMoments) and (codes := state.codes()) is not None:
+        if type(state) is CodedMoments and (codes := state.codes()) is not None:
             op, args = (
                 "coded_adam_direct_",
                 state.adam_direct_call(grad, codes, int(context.age), context.ok, **numbers),
@@ -87,7 +87,7 @@ class Adam(Rule):
         context: Context,
     ) -> FusedDense | None:
         numbers, _ = self._numbers(options, context)
-        codes = state.codes() if isinstance(state, CodedMoments) else None
+        codes = state.codes() if type(state) is CodedMoments else None
         plain = codes is None and not isinstance(state, CodedMoments)
         if codes is None and not (plain and state["exp_avg"].is_contiguous() and state["exp_avg_sq"].is_contiguous()):
             return None

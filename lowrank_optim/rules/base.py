@@ -85,7 +85,7 @@ class Context:
     ok: 0-d bool on the device; where false, the moments stay and the direction is 0. None means true.
     dense: whether the gradient is the parameter's own, and no projection of it.
     fresh: whether the moments were made for this step (reset ones were not).
-    shards: where the rest of gradient and weight lies, if this process holds parts of them.
+    sharding: where the rest of gradient and weight lies, if this process holds parts of them.
     norms: whether the norms of the rows of direction and gradient are wanted.
     """
 

@@ -30,7 +30,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds; a plain tensor is returned as it is."""
-    if not is_sharded(tensor):
+    if type(tensor) in _PLAIN or not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
@@ -41,6 +41,8 @@ def local_grad(param: Tensor) -> Tensor:
     """The local part of a parameter's gradient, which is laid out as the parameter first (a pending sum is summed)."""
     grad = param.grad
     assert grad is not None
+    if type(grad) in _PLAIN:
+        return grad
     if is_sharded(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         with torch.no_grad():
             param.grad = grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]

@@ -43,7 +43,12 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
         wide = wide if ok is None else [torch.where(ok, grad, 0.0) for grad in wide]
         contexts = [member.context(ok, dense=True) for member in members]
         states = [member.state for member in members]
-        for member, direction in zip(members, masked_directions(rule, wide, states, group, contexts), strict=True):
+        directions = list(masked_directions(rule, wide, states, group, contexts))
+        if len(directions) != len(members):
+            raise ValueError(
+                f"{type(rule).__name__}.directions gave {len(directions)} directions for {len(members)} parameters"
+            )
+        for member, direction in zip(members, directions, strict=True):
             write = member.write(direction, 1.0, ok)
             kernels.apply_dense_(member.weight, direction.matrix, start=0, **vars(write))
     yield from ()

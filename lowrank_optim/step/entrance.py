@@ -4,7 +4,7 @@ Behind it, every parameter is the one that the optimizer was built with, in the 
 every gradient is an ordinary dense tensor in memory: operations may read its address and write to it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,30 +17,55 @@ from lowrank_optim.step.param_plan import ParamPlan, check_memory, shares_elemen
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def enter(
-    params: Sequence[Tensor],
-    plans: Mapping[Tensor, ParamPlan],
-    groups: Iterable[Mapping[str, Any]],
-    follow: Callable[[Sequence[Tensor]], None],
-) -> None:
-    """Let parameters into a step: all are checked before anything changes; state and gradients are then as the step needs them.
+def enter(params: Sequence[Tensor], plans: Mapping[Tensor, ParamPlan], groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Let parameters into a step, all of which are checked before anything changes.
 
     Args:
         params: that come in.
         plans: of all parameters of the optimizer.
         groups: its param groups.
-        follow: brings the state of parameters that were moved or converted to where they are now.
+
+    Returns:
+        Whether some were moved or converted since their plans were made, so that their state has to follow.
     """
-    given = [param for param in params if param.grad is not None]
-    if any(param not in plans for param in params):
-        check_members(groups, plans)
+    moved = False
     for param in params:
-        check_parameter(param, plans[param])
-    for param in given:
-        check_gradient(param, plans[param])
-    follow(params)
-    for param in given:
-        settle_gradient(param)
+        plan = plans.get(param)
+        if plan is None:
+            check_members(groups, plans)  # raises, and says what to do
+            raise RuntimeError(f"a parameter {tuple(param.shape)} is none of this optimizer's")
+        if not _is_ordinary(param) or param.shape != plan.shape:
+            check_parameter(param, plan)
+        moved = moved or plan.device != param.device or plan.dtype != param.dtype
+        grad = param.grad
+        if grad is not None and not _is_like(grad, param):
+            check_gradient(param, plan)
+    return moved
+
+
+def settle(params: Iterable[Tensor]) -> None:
+    """Make the gradients of parameters that were let in ordinary tensors, where they are not."""
+    for param in params:
+        if param.grad is not None and not _is_like(param.grad, param):
+            settle_gradient(param)
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether a tensor lies in memory for all to see, every element in a place of its own."""
+    return type(tensor) in _PLAIN and tensor.is_contiguous() and not (tensor.is_neg() or tensor._is_zerotensor())
+
+
+def _is_like(grad: Tensor, param: Tensor) -> bool:
+    """Whether a gradient is an ordinary tensor of the type and shape of its parameter: nothing else need be looked at."""
+    return (
+        grad.layout is torch.strided
+        and grad.dtype is param.dtype
+        and grad.shape == param.shape
+        and grad.device == param.device
+        and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
+        and _is_ordinary(grad)
+        and grad.data_ptr() != 0
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- parameters

@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from lowrank_optim.groups.matrices import is_low_rank, make_space, matrix_shape,
 from lowrank_optim.groups.names import plain_name
 from lowrank_optim.groups.parts import Parts
 from lowrank_optim.kernels.counter_rng import PURPOSE_BLOCKS, make_key
-from lowrank_optim.projectors import Basis, Coordinate, Projector, SubspaceSpec, float64_sums
+from lowrank_optim.projectors import Basis, Coordinate, Projector, Refresh, SubspaceSpec, float64_sums
 from lowrank_optim.quantization.coded_moments import is_coded
 from lowrank_optim.residuals.base import Residual
 from lowrank_optim.rules import JointRule, Rule
@@ -54,6 +53,7 @@ class ParamPlan:
     shards: where the rest of a sharded parameter lies.
     group: number of its param group.
     position: in its group.
+    named: whether its name is its own, and not made of positions.
     unit: the parameters that a joint rule steps together, this one among them; empty for other rules.
     sum_dtype: the type that sums of the subspace are carried out in, where that is not the compute type (`exact_sums`).
     """
@@ -71,6 +71,7 @@ class ParamPlan:
     sharding: ParamSharding = LOCAL
     group: int = 0
     position: int = 0
+    named: bool = False
     unit: tuple[Tensor, ...] = ()
     sum_dtype: torch.dtype | None = None
 
@@ -82,6 +83,11 @@ class ParamPlan:
     def place_in_unit(self) -> int:
         """The position of this parameter among those of its unit."""
         return self.position % max(len(self.unit), 1)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Group and position, which no other parameter has."""
+        return self.group, self.position
 
     def lies(self, name: str) -> str:
         """Where a state tensor of this name lies, as the part that owns it says."""
@@ -104,7 +110,7 @@ class ParamPlan:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The matrix view of a tensor of the parameter's shape."""
-        return matrix_view(tensor, self.layout)
+        return tensor if self.layout == "auto" and len(self.shape) == 2 else matrix_view(tensor, self.layout)
 
     def whole_moment_shape(self, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
         """The shape of the gradient that the rule sees, on all processes together: now, or, without a state, at its largest."""
@@ -125,13 +131,11 @@ class ParamPlan:
             return float64_sums.basis_of(self.projector, self.space, state, key, self.device)
         return self.projector.basis(self.space, state, key, self.device)
 
-    def refresh(
-        self, grad: Tensor, state: Mapping[str, Tensor], key: int, first: bool, momentum: Tensor | None
-    ) -> dict[str, Tensor] | None:
+    def refresh(self, request: Refresh) -> dict[str, Tensor] | None:
         """The projector's tensors for a new subspace, see `Projector.refresh`."""
-        assert self.space is not None
-        function = self.projector.refresh if self.sum_dtype is None else partial(float64_sums.refresh, self.projector)
-        return function(grad, self.space, state, key, first, momentum)
+        if self.sum_dtype is not None:
+            return float64_sums.refresh(self.projector, request)
+        return self.projector.refresh(request)
 
 
 def plan_group(
@@ -141,6 +145,7 @@ def plan_group(
     group: Mapping[str, Any],
     parts: Parts,
     warned: set[str],
+    taken: Iterable[int] = (),
 ) -> dict[Tensor, ParamPlan]:
     """The plans of a group's parameters, with their names where these are known.
 
@@ -150,14 +155,17 @@ def plan_group(
         first: position of the first parameter in the optimizer.
         number: of the group.
         warned: reasons that were logged, modified in place.
+        taken: streams of random numbers of other groups; of two parameters of one name, the second has that of its position.
 
     Raises:
         ValueError: a parameter that cannot be trained, or not by these parts.
     """
     plans: dict[Tensor, ParamPlan] = {}
-    projector, first_key = parts.projector, first
+    projector, first_key, used = parts.projector, first, set(taken)
     for position, (given, param) in enumerate(named):
         name, index = given or f"{number}.{position}", first + position if given is None else name_key(given)
+        index = first + position if index in used else index
+        used.add(index)
         first_key = index if position == 0 else first_key
         check_parameter(param, name, group, projector)
         space = None
@@ -172,7 +180,9 @@ def plan_group(
         own, wide = projector, None
         if group["exact_sums"] and kernels.compute_dtype(param.dtype) == torch.float32:
             wide = torch.float64
-        if space is not None and space.rank == 0 and not projector.resizes:  # density 0: no subspace of any kind
+        if (
+            space is not None and space.rank == 0 and not projector.moments_change_shape
+        ):  # density 0: no subspace of any kind
             own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
         sharding = make_sharding(param, space, own, group)
         space = None if space is None else replace(space, sharding=sharding)
@@ -182,6 +192,7 @@ def plan_group(
         plan = replace(
             plan, shape=tuple(param.shape), sharding=sharding, group=number, sum_dtype=wide, position=position
         )
+        plan = replace(plan, named=given is not None)
         check_sharding(plan, param, group)
         plans[param] = plan
     if isinstance(parts.rule, JointRule):
@@ -204,18 +215,23 @@ def _make_units(plans: dict[Tensor, ParamPlan], rule: JointRule) -> None:
         )
     for start in range(0, len(params), arity):
         unit = tuple(params[start : start + arity])
-        frozen = [plans[param].name for param in unit if not param.requires_grad]
-        if frozen:
-            raise ValueError(
-                f"{type(rule).__name__} steps {', '.join(plans[param].name for param in unit)} together, but {', '.join(frozen)} "
-                "does not require a gradient; train all of them, or give the others another rule"
-            )
         for param in unit:
             if plans[param].space is not None:
                 raise ValueError(
                     f"{type(rule).__name__} works on {arity} parameters at once, so that its groups can have no rank or density"
                 )
             plans[param] = replace(plans[param], unit=unit)
+
+
+def check_trainable(plans: Mapping[Tensor, ParamPlan]) -> None:
+    """Raise ValueError where some parameters that are stepped together are frozen."""
+    for plan in plans.values():
+        frozen = [plans[param].name for param in plan.unit if not param.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"{type(plan.rule).__name__} steps {', '.join(plans[param].name for param in plan.unit)} together, but "
+                f"{', '.join(frozen)} does not require a gradient; train all of them, or give the others another rule"
+            )
 
 
 def name_key(name: str) -> int:
@@ -296,7 +312,7 @@ def check_unit(plan: ParamPlan, plans: Mapping[Tensor, ParamPlan]) -> None:
     if without and len(without) < len(plan.unit):
         raise RuntimeError(
             f"{type(plan.rule).__name__} steps {', '.join(plans[param].name for param in plan.unit)} together, but "
-            f"{', '.join(without)} got no gradient; nothing was changed. All of them have to take part in the loss"
+            f"{', '.join(without)} got no gradient, so that none of them was changed. All of them have to take part in the loss"
         )
 
 

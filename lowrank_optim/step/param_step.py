@@ -67,7 +67,7 @@ class ParamStep:
     ) -> None:
         if kind is not None:
             return
-        if isinstance(self.moments, CodedMoments):
+        if type(self.moments) is CodedMoments:
             self.moments.close(int(self.state["step"]))
         if "master" in self.state:
             local(self.param).copy_(self.state["master"])
@@ -75,7 +75,9 @@ class ParamStep:
     @property
     def weight(self) -> Tensor:
         """What is updated: the parameter, or its master copy where the state has one."""
-        return self.state["master"] if "master" in self.state else local(self.param)
+        if "master" in self.state:
+            return self.state["master"]
+        return self.param if self.plan.sharding is LOCAL else local(self.param)
 
     def local_grad(self) -> Tensor:
         """The matrix view of the gradient's local part; of a dense parameter, the local part."""
@@ -115,13 +117,13 @@ class ParamStep:
         """What the rule may know of this step, which the parameter's counter includes already."""
         age = float(self.state["step"])
         steps = age if dense else moment_steps(self.state, self.group)
-        fresh = (steps if self.plan.projector.resizes else age) == 1
+        fresh = (steps if self.plan.projector.moments_change_shape else age) == 1
         return Context(steps, age, self.weight, ok, dense, fresh, self.plan.sharding, norms)
 
     def fit_columns(self, grad: Tensor, since: int, ok: Tensor | None) -> None:
         """Measure the column scales of coded moments where that is due; `since` is the step of their last change of basis."""
         moments, steps = self.moments, int(self.state["step"]) - since
-        if not isinstance(moments, CodedMoments) or "col_scale" not in self.state or not scale_is_due(steps):
+        if type(moments) is not CodedMoments or "col_scale" not in self.state or not scale_is_due(steps):
             return
         share, spread = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
         rows = spread.sum(moments.row_sums(grad, share), -1)
@@ -150,8 +152,9 @@ class ParamStep:
 
     def put_back(self, matrix: Tensor) -> None:
         """Copy a matrix view into the weights where it is none: a convolution whose strides allow no view."""
-        if matrix is not self.weight and matrix.data_ptr() != self.weight.data_ptr():
-            self.weight.copy_(matrix.view(self.weight.shape))
+        weight = self.weight
+        if matrix is not weight and matrix.data_ptr() != weight.data_ptr():
+            weight.copy_(matrix.view(weight.shape))
 
     @contextmanager
     def gathered(self, grad: Tensor) -> Iterator[tuple["ParamStep", Tensor]]:

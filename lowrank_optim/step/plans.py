@@ -34,8 +34,10 @@ class Plans(dict[Tensor, ParamPlan]):
         """How the parameters of one group are trained; `first` is the position of its first parameter in the optimizer."""
         params = list(params)
         names = group.get("param_names") or [None] * len(params)
-        parts = self.parts.of(group)
-        return plan_group(zip(names, params, strict=True), first, number, group, parts, self.warned)
+        taken = {plan.index for plan in self.values() if plan.group != number}
+        return plan_group(
+            zip(names, params, strict=True), first, number, group, self.parts.of(group), self.warned, taken
+        )
 
     def set_group(self, number: int, group: Group, plans: Mapping[Tensor, ParamPlan]) -> None:
         """Take in the plans of a group that is new, or was changed."""
@@ -45,22 +47,31 @@ class Plans(dict[Tensor, ParamPlan]):
         self._ordinals.clear()
 
     def renew(self, groups: Sequence[Group]) -> None:
-        """Make all plans anew."""
-        self.clear()
-        self._made_for.clear()
+        """Make all plans anew; if that cannot be, they stay as they are."""
+        fresh = Plans(self.parts)
         for number, group in enumerate(groups):
-            self.set_group(number, group, self.of_group(group, group["params"], number, len(self)))
+            fresh.set_group(number, group, fresh.of_group(group, group["params"], number, len(fresh)))
+        self.clear()
+        self |= fresh
+        self._made_for = fresh._made_for
+        self._ordinals.clear()
 
     def check_structure(self, groups: Sequence[Group]) -> None:
         """Raise ValueError where an option that decides about the state was edited in a live group."""
+        if not self._in_order(groups):
+            self.renew(groups)
         for number, (group, (rule, made_for)) in enumerate(zip(groups, self._made_for, strict=True)):
             check_structure(group, made_for, rule, number)
 
-    def offset(self, param: Tensor, groups: Sequence[Group]) -> int:
-        """How many steps before a multiple of its gap a parameter is refreshed."""
-        plan = self[param]
-        group = groups[plan.group]
+    def _in_order(self, groups: Sequence[Group]) -> bool:
+        """Whether the groups stand where they stood when the plans were made: somebody may have sorted them, or taken one out."""
+        firsts = [self.get(group["params"][0]) if group["params"] else None for group in groups]
+        return len(groups) == len(self._made_for) and all(p is None or p.group == n for n, p in enumerate(firsts))
+
+    def offset(self, param: Tensor, plan: ParamPlan, group: Group) -> int:
+        """How many steps before a multiple of its gap a parameter of this plan and group is refreshed."""
         if not group["stagger"] or group["match_reference"] or plan.space is None:
             return 0
-        self._ordinals = self._ordinals or stagger_ordinals(groups, self)
-        return stagger_offset(*self._ordinals[param], group["update_proj_gap"])
+        if not self._ordinals:
+            self._ordinals = stagger_ordinals(self)
+        return stagger_offset(*self._ordinals.get(param, (0, 1)), group["update_proj_gap"])

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowrank_optim.projectors import Basis, StepParams
+from lowrank_optim.projectors import Basis, Refresh, StepParams
 from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.step.init_state import init_moments
 from lowrank_optim.step.param_step import ParamStep
@@ -41,7 +41,8 @@ def _new_basis(step: ParamStep, grad: Tensor, now: int, last: int) -> Mapping[st
     plan, momentum = step.plan, None
     if plan.projector.uses_momentum:
         momentum = plan.rule.mean_gradient(step.moments, step.group, moment_steps(step.state, step.group))
-    return plan.refresh(grad, step.state, step.key(now), last < 0, momentum)
+    assert plan.space is not None
+    return plan.refresh(Refresh(grad, plan.space, step.state, step.key(now), last < 0, momentum))
 
 
 def _rotate(step: ParamStep, old: Basis, new: Basis, steps: float) -> None:

@@ -1,6 +1,6 @@
 """When a subspace is refreshed: a pure function of the step and the gap, so that nothing else has to be saved."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,12 +14,10 @@ def stagger_offset(ordinal: int, count: int, gap: int) -> int:
     return ordinal * gap // max(count, 1)
 
 
-def stagger_ordinals(
-    groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, ParamPlan]
-) -> dict[Tensor, tuple[int, int]]:
+def stagger_ordinals(plans: Mapping[Tensor, ParamPlan]) -> dict[Tensor, tuple[int, int]]:
     """Number and count of each low-rank parameter whose refreshes may be spread: by name where all have one, else by position."""
-    low_rank = [param for group in groups for param in group["params"] if plans[param].space is not None]
-    if all("param_names" in group for group in groups):
+    low_rank = [param for param, plan in plans.items() if plan.space is not None]
+    if all(plan.named for plan in plans.values()):
         low_rank.sort(key=lambda param: plain_name(plans[param].name))
     return {p: (i if plans[p].projector.staggers else 0, len(low_rank)) for i, p in enumerate(low_rank)}
 

@@ -24,21 +24,41 @@ def carry_over(old: ParamStep, new: ParamStep) -> None:
     before, after = old.plan, new.plan
     if type(before.rule) is not type(after.rule) or (before.space is None) != (after.space is None):
         return
+    same_matrix = (before.layout, before.space and before.space.shape) == (
+        after.layout,
+        after.space and after.space.shape,
+    )
+    if _same_kind(old.state, new.state) and same_matrix and before.space == after.space:
+        for name, tensor in new.state.items():
+            tensor.copy_(old.state[name])
+        return
     if after.space is None:
         moments = {name: old.moments[name] for name in _moment_names(new)}
     else:
         assert before.space is not None
         both = (before.projector, after.projector)
-        if not all(projector.stores_basis for projector in both) or before.space.side != after.space.side:
+        if (
+            not all(projector.stores_basis for projector in both)
+            or before.space.side != after.space.side
+            or not same_matrix
+        ):
             return
         moments = _into_new_subspace(old, new, before.space, after.space)
     if any(moments[name].shape != new.moments[name].shape for name in moments):
         return
     _keep_counters(old.state, new.state)
+    if "col_scale" in old.state and "col_scale" in new.state:
+        width = min(old.state["col_scale"].shape[-1], new.state["col_scale"].shape[-1])
+        new.state["col_scale"][..., :width] = old.state["col_scale"][..., :width]
     for name, tensor in moments.items():
         new.moments[name].copy_(tensor)
     if isinstance(new.moments, CodedMoments):
         new.moments.close(int(new.state["step"]))
+
+
+def _same_kind(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> bool:
+    """Whether two states have tensors of the same names, shapes and types."""
+    return old.keys() == new.keys() and all((t.shape, t.dtype) == (old[n].shape, old[n].dtype) for n, t in new.items())
 
 
 def _moment_names(step: ParamStep) -> list[str]:

@@ -198,32 +198,28 @@ CODED = [
 def compare_exactly(cases) -> None:
     """With exact sums, which are rounded once: all codes, also of subspaces from products, are the same."""
     coded.MIN_CODED = 1
-    lo.distributed.use_exact_sums(True)
-    try:
-        found = {}
-        shapes = {**SHAPES, "many": (700, 40), "wider": (40, 900)}  # for one code in thousands rounds another way
-        for name, options in cases:
-            alone, spread = Model(shapes), shard(Model(shapes))
-            pair = [build(m, name, **options) for m in (alone, spread)]
-            first, has_codes = torch.distributed.get_rank() == 0, pair[0].param_groups[0]["state_bits"] < 32
-            if first:
-                train(alone, pair[0], range(STEPS))
-            train(spread, pair[1], range(STEPS))
-            ours, got = weights(spread), states(pair[1], spread) if has_codes else {}
-            if not first:
-                continue
-            gap = distance(ours, weights(alone))
-            if not gap < 1e-6:
-                found[name, str(options)] = gap
-            expected = states(pair[0], alone) if has_codes else {}
-            for key, state in expected.items():
-                for field, tensor in state.items():
-                    other = got[key][field]
-                    if not tensor.is_floating_point() and not torch.equal(other, tensor):
-                        found[name, str(options), key, field] = int((other != tensor).sum()), tensor.numel()
-        assert not found, found
-    finally:
-        lo.distributed.use_exact_sums(False)
+    found = {}
+    shapes = {**SHAPES, "many": (700, 40), "wider": (40, 900)}  # for one code in thousands rounds another way
+    for name, options in cases:
+        alone, spread = Model(shapes), shard(Model(shapes))
+        pair = [build(m, name, exact_sums=True, **options) for m in (alone, spread)]
+        first, has_codes = torch.distributed.get_rank() == 0, pair[0].param_groups[0]["state_bits"] < 32
+        if first:
+            train(alone, pair[0], range(STEPS))
+        train(spread, pair[1], range(STEPS))
+        ours, got = weights(spread), states(pair[1], spread) if has_codes else {}
+        if not first:
+            continue
+        gap = distance(ours, weights(alone))
+        if not gap < 1e-6:
+            found[name, str(options)] = gap
+        expected = states(pair[0], alone) if has_codes else {}
+        for key, state in expected.items():
+            for field, tensor in state.items():
+                other = got[key][field]
+                if not tensor.is_floating_point() and not torch.equal(other, tensor):
+                    found[name, str(options), key, field] = int((other != tensor).sum()), tensor.numel()
+    assert not found, found
 
 
 def codes(cases) -> None:
@@ -233,18 +229,17 @@ def codes(cases) -> None:
 
 @pytest.mark.parametrize(("world", "cases"), [(2, CODED + EVERY), (4, CODED)], ids=["2", "4"])
 def test_codes_and_their_noise_are_those_of_one_process(world, cases):
-    """Of coordinates, whose R needs no product, always; of all others with `use_exact_sums`."""
+    """Of coordinates, whose R needs no product, always; of all others with `exact_sums`."""
     spawn(world, codes, cases)
 
 
 def mixed(reduce: torch.dtype) -> None:
     """Weights in float32 that are gathered in bfloat16: as one process that computes with bfloat16 copies."""
-    lo.distributed.use_exact_sums(True)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce)
     for name in ("galore", "galore_8bit", "fira"):
         for in_backward in (False, True):
             alone, spread = Model(SHAPES), shard(Model(SHAPES), mp_policy=policy)
-            reference, optimizer = build(alone, name), build(spread, name)
+            reference, optimizer = (build(model, name, exact_sums=True) for model in (alone, spread))
             if in_backward:
                 lo.update_in_backward(optimizer)
             for step in range(12):

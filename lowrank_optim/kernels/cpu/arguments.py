@@ -5,13 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowrank_optim.kernels.compiled_arguments import TYPES
 from lowrank_optim.kernels.counter_rng import turn_offset
 from lowrank_optim.kernels.reference import row_norms
 
 F32 = torch.float32
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The numbers of the storage types in csrc/cpu/ops.h."""
-
 NO_WORDS = (0, 0, 0)
 
 
@@ -60,12 +58,6 @@ def addresses(lengths: Sequence[Tensor]) -> tuple[int, int]:
     """Of both `room_for_lengths`; 0 where they are not wanted."""
     above, below = (tensor.data_ptr() for tensor in lengths) if lengths else (0, 0)
     return above, below
-
-
-def adam_numbers(beta1: float, beta2: float, eps: float, step: float) -> tuple[float, float, float, float, float]:
-    """1 − β₁, β₂, 1 − β₂; N = m / (√v·correction + floor)."""
-    bc1, bc2 = 1.0 - beta1**step, 1.0 - beta2**step
-    return 1.0 - beta1, beta2, 1.0 - beta2, bc1 / bc2**0.5, bc1 * eps
 
 
 def rounding_words(rounding: Tensor | None) -> tuple[int, int, int]:

@@ -12,6 +12,8 @@ from ctypes import c_char_p, c_float, c_int, c_int64, c_uint16, c_uint64, c_void
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
 ABI_VERSION = 5
@@ -53,22 +55,22 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
 
 
 class Library:
-    """A loaded library; its functions are attributes under the names of SIGNATURES."""
+    """A loaded library; `functions` has them under the names of SIGNATURES. They return 0, or 1 where there is no memory."""
 
     def __init__(self, path: Path, handle: ctypes.CDLL) -> None:
         self.path = path
         self._handle = handle
-        for name, arguments in SIGNATURES.items():
-            function = getattr(handle, f"lowrank_optim_{name}")
-            function.argtypes, function.restype = (*arguments, c_int), c_int
+        self.functions = {name: getattr(handle, f"lowrank_optim_{name}") for name in SIGNATURES}
+        for name, function in self.functions.items():
+            function.argtypes, function.restype = (*SIGNATURES[name], c_int), c_int
         for name in ("build_info", "simd"):
             getattr(handle, f"lowrank_optim_{name}").restype = c_char_p
         handle.lowrank_optim_use_simd.argtypes = (c_char_p,)
         handle.lowrank_optim_use_openmp.argtypes, handle.lowrank_optim_use_openmp.restype = (c_void_p, c_void_p), None
 
     def call(self, name: str, *args: Any) -> None:
-        """Call a function, the number of threads among its arguments."""
-        if getattr(self._handle, f"lowrank_optim_{name}")(*args):
+        """Call a function on torch's number of threads."""
+        if self.functions[name](*args, torch.get_num_threads()):
             raise MemoryError(f"lowrank_optim: no memory for the working space of {name}")
 
     @property

@@ -6,17 +6,17 @@ are not of unit stride where a copy would be large. `ok` is read on the host: th
 
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int64
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_optim.kernels.compiled_arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
 from lowrank_optim.kernels.counter_rng import unsigned_key
 from lowrank_optim.kernels.cpu.arguments import (
     F32,
     NO_WORDS,
-    TYPES,
-    adam_numbers,
     addresses,
     coded_words,
     coding_words,
@@ -40,8 +40,6 @@ from lowrank_optim.kernels.cpu.arguments import (
 from lowrank_optim.kernels.cpu.library import Library
 from lowrank_optim.kernels.reference import row_chunks
 
-LION, SGD, NESTEROV, RMSPROP = range(4)
-
 Declined = Any  # NotImplemented
 
 
@@ -49,8 +47,6 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """The kernels by the names of their operations."""
     names = (
         "project_with_norms",
-        "adam_direct_",
-        "adam_direct_with_norms_",
         "adam_dense_",
         "lion_direct_",
         "sgd_direct_",
@@ -67,7 +63,11 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
         "unpack_basis",
         "gaussian_",
     )
-    return {name: getattr(ops, name) for name in names}
+    direct = {
+        "adam_direct_": partial(ops._adam_direct, False),
+        "adam_direct_with_norms_": partial(ops._adam_direct, True),
+    }
+    return {name: getattr(ops, name) for name in names} | direct
 
 
 def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
@@ -86,14 +86,11 @@ class Operations:
     def __init__(self, library: Library) -> None:
         self.library = library
 
-    def _call(self, name: str, *args: Any) -> None:
-        self.library.call(name, *args, torch.get_num_threads())
-
     def gaussian_(self, out: Tensor, key: Tensor) -> Declined | None:
         if out.dtype != F32:
             return NotImplemented
         (word,) = key.tolist()
-        self._call("gaussian", out.numel(), out.data_ptr(), unsigned_key(word))
+        self.library.call("gaussian", out.numel(), out.data_ptr(), unsigned_key(word))
         return None
 
     def project_with_norms(self, grad: Tensor, basis: Tensor, right: bool) -> tuple[Tensor, Tensor] | Declined:
@@ -106,41 +103,46 @@ class Operations:
         places = zip(grads, bases, matrices_of(reduced), matrices_of(squares), strict=True)
         for g, vector, dots, found in places:
             product = (vector.data_ptr(), dots.data_ptr()) if alone else (None, None)
-            self._call("lines", *g.shape, *matrix_words(g), right, *product, found.data_ptr())
+            self.library.call("lines", *g.shape, *matrix_words(g), right, *product, found.data_ptr())
         return reduced, squares
 
     # -------------------------------------------------------------------------------------------------- moments and directions
 
-    def adam_direct_(
-        self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
-    ) -> Tensor | Declined:
-        if grad.dtype != F32 or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
-            return NotImplemented
-        if off(ok):
-            return torch.zeros_like(grad, memory_format=torch.contiguous_format)
-        g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
-        self._adam_direct(g, exp_avg, exp_avg_sq, scalars, out, ())
-        return out
-
-    def adam_direct_with_norms_(
-        self, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor] | Declined:
-        if grad.dtype != F32 or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
-            return NotImplemented
-        if grad.numel() == 0 or off(ok):
-            return no_direction(grad)
-        g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
-        lengths = room_for_lengths(grad)
-        self._adam_direct(g, exp_avg, exp_avg_sq, scalars, out, lengths)
-        return out, *lengths
-
     def _adam_direct(
-        self, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, out: Tensor, lengths: Sequence[Tensor]
-    ) -> None:
-        cols = g.shape[-1] if g.dim() else 1
-        moments, adam = (exp_avg.data_ptr(), exp_avg_sq.data_ptr()), adam_numbers(*scalars.tolist())
-        results = (out.data_ptr(), *addresses(lengths))
-        self._call("adam", g.numel(), cols, g.data_ptr(), 0, *moments, *results, None, 0, *adam, 1.0, 0.0, *NO_WORDS)
+        self,
+        with_norms: bool,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        scalars: Tensor,
+        ok: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor] | Declined:
+        """`adam_direct_` and `adam_direct_with_norms_`."""
+        if grad.dtype != F32 or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+            return NotImplemented
+        if (ok is not None and off(ok)) or (with_norms and grad.numel() == 0):
+            found = no_direction(grad)
+            return found if with_norms else found[0]
+        g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
+        lengths = room_for_lengths(grad) if with_norms else ()
+        self.library.call(
+            "adam",
+            g.numel(),
+            g.shape[-1] if g.dim() else 1,
+            g.data_ptr(),
+            0,
+            exp_avg.data_ptr(),
+            exp_avg_sq.data_ptr(),
+            out.data_ptr(),
+            *(addresses(lengths) if lengths else (0, 0)),
+            None,
+            0,
+            *adam_numbers(*scalars.tolist()),
+            1.0,
+            0.0,
+            *NO_WORDS,
+        )
+        return (out, *lengths) if lengths else out
 
     def adam_dense_(
         self,
@@ -157,7 +159,7 @@ class Operations:
         if off(ok):
             return None
         *adam, alpha, keep = scalars.tolist()
-        self._call(
+        self.library.call(
             "adam",
             weight.numel(),
             weight.numel(),
@@ -196,7 +198,7 @@ class Operations:
             return torch.zeros_like(grad, memory_format=torch.contiguous_format)
         g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
         three = (*numbers, 0.0, 0.0)[:3]
-        self._call("rule", rule, g.numel(), g.data_ptr(), moment.data_ptr(), out.data_ptr(), *three)
+        self.library.call("rule", rule, g.numel(), g.data_ptr(), moment.data_ptr(), out.data_ptr(), *three)
         return out
 
     def coded_adam_direct_(self, *args: Any) -> Tensor | Declined:
@@ -266,13 +268,13 @@ class Operations:
             return
         words = [word for row, _ in rows for word in row]
         numbers = [number for _, row in rows for number in row]
-        self._call("coded_adam", len(rows), (c_int64 * len(words))(*words), (c_float * len(numbers))(*numbers))
+        self.library.call("coded_adam", len(rows), (c_int64 * len(words))(*words), (c_float * len(numbers))(*numbers))
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """‖x‖ of contiguous tensors, (count,) float32, summed in float32."""
         words = [word for x in tensors for word in (x.data_ptr(), TYPES[x.dtype], x.numel())]
         found = tensors[0].new_empty(len(tensors), dtype=F32)
-        self._call("norms", len(tensors), (c_int64 * len(words))(*words), found.data_ptr())
+        self.library.call("norms", len(tensors), (c_int64 * len(words))(*words), found.data_ptr())
         return found
 
     # ----------------------------------------------------------------------------------------------------------------- weights
@@ -292,12 +294,13 @@ class Operations:
         subtract_right: Tensor | None,
         sign: bool,
     ) -> Declined | None:
-        if not storable(weight, grad) or left.dtype != F32 or right.dtype != F32 or weight.dim() > 3:
+        stored = weight.dtype in TYPES and (grad is None or grad.dtype in TYPES)
+        if not stored or left.dtype != F32 or right.dtype != F32 or weight.dim() > 3:
             return NotImplemented
         alpha, number = scalars.tolist()
         factor = number if keep is None else float(keep)
         if weight.dtype == F32 and grad is None:  # the matrix product does it all
-            if not off(ok):
+            if ok is None or not off(ok):
                 multiply_add = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
                 multiply_add(left, right, beta=factor, alpha=-alpha)
             return None
@@ -327,7 +330,7 @@ class Operations:
                     product = torch.mm(lefts[i][chunk], rights[i], out=buffers[0][: len(part)])
                 if minuends:
                     subtract = torch.mm(minuends[i][chunk], subtrahends[i], out=buffers[-1][: len(part)])
-                self._call(
+                self.library.call(
                     "update",
                     len(part),
                     cols,
@@ -367,7 +370,7 @@ class Operations:
         factor = number if keep is None else float(keep)
         on, key, start = rounding_words(rounding)
         for rows, cols, w, w_stride, d, d_stride, first in pairs:
-            self._call(
+            self.library.call(
                 "update",
                 rows,
                 cols,
@@ -395,7 +398,7 @@ class Operations:
         on, key, start = rounding_words(rounding)
         for rows, cols, t, t_stride, v, v_stride, first in pairs:
             place = (t.data_ptr(), TYPES[t.dtype], t_stride)
-            self._call("store", rows, cols, *place, v.data_ptr(), v_stride, on, key, start + first)
+            self.library.call("store", rows, cols, *place, v.data_ptr(), v_stride, on, key, start + first)
         return None
 
     # ------------------------------------------------------------------------------------------------------------------- codes
@@ -409,7 +412,7 @@ class Operations:
         x, stride = readable(x)
         codes, scale = room_for_codes(x, bits, block, torch.int8 if bits == 8 and signed else torch.uint8)
         source, rows_per_scale = columns
-        self._call(
+        self.library.call(
             "quantize_rows",
             *coding_words(x.shape, block, bits),
             signed,
@@ -441,7 +444,7 @@ class Operations:
         out = codes.new_empty(shape, dtype=dtype)
         source, rows_per_scale = columns
         pointers = (codes.data_ptr(), scale.data_ptr(), pointer(source), rows_per_scale)
-        self._call("dequantize_rows", *coding_words(shape, block, bits), signed, *pointers, *flat(out))
+        self.library.call("dequantize_rows", *coding_words(shape, block, bits), signed, *pointers, *flat(out))
         return out
 
     def pack_basis(self, basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor] | Declined:
@@ -451,7 +454,7 @@ class Operations:
         codes, scale = room_for_codes(basis, bits, group, torch.uint8)
         zero = torch.zeros_like(scale)
         results = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
-        self._call(
+        self.library.call(
             "pack_basis",
             *coding_words(basis.shape, group, bits),
             *(*flat(basis), stride),
@@ -467,5 +470,5 @@ class Operations:
         codes, scale, zero = codes.contiguous(), scale.contiguous(), zero.contiguous()
         out = codes.new_empty((*codes.shape[:-1], cols), dtype=dtype)
         pointers = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
-        self._call("unpack_basis", *coding_words(out.shape, group, bits), *pointers, *flat(out))
+        self.library.call("unpack_basis", *coding_words(out.shape, group, bits), *pointers, *flat(out))
         return out

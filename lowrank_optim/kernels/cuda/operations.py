@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.code_bytes import KernelCodes, starts_with_bytes
+from lowrank_optim.kernels.compiled_arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
 from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.cuda.library import (
     Adam,
@@ -32,14 +32,9 @@ from lowrank_optim.kernels.cuda.library import (
     Strided,
     UnpackBlock,
 )
+from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
 from lowrank_optim.kernels.reference import row_norms
 from lowrank_optim.kernels.schemas import coded_shapes
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The numbers of the storage types in csrc/cuda/arithmetic.h."""
-
-LION, SGD, NESTEROV, RMSPROP = range(4)
-"""The numbers of the rules in csrc/cuda/operations.h."""
 
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]
 """ratio, ratio_scale, root, root_scale"""
@@ -79,11 +74,6 @@ def _noise(words: Tensor | None, to_bfloat16: bool = True) -> Noise:
     return Noise(1, shift, unsigned_key(key), start)
 
 
-def _adam(beta1: float, beta2: float, eps: float, step: float) -> Adam:
-    bc1, bc2 = 1.0 - beta1**step, 1.0 - beta2**step
-    return Adam(1.0 - beta1, beta2, 1.0 - beta2, bc1 / bc2**0.5, bc1 * eps)
-
-
 def _coding(shape: tuple[int, ...], bits: int, block: int, col_scale: Tensor | None) -> tuple[Coding, Tensor | None]:
     """The description of a matrix that is not empty, and the tensor that its column scales lie in."""
     cols = shape[-1]
@@ -113,7 +103,7 @@ def _direct(
         out.data_ptr(),
         ok=_pointer(ok),
         grad_dtype=TYPES[grad.dtype],
-        adam=_adam(*scalars.tolist()),
+        adam=Adam(*adam_numbers(*scalars.tolist())),
     )
 
 
@@ -170,7 +160,7 @@ def _dense(
         _pointer(ok),
         TYPES[grad.dtype],
         TYPES[weight.dtype],
-        _adam(*adam),
+        Adam(*adam_numbers(*adam)),
         StepParams(alpha, keep),
         _noise(rounding, weight.dtype == torch.bfloat16),
     )
@@ -366,7 +356,7 @@ class _CodedAdam:
             _pointer(ok),
             TYPES[grad.dtype],
             TYPES[out.dtype],
-            _adam(*adam),
+            Adam(*adam_numbers(*adam)),
             write,
             _noise(noise),
             _noise(rounding, out.dtype == torch.bfloat16),

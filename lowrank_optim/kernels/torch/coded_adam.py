@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lowrank_optim.kernels import reference
 from lowrank_optim.kernels.api import key_of
+from lowrank_optim.kernels.coded_reference import LEVELS, block_factors
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
-from lowrank_optim.quantization.packing import pack_nibbles, unpack_nibbles
-from lowrank_optim.quantization.row_codes import LEVELS, block_factors
+from lowrank_optim.kernels.nibbles import pack_nibbles, unpack_nibbles
 
 BUFFERS = 4
 
@@ -238,7 +238,7 @@ def _to_levels_(x: Buffer, greatest: Tensor, scale: Tensor, signed: bool, step: 
 
 
 def _add_noise_(y: Buffer, spare: Buffer, noise: Buffer, key: int, turn: int, start: int, one: Tensor) -> None:
-    """y ← y + ρ(1 − 2⁻¹⁹ y), y ≥ 0; see `rows._round_stochastically_`."""
+    """y ← y + ρ(1 − 2⁻¹⁹ y), y ≥ 0; see `coded_reference._round_stochastically_`."""
     rows, cols = y.used.shape
     halves = consecutive_halves(key, start, rows * cols, y.used.device, spare.words())
     noise.used.copy_(halves.add_(turn_offset(turn) - (1 << 15)).view(rows, cols)).add_(0.5)

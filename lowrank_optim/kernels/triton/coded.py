@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.code_bytes import KernelCodes, starts_with_bytes
+from lowrank_optim.kernels.compiled_arguments import adam_numbers
 from lowrank_optim.kernels.counter_rng import turn_offset
+from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
 from lowrank_optim.kernels.schemas import coded_shapes
 from lowrank_optim.kernels.triton.coded_kernels import (
     coded_adam_kernel,
@@ -16,7 +17,6 @@ from lowrank_optim.kernels.triton.coded_kernels import (
     quantize_kernel,
     unpack_kernel,
 )
-from lowrank_optim.kernels.triton.elementwise import adam_numbers
 from lowrank_optim.kernels.triton.launching import covered, flags, key_and_start, launch, power_of_two
 
 TILE = 1024

@@ -145,7 +145,7 @@ def _store_values(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Code a tile and store codes and scales, see `quantization.rows`."""
+    """Code a tile and store codes and scales, see `quantization.row_codes`."""
     if SIGNED:
         levels: tl.constexpr = 127.0 if BITS == 8 else 7.0
         least: tl.constexpr = -levels

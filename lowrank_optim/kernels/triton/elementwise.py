@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_optim.kernels.compiled_arguments import adam_numbers
 from lowrank_optim.kernels.triton.arithmetic import (
     holds,
     lerp,
@@ -192,12 +193,6 @@ def store_kernel(
 
 
 # ----------------------------------------------------------------------------------------------------------------- operations
-
-
-def adam_numbers(beta1: float, beta2: float, eps: float, step: float) -> tuple[float, ...]:
-    """(1−β₁, β₂, 1−β₂) and the factor and the offset of √v in N's denominator, see `reference.adam_direct_`."""
-    bc1, bc2 = 1.0 - beta1**step, 1.0 - beta2**step
-    return 1.0 - beta1, beta2, 1.0 - beta2, bc1 / bc2**0.5, bc1 * eps
 
 
 def _grid(n: int) -> tuple[int]:

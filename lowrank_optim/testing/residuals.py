@@ -1,0 +1,165 @@
+"""What a residual promises."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import kernels
+from lowrank_optim.projectors import SVD, Basis, Coordinate, Projector, Random, StepParams, SubspaceSpec
+from lowrank_optim.projectors.base import Refresh
+from lowrank_optim.residuals import Residual, ResidualInput
+from lowrank_optim.testing.problem import RANK, Run, difference, numbers
+from lowrank_optim.testing.promises import CLOSE, break_promise, check_shared, promised
+
+SHAPES = ((20, 28), (28, 20), (2, 20, 28))
+
+
+def check_residual(residual: Residual) -> None:
+    """Try a residual of your own: what it reads and writes, linearity, masks, resume, updates in backward, sharding, names.
+
+    Takes about two seconds. Writes nothing, and starts no process.
+
+    Args:
+        residual: with the hyperparameters to be tried.
+
+    Raises:
+        AssertionError: the first promise that the residual breaks; the message says what came and what is needed.
+
+    Example:
+        >>> import torch, lowrank_optim as lo
+        >>> from dataclasses import dataclass
+        >>> from lowrank_optim.testing import check_residual
+        >>> @dataclass(frozen=True)
+        ... class Whole(lo.Residual):
+        ...     name = "whole"
+        ...     linear = True
+        ...     share: float = 0.1
+        ...     def update(self, step, state, options):
+        ...         phi = torch.full_like(step.projected[..., :1, :1], options["share"]) * step.unit
+        ...         return lo.Update(step.direction, 1.0, lo.GradientTerm(step.grad, phi, step.ok))
+        >>> check_residual(Whole())
+    """
+    with promised(
+        residual, "an optimizer can be built with the residual's defaults, whose names are those of no other option"
+    ):
+        options = Run(residual).optimizer.param_groups[0]
+    for shape in SHAPES:
+        for projector in (SVD(), Coordinate("columns")):
+            problem = _Problem.of(residual, projector, shape, options)
+            _check_arguments(problem)
+            if residual.linear:
+                _check_linear(problem)
+    if residual.needs_orthonormal:
+        _check_refused(residual)
+    check_shared(residual, {"projector": Coordinate("columns")}, {"on_refresh": "rotate"}, bits=(8,))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A residual in the subspace of one matrix."""
+
+    residual: Residual
+    space: SubspaceSpec
+    basis: Basis
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, residual: Residual, projector: Projector, shape: tuple[int, ...], options: Mapping[str, Any]
+    ) -> "_Problem":
+        device = torch.device("cpu")
+        space = projector.space(shape, RANK, "std", torch.float32)
+        begun = projector.init(space, 1, device)
+        state = projector.refresh(Refresh(numbers(shape, 1), space, begun, 1, first=True))
+        assert state is not None
+        return cls(residual, space, projector.basis(space, state, 1, device), options)
+
+    def state(self) -> dict[str, Tensor]:
+        with promised(self.residual, f"init makes the state for {self.space.shape}"):
+            return self.residual.init(self.space, torch.device("cpu"))
+
+    def inputs(self, grad: Tensor, direction: Tensor) -> ResidualInput:
+        """What a step hands to the residual."""
+        reduced, squares = self.basis.project(grad), None
+        norms = None
+        if self.residual.uses_norms:
+            reduced, squares = self.basis.project_with_norms(grad)
+            norms = kernels.row_norms(direction, reduced)
+        made = ResidualInput(grad, reduced, squares, direction, 1.0, 1.0, self.basis, None, norms)
+        with promised(
+            self.residual, "sums takes what a step hands to it (norms and squares only with uses_norms = True)"
+        ):
+            return replace(made, sums=self.residual.sums(made, self.options))
+
+    def update(self, inputs: ResidualInput, state: dict[str, Tensor]) -> Tensor:
+        """The change of the weights."""
+        promise = "update takes what a step hands to it (norms and squares only with uses_norms = True)"
+        weight = torch.zeros(self.space.shape)
+        with promised(self.residual, promise):
+            update = self.residual.update(inputs, state, self.options)
+            self.basis.apply_(weight, update.core, StepParams(update.factor, 1.0), update.term)
+        return weight
+
+    def numbers(self, seed: int) -> tuple[Tensor, Tensor]:
+        """A gradient and a direction."""
+        return numbers(self.space.shape, seed), numbers(
+            tuple(self.basis.project(numbers(self.space.shape, 1)).shape), seed
+        )
+
+
+def _check_arguments(problem: _Problem) -> None:
+    """The gradient is only handed on, state tensors are kept, and the gradient is not read where uses_gradient is False."""
+    residual, state = problem.residual, problem.state()
+    before = dict(state)
+    grad, direction = problem.numbers(2)
+    absorbed = residual.absorb(grad.clone(), state, None)
+    if not residual.feeds_back and not torch.equal(absorbed, grad):
+        break_promise(residual, "feeds_back = False: absorb returns the gradient", "another one", "feeds_back = True")
+    inputs = problem.inputs(absorbed, direction)
+    change = problem.update(inputs, state)
+    if change.shape != grad.shape or not bool(torch.isfinite(change).all()):
+        break_promise(residual, "finite gradients give a finite update", f"{tuple(change.shape)} with NaN", "numbers")
+    if not residual.feeds_back and not torch.equal(inputs.grad, grad):
+        break_promise(residual, "update does not write to the gradient", "it changed", "operations out of place")
+    replaced = [name for name, tensor in before.items() if state.get(name) is not tensor]
+    if replaced or state.keys() != before.keys():
+        came = ", ".join(replaced) or ", ".join(sorted(state.keys() ^ before.keys()))
+        break_promise(
+            residual, "state is changed in place", f"other tensors for {came}", "copy_, mul_ … on those of init"
+        )
+    if not residual.uses_gradient:
+        without = replace(inputs, grad=torch.empty(0), squares=None)
+        found = difference({"update": problem.update(without, problem.state())}, {"update": change})
+        if found:
+            break_promise(
+                residual, "uses_gradient = False: R is all of the gradient it uses", found, "uses_gradient = True"
+            )
+
+
+def _check_linear(problem: _Problem) -> None:
+    """The update of a sum is the sum of the updates."""
+    (grad1, first), (grad2, second) = problem.numbers(2), problem.numbers(3)
+    changes = [
+        problem.update(problem.inputs(grad, direction), problem.state())
+        for grad, direction in ((grad1, first), (grad2, second), (grad1 + grad2, first + second))
+    ]
+    found = difference({"the update": changes[0] + changes[1]}, {"the update": changes[2]}, CLOSE)
+    if found:
+        break_promise(
+            problem.residual,
+            "linear = True: the update of two gradients' sum is the sum of their updates",
+            found,
+            "linear = False",
+        )
+
+
+def _check_refused(residual: Residual) -> None:
+    """Bases that are not orthonormal are refused."""
+    try:
+        Run(residual, projector=Random("gaussian"))
+    except ValueError:
+        return
+    break_promise(residual, "needs_orthonormal = True refuses other projectors", "no error", "ValueError")

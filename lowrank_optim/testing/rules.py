@@ -1,0 +1,189 @@
+"""What a rule promises."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.rules import Context, JointRule, Rule, masked_direction
+from lowrank_optim.testing.problem import Run, difference, numbers
+from lowrank_optim.testing.promises import CLOSE, break_promise, check_shared, promised
+
+SHAPES = ((24, 8), (2, 20, 8), (33,))
+
+
+def check_rule(rule: Rule) -> None:
+    """Try a rule of your own: direction, masks, parts, few bits, resume, updates in backward, sharding, names.
+
+    Takes about two seconds. Writes nothing, and starts no process.
+
+    Args:
+        rule: with the hyperparameters to be tried.
+
+    Raises:
+        AssertionError: the first promise that the rule breaks; the message says what came and what is needed.
+
+    Example:
+        >>> import torch, lowrank_optim as lo
+        >>> from dataclasses import dataclass
+        >>> from lowrank_optim.testing import check_rule
+        >>> @dataclass(frozen=True)
+        ... class HeavyBall(lo.MomentumRule):
+        ...     name = "heavy_ball"
+        ...     heavy: float = 0.9
+        ...     def direction(self, grad, state, options, context):
+        ...         momentum = state["exp_avg"].mul_(options["heavy"]).add_(grad)
+        ...         return lo.Direction(momentum.clone())
+        >>> check_rule(HeavyBall())
+    """
+    if isinstance(rule, JointRule):
+        check_shared(rule)
+        return
+    options = _options(rule)
+    for shape in SHAPES:
+        _check_init(rule, options, shape)
+        _check_direction(rule, options, shape)
+        _check_ignored(rule, options, shape)
+        if rule.elementwise:
+            _check_parts(rule, options, shape)
+    _check_transport(rule, options)
+    check_shared(rule, {"on_refresh": "rotate"}, {"on_refresh": "reset"}, {"state_bits": 16})
+
+
+def _options(rule: Rule) -> Mapping[str, Any]:
+    """A complete group of the rule."""
+    with promised(rule, "an optimizer can be built with the rule's defaults, whose names are those of no other option"):
+        return Run(rule).optimizer.param_groups[0]
+
+
+def _context(weight: Tensor, step: int, ok: Tensor | None = None) -> Context:
+    return Context(float(step), float(step), weight, ok, dense=True, fresh=step == 1)
+
+
+def _init(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Tensor]:
+    with promised(rule, f"init makes the state for a gradient of {shape}"):
+        return rule.init(shape, options, torch.float32, torch.device("cpu"))
+
+
+def _begun(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights, and the state after three steps."""
+    weight, state = 0.25 * numbers(shape, 3), _init(rule, options, shape)
+    for step in (1, 2, 3):
+        with promised(rule, f"direction takes a gradient of {shape}"):
+            rule.direction(numbers(shape, step), state, options, _context(weight, step))
+    return weight, state
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _check_init(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """State is zero, and of the same shapes on the meta device."""
+    state = _init(rule, options, shape)
+    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        break_promise(rule, "init returns tensors", f"{state}", "tensors only: checkpoints hold nothing else")
+    for name, tensor in state.items():
+        if bool(tensor.count_nonzero()):
+            break_promise(
+                rule, "init returns zeros", f"{name} of {shape} is not 0", "zeros: resets and few bits rest on them"
+            )
+    with promised(rule, "init makes tensors on the device that it is given"):
+        meta = rule.init(shape, options, torch.float32, torch.device("meta"))
+    there = {name: (tensor.shape, tensor.device.type) for name, tensor in meta.items()}
+    needed = {name: (tensor.shape, "meta") for name, tensor in state.items()}
+    if there != needed:
+        break_promise(rule, "init makes tensors on the device that it is given", f"{there}", f"{needed}")
+
+
+def _check_direction(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """The direction has the gradient's shape and type; gradient and weights are left alone, and tensors of the state kept."""
+    weight, state = _begun(rule, options, shape)
+    grad, kept, before = numbers(shape, 9), weight.clone(), dict(state)
+    matrix = rule.direction(grad, state, options, _context(weight, 4)).matrix
+    if (matrix.shape, matrix.dtype) != (grad.shape, grad.dtype):
+        came = f"{matrix.dtype} {tuple(matrix.shape)} for {grad.dtype} {shape}"
+        break_promise(rule, "the direction has the gradient's shape and type", came, "the same")
+    for name, tensor, old in (("gradient", grad, numbers(shape, 9)), ("weight", weight, kept)):
+        if not torch.equal(tensor, old):
+            break_promise(rule, f"direction does not change the {name}", "it changed", "operations out of place")
+    (_, one), (_, two) = (_begun(rule, options, shape) for _ in range(2))
+    again = [rule.direction(grad, each, options, _context(weight, 4)).matrix for each in (one, two)]
+    if found := difference({"the direction": again[1], **two}, {"the direction": again[0], **one}):
+        break_promise(
+            rule,
+            "direction is a function of its arguments",
+            found,
+            "no random numbers, and nothing remembered but in the tensors that init returns",
+        )
+    replaced = [name for name in before if state.get(name) is not before[name]]
+    if replaced or state.keys() != before.keys():
+        names = ", ".join(replaced) or ", ".join(sorted(state.keys() ^ before.keys()))
+        break_promise(
+            rule, "state is changed in place", f"other tensors for {names}", "copy_, mul_, lerp_ … on those of init"
+        )
+    follows = matrix.clone()
+    rule.direction(numbers(shape, 10), state, options, _context(weight, 5))
+    if not torch.equal(matrix, follows):
+        break_promise(
+            rule, "a direction is no part of the state", "the next step changed it", "a tensor of its own: .clone()"
+        )
+
+
+def _check_ignored(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """Where `ok` is false the moments stay, and the direction is 0."""
+    weight, state = _begun(rule, options, shape)
+    before = _copy(state)
+    ignored = _context(weight, 4, torch.tensor(False))
+    direction = masked_direction(rule, torch.zeros(shape), state, options, ignored)
+    found = difference(state, before)
+    if found or bool(direction.matrix.count_nonzero()):
+        break_promise(
+            rule,
+            f"masks = {rule.masks}: where `context.ok` is false the moments stay and the direction is 0",
+            found or "a direction that is not 0",
+            "torch.where(context.ok, new, old) for every moment, or masks = False, which does it around `direction`",
+        )
+    weight, state = _begun(rule, options, shape)
+    plain = rule.direction(numbers(shape, 4), _copy(state), options, _context(weight, 4)).matrix
+    used = replace(ignored, ok=torch.tensor(True))
+    masked = masked_direction(rule, numbers(shape, 4), state, options, used).matrix
+    found = difference({"the direction": masked}, {"the direction": plain}, CLOSE)
+    if found:
+        break_promise(rule, "where `context.ok` is true it changes nothing", found, "the direction without a mask")
+
+
+def _check_parts(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """A large tensor may be given in parts, with those parts of the state that have its shape."""
+    promise = "elementwise = True: a tensor that is given in parts has the directions and moments of the whole"
+    weight, state = _begun(rule, options, shape)
+    for name, tensor in state.items():
+        if tensor.shape != weight.shape:
+            break_promise(
+                rule, promise, f"{name} is {tuple(tensor.shape)} for {shape}", "tensors of the gradient's shape"
+            )
+    grad, pieces = numbers(shape, 9).view(-1), []
+    parts = _copy(state)
+    whole = rule.direction(grad.view(shape), state, options, _context(weight, 4)).matrix
+    for chunk in (slice(0, 11), slice(11, None)):
+        part = {name: tensor.view(-1)[chunk] for name, tensor in parts.items()}
+        with promised(rule, promise):
+            context = _context(weight.view(-1)[chunk], 4)
+            pieces.append(rule.direction(grad[chunk], part, options, context).matrix)
+    found = difference({"the direction": torch.cat(pieces)}, {"the direction": whole.reshape(-1)}, CLOSE)
+    found = found or difference(parts, state, CLOSE)
+    if found:
+        break_promise(rule, promise, found, "nothing but operations on single elements, or elementwise = False")
+
+
+def _check_transport(rule: Rule, options: Mapping[str, Any]) -> None:
+    """A change to the same basis changes no moments."""
+    _, state = _begun(rule, options, SHAPES[0])
+    before = _copy(state)
+    with promised(rule, "transport expresses the moments in a new basis"):
+        rule.transport(state, lambda moment, power: moment.clone(), options, 3.0)
+    found = difference(state, before, CLOSE)
+    if found:
+        break_promise(rule, "transport into the same basis changes nothing", found, "move(moment, 1 or 2), in place")
