@@ -454,7 +454,7 @@ def test_without_a_compiler_the_package_builds_and_says_why(tmp_path: Path, monk
     assert not (directory / library.NAME).exists()
     assert "error" in json.loads((directory / library.RECORD).read_text())
     monkeypatch.delenv(library.VARIABLE, raising=False)
-    monkeypatch.setattr(library, "LOCAL", directory)
+    monkeypatch.setattr(library, "HERE", directory)
     with pytest.raises(Unavailable, match=f"could not be built: {reason.replace('+', '.')}"):
         library.open_library()
 

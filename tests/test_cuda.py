@@ -20,7 +20,7 @@ from lowrank_optim.kernels.cuda.operations import operations
 from lowrank_optim.kernels.selftest import answer, compare
 
 F32, BF16 = torch.float32, torch.bfloat16
-LOCAL = Path(__file__).parent
+HERE = Path(__file__).parent
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
@@ -55,10 +55,10 @@ def test_the_suite_passes_with_the_undefined_behaviour_sanitizer(tmp_path):
     flags = ("-fsanitize=undefined", "-fno-sanitize-recover=all", "-g")
     path = build_for_host(tmp_path, flags=flags)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x"]
-    env = {**os.environ, VARIABLE: str(path), "PYTHONPATH": str(LOCAL.parent)}
+    env = {**os.environ, VARIABLE: str(path), "PYTHONPATH": str(HERE.parent)}
     env.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(
-        [*command, "test_backends.py", "-k", "cuda:"], capture_output=True, text=True, cwd=LOCAL, env=env, check=False
+        [*command, "test_backends.py", "-k", "cuda:"], capture_output=True, text=True, cwd=HERE, env=env, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout

@@ -349,9 +349,11 @@ def test_parts_out_of_range_raise_at_construction(options, message):
         lo.LowRankOptimizer([nn.Parameter(torch.ones(12, 8))], **{"rule": lo.Adam(), "rank": 4, **options})
 
 
-def test_a_group_cannot_change_the_method():
-    with pytest.raises(ValueError, match="residual is 'sgd' in a param group, 'none' in the optimizer"):
-        lo.GaLoreAdamW([{"params": [nn.Parameter(torch.ones(12, 8))], "rank": 4, "residual": "sgd"}])
+def test_a_group_may_have_a_residual_of_its_own():
+    optimizer = lo.GaLoreAdamW([{"params": [nn.Parameter(torch.ones(12, 8))], "rank": 4, "residual": "sgd"}])
+    assert optimizer.param_groups[0]["residual_lr_scale"] == 1.0
+    with pytest.raises(ValueError, match="residual is 'sdg': did you mean 'sgd'"):
+        lo.GaLoreAdamW([{"params": [nn.Parameter(torch.ones(12, 8))], "rank": 4, "residual": "sdg"}])
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> T
     return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
 
 
-def row_chunks(rows: int, cols: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
+def row_chunks(rows: int, cols: int, elements: int | None = None) -> Iterator[slice]:
     """Slices of rows that together cover a rows×cols matrix, each of at most `elements` elements (at least one row)."""
-    size = max(1, elements // max(cols, 1))
+    size = max(1, (CHUNK_ELEMENTS if elements is None else elements) // max(cols, 1))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 

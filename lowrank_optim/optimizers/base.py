@@ -34,7 +34,7 @@ from lowrank_optim.sharding.dtensor import LocalState
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Step, alone, together
 from lowrank_optim.step.dense import joint_step
-from lowrank_optim.step.entrance import check_members, enter, settle
+from lowrank_optim.step.entrance import check_members, enter, settle_gradient
 from lowrank_optim.step.init_state import init_state
 from lowrank_optim.step.nonfinite import SkippedUpdates, first_norms
 from lowrank_optim.step.param_plan import ParamPlan, check_trainable, check_unit
@@ -219,9 +219,11 @@ class LowRankOptimizer(Optimizer):
         self._enter(list(params))
 
     def _enter(self, params: Sequence[Tensor]) -> None:
-        if enter(params, self.plans, self.param_groups):
+        moved, unsettled = enter(params, self.plans, self.param_groups)
+        if moved:
             follow(self, params)
-        settle(params)
+        for param in unsettled:
+            settle_gradient(param)
 
     def _steps(self) -> Iterator[Step]:
         """The steps of all parameters that have a gradient."""

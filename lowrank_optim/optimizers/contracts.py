@@ -65,6 +65,9 @@ class HasState(Protocol):
     def is_trained(self, param: Tensor) -> bool:
         """Whether the optimizer trains this parameter now."""
 
+    def may_begin(self, group: Mapping[str, Any]) -> bool:
+        """Whether a parameter without state in a checkpoint begins afresh."""
+
     def trained(self, param: Tensor, changed: Any = None) -> TrainedParam:
         """One parameter in the step that comes."""
 

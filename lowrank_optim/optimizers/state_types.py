@@ -16,7 +16,7 @@ def state_template(
     optimizer: HasState, param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The state that the optimizer has at the step at which `saved` was written, with that `group`: its types and shapes count."""
-    if not saved and not (optimizer.state.get(param) or param.requires_grad):
+    if not saved and optimizer.may_begin(group) and not (optimizer.state.get(param) or param.requires_grad):
         return {}  # frozen, here and there
     state = optimizer.state.get(param) or init_state(param, group, optimizer.plans[param])
     own = {name: tensor for name, tensor in state.items() if name not in ACCUMULATORS}

@@ -41,7 +41,7 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
         ok = torch.stack(masks).all() if masks else None
         wide = [grad.to(kernels.compute_dtype(grad.dtype)) for grad in grads]
         wide = wide if ok is None else [torch.where(ok, grad, 0.0) for grad in wide]
-        contexts = [member.context(ok, dense=True) for member in members]
+        contexts = [member.context(member.weight, ok, dense=True) for member in members]
         states = [member.state for member in members]
         directions = list(masked_directions(rule, wide, states, group, contexts))
         if len(directions) != len(members):
@@ -62,7 +62,7 @@ def _dense(step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = Fa
     if ok is False:
         return
     step.fit_columns(grad, 0, ok)
-    context = step.context(ok, dense=True)
+    context = step.context(step.weight, ok, dense=True)
     fused = rule.fused_dense(step.weight, grad, step.moments, group, context)
     if fused is not None:
         # Copies must not wait with others: together they could be as large as the model.

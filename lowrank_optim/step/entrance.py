@@ -17,7 +17,9 @@ from lowrank_optim.step.param_plan import ParamPlan, check_memory, shares_elemen
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def enter(params: Sequence[Tensor], plans: Mapping[Tensor, ParamPlan], groups: Iterable[Mapping[str, Any]]) -> bool:
+def enter(
+    params: Sequence[Tensor], plans: Mapping[Tensor, ParamPlan], groups: Iterable[Mapping[str, Any]]
+) -> tuple[bool, list[Tensor]]:
     """Let parameters into a step, all of which are checked before anything changes.
 
     Args:
@@ -26,9 +28,10 @@ def enter(params: Sequence[Tensor], plans: Mapping[Tensor, ParamPlan], groups: I
         groups: its param groups.
 
     Returns:
-        Whether some were moved or converted since their plans were made, so that their state has to follow.
+        Whether some were moved or converted since their plans were made, so that their state has to follow; and those whose gradients
+        are no ordinary tensors, to be settled then.
     """
-    moved = False
+    moved, unsettled = False, []
     for param in params:
         plan = plans.get(param)
         if plan is None:
@@ -40,14 +43,8 @@ def enter(params: Sequence[Tensor], plans: Mapping[Tensor, ParamPlan], groups: I
         grad = param.grad
         if grad is not None and not _is_like(grad, param):
             check_gradient(param, plan)
-    return moved
-
-
-def settle(params: Iterable[Tensor]) -> None:
-    """Make the gradients of parameters that were let in ordinary tensors, where they are not."""
-    for param in params:
-        if param.grad is not None and not _is_like(param.grad, param):
-            settle_gradient(param)
+            unsettled.append(param)
+    return moved, unsettled
 
 
 def _is_ordinary(tensor: Tensor) -> bool:

@@ -4,6 +4,7 @@ W ← (1 − ηλ) W − η (lift(C) + φ ⊙ E)        lift(C) = C Bᵀ (right)
 """
 
 import math
+import sys
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.projectors import Basis
+from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.residuals.base import ResidualInput
 from lowrank_optim.rules import Context, Direction, masked_direction
 from lowrank_optim.sharding.param_sharding import LOCAL
@@ -63,7 +65,9 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
             reduced = torch.where(ok, reduced, 0.0)
             squares = None if squares is None else torch.where(ok, squares, 0.0)
         step.fit_columns(reduced, max(int(state["last_refresh"]), 0), ok)
-        direction = yield from _direction(step, reduced, step.context(ok, dense=False, norms=residual.uses_norms))
+        direction = yield from _direction(
+            step, reduced, step.context(weight, ok, dense=False, norms=residual.uses_norms)
+        )
         inputs = _residual_input(step, seen, reduced, squares, direction, ok)
         if (sums := residual.sums(inputs, group)) is not None:
             if step.plan.sharding.reduced.splits(-2):
@@ -103,7 +107,7 @@ def _direction(step: ParamStep, reduced: Tensor, context: Context) -> Generator[
     fused = step.plan.rule.fused_direction(*seen)
     if fused is None:
         return masked_direction(step.plan.rule, *seen)
-    return fused.direction((yield Launch(fused.op, fused.args, _elements(step))))
+    return fused.direction((yield Launch(fused.op, fused.args, _elements(step) if _may_wait(step) else sys.maxsize)))
 
 
 def _residual_input(
@@ -121,12 +125,19 @@ def _residual_input(
 
 
 def _elements(step: ParamStep) -> int:
-    """What a waiting step keeps in memory: elements of R as a whole, of the largest basis, or of a convolution's copies."""
-    plan, param = step.plan, step.param
+    """What a waiting step keeps in memory: elements of R as a whole, or of the largest basis if that has more."""
+    plan = step.plan
     assert plan.space is not None
     *batch, lines, cols = plan.whole_moment_shape(step.state)
-    elements = math.prod(batch) * max(lines, plan.space.rows, plan.space.cols) * cols
+    return math.prod(batch) * max(lines, plan.space.rows, plan.space.cols) * cols
+
+
+def _may_wait(step: ParamStep) -> bool:
+    """Whether little but R waits: moments that are decoded do not, nor convolutions that may be copies, to be matrices."""
+    plan, param, moments = step.plan, step.param, step.moments
+    if type(moments) is CodedMoments and moments.codes() is None:
+        return False
     if plan.layout != "conv" and param.dim() <= 3:
-        return elements
+        return True
     contiguous = param.grad is not None and step.weight.is_contiguous() and param.grad.is_contiguous()
-    return elements if plan.sharding is LOCAL and contiguous else max(elements, param.numel())
+    return plan.sharding is LOCAL and contiguous

@@ -113,12 +113,12 @@ class ParamStep:
         """Whether this gradient may be used: None for yes, False for no, or, where the host would have to wait, a 0-d bool."""
         return self.skipped.check(seen, self.plan, self.group["on_nonfinite"], self.mask_on_device)
 
-    def context(self, ok: Tensor | None, dense: bool, norms: bool = False) -> Context:
-        """What the rule may know of this step, which the parameter's counter includes already."""
+    def context(self, weight: Tensor, ok: Tensor | None, dense: bool, norms: bool = False) -> Context:
+        """What the rule may know of this step, which the parameter's counter includes already; `weight` is the matrix view."""
         age = float(self.state["step"])
         steps = age if dense else moment_steps(self.state, self.group)
         fresh = (steps if self.plan.projector.moments_change_shape else age) == 1
-        return Context(steps, age, self.weight, ok, dense, fresh, self.plan.sharding, norms)
+        return Context(steps, age, weight, ok, dense, fresh, self.plan.sharding, norms)
 
     def fit_columns(self, grad: Tensor, since: int, ok: Tensor | None) -> None:
         """Measure the column scales of coded moments where that is due; `since` is the step of their last change of basis."""

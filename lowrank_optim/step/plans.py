@@ -28,6 +28,7 @@ class Plans(dict[Tensor, ParamPlan]):
         self._made_for: list[
             tuple[Rule, tuple[Any, ...]]
         ] = []  # of each group, its rule and what its state was made for
+        self._groups: list[int] = []  # which they were, by id
         self._ordinals: dict[Tensor, tuple[int, int]] = {}
 
     def of_group(self, group: Group, params: Iterable[Tensor], number: int, first: int) -> dict[Tensor, ParamPlan]:
@@ -44,6 +45,7 @@ class Plans(dict[Tensor, ParamPlan]):
         self |= plans
         rule = self.parts.of(group).rule
         self._made_for[number:] = [(rule, structure(group, rule)), *self._made_for[number + 1 :]]
+        self._groups[number:] = [id(group), *self._groups[number + 1 :]]
         self._ordinals.clear()
 
     def renew(self, groups: Sequence[Group]) -> None:
@@ -53,20 +55,15 @@ class Plans(dict[Tensor, ParamPlan]):
             fresh.set_group(number, group, fresh.of_group(group, group["params"], number, len(fresh)))
         self.clear()
         self |= fresh
-        self._made_for = fresh._made_for
+        self._made_for, self._groups = fresh._made_for, fresh._groups
         self._ordinals.clear()
 
     def check_structure(self, groups: Sequence[Group]) -> None:
         """Raise ValueError where an option that decides about the state was edited in a live group."""
-        if not self._in_order(groups):
+        if self._groups != list(map(id, groups)):  # somebody has sorted them, or taken one out
             self.renew(groups)
         for number, (group, (rule, made_for)) in enumerate(zip(groups, self._made_for, strict=True)):
             check_structure(group, made_for, rule, number)
-
-    def _in_order(self, groups: Sequence[Group]) -> bool:
-        """Whether the groups stand where they stood when the plans were made: somebody may have sorted them, or taken one out."""
-        firsts = [self.get(group["params"][0]) if group["params"] else None for group in groups]
-        return len(groups) == len(self._made_for) and all(p is None or p.group == n for n, p in enumerate(firsts))
 
     def offset(self, param: Tensor, plan: ParamPlan, group: Group) -> int:
         """How many steps before a multiple of its gap a parameter of this plan and group is refreshed."""

@@ -24,7 +24,7 @@ NAME = "liblowrank_optim_cpu.so"
 RECORD = "build.json"
 """Beside the library: what setup.py did, and why it failed where it did."""
 
-LOCAL = Path(__file__).parent
+HERE = Path(__file__).parent
 MAPS = Path("/proc/self/maps")
 """The libraries of this process, on Linux."""
 REBUILD = "install a C++17 compiler and run `pip install --force-reinstall --no-deps` on the package again"
@@ -102,7 +102,7 @@ def open_library() -> Library:
         Unavailable: it is not there, or not one of this version of the package.
     """
     chosen = os.environ.get(VARIABLE)
-    path = Path(chosen) if chosen else LOCAL / NAME
+    path = Path(chosen) if chosen else HERE / NAME
     if not path.exists():
         raise Unavailable(f"{VARIABLE}={chosen}: there is no such file." if chosen else _not_built())
     where = f"{path} ({VARIABLE})" if chosen else str(path)
@@ -145,7 +145,7 @@ def openmp_of_torch() -> ctypes.CDLL | None:
 def _not_built() -> str:
     """Why there is no library, as setup.py has recorded it."""
     try:
-        record = json.loads((LOCAL / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((HERE / RECORD).read_text(encoding="utf-8"))
         reason = str(record["error"])
     except (OSError, ValueError, KeyError):
         return f"it was not built. To build it: {REBUILD}."

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-LOCAL = Path(__file__).parent
+HERE = Path(__file__).parent
 NAME = "liblowrank_optim_cuda.so"
 """As in `library`."""
 
@@ -34,7 +34,7 @@ class NotBuilt(RuntimeError):
     """Why there is no library."""
 
 
-def build(output_dir: Path = LOCAL, targets: tuple[int, ...] = TARGETS) -> Path:
+def build(output_dir: Path = HERE, targets: tuple[int, ...] = TARGETS) -> Path:
     """Compile for the device; returns the library's path.
 
     Raises:
@@ -71,9 +71,7 @@ def _compile(compiler: str, flags: list[str], target: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the CUDA library of lowrank_optim.")
-    parser.add_argument(
-        "--output", type=Path, default=LOCAL, help="directory (default: where the package looks for it)"
-    )
+    parser.add_argument("--output", type=Path, default=HERE, help="directory (default: where the package looks for it)")
     try:
         path = build(parser.parse_args().output)
     except NotBuilt as why:

@@ -17,7 +17,7 @@ ABI_VERSION = 3
 
 VARIABLE = "LOWRANK_OPTIM_CUDA_LIBRARY"
 NAME = "liblowrank_optim_cuda.so"
-LOCAL = Path(__file__).parent
+HERE = Path(__file__).parent
 REBUILD = "run `python -m lowrank_optim.kernels.cuda.build` in a checkout, with nvcc on the path"
 
 
@@ -212,7 +212,7 @@ def open_library(chosen: str | None = None) -> Library:
         Unavailable: it is not there, or not one of this version of the package.
     """
     named = chosen or os.environ.get(VARIABLE)
-    path = Path(named) if named else LOCAL / NAME
+    path = Path(named) if named else HERE / NAME
     if not path.exists():
         why = f"{VARIABLE}={named}: there is no such file." if named else f"it is not built. To build it: {REBUILD}."
         raise Unavailable(why)

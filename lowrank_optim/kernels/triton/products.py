@@ -354,7 +354,7 @@ def parts(lines: int, rank: int, depth: int, batch: int, tile: Tile, units: int)
     """Into how many parts the contracted side is cut: enough for two programs on each multiprocessor, of at least 512 elements
     each, and no more than lets their results be a quarter of the gradient."""
     programs = -(-lines // tile.rows) * -(-rank // tile.cols) * batch
-    most = max(1, min(depth // 512, depth // (8 * rank)))
+    most = max(1, min(depth // 512, depth // (8 * max(rank, 1))))
     return max(1, min(2 * units // programs, most))
 
 
