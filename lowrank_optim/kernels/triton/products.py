@@ -95,7 +95,7 @@ def project_kernel(
 
     squares (parts, batch, lines): with NORMS, sums of squares of the lines of g.
     """
-    tiles = tl.cdiv(rank, RANK)
+    tiles = tl.maximum(tl.cdiv(rank, RANK), 1)  # rank 0: the norms alone
     tile, number, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     # Neighbouring programs read the same lines of g: they come from memory once.
     line = (tile // tiles).to(tl.int64) * LINES + tl.arange(0, LINES)
@@ -350,10 +350,14 @@ def project_tile(lines: int, rank: int, halved: bool, kib: int) -> Tile:
     return Tile(rows, cols, depth, 8 if rows * cols >= 64 * 128 else 4, stages)
 
 
+def tiles(lines: int, rank: int, tile: Tile) -> int:
+    return -(-lines // tile.rows) * max(1, -(-rank // tile.cols))
+
+
 def parts(lines: int, rank: int, depth: int, batch: int, tile: Tile, units: int) -> int:
     """Into how many parts the contracted side is cut: enough for two programs on each multiprocessor, of at least 512 elements
     each, and no more than lets their results be a quarter of the gradient."""
-    programs = -(-lines // tile.rows) * -(-rank // tile.cols) * batch
+    programs = tiles(lines, rank, tile) * batch
     most = max(1, min(depth // 512, depth // (8 * max(rank, 1))))
     return max(1, min(2 * units // programs, most))
 
@@ -383,7 +387,7 @@ def _projected(grad: Tensor, basis: Tensor, right: bool, norms: bool) -> Any:
     squares = torch.empty((count, batch, lines), dtype=torch.float32, device=grad.device) if norms else None
     launch(
         project_kernel,
-        (-(-lines // tile.rows) * -(-rank // tile.cols), count, batch),
+        (tiles(lines, rank, tile), count, batch),
         grad,
         g,
         high,
