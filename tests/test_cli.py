@@ -163,7 +163,16 @@ def test_the_example_plans_a_run_without_a_gpu_and_refuses_what_does_not_fit(tmp
 )
 def test_make_pretrain_continues_the_run_in_the_folder_unless_it_is_to_be_deleted(arguments, ends, tmp_path):
     (tmp_path / ".ready").touch()
-    command = ["make", "-n", "--no-print-directory", "-f", str(ROOT / "Makefile"), "pretrain", f"VENV={tmp_path}", f"ARGS={arguments}"]
+    command = [
+        "make",
+        "-n",
+        "--no-print-directory",
+        "-f",
+        str(ROOT / "Makefile"),
+        "pretrain",
+        f"VENV={tmp_path}",
+        f"ARGS={arguments}",
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     words = said.splitlines()[-1].split()
     assert " ".join(words) == (
