@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lowrank_optim as lo
+from lowrank_optim.groups.options import CARRIED
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -89,6 +90,72 @@ def test_an_unknown_option_names_the_nearest_valid_one():
 def test_an_unknown_group_key_names_the_nearest_valid_one():
     with pytest.raises(TypeError, match=r"unknown option 'weigth_decay' in a param group: did you mean 'weight_decay'"):
         lo.GaLoreAdamW([{"params": [weight()], "weigth_decay": 0.1}])
+
+
+def slips(name: str) -> set[str]:
+    """Every name with a letter left out, doubled or replaced, or two neighbours exchanged, but for the names of others."""
+    cuts = [(name[:i], name[i:]) for i in range(len(name) + 1)]
+    found = {a + b[1:] for a, b in cuts} | {a + letter + b for a, b in cuts for letter in "xs_"}
+    found |= {a + "x" + b[1:] for a, b in cuts if b} | {a + b[1::-1] + b[2:] for a, b in cuts}
+    return found - CARRIED - {name, ""}
+
+
+OPTIONS = (*lo.GaLoreAdamW([weight()]).defaults, "coordinates", "blocks", "limiter", "residual_lr_scale")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_group_key_one_letter_off_from_an_option_is_refused(option):
+    residual = "norm_scaled" if option == "limiter" else "sgd"
+    parameter = weight()
+    optimizer = lo.GaLoreAdamW([{"params": [weight()], "rank": 4}])
+    near = {name for name in OPTIONS if name == option or slips(name) & slips(option)}
+    for slip in sorted(slips(option) - set(OPTIONS)):
+        with pytest.raises(TypeError, match=f"unknown option {slip!r} in a param group: did you mean ") as raised:
+            optimizer.add_param_group({"params": [parameter], "rank": 4, "residual": residual, slip: 4})
+        assert str(raised.value).partition("did you mean '")[2].partition("'")[0] in near
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("option", ["rank", "lr", "eps", "seed"])
+def test_an_argument_one_letter_off_from_an_option_names_it(option):
+    for slip in sorted(slips(option) - set(OPTIONS)):
+        for call in (lo.GaLoreAdamW, lo.GaLoreAdamW([weight()]).change_group):
+            with pytest.raises(TypeError, match=f"unknown option {slip!r} in .*: did you mean '{option}'"):
+                call([weight()] if call is lo.GaLoreAdamW else 0, **{slip: 4})
+    with pytest.raises(TypeError, match="unknown option 'rnak'; did you mean 'rank'"):
+        lo.param_groups(torch.nn.Linear(8, 8), rank=4, rnak=8)
+
+
+FOREIGN = (
+    "param_names",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "swa_lr",
+    "base_momentum",
+    "max_momentum",
+    "lr_scale",
+    "name",
+)
+FOREIGN += (
+    "group_name",
+    "fused",
+    "rho",
+    "moe",
+    "wd_mult",
+    "lr_mult",
+    "is_expert_parallel",
+    "weight_sum",
+    "train_mode",
+    "d_coef",
+)
+
+
+def test_keys_of_schedulers_and_frameworks_are_no_slips():
+    for key in FOREIGN:
+        value = ["w"] if key == "param_names" else 0.5
+        optimizer = lo.GaLoreAdamW([{"params": [weight()], "rank": 4, key: value}])
+        assert optimizer.param_groups[0][key] == value
 
 
 def test_keys_of_torch_schedulers_and_trainers_are_carried_along():

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import lowrank_optim as lo
 from lowrank_optim import kernels
+from lowrank_optim.step import batching
 
 SHAPES = ((64, 48), (48, 64), (80, 80), (64,), (32, 16, 3, 3), (96, 64), (64, 96))
 
@@ -57,6 +59,18 @@ class Fails(lo.Lion):
         if context.weight.shape[0] == options["fails_at"]:
             raise ArithmeticError("no direction")
         return super().direction(grad, state, options, context)
+
+
+@dataclass(frozen=True)
+class Refuses(lo.SGDResidual):
+    """SGD, but for a matrix of 100 rows in the third step."""
+
+    name: ClassVar[str] = "refuses"
+
+    def update(self, step: Any, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
+        if step.grad.shape[0] == 100 and options["refuses"]:
+            raise ArithmeticError("no update")
+        return super().update(step, state, options)
 
 
 def parameters(shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[nn.Parameter]:
@@ -340,6 +354,37 @@ def test_a_rule_that_raises_stops_the_step_between_two_parameters(
     train(optimizer, params, range(2, 4))
     assert all(param.isfinite().all() for param in params)
     assert [float(optimizer.state[param]["step"]) for param in params] == [5.0, 5.0, 5.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize(("at_once", "untouched"), [(2**22, set()), (490 * 8, {5, 6}), (1, {4, 5, 6})])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_residual_that_raises_among_steps_that_wait_leaves_no_other_half_done(
+    at_once: int, untouched: set[int], bits: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kernels, "batches", lambda *_: True)
+    monkeypatch.setattr(batching, "TOGETHER", at_once)
+    params = parameters(((96, 80), (98, 80), (100, 80), (102, 80), (97, 80), (99, 80), (64,)))
+    groups: list[dict[str, Any]] = [
+        {"params": params[:2], "residual": "norm_scaled"},
+        {"params": params[2:3], "residual": Refuses(), "refuses": False},
+        {"params": params[3:]},
+    ]
+    optimizer = lo.LowRankOptimizer(groups, rule=lo.Adam(), lr=0.01, update_proj_gap=3, rank=8, state_bits=bits)
+    train(optimizer, params, range(2))
+    others, other = copy.deepcopy((params, optimizer))
+    train(other, others, range(2, 3))
+    before, stepped = snapshot(optimizer, params), snapshot(other, others)
+    optimizer.param_groups[1]["refuses"] = True
+    with pytest.raises(ArithmeticError, match="no update") as raised:
+        train(optimizer, params, range(2, 3))
+    if sys.version_info >= (3, 11):
+        assert raised.value.__notes__ == ["in the step of parameter 1.0"]
+    after = snapshot(optimizer, params)
+    assert torch.equal(after[2].pop("weight"), before[2].pop("weight"))
+    for number in {0, 1, 3, 4, 5, 6} - untouched:
+        assert changed(after[number], stepped[number]) == set(), number
+    for number in untouched:
+        assert changed(after[number], before[number]) == set(), number
 
 
 def test_steps_that_wait_for_others_give_the_same_bits(monkeypatch: pytest.MonkeyPatch):

@@ -103,6 +103,67 @@ def test_a_group_of_lisa_can_change_its_state_bits():
     optimizer.change_group(1, state_bits=16)
 
 
+# Which rule a group has that becomes low-rank or dense.
+
+
+def two_rules(**dense):
+    params = parameters((64, 48), (64, 48))
+    optimizer = lo.LowRankOptimizer(
+        [{"params": params[:1], "rank": 4}, {"params": params[1:], **dense}],
+        rule=lo.Lion((0.8, 0.9)),
+        dense_rule=lo.SGD(momentum=0.5),
+    )
+    train_step(optimizer, params)
+    return params, optimizer
+
+
+def rule_options(group):
+    return {name: group[name] for name in ("rule", "betas", "momentum")}
+
+
+@pytest.mark.parametrize("change", [{"rank": 4}, {"density": 0.25}])
+def test_a_dense_group_that_becomes_low_rank_has_the_rule_of_a_new_one(change):
+    params, optimizer = two_rules()
+    optimizer.change_group(1, **change)
+    (new,) = parameters((64, 48))
+    optimizer.add_param_group({"params": [new], **change})
+    _, changed, added = optimizer.param_groups
+    assert rule_options(changed) == rule_options(added)
+    assert (changed["rule"], changed["betas"]) == ("lion", (0.8, 0.9))
+    before = params[1].detach().clone()
+    train_step(optimizer, params)
+    assert optimizer.state[params[1]]["exp_avg"].shape == optimizer.state[new]["exp_avg"].shape
+    moved = torch.linalg.svdvals(params[1].detach() - before)
+    assert (moved[12:] < 1e-6).all()  # a quarter of 48, or 4
+
+
+def test_a_low_rank_group_that_becomes_dense_has_the_rule_of_a_new_one():
+    params, optimizer = two_rules()
+    optimizer.change_group(0, rank=None)
+    assert rule_options(optimizer.param_groups[0]) == rule_options(optimizer.param_groups[1])
+    assert optimizer.plan_of(params[0]).rule == lo.SGD(momentum=0.5)
+    before, grad = params[0].detach().clone(), torch.ones(64, 48)
+    params[0].grad = grad
+    momentum = optimizer.state[params[0]]["exp_avg"].clone()
+    optimizer.step()
+    torch.testing.assert_close(params[0].detach(), before - 1e-3 * (grad + 0.5 * momentum))
+
+
+def test_a_rule_or_option_of_its_own_stays_where_a_group_becomes_low_rank():
+    _, optimizer = two_rules(rule=lo.Adam())
+    optimizer.change_group(1, rank=4)
+    assert optimizer.param_groups[1]["rule"] == "adam"
+    _, optimizer = two_rules(betas=(0.7, 0.6))
+    optimizer.change_group(1, rank=4)
+    assert (optimizer.param_groups[1]["rule"], optimizer.param_groups[1]["betas"]) == ("lion", (0.7, 0.6))
+    _, optimizer = two_rules()
+    optimizer.change_group(1, rank=4, rule="sgd", momentum=0.3)
+    assert (optimizer.param_groups[1]["rule"], optimizer.param_groups[1]["momentum"]) == ("sgd", 0.3)
+    optimizer.change_group(1, rank=None, momentum=0.4)
+    optimizer.change_group(1, rank=8, betas=(0.1, 0.2))
+    assert rule_options(optimizer.param_groups[1]) == {"rule": "lion", "betas": (0.1, 0.2), "momentum": 0.4}
+
+
 # What a change of a group refuses.
 
 

@@ -14,6 +14,7 @@ import lowrank_optim as lo
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, make_key
 from lowrank_optim.projectors import Basis, Projector, Refresh, StepParams, SubspaceSpec, from_name
 from lowrank_optim.projectors.base import align_signs
+from lowrank_optim.projectors.randomized_svd import eigenvectors
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 CPU = torch.device("cpu")
@@ -780,3 +781,15 @@ def test_kinds_that_do_not_exist_are_refused():
         lo.Random("normal")
     with pytest.raises(ValueError, match="coordinates is 'diagonal'; valid values are columns, rows, entries"):
         lo.Coordinate("diagonal")
+
+
+def test_the_signs_of_eigenvectors_do_not_turn_with_the_last_bit_of_the_matrix():
+    generator = torch.Generator().manual_seed(0)
+    for size in (2, 7, 40):
+        rows = torch.randn(50, 3 * size, size, generator=generator, dtype=torch.float64)
+        gram = rows.mT @ rows
+        vectors = eigenvectors(gram)
+        torch.testing.assert_close(gram @ vectors, vectors * torch.linalg.eigvalsh(gram)[..., None, :])
+        largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+        assert (largest > 0).all()
+        torch.testing.assert_close(eigenvectors(gram * (1.0 + 1e-15)), vectors, rtol=0.0, atol=1e-9)
