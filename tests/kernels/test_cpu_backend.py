@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.counter_rng import fill_gaussian_, make_key
 from lowrank_optim.kernels.cpu import library
 from lowrank_optim.kernels.selftest import Case, answer, case
+from tests.kernels.test_backends import calls_of
 from tests.oracles.op_cases import CASES
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -36,6 +38,7 @@ backend = dispatch.backends()["cpu"]
 built = pytest.mark.skipif(not isinstance(backend, Loaded), reason=f"backend cpu: {backend}")
 with_cc = pytest.mark.skipif(CC is None, reason="no C compiler")
 OPERATIONS = backend.operations if isinstance(backend, Loaded) else {}
+MANY = backend.many if isinstance(backend, Loaded) else {}
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler")
@@ -120,6 +123,48 @@ def test_threads_change_no_bit(example: Case, threads):
     assert outcomes[0]
     assert same(outcomes[0], outcomes[1])
     assert same(outcomes[0], outcomes[2])
+
+
+@built
+@pytest.mark.parametrize("op", [name for name in MANY if name != "norm"])
+def test_threads_change_no_bit_of_many_matrices(op: str, threads):
+    outcomes = []
+    for count in (1, 2, 5):
+        threads(count)
+        calls = calls_of(op.replace("with_norms_", ""))
+        outcomes.append([*calls, *map(tensors_of, MANY[op](calls))])
+    for one, *others in zip(*outcomes, strict=True):
+        for other in others:
+            assert same(*(dict(enumerate(x for x in y if isinstance(x, Tensor))) for y in (one, other)))
+
+
+def tensors_of(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@built
+@pytest.mark.parametrize("op", ["adam_direct_", "adam_direct_with_norms_", "adam_dense_"])
+def test_matrices_of_adam_are_declined_masked_and_empty_each_for_itself(op: str):
+    make, first = (made.adam_dense, 1) if op == "adam_dense_" else (made.adam_direct, 0)
+    usual, masked, empty = make((3, 40)), make((3, 40), ok=False), make((0, 5))
+    wide = tuple(x.double() if i < first + 3 else x for i, x in enumerate(make((3, 40))))
+    calls = [wide, usual, masked, empty, make((3, 40))]
+    if first == 0:  # dense parameters are contiguous
+        grad, exp_avg, *others = make((3, 40))
+        calls.append((grad, exp_avg.T.contiguous().T, *others))
+    before = [[x.clone() if isinstance(x, Tensor) else x for x in call] for call in calls]
+    got = MANY[op](calls)
+    declined = [result is NotImplemented for result in got]
+    assert declined == [True, False, False, False, False, True][: len(calls)]
+    for number, (call, old) in enumerate(zip(calls, before, strict=True)):
+        changes = [not torch.equal(x, y) for x, y in zip(call, old, strict=True) if isinstance(x, Tensor)]
+        assert any(changes) == (number in (1, 4))
+    for x, y in zip((*usual, *tensors_of(got[1])), (*calls[4], *tensors_of(got[4])), strict=True):
+        assert torch.equal(x, y) if isinstance(x, Tensor) else x is y
+    if first == 0:
+        assert tensors_of(got[1])[0].count_nonzero() == 120
+        assert tensors_of(got[2])[0].count_nonzero() == 0
+        assert [tuple(x.shape) for x in tensors_of(got[3])] == [(0, 5), (0, 1), (0, 1)][: len(tensors_of(got[3]))]
 
 
 @built
