@@ -52,6 +52,14 @@ class TensorSharding:
         """The elements of the whole tensor of which `tensor` is the local part."""
         return tensor.numel()
 
+    def whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of the whole tensor of which `tensor` is the local part."""
+        return tuple(tensor.shape)
+
+    def offset(self, dim: int) -> int:
+        """Index of the first local element along a dimension."""
+        return 0
+
     def groups(self, *dims: int) -> "list[ProcessGroup]":
         """The process groups that split these dimensions (any, if none is given)."""
         return []
@@ -115,6 +123,9 @@ class MeshSharding(TensorSharding):
         """Index of the first local element along every dimension."""
         return self._part[1]
 
+    def offset(self, dim: int) -> int:
+        return self.offsets[dim]
+
     @cached_property
     def start(self) -> int:  # type: ignore[override]
         """Exact where only the leading dimension is split; else parts of other processes begin elsewhere, and none overlap."""
@@ -134,7 +145,7 @@ class MeshSharding(TensorSharding):
         own = self._part[0]
         return tuple(own[d] if d in self._split else size for d, size in zip(_from_end(shape), shape, strict=True))
 
-    def _whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
+    def whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
         return tuple(
             self.shape[d] if d in self._split else size
             for d, size in zip(_from_end(tensor.shape), tensor.shape, strict=True)
@@ -161,7 +172,7 @@ class MeshSharding(TensorSharding):
         return self.sum(tensor.sum(dim), dim) / self.shape[dim]
 
     def numel(self, tensor: Tensor) -> int:
-        return math.prod(self._whole_shape(tensor))
+        return math.prod(self.whole_shape(tensor))
 
     def gather(self, tensor: Tensor, *dims: int) -> Tensor:
         if not self.splits(*dims):
@@ -194,7 +205,7 @@ class MeshSharding(TensorSharding):
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        shape = torch.Size(self._whole_shape(tensor))
+        shape = torch.Size(self.whole_shape(tensor))
         strides = _strides(shape)
         if tensor.device.type in (self.mesh.device_type, "meta"):
             return DTensor.from_local(tensor, self.mesh, self.placements, run_check=False, shape=shape, stride=strides)

@@ -80,9 +80,9 @@ class ParamStep:
         return self.param if self.plan.sharding is LOCAL else local(self.param)
 
     def local_grad(self) -> Tensor:
-        """The matrix view of the gradient's local part; of a dense parameter, the local part."""
+        """The gradient's local part, as the step works on it: the matrix view, or its own shape."""
         grad = local_grad(self.param)
-        return grad if self.plan.space is None else self.plan.view(grad)
+        return self.plan.view(grad) if self.plan.is_matrix else grad
 
     # ----------------------------------------------------------------------------------------------------------- subspace
 
@@ -176,7 +176,7 @@ class ParamStep:
 
         Chunks where the rule treats every element for itself and all tensors lie in memory in the same order.
         """
-        weight, first = self.weight, self.plan.sharding.matrix.start
+        weight, first = self.plan.view(self.weight) if self.plan.is_matrix else self.weight, self.plan.sharding.matrix.start
         moments = {name: tensor for name, tensor in self.moments.items() if tensor.shape == weight.shape}
         parted = elementwise and not hasattr(weight, "codes")  # of a quantised weight, parts would be copies
         if not parted or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):
