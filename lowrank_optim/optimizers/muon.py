@@ -39,7 +39,7 @@ class MuonAdamW(LowRankOptimizer):
             matrix (`overrides={"qkv": {"split": 3}}` of `param_groups`).
 
     Raises:
-        ValueError: no group is trained by Muon.
+        ValueError: no group says which parameters are trained by Muon (a `rule`, or a `rank`, which may be None).
 
     Memory: 4 bytes for each element of a matrix, 8 for each of all else.
 
@@ -73,14 +73,15 @@ class MuonAdamW(LowRankOptimizer):
     ) -> None:
         rule = Muon(momentum, as_python(nesterov), adjust_lr_fn=adjust_lr_fn, inner_dtype=inner_dtype)
         groups = list(params) if not isinstance(params, Tensor) else [params]
+        says = {key for group in [options, *groups] if isinstance(group, dict) for key in group}
+        if self.matrix_options and says.isdisjoint(("rule", "rank", "density")):
+            raise ValueError(
+                f"no group says which parameters are trained by Muon: {type(self).__name__}(lo.param_groups(model, rule={rule.name!r})) "
+                f'gives it the matrices of the layers; in groups of your own, say {{"params": …, "rule": {rule.name!r}}}'
+            )
         if adamw_lr is not None:
             groups = [_with_rate(group, adamw_lr, options) for group in groups]
         super().__init__(groups, rule=rule, dense_rule=Adam(betas, eps), lr=lr, weight_decay=weight_decay, **options)
-        if type(self).matrix_options and not any(group["rule"] == rule.name for group in self.param_groups):
-            raise ValueError(
-                f"no group is trained by Muon: {type(self).__name__}(lo.param_groups(model, rule={rule.name!r})) gives it the matrices "
-                f'of the layers; in groups of your own, say {{"params": …, "rule": {rule.name!r}}}'
-            )
 
 
 def _with_rate(group: Any, lr: float | Tensor, options: Mapping[str, Any]) -> Any:

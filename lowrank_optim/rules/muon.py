@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.rules.base import Context, Direction, MomentumRule, Transport
-from lowrank_optim.rules.orthogonal import COEFFICIENTS, gram_dtype, growth, orthogonalize
+from lowrank_optim.rules.orthogonal import COEFFICIENTS, Orthogonalization, gram_dtype, growth
 from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
@@ -28,18 +28,25 @@ class Muon(MomentumRule):
         "match_rms_adamw"      0.2·√max(rows, cols), of R in a subspace: the root mean square of Adam's N
 
     Weight decay is by η, not by ηs. The rule is for matrices: convolutions (out × the rest), stacks of experts (each for itself) and
-    the matrices of fused layers, which `split` parts. Vectors are refused when the optimizer is built.
+    the matrices of fused layers, which `split` parts. Vectors are trained by the optimizer's
+    `dense_rule`, if it has another one, and else refused when it is built.
 
-    Sharded rows or columns (FSDP2, tensor parallelism) are not gathered. Of an m×n matrix that is split along one side, the Gram matrix
-    of the other side is summed: d² numbers of 8 bytes for each matrix and step, n² for rows (n·n, also where n > m), m² for columns.
-    Newton–Schulz's polynomial is then evaluated on it, in float64, d³ operations on every process; N is as exact as on one process:
-    an error of 10⁻⁵ in N at most, whatever the singular values, since float32 products err by that. With `inner_dtype="bfloat16"` Gram
-    matrices are float32 (4 bytes), and the error is up to 10⁻² in the directions of small singular values, as bfloat16's own.
-    A matrix that is split along both sides is refused.
+    Sharded rows or columns (FSDP2, tensor parallelism) are not gathered. Of a matrix that is split along one side, the Gram matrix of
+    the other side is summed over the processes, d² numbers of 8 bytes for each matrix (and block of `split`) and step; the polynomial
+    is evaluated on it, in about 34·d³ float64 operations on every process. Where the other side is much longer, as of a wide matrix
+    with split rows, each process first exchanges its share of the matrix for a share of columns, and back at the end, so that d is the
+    shorter side: two all-to-alls of m·n/p elements besides (not with `split`). Matrices that are split along both sides are refused.
+    Moments in few bits are coded in rows; where those are split, the matrix is gathered (use `state_bits` 32 or 16).
+
+    The error of U f(S) Vᵀ, as its largest singular value, for any singular values of the matrix:
+
+        inner_dtype    whole matrices    sharded ones    bytes of a number in a sum
+        "float32"      2·10⁻⁵            10⁻⁷            8
+        "bfloat16"     0.2               2·10⁻³          4, at most 5 `ns_steps`
 
     momentum, nesterov: μ, and whether the gradient counts once more.
     ns_coefficients, ns_steps: a, b, c of X ← aX + b(XXᵀ)X + c(XXᵀ)²X, and how often.
-    eps: the norm from which a matrix is normalised.
+    ns_eps: the norm from which a matrix is normalised.
     adjust_lr_fn: see above.
     inner_dtype: of the products on whole matrices: "float32" (float64 for float64 parameters), "bfloat16" as in torch, or "float64".
     split: blocks of rows that are orthogonalised each for itself: how many equal ones, or their sizes: 3 or (4096, 1024, 1024) for
@@ -57,7 +64,7 @@ class Muon(MomentumRule):
     nesterov: bool = True
     ns_coefficients: tuple[float, float, float] = COEFFICIENTS
     ns_steps: int = 5
-    eps: float = 1e-7
+    ns_eps: float = 1e-7
     adjust_lr_fn: str | None = "original"
     inner_dtype: str = "float32"
     split: int | tuple[int, ...] | None = None
@@ -74,8 +81,8 @@ class Muon(MomentumRule):
             raise ValueError(f"ns_coefficients is {coefficients!r}; it must be three numbers, a, b and c")
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100:
             raise ValueError(f"ns_steps is {steps!r}; it must be an int from 1 to 99")
-        if not float(options["eps"]) > 0.0:
-            raise ValueError(f"eps is {options['eps']!r}; it must be above 0")
+        if not float(options["ns_eps"]) > 0.0:
+            raise ValueError(f"ns_eps is {options['ns_eps']!r}; it must be above 0")
         if options["adjust_lr_fn"] not in (*ADJUSTMENTS, None):
             raise ValueError(
                 f"adjust_lr_fn is {options['adjust_lr_fn']!r}; valid values are {', '.join(map(repr, ADJUSTMENTS))} and None"
@@ -145,15 +152,14 @@ class Muon(MomentumRule):
     def _orthogonal(self, block: Tensor, options: Mapping[str, Any], context: Context) -> Tensor:
         """U f(S) Vᵀ of a block of rows, a tensor of its own."""
         inner = INNER_DTYPES[options["inner_dtype"]]
-        return orthogonalize(
-            block,
-            context.sharding.reduced,
+        orthogonalize = Orthogonalization(
             exact=_in_subspace(block, context),
             coefficients=tuple(options["ns_coefficients"]),
             steps=options["ns_steps"],
-            eps=float(options["eps"]),
+            eps=float(options["ns_eps"]),
             inner=inner if inner == torch.bfloat16 else torch.promote_types(inner, block.dtype),
         )
+        return orthogonalize(block, context.sharding.reduced, exchange=options["split"] is None)
 
     def _sized(
         self, blocks: list[Tensor], state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context

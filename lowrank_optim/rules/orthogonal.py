@@ -9,6 +9,9 @@ With M = U S Vᵀ:
 The last two lines need of M's rows nothing but the d² numbers of MᵀM, which are a sum over the processes that hold rows.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -65,31 +68,53 @@ def gram_dtype(inner: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if inner == torch.bfloat16 or device.type == "mps" else torch.float64
 
 
-def orthogonalize(
-    matrix: Tensor,
-    spread: TensorSharding,
-    *,
-    exact: bool,
-    coefficients: Coefficients,
-    steps: int,
-    eps: float,
-    inner: torch.dtype,
-) -> Tensor:
-    """U f(S) Vᵀ, or U Vᵀ where `exact`, of the matrix whose local rows or columns these are.
+@dataclass(frozen=True)
+class Orthogonalization:
+    """How a matrix is orthogonalised.
 
-    Sends the Gram matrix of the side that is not split: d² numbers of 8 bytes (4 with `inner` bfloat16), in one sum.
+    exact: U Vᵀ by eigenvalues, in place of U f(S) Vᵀ by Newton–Schulz.
+    coefficients, steps, eps: of Newton–Schulz.
+    inner: the type of its products on whole matrices.
     """
-    across = [dim for dim in (-2, -1) if spread.splits(dim)]
-    if not exact and not across:
-        return newton_schulz(matrix, coefficients, steps, eps, inner)
-    rows_add_up = across == [-2] or (not across and matrix.shape[-2] >= matrix.shape[-1])
-    wide = matrix.to(gram_dtype(matrix.dtype if exact else inner, matrix.device))
-    gram = wide.mT @ wide if rows_add_up else wide @ wide.mT
-    if across:
-        gram = spread.sum(gram, *across)
-    if exact:
-        noise = max(spread.whole_shape(matrix)[-2:]) * torch.finfo(matrix.dtype).eps
-        factor = inverse_root(gram, max(noise**2, gram.shape[-1] * torch.finfo(gram.dtype).eps))
-    else:
-        factor = gram_newton_schulz(gram, coefficients, steps, eps)
-    return (wide @ factor if rows_add_up else factor @ wide).to(matrix.dtype)
+
+    exact: bool
+    coefficients: Coefficients
+    steps: int
+    eps: float
+    inner: torch.dtype
+
+    def __call__(self, matrix: Tensor, spread: TensorSharding, exchange: bool = True) -> Tensor:
+        """The orthogonal factor of the matrix whose local rows or columns these are.
+
+        Sends d² numbers of the Gram matrix of the side that is not split. Where that is the longer side by much, parts of rows are
+        exchanged for parts of columns, and back, so that it is the shorter one (`exchange`).
+        """
+        across = [dim for dim in (-2, -1) if spread.splits(dim)]
+        if not across:
+            if self.exact:
+                return self._by_gram(matrix, matrix.shape[-2] >= matrix.shape[-1], lambda gram: gram)
+            return newton_schulz(matrix, self.coefficients, self.steps, self.eps, self.inner)
+        (held,) = across
+        if exchange and saves(spread.whole_shape(matrix), held, [group.size() for group in spread.groups(held)]):
+            other = -3 - held
+            parts = spread.exchange(matrix, held, other)
+            found = self._by_gram(parts, other == -2, lambda gram: spread.sum(gram, held))
+            return spread.exchange(found, other, held)
+        return self._by_gram(matrix, held == -2, lambda gram: spread.sum(gram, held))
+
+    def _by_gram(self, matrix: Tensor, of_columns: bool, total: Callable[[Tensor], Tensor]) -> Tensor:
+        """M Q with Q from MᵀM, or Q M with Q from MMᵀ; `total` sums the Gram matrix over processes."""
+        wide = matrix.to(gram_dtype(matrix.dtype if self.exact else self.inner, matrix.device))
+        gram = total(wide.mT @ wide if of_columns else wide @ wide.mT)
+        if self.exact:
+            noise = gram.shape[-1] * torch.finfo(matrix.dtype).eps
+            factor = inverse_root(gram, max(noise**2, gram.shape[-1] * torch.finfo(gram.dtype).eps))
+        else:
+            factor = gram_newton_schulz(gram, self.coefficients, self.steps, self.eps)
+        return (wide @ factor if of_columns else factor @ wide).to(matrix.dtype)
+
+
+def saves(shape: tuple[int, ...], held: int, processes: Sequence[int]) -> bool:
+    """Whether two exchanges and the Gram matrix of the split side are less to send than that of the other side, in 4 bytes and in 8."""
+    mine, other = shape[held], shape[-3 - held]
+    return len(processes) == 1 and 16 * mine**2 + 8 * mine * other / processes[0] < 16 * other**2

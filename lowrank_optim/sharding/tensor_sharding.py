@@ -68,6 +68,10 @@ class TensorSharding:
         """The tensor with these dimensions whole."""
         return tensor
 
+    def exchange(self, tensor: Tensor, held: int, wanted: int) -> Tensor:
+        """Parts along dimension `wanted`, from parts along `held`, which become whole: an all-to-all of this tensor's elements."""
+        return tensor
+
     def part(self, tensor: Tensor, *dims: int) -> Tensor:
         """What is held here of a tensor that is whole in these dimensions (all, if none is given)."""
         return tensor
@@ -184,6 +188,21 @@ class MeshSharding(TensorSharding):
         whole: Tensor = self.wrap(tensor.contiguous()).redistribute(placements=placements).to_local()  # type: ignore[attr-defined]
         return whole
 
+    def exchange(self, tensor: Tensor, held: int, wanted: int) -> Tensor:
+        """Of one process group that splits one of the two dimensions; both are cut as `Shard` cuts them."""
+        (group,) = self.groups(held) or self.groups(wanted)
+        have, get = (_chunks(self.shape[dim], group.size()) for dim in (held, wanted))
+        own = get[group.rank()]
+        sent = torch.cat([piece.flatten() for piece in tensor.split(get, wanted)])
+        rest = math.prod(size for dim, size in zip(_from_end(tensor.shape), tensor.shape, strict=True) if dim not in (held, wanted))
+        sizes = [rest * length * own for length in have]
+        came = sent.new_empty(sum(sizes))
+        torch.distributed.all_to_all_single(came, sent, sizes, [rest * tensor.shape[held] * n for n in get], group=group)
+        shapes = [list(tensor.shape) for _ in have]
+        for shape, length in zip(shapes, have, strict=True):
+            shape[held], shape[wanted] = length, own
+        return torch.cat([piece.view(shape) for piece, shape in zip(came.split(sizes), shapes, strict=True)], held)
+
     def part(self, tensor: Tensor, *dims: int) -> Tensor:
         shape, offset = self._part
         own = tensor
@@ -239,6 +258,12 @@ def placement_along(placement: Any, dim: int) -> Any:
 
     factor = getattr(placement, "split_factor", None)
     return Shard(dim) if factor is None else type(placement)(dim, split_factor=factor)
+
+
+def _chunks(length: int, parts: int) -> list[int]:
+    """How `Shard` cuts a dimension: equal chunks, of which the last may be shorter or empty."""
+    chunk = -(-length // parts)
+    return [min(max(length - number * chunk, 0), chunk) for number in range(parts)]
 
 
 def _from_end(shape: tuple[int, ...]) -> range:

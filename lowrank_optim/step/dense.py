@@ -19,7 +19,7 @@ def dense_step(step: ParamStep, norm: Tensor | None = None) -> Step:
         if not step.plan.sharding.whole:
             yield from _dense(step, grad, norm)
             return
-        with step.gathered(grad) as (whole, gradient):
+        with step.gathered() as (whole, gradient):
             yield from _dense(whole, gradient, norm, copied=True)
 
 

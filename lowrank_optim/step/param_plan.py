@@ -191,17 +191,16 @@ def plan_group(
             space is not None and space.rank == 0 and not projector.moments_change_shape
         ):  # density 0: no subspace of any kind
             own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
-        sharding = make_sharding(param, space, own, group, parts.rule)
+        rule = parts.rule_for(shape)
+        sharding = make_sharding(param, space, own, group, rule)
         space = None if space is None else replace(space, sharding=sharding)
-        plan = ParamPlan(
-            name, index, group["layout"], space, parts.rule, own, parts.residual, param.device, param.dtype
-        )
+        plan = ParamPlan(name, index, group["layout"], space, rule, own, parts.residual, param.device, param.dtype)
         plan = replace(
             plan, shape=tuple(param.shape), sharding=sharding, group=number, sum_dtype=wide, position=position
         )
         plan = replace(plan, named=given is not None)
         check_sharding(plan, param, group)
-        if parts.rule.on_matrices:
+        if rule.on_matrices:
             check_matrix(plan, shape, group)
         plans[param] = plan
     if isinstance(parts.rule, JointRule):

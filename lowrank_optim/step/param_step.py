@@ -157,15 +157,15 @@ class ParamStep:
             weight.copy_(matrix.view(weight.shape))
 
     @contextmanager
-    def gathered(self, grad: Tensor) -> Iterator[tuple["ParamStep", Tensor]]:
+    def gathered(self) -> Iterator[tuple["ParamStep", Tensor]]:
         """The step and the gradient of the whole parameter, where moments are kept whole although the weights are not."""
         weight, spread = self.weight, self.plan.sharding.matrix
         dims = range(-weight.dim(), 0)
-        whole = spread.gather(weight, *dims)
+        whole, grad = spread.gather(weight, *dims), spread.gather(local_grad(self.param), *dims)
         state = {name: tensor for name, tensor in self.state.items() if name != "master"}
         yield (
             replace(self, param=whole, plan=replace(self.plan, sharding=LOCAL), state=state),
-            spread.gather(grad, *dims),
+            self.plan.view(grad) if self.plan.is_matrix else grad,
         )
         weight.copy_(spread.part(whole))
 
