@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from distributed_harness import IMPORTED_ONCE, distance, shard, spawn, states, weights
+from tests.oracles.distributed_harness import IMPORTED_ONCE, distance, shard, spawn, states, weights
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
