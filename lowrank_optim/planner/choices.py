@@ -68,11 +68,6 @@ class OptimizerChoice:
         """Whether it can update inside backward."""
         return self.kind is not None and issubclass(self.kind, LowRankOptimizer)
 
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether the rank decides its memory."""
-        return self.updates_in_backward and not issubclass(self.kind or object, LayerSwitching)
-
 
 def names() -> list[str]:
     """The short names of all optimizers."""
