@@ -1,9 +1,8 @@
 // The functions that Python calls (lowrank_optim/kernels/cpu/library.py declares the same): plain pointers, sizes and numbers.
 //
 // They return 0, or 1 where there is no memory for working space; nothing has been changed then. Arguments are not checked.
-// Whoever changes a signature raises ABI_VERSION here and in library.py.
-#include <cfloat>
-#include <cmath>
+// Whoever changes a signature or a structure raises ABI_VERSION here and in library.py.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -16,7 +15,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 5;
+constexpr int ABI_VERSION = 6;
 constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thread
 
 #define LOWRANK_TEXT_(x) #x
@@ -80,70 +79,70 @@ int guarded(const Body& body) {
 // Units of a coded matrix that is not empty.
 int64_t units_of(const Coding& c) { return c.rows * pieces(c.cols, span(c)); }
 
+// body(begin, end, worker) over [0, count) in pieces.
+template <class Body>
+void in_pieces(int64_t count, int64_t piece, int threads, const Body& body) {
+  parallel(
+      count, piece > 1 ? piece : 1, threads,
+      [](void* context, int64_t begin, int64_t end, int worker) { (*static_cast<const Body*>(context))(begin, end, worker); },
+      const_cast<Body*>(&body));
+}
+
+// The units of several calls in a row.
+struct Units {
+  std::vector<int64_t> first{0};  // the first one of each call, and their number
+
+  void add(int64_t units) { first.push_back(first.back() + units); }
+  int64_t count() const { return first.back(); }
+
+  // body(call, from, to) for the units `begin` … `end`, counted within each call.
+  template <class Body>
+  void each(int64_t begin, int64_t end, const Body& body) const {
+    size_t k = size_t(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
+    for (; begin < end; ++k) {
+      const int64_t to = end < first[k + 1] ? end : first[k + 1];
+      if (begin < to) body(k, begin - first[k], to - first[k]);
+      begin = to;
+    }
+  }
+};
+
 // A kernel over `units` of `size` elements.
 template <class Args>
 int run(OnUnits<Args> kernel, const Args& args, int64_t units, int64_t size, int threads) {
-  if (units * size <= ALONE) threads = 1;
-  struct Call {
-    OnUnits<Args> kernel;
-    const Args* args;
-  } call = {kernel, &args};
-  const int64_t piece = ALONE / size > 1 ? ALONE / size : 1;
-  parallel(
-      units, piece, threads,
-      [](void* context, int64_t begin, int64_t end, int) {
-        const Call* c = static_cast<Call*>(context);
-        c->kernel(*c->args, begin, end);
-      },
-      &call);
+  in_pieces(units, ALONE / size, units * size <= ALONE ? 1 : threads,
+            [&](int64_t begin, int64_t end, int) { kernel(args, begin, end); });
   return 0;
 }
 
 // The same for coded matrices, whose kernels need working memory: several at once.
 template <class Args>
 int run_many(OnBlocks<Args> kernel, const std::vector<Args>& calls, int threads) {
-  if (threads > MAX_THREADS) threads = MAX_THREADS;
-  std::vector<int64_t> first(calls.size() + 1);  // units of all matrices in a row; the first one of each
+  Units units;
   int64_t elements = 0, floats = 0, widest = 1;
-  for (size_t k = 0; k < calls.size(); ++k) {
-    const Coding& c = calls[k].coding;
+  for (const Args& args : calls) {
+    const Coding& c = args.coding;
     const bool empty = c.rows == 0 || c.cols == 0;
     const int64_t width = empty ? 1 : span(c);
     if (width > INT32_MAX / 2) return 1;  // kernels count the elements of a unit in an int
-    first[k + 1] = first[k] + (empty ? 0 : units_of(c));
+    units.add(empty ? 0 : units_of(c));
     elements += c.rows * c.cols;
     if (!empty && scratch_floats(c) > floats) floats = scratch_floats(c);
     if (width > widest) widest = width;
   }
   if (elements == 0) return 0;
   if (elements <= ALONE) threads = 1;
-  struct Call {
-    OnBlocks<Args> kernel;
-    const std::vector<Args>& calls;
-    const std::vector<int64_t>& first;
-    float* scratch;
-    int64_t floats;
-  } call = {kernel, calls, first, nullptr, floats};
   alignas(64) float few[8192];  // arrays begin with a cache line: a vector across two of them costs twice
   std::unique_ptr<float, decltype(&std::free)> many(nullptr, &std::free);
-  if (floats * threads <= int64_t(sizeof few / sizeof *few)) {
-    call.scratch = few;
-  } else {
+  float* scratch = few;
+  if (floats * threads > int64_t(sizeof few / sizeof *few)) {
     many.reset(static_cast<float*>(std::aligned_alloc(64, size_t(floats) * size_t(threads) * sizeof(float))));
     if (!many) return 1;
-    call.scratch = many.get();
+    scratch = many.get();
   }
-  const int64_t piece = ALONE / widest > 1 ? ALONE / widest : 1;
-  parallel(
-      first.back(), piece, threads,
-      [](void* context, int64_t begin, int64_t end, int worker) {
-        const Call& c = *static_cast<Call*>(context);
-        for (size_t k = 0; k < c.calls.size(); ++k) {
-          const int64_t from = begin > c.first[k] ? begin : c.first[k], to = end < c.first[k + 1] ? end : c.first[k + 1];
-          if (from < to) c.kernel(c.calls[k], from - c.first[k], to - c.first[k], c.scratch + worker * c.floats);
-        }
-      },
-      &call);
+  in_pieces(units.count(), ALONE / widest, threads, [&](int64_t begin, int64_t end, int worker) {
+    units.each(begin, end, [&](size_t k, int64_t from, int64_t to) { kernel(calls[k], from, to, scratch + worker * floats); });
+  });
   return 0;
 }
 
@@ -168,9 +167,6 @@ struct Inverse {
 };
 
 Noise noise_of(int on, uint64_t key, int64_t start, uint16_t offset) { return Noise{on != 0, key, start, offset}; }
-
-// √total as if summed in float32: what is too large for it is infinite, as v would be.
-float root_of(double total) { return total > double(FLT_MAX) ? HUGE_VALF : float(std::sqrt(total)); }
 
 // ‖N_j‖ and ‖g_j‖ of rows from the sums of the units that each has.
 void write_lengths(const Squares* squares, int64_t rows, int64_t units, f32* lengths, f32* grad_lengths) {
@@ -216,27 +212,26 @@ LOWRANK_API void lowrank_optim_use_openmp(void* runtime, void* number) {
   use_openmp(reinterpret_cast<OpenMP>(runtime), reinterpret_cast<Number>(number));
 }
 
-// adam_direct_ with `out`, adam_dense_ with `weight`: the other is null. `n` elements in rows of `cols`; with `lengths`, which go
-// with `out`, ‖N_j‖ of every row is written there, and ‖g_j‖ to `grad_lengths`.
-LOWRANK_API int lowrank_optim_adam(int64_t n, int64_t cols, const void* grad, int grad_type, f32* exp_avg, f32* exp_avg_sq, f32* out,
-                                   f32* lengths, f32* grad_lengths, void* weight, int weight_type, float weight1, float beta2,
-                                   float weight2, float correction, float floor, float keep, float alpha, int rounding, uint64_t key,
-                                   int64_t start, int threads) {
+// `count` tensors at once.
+LOWRANK_API int lowrank_optim_adam(int64_t count, const AdamArgs* calls, int threads) {
   return guarded([&] {
-    const int64_t rows = lengths ? n / cols : 0;
-    std::vector<Squares> squares(static_cast<size_t>(rows));
-    AdamArgs args;
-    args.grad = {grad, grad_type, 0};
-    args.exp_avg = exp_avg;
-    args.exp_avg_sq = exp_avg_sq;
-    args.out = out;
-    args.weight = {weight, weight_type, 0};
-    args.adam = {weight1, beta2, weight2, correction, floor};
-    args.write = {keep, alpha, noise_of(rounding, key, start, 0)};
-    args.cols = cols;
-    args.squares = lengths ? squares.data() : nullptr;
-    run<AdamArgs>(chosen->kernels->adam, args, lengths ? rows : n, lengths ? cols : 1, limited(threads));
-    write_lengths(squares.data(), rows, 1, lengths, grad_lengths);
+    Units units;
+    int64_t elements = 0, widest = TILE;
+    // What a unit has, and all of them: rows where there are norms, else elements.
+    const auto height = [](const AdamArgs& c) { return !c.norms ? TILE : c.cols < TILE ? TILE / c.cols : 1; };
+    const auto total = [](const AdamArgs& c) { return c.norms ? c.numel / c.cols : c.numel; };
+    for (int64_t k = 0; k < count; ++k) {
+      const AdamArgs& c = calls[k];
+      units.add(pieces(total(c), height(c)));
+      elements += c.numel;
+      if (c.norms && c.cols > widest) widest = c.cols;
+    }
+    in_pieces(units.count(), ALONE / widest, elements <= ALONE ? 1 : limited(threads), [&](int64_t begin, int64_t end, int) {
+      units.each(begin, end, [&](size_t k, int64_t from, int64_t to) {
+        const int64_t size = height(calls[k]), last = total(calls[k]);
+        chosen->kernels->adam(calls[k], from * size, to * size < last ? to * size : last);
+      });
+    });
     return 0;
   });
 }
@@ -248,7 +243,7 @@ LOWRANK_API int lowrank_optim_rule(int rule, int64_t n, const f32* grad, f32* mo
 }
 
 // coded_adam_direct_ with `out`, coded_adam_dense_ with `weight`, of `count` matrices at once: for each, a row of WORDS integers and
-// addresses and a row of NUMBERS floats, in the order in which they are read here. `lengths` as in lowrank_optim_adam.
+// addresses and a row of NUMBERS floats, in the order in which they are read here. `lengths` are the `norms` of AdamArgs.
 LOWRANK_API int lowrank_optim_coded_adam(int64_t count, const int64_t* words, const float* numbers, int threads) {
   return guarded([&] {
     constexpr int WORDS = 24, NUMBERS = 7;
@@ -292,36 +287,19 @@ LOWRANK_API int lowrank_optim_coded_adam(int64_t count, const int64_t* words, co
 // ‖x‖ of `count` flat tensors: for each its address, type and number of elements.
 LOWRANK_API int lowrank_optim_norms(int64_t count, const int64_t* words, float* norms, int threads) {
   return guarded([&] {
-    std::vector<SquaresArgs> calls(static_cast<size_t>(count));
-    int64_t tiles = 0;
-    for (int64_t i = 0; i < count; ++i) tiles += pieces(words[3 * i + 2], TILE);
-    std::vector<double> sums(static_cast<size_t>(tiles));
-    std::vector<int64_t> first(static_cast<size_t>(count) + 1);
-    for (int64_t i = 0; i < count; ++i) {
-      const size_t k = static_cast<size_t>(i);
-      calls[k] = {{reinterpret_cast<const void*>(words[3 * i]), int32_t(words[3 * i + 1]), 0}, sums.data() + first[k]};
-      first[k + 1] = first[k] + pieces(words[3 * i + 2], TILE);
-    }
-    struct Call {
-      const std::vector<SquaresArgs>& calls;
-      const std::vector<int64_t>& first;
-      const int64_t* words;
-    } call = {calls, first, words};
-    parallel(
-        tiles, ALONE / TILE, tiles * TILE <= ALONE ? 1 : limited(threads),
-        [](void* context, int64_t begin, int64_t end, int) {
-          const Call& c = *static_cast<Call*>(context);
-          for (size_t k = 0; k < c.calls.size(); ++k) {
-            const int64_t from = begin > c.first[k] ? begin : c.first[k], to = end < c.first[k + 1] ? end : c.first[k + 1];
-            if (from >= to) continue;
-            const int64_t size = c.words[3 * k + 2], last = (to - c.first[k]) * TILE;
-            chosen->kernels->squares(c.calls[k], (from - c.first[k]) * TILE, last < size ? last : size);
-          }
-        },
-        &call);
-    for (size_t k = 0; k < calls.size(); ++k) {
+    Units tiles;
+    for (int64_t i = 0; i < count; ++i) tiles.add(pieces(words[3 * i + 2], TILE));
+    std::vector<double> sums(static_cast<size_t>(tiles.count()));
+    in_pieces(tiles.count(), ALONE / TILE, tiles.count() * TILE <= ALONE ? 1 : limited(threads), [&](int64_t begin, int64_t end, int) {
+      tiles.each(begin, end, [&](size_t k, int64_t from, int64_t to) {
+        const int64_t* x = words + 3 * k;
+        const SquaresArgs args = {{reinterpret_cast<const void*>(x[0]), int32_t(x[1]), 0}, sums.data() + tiles.first[k]};
+        chosen->kernels->squares(args, from * TILE, to * TILE < x[2] ? to * TILE : x[2]);
+      });
+    });
+    for (size_t k = 0; k < size_t(count); ++k) {
       double total = 0.0;
-      for (int64_t tile = first[k]; tile < first[k + 1]; ++tile) total += sums[static_cast<size_t>(tile)];
+      for (int64_t tile = tiles.first[k]; tile < tiles.first[k + 1]; ++tile) total += sums[size_t(tile)];
       norms[k] = root_of(total);
     }
     return 0;

@@ -71,21 +71,26 @@ void adam(const AdamArgs& args, int64_t first, int64_t last) {
     }
     return g;
   };
-  if (!args.squares) {
+  if (!args.norms) {
     for (int64_t at = first; at < last; at += TILE) tile(at, smaller(TILE, last - at));
     return;
   }
   const int64_t width = args.cols < TILE ? args.cols : TILE, height = TILE / width;  // whole rows, where they are short
+  Squares sums[TILE];
   for (int64_t row = first; row < last; row += height) {
     const int rows = smaller(height, last - row);
-    for (int k = 0; k < rows; ++k) args.squares[row + k] = {};
+    for (int k = 0; k < rows; ++k) sums[k] = {};
     for (int64_t col = 0; col < args.cols; col += width) {
       const int n = smaller(width, args.cols - col);
       const f32* g = tile(row * args.cols + col, rows * n);
       for (int k = 0; k < rows; ++k) {
-        args.squares[row + k].direction += sum_of_squares(direction + k * n, n);
-        args.squares[row + k].grad += sum_of_squares(g + k * n, n);
+        sums[k].direction += sum_of_squares(direction + k * n, n);
+        sums[k].grad += sum_of_squares(g + k * n, n);
       }
+    }
+    for (int k = 0; k < rows; ++k) {
+      args.norms[row + k] = root_of(sums[k].direction);
+      args.grad_norms[row + k] = root_of(sums[k].grad);
     }
   }
 }

@@ -1,4 +1,4 @@
-// What the operations take, and the table of the functions that do them, one table for each instruction set.
+// What the operations take (lowrank_optim/kernels/cpu/structures.py has the same structures), and the table of the functions that do them, one table for each instruction set.
 //
 // Definitions: lowrank_optim/kernels/reference.py and lowrank_optim/quantization/{rows,moments,basis}.py. Every float operation
 // here is rounded to float32 once, in the order written there, without fused multiply-adds, so all instruction sets, thread counts
@@ -43,6 +43,11 @@ struct Squares {
   double direction, grad;
 };
 
+// √total as if summed in float32: what is too large for it is infinite, as v would be.
+static inline float root_of(double total) {
+  return total > double(__FLT_MAX__) ? __builtin_huge_valf() : float(__builtin_sqrt(total));
+}
+
 // m ← lerp(m, g, weight1), v ← beta2 v + weight2 g², N = m / (√v correction + floor)
 struct Adam {
   float weight1, beta2, weight2, correction, floor;
@@ -54,15 +59,16 @@ struct Write {
   Noise rounding;
 };
 
-// adam_direct_ (out) and adam_dense_ (weight); flat tensors, or, with `squares`, rows of `cols` elements.
+// adam_direct_ (out) and adam_dense_ (weight) of `numel` elements: the other is null. With `norms`, which go with `out`, ‖N_j‖ of
+// every row of `cols` elements is written there, and ‖g_j‖ to `grad_norms`.
 struct AdamArgs {
+  int64_t numel, cols;
   ConstRows grad;
   f32 *exp_avg, *exp_avg_sq, *out;
   Rows weight;
   Adam adam;
   Write write;
-  int64_t cols;
-  Squares* squares;
+  f32 *norms, *grad_norms;
 };
 
 // lion_direct_, sgd_direct_ and rmsprop_direct_; flat tensors of float32.

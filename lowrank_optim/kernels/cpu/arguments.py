@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.compiled_arguments import TYPES
-from lowrank_optim.kernels.counter_rng import turn_offset
+from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.reference import row_norms
 
 F32 = torch.float32
 NO_WORDS = (0, 0, 0)
+
+NO_ROWS = (0, 0, 0)
+NO_NOISE = (False, 0, 0, 0)
+NO_WRITE = (1.0, 0.0, *NO_NOISE)
+NO_NUMBERS = (0.0, 0.0, 0.0, 0.0, 0.0)
+"""Values of the structures Rows, Noise, Write and Adam."""
 
 
 def storable(*tensors: Tensor | None) -> bool:
@@ -48,14 +54,20 @@ def no_direction(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return direction, *row_norms(direction, grad)
 
 
-def room_for_lengths(grad: Tensor) -> tuple[Tensor, Tensor]:
+def rounding_values(rounding: Tensor) -> tuple[bool, int, int, int]:
+    """Of the structure Noise."""
+    key, start = rounding.tolist()
+    return True, unsigned_key(key), start, 0
+
+
+def room_for_norms(grad: Tensor) -> tuple[Tensor, Tensor]:
     """Room for ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
-    above, below = (grad.new_empty((*grad.shape[:-1], 1)) for _ in range(2))
-    return above, below
+    norms = grad.new_empty(*grad.shape[:-1], 1)
+    return norms, torch.empty_like(norms)
 
 
 def addresses(lengths: Sequence[Tensor]) -> tuple[int, int]:
-    """Of both `room_for_lengths`; 0 where they are not wanted."""
+    """Of both `room_for_norms`; 0 where they are not wanted."""
     above, below = (tensor.data_ptr() for tensor in lengths) if lengths else (0, 0)
     return above, below
 

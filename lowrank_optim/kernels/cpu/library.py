@@ -16,8 +16,8 @@ import torch
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 5
-"""Raised, here and in csrc/cpu/abi.cpp, whenever a signature changes."""
+ABI_VERSION = 6
+"""Raised, here and in csrc/cpu/abi.cpp, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
 NAME = "liblowrank_optim_cpu.so"
@@ -29,7 +29,6 @@ MAPS = Path("/proc/self/maps")
 """The libraries of this process, on Linux."""
 REBUILD = "install a C++17 compiler and run `pip install --force-reinstall --no-deps` on the package again"
 
-_ADAM = (c_float,) * 5
 _WRITE = (c_float, c_float, c_int, c_uint64, c_int64)  # keep, alpha; rounding: on, key, start
 _NOISE = (c_int, c_uint64, c_int64, c_uint16)
 _CODING = (c_int64, c_int64, c_int64, c_int)  # rows, cols, block, bits
@@ -38,7 +37,7 @@ _FLAT = (c_void_p, c_int)
 _P, _N = c_void_p, c_int64
 
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    "adam": (_N, _N, *_FLAT, _P, _P, _P, _P, _P, *_FLAT, *_ADAM, *_WRITE),
+    "adam": (_N, c_char_p),  # the structures of several tensors, one after the other
     "rule": (c_int, _N, _P, _P, _P, c_float, c_float, c_float),
     "coded_adam": (_N, _P, _P),  # rows of words and of numbers, one for each matrix
     "norms": (_N, _P, _P),

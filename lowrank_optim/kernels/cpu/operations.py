@@ -6,7 +6,6 @@ are not of unit stride where a copy would be large. `ok` is read on the host: th
 
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int64
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,11 @@ from lowrank_optim.kernels.compiled_arguments import LION, NESTEROV, RMSPROP, SG
 from lowrank_optim.kernels.counter_rng import unsigned_key
 from lowrank_optim.kernels.cpu.arguments import (
     F32,
+    NO_NOISE,
+    NO_NUMBERS,
+    NO_ROWS,
     NO_WORDS,
+    NO_WRITE,
     addresses,
     coded_words,
     coding_words,
@@ -33,20 +36,27 @@ from lowrank_optim.kernels.cpu.arguments import (
     pointer,
     readable,
     room_for_codes,
-    room_for_lengths,
+    room_for_norms,
+    rounding_values,
     rounding_words,
     storable,
 )
 from lowrank_optim.kernels.cpu.library import Library
+from lowrank_optim.kernels.cpu.structures import AdamArgs, packer
+from lowrank_optim.kernels.dispatch import call
 from lowrank_optim.kernels.reference import row_chunks
 
 Declined = Any  # NotImplemented
+
+pack_adam = packer(AdamArgs)
 
 
 def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """The kernels by the names of their operations."""
     names = (
         "project_with_norms",
+        "adam_direct_",
+        "adam_direct_with_norms_",
         "adam_dense_",
         "lion_direct_",
         "sgd_direct_",
@@ -63,16 +73,15 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
         "unpack_basis",
         "gaussian_",
     )
-    direct = {
-        "adam_direct_": partial(ops._adam_direct, False),
-        "adam_direct_with_norms_": partial(ops._adam_direct, True),
-    }
-    return {name: getattr(ops, name) for name in names} | direct
+    return {name: getattr(ops, name) for name in names}
 
 
 def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """Those that take several tensors in one go (`dispatch.run_many`, `dispatch.norms`)."""
     return {
+        "adam_direct_": ops.many_adam_direct_,
+        "adam_direct_with_norms_": ops.many_adam_direct_with_norms_,
+        "adam_dense_": ops.many_adam_dense_,
         "coded_adam_direct_": ops.many_coded_adam_direct_,
         "coded_adam_direct_with_norms_": ops.many_coded_adam_direct_with_norms_,
         "coded_adam_dense_": ops.many_coded_adam_dense_,
@@ -99,7 +108,7 @@ class Operations:
             return NotImplemented
         squares = basis.new_empty((*grad.shape[:-2], grad.shape[-2 if right else -1], 1))
         alone = basis.shape[-1] == 1  # one column: product and squares in one pass
-        reduced = torch.empty_like(squares) if alone else torch.ops.lowrank_optim.project(grad, basis, right)
+        reduced = torch.empty_like(squares) if alone else call("project", grad, basis, right)
         places = zip(grads, bases, matrices_of(reduced), matrices_of(squares), strict=True)
         for g, vector, dots, found in places:
             product = (vector.data_ptr(), dots.data_ptr()) if alone else (None, None)
@@ -108,73 +117,101 @@ class Operations:
 
     # -------------------------------------------------------------------------------------------------- moments and directions
 
-    def _adam_direct(
-        self,
-        with_norms: bool,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        scalars: Tensor,
-        ok: Tensor | None,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor] | Declined:
-        """`adam_direct_` and `adam_direct_with_norms_`."""
-        if grad.dtype != F32 or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
-            return NotImplemented
-        if (ok is not None and off(ok)) or (with_norms and grad.numel() == 0):
-            found = no_direction(grad)
-            return found if with_norms else found[0]
-        g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
-        lengths = room_for_lengths(grad) if with_norms else ()
-        self.library.call(
-            "adam",
-            g.numel(),
-            g.shape[-1] if g.dim() else 1,
-            g.data_ptr(),
-            0,
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            out.data_ptr(),
-            *(addresses(lengths) if lengths else (0, 0)),
-            None,
-            0,
-            *adam_numbers(*scalars.tolist()),
-            1.0,
-            0.0,
-            *NO_WORDS,
-        )
-        return (out, *lengths) if lengths else out
+    def adam_direct_(self, *args: Any) -> Tensor | Declined:
+        return self.many_adam_direct_([args])[0]
 
-    def adam_dense_(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        scalars: Tensor,
-        ok: Tensor | None,
-        rounding: Tensor | None,
-    ) -> Declined | None:
-        if not storable(weight, grad) or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
-            return NotImplemented
-        if off(ok):
-            return None
-        *adam, alpha, keep = scalars.tolist()
-        self.library.call(
-            "adam",
-            weight.numel(),
-            weight.numel(),
-            *flat(grad),
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            None,
-            *addresses(()),
-            *flat(weight),
-            *adam_numbers(*adam),
-            keep,
-            alpha,
-            *rounding_words(rounding),
-        )
-        return None
+    def adam_direct_with_norms_(self, *args: Any) -> tuple[Tensor, Tensor, Tensor] | Declined:
+        return self.many_adam_direct_with_norms_([args])[0]
+
+    def many_adam_direct_(self, calls: Sequence[Sequence[Any]]) -> list[Tensor | Declined]:
+        """`adam_direct_` of several gradients in one go."""
+        return self._directions(calls, False)
+
+    def many_adam_direct_with_norms_(
+        self, calls: Sequence[Sequence[Any]]
+    ) -> list[tuple[Tensor, Tensor, Tensor] | Declined]:
+        """`adam_direct_with_norms_` of several gradients in one go."""
+        return self._directions(calls, True)
+
+    def _directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
+        results: list[Any] = []
+        rows, copies = [], []
+        numbers, last = NO_NUMBERS, None
+        norms: tuple[Tensor, ...] = ()
+        cols = norms_at = grad_norms_at = 0
+        for grad, exp_avg, exp_avg_sq, scalars, ok in calls:
+            if grad.dtype != F32 or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+                results.append(NotImplemented)
+                continue
+            if (ok is not None and off(ok)) or (with_norms and not grad.numel()):
+                found = no_direction(grad)
+                results.append(found if with_norms else found[0])
+                continue
+            if not grad.is_contiguous():
+                grad = grad.contiguous()
+                copies.append(grad)  # which must live until the call
+            if scalars is not last:  # matrices of one step share them
+                numbers, last = adam_numbers(*scalars.tolist()), scalars
+            out = torch.empty_like(exp_avg)
+            if with_norms:
+                norms, cols = room_for_norms(grad), grad.shape[-1]
+                norms_at, grad_norms_at = norms[0].data_ptr(), norms[1].data_ptr()
+            results.append((out, *norms) if with_norms else out)
+            moments = exp_avg.data_ptr(), exp_avg_sq.data_ptr()
+            rows.append(
+                pack_adam(
+                    *(grad.numel(), cols),
+                    *(grad.data_ptr(), 0, 0),
+                    *moments,
+                    out.data_ptr(),
+                    *NO_ROWS,
+                    *numbers,
+                    *NO_WRITE,
+                    *(norms_at, grad_norms_at),
+                )
+            )
+        self._adam(rows)
+        return results
+
+    def adam_dense_(self, *args: Any) -> Declined | None:
+        return self.many_adam_dense_([args])[0]
+
+    def many_adam_dense_(self, calls: Sequence[Sequence[Any]]) -> list[Declined | None]:
+        """`adam_dense_` of several parameters in one go."""
+        results: list[Any] = []
+        rows = []
+        numbers, last = NO_NUMBERS, None
+        alpha = keep = 0.0
+        for weight, grad, exp_avg, exp_avg_sq, scalars, ok, rounding in calls:
+            kinds = TYPES.get(grad.dtype), TYPES.get(weight.dtype)
+            if None in kinds or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
+                results.append(NotImplemented)
+                continue
+            results.append(None)
+            if ok is not None and off(ok):
+                continue
+            if scalars is not last:  # parameters of one step share them
+                *adam, alpha, keep = scalars.tolist()
+                numbers, last = adam_numbers(*adam), scalars
+            rows.append(
+                pack_adam(
+                    *(weight.numel(), 0),
+                    *(grad.data_ptr(), kinds[0], 0),
+                    *(exp_avg.data_ptr(), exp_avg_sq.data_ptr()),
+                    0,
+                    *(weight.data_ptr(), kinds[1], 0),
+                    *numbers,
+                    *(keep, alpha),
+                    *(NO_NOISE if rounding is None else rounding_values(rounding)),
+                    *(0, 0),
+                )
+            )
+        self._adam(rows)
+        return results
+
+    def _adam(self, rows: Sequence[bytes]) -> None:
+        if rows:
+            self.library.call("adam", len(rows), b"".join(rows))
 
     def lion_direct_(self, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor | Declined:
         beta1, beta2 = scalars.tolist()
@@ -216,7 +253,7 @@ class Operations:
         self, calls: Sequence[Sequence[Any]]
     ) -> list[tuple[Tensor, Tensor, Tensor] | Declined]:
         """`coded_adam_direct_with_norms_` of several gradients in one go."""
-        return self._coded_directions(calls, room_for_lengths)
+        return self._coded_directions(calls, room_for_norms)
 
     def _coded_directions(
         self, calls: Sequence[Sequence[Any]], make_lengths: Callable[[Tensor], tuple[Tensor, ...]]
