@@ -580,7 +580,7 @@ void store_rows(const StoreArgs& args, int64_t first, int64_t last) {
   }
 }
 
-void squares(const SquaresArgs& args, int64_t first, int64_t last) {
+void squares(const NormArgs& args, int64_t first, int64_t last) {
   float buffer[TILE];
   for (int64_t at = first; at < last; at += TILE) {
     const int n = smaller(TILE, last - at);

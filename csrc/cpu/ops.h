@@ -75,6 +75,7 @@ struct AdamArgs {
 enum Rule : int32_t { LION = 0, SGD = 1, NESTEROV = 2, RMSPROP = 3 };
 struct RuleArgs {
   int32_t rule;
+  int64_t numel;
   const f32* grad;
   f32 *moment, *out;
   float first, second, third;
@@ -86,19 +87,23 @@ struct Coding {
   int32_t bits;
   const f32* col_scale;
   int64_t rows_per_scale;
-  const f32* inverse = nullptr;  // 1/col_scale, for what is to be coded
+  const f32* inverse;  // of the library: 1/col_scale, for what is to be coded
 };
 
+// coded_adam_direct_ (out) and coded_adam_dense_ (weight): the other is null. `norms` as in AdamArgs.
 struct CodedAdamArgs {
   Coding coding;
   ConstRows grad;
-  u8 *ratio, *root;
-  f32 *ratio_scale, *root_scale, *out;
+  u8* ratio;
+  f32* ratio_scale;
+  u8* root;
+  f32 *root_scale, *out;
   Rows weight;
   Adam adam;
-  Noise noise;
   Write write;
-  Squares* squares;  // with `out`: one for each unit; may be null
+  Noise noise;
+  f32 *norms, *grad_norms;
+  Squares* squares;  // of the library: one for each unit, where there are norms
 };
 
 struct QuantizeArgs {
@@ -132,7 +137,8 @@ struct UnpackArgs {
   Rows x;
 };
 
-// W ← keep W − alpha (product + φ ⊙ E), E = grad, sign(grad) or sign(grad − subtract); product, grad and subtract may be absent.
+// apply_ after its matrix products, and apply_dense_: W ← keep W − alpha (product + φ ⊙ E), E = grad, sign(grad) or
+// sign(grad − subtract); product, grad and subtract may be null.
 struct UpdateArgs {
   int64_t rows, cols;
   Rows weight;
@@ -173,16 +179,19 @@ inline int64_t span(const Coding& c) {
 inline int64_t padded(const Coding& c) { return (span(c) + 47) / 16 * 16; }
 inline int64_t scratch_floats(const Coding& c) { return 9 * padded(c); }
 
-// Σx² of n elements, in parts of float32.
-struct SquaresArgs {
+// ‖x‖ of a flat tensor, summed in parts of float32.
+struct NormArgs {
+  int64_t numel;
   ConstRows x;
-  double* sums;  // one for each TILE of the tensor
+  f32* norm;
+  double* sums;  // of the library: one for each TILE of the tensor
 };
 
-// Of every row or column g_j of a matrix: ‖g_j‖², and, with `dots`, g_j · b for a `vector` b.
+// Of every row (`by_row`) or column g_j of a matrix: ‖g_j‖², and, with `dots`, g_j · b for a `vector` b, which may be empty.
 struct LinesArgs {
   int64_t rows, cols;
   ConstRows grad;
+  bool by_row;
   const f32* vector;
   f32 *dots, *squares;
 };
@@ -201,7 +210,7 @@ struct Kernels {
   void (*update)(const UpdateArgs&, int64_t first, int64_t last);  // units of TILE
   void (*store)(const StoreArgs&, int64_t first, int64_t last);
   void (*gaussian)(const GaussianArgs&, int64_t first, int64_t last);  // pairs
-  void (*squares)(const SquaresArgs&, int64_t first, int64_t last);    // elements, from the beginning of a TILE
+  void (*squares)(const NormArgs&, int64_t first, int64_t last);    // elements, from the beginning of a TILE
   void (*row_sums)(const LinesArgs&, int64_t first, int64_t last);     // rows
   void (*column_sums)(const LinesArgs&, int64_t first, int64_t last);  // strips
 };
