@@ -32,13 +32,16 @@ constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thre
 
 struct Level {
   const char* name;
-  const Kernels* kernels;
+  const AdamKernels& adam;
+  const CodeKernels& codes;
+  const WeightKernels& weights;
 };
 
+#define LOWRANK_ROW(level) {#level, level::adam_kernels, level::code_kernels, level::weight_kernels}
 #ifdef LOWRANK_X86
-const Level LEVELS[] = {{"avx512", &kernels_avx512}, {"avx2", &kernels_avx2}, {"baseline", &kernels_baseline}};
+const Level LEVELS[] = {LOWRANK_ROW(avx512), LOWRANK_ROW(avx2), LOWRANK_ROW(baseline)};
 #else
-const Level LEVELS[] = {{"baseline", &kernels_baseline}};
+const Level LEVELS[] = {LOWRANK_ROW(baseline)};
 #endif
 
 bool runs_here(const Level& level) {
@@ -237,7 +240,7 @@ LOWRANK_API int lowrank_optim_adam(int64_t count, const AdamArgs* calls, int thr
     in_pieces(units.count(), ALONE / widest, elements <= ALONE ? 1 : limited(threads), [&](int64_t begin, int64_t end, int) {
       units.each(begin, end, [&](size_t k, int64_t from, int64_t to) {
         const int64_t size = height(calls[k]), last = total(calls[k]);
-        chosen->kernels->adam(calls[k], from * size, to * size < last ? to * size : last);
+        chosen->adam.adam(calls[k], from * size, to * size < last ? to * size : last);
       });
     });
     return 0;
@@ -245,7 +248,7 @@ LOWRANK_API int lowrank_optim_adam(int64_t count, const AdamArgs* calls, int thr
 }
 
 LOWRANK_API int lowrank_optim_rule(const RuleArgs* args, int threads) {
-  return run<RuleArgs>(chosen->kernels->rule, *args, args->numel, 1, limited(threads));
+  return run<RuleArgs>(chosen->adam.rule, *args, args->numel, 1, limited(threads));
 }
 
 // `count` matrices at once.
@@ -262,7 +265,7 @@ LOWRANK_API int lowrank_optim_coded_adam(int64_t count, const CodedAdamArgs* giv
       squares.emplace_back(args.norms ? static_cast<size_t>(units_of(args.coding)) : 0);
       args.squares = args.norms ? squares.back().data() : nullptr;
     }
-    if (run_many<CodedAdamArgs>(chosen->kernels->coded_adam, calls, limited(threads))) return 1;
+    if (run_many<CodedAdamArgs>(chosen->codes.coded_adam, calls, limited(threads))) return 1;
     for (const CodedAdamArgs& args : calls) {
       if (args.norms) write_norms(args);
     }
@@ -281,7 +284,7 @@ LOWRANK_API int lowrank_optim_norms(int64_t count, const NormArgs* given, int th
     in_pieces(tiles.count(), ALONE / TILE, tiles.count() * TILE <= ALONE ? 1 : limited(threads), [&](int64_t begin, int64_t end, int) {
       tiles.each(begin, end, [&](size_t k, int64_t from, int64_t to) {
         const NormArgs& args = calls[k];
-        chosen->kernels->squares(args, from * TILE, to * TILE < args.numel ? to * TILE : args.numel);
+        chosen->weights.squares(args, from * TILE, to * TILE < args.numel ? to * TILE : args.numel);
       });
     });
     for (const NormArgs& args : calls) {
@@ -296,31 +299,31 @@ LOWRANK_API int lowrank_optim_norms(int64_t count, const NormArgs* given, int th
 LOWRANK_API int lowrank_optim_quantize_rows(const QuantizeArgs* given, int threads) {
   QuantizeArgs args = *given;
   const Inverse inverse(args.coding);
-  return inverse.failed ? 1 : run<QuantizeArgs>(chosen->kernels->quantize, args, limited(threads));
+  return inverse.failed ? 1 : run<QuantizeArgs>(chosen->codes.quantize, args, limited(threads));
 }
 
 LOWRANK_API int lowrank_optim_dequantize_rows(const DequantizeArgs* args, int threads) {
-  return run<DequantizeArgs>(chosen->kernels->dequantize, *args, limited(threads));
+  return run<DequantizeArgs>(chosen->codes.dequantize, *args, limited(threads));
 }
 
 LOWRANK_API int lowrank_optim_pack_basis(const PackArgs* args, int threads) {
-  return run<PackArgs>(chosen->kernels->pack, *args, limited(threads));
+  return run<PackArgs>(chosen->codes.pack, *args, limited(threads));
 }
 
 LOWRANK_API int lowrank_optim_unpack_basis(const UnpackArgs* args, int threads) {
-  return run<UnpackArgs>(chosen->kernels->unpack, *args, limited(threads));
+  return run<UnpackArgs>(chosen->codes.unpack, *args, limited(threads));
 }
 
-LOWRANK_API int lowrank_optim_update(const UpdateArgs* args, int threads) { return run_tiles(chosen->kernels->update, *args, threads); }
+LOWRANK_API int lowrank_optim_update(const UpdateArgs* args, int threads) { return run_tiles(chosen->weights.update, *args, threads); }
 
-LOWRANK_API int lowrank_optim_store(const StoreArgs* args, int threads) { return run_tiles(chosen->kernels->store, *args, threads); }
+LOWRANK_API int lowrank_optim_store(const StoreArgs* args, int threads) { return run_tiles(chosen->weights.store, *args, threads); }
 
 LOWRANK_API int lowrank_optim_lines(const LinesArgs* args, int threads) {
   const int64_t height = args->rows > 0 ? args->rows : 1, width = args->cols > 0 ? args->cols : 1;
-  if (args->by_row) return run<LinesArgs>(chosen->kernels->row_sums, *args, args->rows, width, limited(threads));
-  return run<LinesArgs>(chosen->kernels->column_sums, *args, pieces(args->cols, STRIP), STRIP * height, limited(threads));
+  if (args->by_row) return run<LinesArgs>(chosen->weights.row_sums, *args, args->rows, width, limited(threads));
+  return run<LinesArgs>(chosen->weights.column_sums, *args, pieces(args->cols, STRIP), STRIP * height, limited(threads));
 }
 
 LOWRANK_API int lowrank_optim_gaussian(const GaussianArgs* args, int threads) {
-  return run<GaussianArgs>(chosen->kernels->gaussian, *args, pieces(args->numel, 2), 8, limited(threads));  // a pair costs what 8 others do
+  return run<GaussianArgs>(chosen->weights.gaussian, *args, pieces(args->numel, 2), 8, limited(threads));  // a pair costs what 8 others do
 }

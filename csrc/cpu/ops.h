@@ -1,4 +1,4 @@
-// What the operations take (lowrank_optim/kernels/cpu/structures.py has the same structures), and the table of the functions that do them, one table for each instruction set.
+// What the operations take (lowrank_optim/kernels/cpu/structures.py has the same structures), and the tables of the kernels that do them, three for each instruction set.
 //
 // Definitions: lowrank_optim/kernels/reference.py and lowrank_optim/quantization/{rows,moments,basis}.py. Every float operation
 // here is rounded to float32 once, in the order written there, without fused multiply-adds, so all instruction sets, thread counts
@@ -199,25 +199,39 @@ struct LinesArgs {
 // Columns whose sums are taken together.
 constexpr int64_t STRIP = 256;
 
-struct Kernels {
+// The kernels of each file, from unit `first` to before `last`.
+struct AdamKernels {
   void (*adam)(const AdamArgs&, int64_t first, int64_t last);  // elements, or rows
   void (*rule)(const RuleArgs&, int64_t first, int64_t last);  // elements
+};
+
+struct CodeKernels {
   void (*coded_adam)(const CodedAdamArgs&, int64_t first, int64_t last, float* scratch);  // units
   void (*quantize)(const QuantizeArgs&, int64_t first, int64_t last, float* scratch);
   void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last, float* scratch);
   void (*pack)(const PackArgs&, int64_t first, int64_t last, float* scratch);
   void (*unpack)(const UnpackArgs&, int64_t first, int64_t last, float* scratch);
+};
+
+struct WeightKernels {
   void (*update)(const UpdateArgs&, int64_t first, int64_t last);  // units of TILE
   void (*store)(const StoreArgs&, int64_t first, int64_t last);
   void (*gaussian)(const GaussianArgs&, int64_t first, int64_t last);  // pairs
-  void (*squares)(const NormArgs&, int64_t first, int64_t last);    // elements, from the beginning of a TILE
+  void (*squares)(const NormArgs&, int64_t first, int64_t last);       // elements, from the beginning of a TILE
   void (*row_sums)(const LinesArgs&, int64_t first, int64_t last);     // rows
   void (*column_sums)(const LinesArgs&, int64_t first, int64_t last);  // strips
 };
 
-extern const Kernels kernels_baseline;
+#define LOWRANK_TABLES(level)                \
+  namespace level {                          \
+  extern const AdamKernels adam_kernels;     \
+  extern const CodeKernels code_kernels;     \
+  extern const WeightKernels weight_kernels; \
+  }
+LOWRANK_TABLES(baseline)
 #ifdef LOWRANK_X86
-extern const Kernels kernels_avx2, kernels_avx512;
+LOWRANK_TABLES(avx2)
+LOWRANK_TABLES(avx512)
 #endif
 
 }  // namespace lowrank
