@@ -203,7 +203,7 @@ def check_names(given: Iterable[str], valid: Iterable[str], where: str) -> None:
     valid = sorted(set(valid))
     for name in given:
         if name not in valid and name not in CARRIED:
-            raise _unknown(name, get_close_matches(name, valid, n=1), valid, where)
+            raise _unknown(name, near_option(name, valid, 0.6), valid, where)
 
 
 def check_known(given: Iterable[str], valid: Iterable[str]) -> None:
@@ -211,19 +211,31 @@ def check_known(given: Iterable[str], valid: Iterable[str]) -> None:
     valid = sorted(set(valid))
     for name in given:
         if name not in valid:
-            raise _unknown(name, get_close_matches(str(name), valid, n=1), valid, "change_group(…)")
+            raise _unknown(name, near_option(name, valid, 0.6), valid, "change_group(…)")
 
 
 def check_group_names(given: Iterable[str], valid: Iterable[str]) -> None:
     """Raise TypeError for a group key that is nearly an option's name; other unknown keys are somebody else's, and carried along."""
     valid = sorted(set(valid))
     for name in given:
-        if name not in valid and name not in CARRIED and (near := get_close_matches(str(name), valid, n=1, cutoff=0.8)):
+        if name not in valid and name not in CARRIED and (near := near_option(name, valid)):
             raise _unknown(name, near, valid, "a param group")
 
 
-def _unknown(name: str, near: Sequence[str], valid: Iterable[str], where: str) -> TypeError:
-    hint = f"did you mean {near[0]!r}? " if near else ""
+def near_option(name: str, valid: Sequence[str], cutoff: float = 0.8) -> str | None:
+    """The name that is one slip away, or else the most alike of those above `cutoff`; None if there is none."""
+    slips = [option for option in valid if _is_one_slip(str(name), option)]
+    return next(iter(slips or get_close_matches(str(name), valid, n=1, cutoff=cutoff)), None)
+
+
+def _is_one_slip(name: str, option: str) -> bool:
+    """Whether the names differ by one letter left out, added or replaced, or by two neighbours exchanged."""
+    ends = [(name[i:], option[i:]) for i in range(len(name) + 1) if name[:i] == option[:i]]
+    return any(a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[:2] == b[1::-1] and a[2:] == b[2:]) for a, b in ends)
+
+
+def _unknown(name: str, near: str | None, valid: Iterable[str], where: str) -> TypeError:
+    hint = f"did you mean {near!r}? " if near else ""
     return TypeError(f"unknown option {name!r} in {where}: {hint}valid options are {', '.join(valid)}")
 
 

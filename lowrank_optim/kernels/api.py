@@ -13,11 +13,9 @@ from typing_extensions import Unpack
 
 from lowrank_optim.kernels import reference
 from lowrank_optim.kernels.counter_rng import fill_gaussian_, signed_key, unsigned_key
-from lowrank_optim.kernels.dispatch import definition
+from lowrank_optim.kernels.dispatch import call, definition
 from lowrank_optim.kernels.host import host_tensor
 from lowrank_optim.kernels.reference import ResidualTerm
-
-_ops = torch.ops.lowrank_optim
 
 
 class AdamNumbers(TypedDict):
@@ -58,13 +56,13 @@ def key_of(words: Tensor | None) -> tuple[int | None, list[int]]:
 
 def project(grad: Tensor, basis: Tensor, side: str) -> Tensor:
     """R = G B for side "right" (m×r), R = Gᵀ B for side "left" (n×r), with float32 accumulation."""
-    result: Tensor = _ops.project.default(grad, basis, side == "right")
+    result: Tensor = call("project", grad, basis, side == "right")
     return result
 
 
 def project_with_norms(grad: Tensor, basis: Tensor, side: str) -> tuple[Tensor, Tensor]:
     """R, and ‖g_j‖² of every row ("right") or column ("left") of G."""
-    reduced, squares = _ops.project_with_norms.default(grad, basis, side == "right")
+    reduced, squares = call("project_with_norms", grad, basis, side == "right")
     return reduced, squares
 
 
@@ -81,7 +79,7 @@ def adam_direct_(
 ) -> Tensor:
     """Adam's moments and direction, see `reference.adam_direct_`."""
     adam: AdamNumbers = {"beta1": beta1, "beta2": beta2, "eps": eps, "step": step}
-    result: Tensor = _ops.adam_direct_.default(*adam_direct_call(grad, (exp_avg, exp_avg_sq), ok, **adam))
+    result: Tensor = call("adam_direct_", *adam_direct_call(grad, (exp_avg, exp_avg_sq), ok, **adam))
     return result
 
 
@@ -107,7 +105,7 @@ def adam_dense_call(
 
 def lion_direct_(grad: Tensor, exp_avg: Tensor, *, beta1: float, beta2: float, ok: Tensor | None = None) -> Tensor:
     """Lion's direction and momentum, see `reference.lion_direct_`."""
-    result: Tensor = _ops.lion_direct_.default(grad, exp_avg, numbers(beta1, beta2), ok)
+    result: Tensor = call("lion_direct_", grad, exp_avg, numbers(beta1, beta2), ok)
     return result
 
 
@@ -115,13 +113,13 @@ def sgd_direct_(
     grad: Tensor, exp_avg: Tensor, *, momentum: float, nesterov: bool = False, ok: Tensor | None = None
 ) -> Tensor:
     """Momentum and direction of SGD, see `reference.sgd_direct_`."""
-    result: Tensor = _ops.sgd_direct_.default(grad, exp_avg, numbers(momentum), ok, nesterov)
+    result: Tensor = call("sgd_direct_", grad, exp_avg, numbers(momentum), ok, nesterov)
     return result
 
 
 def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, *, alpha: float, eps: float, ok: Tensor | None = None) -> Tensor:
     """RMSprop's second moment and direction, see `reference.rmsprop_direct_`."""
-    result: Tensor = _ops.rmsprop_direct_.default(grad, exp_avg_sq, numbers(alpha, eps), ok)
+    result: Tensor = call("rmsprop_direct_", grad, exp_avg_sq, numbers(alpha, eps), ok)
     return result
 
 
@@ -141,7 +139,8 @@ def apply_(
     grad = phi = subtract_left = subtract_right = None
     if residual is not None:
         grad, phi, subtract_left, subtract_right = residual.grad, residual.scale, residual.left, residual.right
-    _ops.apply_.default(
+    call(
+        "apply_",
         weight,
         left,
         right,
@@ -169,12 +168,12 @@ def apply_dense_(
 ) -> None:
     """W ← keep·W − α·N for a direction of the weight's own shape."""
     number, factor = (1.0, keep) if isinstance(keep, Tensor) else (keep, None)
-    _ops.apply_dense_.default(weight, direction, numbers(alpha, number), factor, ok, words(rounding_key, start))
+    call("apply_dense_", weight, direction, numbers(alpha, number), factor, ok, words(rounding_key, start))
 
 
 def store_(target: Tensor, value: Tensor, rounding_key: int | None, start: int = 0) -> None:
     """target ← value, rounded to the target's type: to nearest, or stochastically with a key."""
-    _ops.stochastic_round_.default(target, value, words(rounding_key, start))
+    call("stochastic_round_", target, value, words(rounding_key, start))
 
 
 # ------------------------------------------------------------------------------------- the definitions, with the ops' arguments
@@ -200,7 +199,7 @@ def _adam_direct_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Te
 def _adam_direct_with_norms_(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    direction: Tensor = _ops.adam_direct_.default(grad, exp_avg, exp_avg_sq, scalars, ok)
+    direction: Tensor = call("adam_direct_", grad, exp_avg, exp_avg_sq, scalars, ok)
     return direction, *reference.row_norms(direction, grad)
 
 

@@ -110,7 +110,9 @@ def project(grad: Tensor, basis: Tensor, side: str) -> Tensor:
         basis: (…, n, r) for "right", (…, m, r) for "left"; float32 or float64.
         side: "right" or "left".
     """
-    if grad.dtype == basis.dtype or _in_bfloat16(grad, basis):
+    if grad.dtype == basis.dtype:
+        return torch.matmul(grad if side == "right" else grad.mT, basis)
+    if _in_bfloat16(grad, basis):
         return torch.matmul(grad if side == "right" else grad.mT, basis.to(grad.dtype)).to(basis.dtype)
     if grad.dim() > 2:
         return torch.stack([project(g, b, side) for g, b in zip(grad, basis, strict=True)])

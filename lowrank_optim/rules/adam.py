@@ -71,9 +71,9 @@ class Adam(Rule):
             op, args = "adam_direct_", kernels.adam_direct_call(grad, moments, context.ok, **numbers)
 
         def direction(result: Any) -> Direction:
-            matrix, *lengths = result if norms else (result,)
+            matrix, lengths = (result[0], result[1:]) if norms else (result, None)
             return Direction(
-                matrix.view(shape), correction=correction, norms=(lengths[0], lengths[1]) if norms else None
+                matrix if matrix.shape == shape else matrix.view(shape), correction=correction, norms=lengths
             )
 
         return FusedDirection(f"{op}with_norms_" if norms else op, args, direction)

@@ -65,7 +65,9 @@ class ParamStep:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        if error is not None:
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"in the step of parameter {self.plan.name}")
             return
         if type(self.moments) is CodedMoments:
             self.moments.close(int(self.state["step"]))

@@ -40,6 +40,7 @@ from lowrank_optim.kernels.cpu.arguments import (
 )
 from lowrank_optim.kernels.cpu.library import Library
 from lowrank_optim.kernels.cpu.structures import packer
+from lowrank_optim.kernels.dispatch import call
 from lowrank_optim.kernels.reference import row_chunks
 
 Declined = Any  # NotImplemented
@@ -115,7 +116,7 @@ class Operations:
             return NotImplemented
         squares = basis.new_empty((*grad.shape[:-2], grad.shape[-2 if right else -1], 1))
         alone = basis.shape[-1] == 1  # one column: product and squares in one pass
-        reduced = torch.empty_like(squares) if alone else torch.ops.lowrank_optim.project(grad, basis, right)
+        reduced = torch.empty_like(squares) if alone else call("project", grad, basis, right)
         places = zip(grads, bases, matrices_of(reduced), matrices_of(squares), strict=True)
         for g, vector, dots, found in places:
             product = (vector.data_ptr(), dots.data_ptr()) if alone else (0, 0)
