@@ -1,8 +1,8 @@
 """The build step that setuptools cannot express in pyproject.toml: csrc/cpu into one shared library beside the Python files.
 
 The library is no Python extension (it is loaded through ctypes), so one file serves every Python and torch. The kernels
-(KERNELS) are compiled once for each instruction set. CXX, CXXFLAGS and LDFLAGS are those of the environment. Where there is no compiler, or
-it fails, the package installs without the library; build.json in its place says why, and `lowrank-optim doctor` repeats it.
+are compiled once for each instruction set. CXX, CXXFLAGS and LDFLAGS are those of the environment. Where there is no compiler, or it
+fails, the package installs without the library; build.json in its place says why, and `lowrank-optim doctor` repeats it.
 """
 
 import json
@@ -35,6 +35,7 @@ LEVELS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
 KERNELS = ("adam", "codes", "weights")
+SOURCES = [str(SOURCE / f"{name}.cpp") for name in KERNELS]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -143,6 +144,6 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("lowrank_optim.kernels.cpu.library", sources=[str(SOURCE / f"{name}.cpp") for name in KERNELS], optional=True)],
+    ext_modules=[Extension("lowrank_optim.kernels.cpu.library", sources=SOURCES, optional=True)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

@@ -12,7 +12,7 @@ namespace lowrank {
 namespace {
 
 // W ← keep W − alpha N for n elements of W.
-INLINE void write(const Rows& weight, int64_t at, const float* direction, int n, const Write& w, int64_t first, float* buffer) {
+INLINE void write(const Rows& weight, int64_t at, const float* direction, int n, const StepParams& w, int64_t first, float* buffer) {
   const f32* old = load(weight, at, buffer, n);
   const float keep = w.keep, step = -w.alpha;
   if (weight.dtype == FLOAT32) {

@@ -26,7 +26,7 @@ INLINE T square_update(T v, T g, float beta, float weight) {
 
 template <class T>
 INLINE T adam_direction(T m, T root, const Adam& a) {
-  return m / (root * a.correction + a.floor);
+  return m / (root * a.root_factor + a.root_offset);
 }
 
 inline float sign_of(float x) { return float(int(x > 0.0f) - int(x < 0.0f)); }

@@ -48,13 +48,13 @@ static inline float root_of(double total) {
   return total > double(__FLT_MAX__) ? __builtin_huge_valf() : float(__builtin_sqrt(total));
 }
 
-// m ← lerp(m, g, weight1), v ← beta2 v + weight2 g², N = m / (√v correction + floor)
+// m ← lerp(m, g, weight1), v ← beta2 v + weight2 g², N = m / (√v root_factor + root_offset)
 struct Adam {
-  float weight1, beta2, weight2, correction, floor;
+  float weight1, beta2, weight2, root_factor, root_offset;
 };
 
 // W ← keep W − alpha N
-struct Write {
+struct StepParams {
   float keep, alpha;
   Noise rounding;
 };
@@ -67,7 +67,7 @@ struct AdamArgs {
   f32 *exp_avg, *exp_avg_sq, *out;
   Rows weight;
   Adam adam;
-  Write write;
+  StepParams write;
   f32 *norms, *grad_norms;
 };
 
@@ -100,7 +100,7 @@ struct CodedAdamArgs {
   f32 *root_scale, *out;
   Rows weight;
   Adam adam;
-  Write write;
+  StepParams write;
   Noise noise;
   f32 *norms, *grad_norms;
   Squares* squares;  // of the library: one for each unit, where there are norms
@@ -142,7 +142,7 @@ struct UnpackArgs {
 struct UpdateArgs {
   int64_t rows, cols;
   Rows weight;
-  Write write;
+  StepParams write;
   ConstRows product, grad, subtract;
   bool sign;
   const f32* phi;

@@ -1,12 +1,11 @@
 """Arguments of operations as the values of the library's structures (`structures`): addresses, types, sizes, numbers."""
 
-
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.compiled_arguments import TYPES
+from lowrank_optim.kernels.arguments import TYPES
+from lowrank_optim.kernels.compute import row_norms
 from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
-from lowrank_optim.kernels.reference import row_norms
 
 F32 = torch.float32
 
@@ -16,7 +15,7 @@ NO_WRITE = (1.0, 0.0, *NO_NOISE)
 NO_NUMBERS = (0.0, 0.0, 0.0, 0.0, 0.0)
 NO_NORMS = (0, 0)
 NO_PHI = (0, 0, 0)
-"""Of the structures Rows, Noise, Write and Adam, of the fields `norms` and `grad_norms`, and of φ and its strides."""
+"""Of the structures Rows, Noise, StepParams and Adam, of the fields `norms` and `grad_norms`, and of φ and its strides."""
 
 
 def storable(*tensors: Tensor | None) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.compiled_arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
+from lowrank_optim.kernels.arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
+from lowrank_optim.kernels.compute import row_chunks
 from lowrank_optim.kernels.counter_rng import unsigned_key
 from lowrank_optim.kernels.cpu import structures
 from lowrank_optim.kernels.cpu.arguments import (
@@ -41,7 +42,6 @@ from lowrank_optim.kernels.cpu.arguments import (
 from lowrank_optim.kernels.cpu.library import Library
 from lowrank_optim.kernels.cpu.structures import packer
 from lowrank_optim.kernels.dispatch import call
-from lowrank_optim.kernels.reference import row_chunks
 
 Declined = Any  # NotImplemented
 

@@ -23,14 +23,14 @@ class Rows(Structure):
 
 
 class Adam(Structure):
-    _fields_ = tuple((name, c_float) for name in ("weight1", "beta2", "weight2", "correction", "floor"))
+    _fields_ = tuple((name, c_float) for name in ("weight1", "beta2", "weight2", "root_factor", "root_offset"))
 
 
-class Write(Structure):
+class StepParams(Structure):
     _fields_ = (("keep", c_float), ("alpha", c_float), ("rounding", Noise))
 
 
-_WRITTEN = (("out", _P), ("weight", Rows), ("adam", Adam), ("write", Write))
+_WRITTEN = (("out", _P), ("weight", Rows), ("adam", Adam), ("write", StepParams))
 _NORMS = (("norms", _P), ("grad_norms", _P))
 
 
@@ -87,7 +87,7 @@ class UnpackArgs(Structure):
 
 class UpdateArgs(Structure):
     _fields_ = (
-        *(("rows", _N), ("cols", _N), ("weight", Rows), ("write", Write)),
+        *(("rows", _N), ("cols", _N), ("weight", Rows), ("write", StepParams)),
         *(("product", Rows), ("grad", Rows), ("subtract", Rows), ("sign", c_bool)),
         *(("phi", _P), ("phi_row", _N), ("phi_col", _N)),
     )
