@@ -71,7 +71,9 @@ class OptimizerChoice:
     @property
     def is_low_rank(self) -> bool:
         """Whether the rank decides its memory."""
-        return self.updates_in_backward and not issubclass(self.kind or object, LayerSwitching)
+        if self.kind is None or not issubclass(self.kind, LowRankOptimizer) or issubclass(self.kind, LayerSwitching):
+            return False
+        return not self.kind.matrix_options or not {"rank", "density"}.isdisjoint(self.options)
 
 
 def names() -> list[str]:
@@ -137,7 +139,9 @@ def _build(kind: type[Optimizer], model: nn.Module, options: dict[str, Any]) -> 
         groups = {name: options.pop(name) for name in GROUP_OPTIONS if name in options}
         if issubclass(kind, LayerSwitching):
             return _build_layerwise(kind, model, groups, options)
-        if "rank" not in groups and "density" not in groups:
+        if "rank" not in groups and "density" not in groups and kind.matrix_options:
+            groups |= kind.matrix_options
+        elif "rank" not in groups and "density" not in groups:
             groups["rank"] = 1 if kind is optimizers.APOLLOMiniAdamW else DEFAULT_RANK
         return kind(param_groups(model, **groups), **options)
     except (TypeError, ValueError) as error:
