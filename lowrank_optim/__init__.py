@@ -28,6 +28,8 @@ from lowrank_optim.optimizers import (
     LowRankOptimizer,
     MuonAdamW,
     QGaLoreAdamW8bit,
+    SCALEOptimizer,
+    SinkGDAdamW,
     SUMOAdamW,
     by_name,
     state_bytes,
@@ -40,6 +42,7 @@ from lowrank_optim.residuals.base import Residual, ResidualInput, Update
 from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual, SGDResidual, SignResidual
 from lowrank_optim.residuals.scaled import GradientScaled, NormScaled
 from lowrank_optim.rules import (
+    SAGE,
     SGD,
     Adafactor,
     Adam,
@@ -51,7 +54,9 @@ from lowrank_optim.rules import (
     Muon,
     NorMuon,
     RMSprop,
+    RowNorm,
     Rule,
+    Sinkhorn,
 )
 
 if TYPE_CHECKING:
@@ -60,6 +65,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LAYERWISE_METHODS",
     "METHODS",
+    "SAGE",
     "SGD",
     "SVD",
     "APOLLOAdamW",
@@ -105,10 +111,14 @@ __all__ = [
     "Residual",
     "ResidualInput",
     "Role",
+    "RowNorm",
     "Rule",
+    "SCALEOptimizer",
     "SGDResidual",
     "SUMOAdamW",
     "SignResidual",
+    "SinkGDAdamW",
+    "Sinkhorn",
     "StepParams",
     "StoredProjector",
     "SubspaceSpec",

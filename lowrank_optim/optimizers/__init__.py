@@ -11,6 +11,7 @@ from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLore
 from lowrank_optim.optimizers.ldadam import LDAdamW
 from lowrank_optim.optimizers.lisa import LISAAdamW
 from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
+from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sizes import state_bytes
 
@@ -32,7 +33,9 @@ __all__ = [
     "LowRankOptimizer",
     "MuonAdamW",
     "QGaLoreAdamW8bit",
+    "SCALEOptimizer",
     "SUMOAdamW",
+    "SinkGDAdamW",
     "by_name",
     "state_bytes",
 ]
@@ -51,6 +54,8 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "qgalore": QGaLoreAdamW8bit,
     "muon_adamw": MuonAdamW,
     "sumo": SUMOAdamW,
+    "scale": SCALEOptimizer,
+    "sinkgd": SinkGDAdamW,
 }
 """Short names, as command lines and trainers use them."""
 
