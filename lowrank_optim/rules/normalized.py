@@ -43,7 +43,7 @@ class NormalizedRule(MomentumRule):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], ok: Tensor | None
     ) -> Tensor:
         """m after this step, or R itself; a gradient to be ignored leaves m as it is."""
-        if "exp_avg" not in state:
+        if "exp_avg" not in state or grad.numel() == 0:  # or a tensor whose turn it is not (FRUGAL's blocks)
             return grad
         moment, new = state["exp_avg"], 1.0 - float(options["momentum"])
         share = new if ok is None else kernels.masked_scalar(ok, new, 0.0, moment.dtype)
