@@ -38,7 +38,7 @@ def preset(size: str, optimizer: str | None) -> dict[str, Any]:
     With "qgalore", weights in int8. The rank is a quarter of the hidden size where the method takes one.
     """
     optimizer = optimizer or "galore_8bit"
-    ranked = optimizer in lo.METHODS and optimizer != "apollo_mini"
+    ranked = optimizer in lo.METHODS and optimizer != "apollo_mini" and not lo.METHODS[optimizer].matrix_options
     return {
         "model": size,
         "optimizer": optimizer,

@@ -105,6 +105,8 @@ def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
         rank = config.rank if config.rank is not None else (1 if config.optimizer == "apollo_mini" else 0.25)
         # `density` is FRUGAL's word for a fractional rank and, like it, decides which groups there are.
         size = {"density": options.pop("density")} if "density" in options else {"rank": rank}
+        if method.matrix_options and config.rank is None and "density" not in size:
+            size = dict(method.matrix_options)
         make_groups = lo.param_groups
         if config.optimizer in lo.LAYERWISE_METHODS:  # some layers at a time, dense unless a rank was asked for
             make_groups, size = lo.layer_groups, size if "density" in size else {"rank": config.rank}

@@ -30,7 +30,7 @@ def param_groups(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> list[ParamGroup]:
-    """Parameter groups of a model in which the weight matrices are low-rank.
+    """Parameter groups of a model in which the weight matrices are low-rank, or have a rule of their own.
 
     | parameter | treatment |
     |---|---|
@@ -55,7 +55,8 @@ def param_groups(
         model: the model, on its device; its trainable parameters are grouped.
         rank: number of directions (int ≥ 1), or fraction of each matrix's short side (float in (0, 1]). A matrix whose short side is
             smaller than an int rank stays in the low-rank group, where the optimizer trains it dense. None makes every group dense
-            and leaves only the weight decay split.
+            and leaves only the weight decay split; with a `rule` among the options, it may be left out, and matrices have groups of
+            their own all the same: `param_groups(model, rule="muon")`.
         density: in place of `rank`, the fraction of the projected side (or of the columns, entries or tensors, as the projector
             says) that has moments, in [0, 1]: FRUGAL's way to say it.
         include: one pattern or several, such as `["attn", "mlp"]`: only matrices that match one are low-rank, the others dense. A
@@ -65,7 +66,7 @@ def param_groups(
         weight_decay: decay of all groups but the no-decay one. Not given, the optimizer's default holds there.
         overrides: group options for parameters whose names match a pattern, such as `{"embed": {"lr_factor": 0.1}}`; where several
             match, later ones win. A rank given here makes matrices low-rank, `rank=None` makes them dense.
-        **options: further keys of the low-rank groups: `scale`, `update_proj_gap`, `proj_type`, `projector`, `lr`, …
+        **options: further keys of the matrices' groups: `scale`, `update_proj_gap`, `proj_type`, `projector`, `rule`, `lr`, …
 
     Returns:
         Up to five groups with `params` and `param_names`, empty ones left out: low-rank (one for each layout: as stored, transposed,
@@ -85,13 +86,15 @@ def param_groups(
         >>> groups[0]["rank"], groups[0]["scale"], [group["weight_decay"] for group in groups]
         (8, 0.25, [0.1, 0.1, 0.0])
     """
-    if rank is _UNSET and density is None:
-        raise TypeError("param_groups needs a rank (rank=None makes every group dense) or a density")
+    if rank is _UNSET and density is None and "rule" not in options:
+        raise TypeError(
+            "param_groups needs a rank (rank=None makes every group dense), a density, or a rule for the matrices"
+        )
     rank, density, weight_decay = map(as_python, (None if rank is _UNSET else rank, density, weight_decay))
     options = plain_options(options)
     _check_arguments(model, rank, density, include, weight_decay, options)
     low_rank_by = {"rank": rank} if density is None else {"density": density}
-    train_low_rank = rank is not None or density is not None
+    train_low_rank = rank is not None or density is not None or "rule" in options
     found = find_parameters(model)
     include_list, exclude_list = _checked_patterns(include, exclude, found)
     for pattern, changes in (overrides or {}).items():
@@ -244,7 +247,7 @@ def _check_arguments(
             raise TypeError(f"{key} is set by param_groups for each group; build the groups by hand to choose it")
         if near := near_option(key, ["include", "exclude", "weight_decay", "rank", "density", "overrides"]):
             raise TypeError(f"unknown option {key!r}; did you mean {near!r}?")
-    if rank is None and density is None and (include is not None or options):
+    if rank is None and density is None and "rule" not in options and (include is not None or options):
         raise ValueError(
             f"rank is None, so every group is dense and {', '.join(options) or 'include'} would have no effect"
         )

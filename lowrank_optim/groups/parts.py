@@ -24,11 +24,25 @@ KINDS: dict[str, type[Any]] = {"rule": Rule, "projector": Projector, "residual":
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of one group."""
+    """The parts of one group.
+
+    dense_rule: the optimizer's, for tensors that are no matrices, where the group's rule trains matrices only.
+    """
 
     rule: Rule
     projector: Projector
     residual: Residual
+    dense_rule: Rule | None = None
+
+    def rule_for(self, shape: tuple[int, ...] | None) -> Rule:
+        """The rule of a parameter whose matrix view has this shape, None for those that are no matrices.
+
+        The group has the options of both rules then; where they call one by the same name, the dense rule cannot stand in.
+        """
+        other = self.dense_rule
+        if shape is not None or not self.rule.on_matrices or other is None or other.on_matrices:
+            return self.rule
+        return self.rule if self.rule.options().keys() & other.options().keys() else other
 
 
 class PartRegistry:
@@ -112,7 +126,7 @@ class PartRegistry:
         assert isinstance(rule, Rule)
         assert isinstance(projector, Projector)
         assert isinstance(residual, Residual)
-        return Parts(rule, projector.released() if group["match_reference"] else projector, residual)
+        return Parts(rule, projector.released() if group["match_reference"] else projector, residual, self.dense_rule)
 
     def complete(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         """A group with a value for every option: its own, those of its parts, then the optimizer's `defaults`."""

@@ -80,7 +80,7 @@ class LowRank:
             training_args: TrainingArguments. May stand among the kwargs given to the Trainer; not given, those of the Trainer that
                 makes this call are used.
             method: short name (`lowrank_optim.METHODS`, `lowrank_optim.LAYERWISE_METHODS`) or class of the optimizer.
-            rank: see `lowrank_optim.param_groups`; so for `density`.
+            rank: see `lowrank_optim.param_groups`; so for `density`. MuonAdamW needs neither.
             include: which matrices are low-rank, see `lowrank_optim.param_groups`.
             exclude: which are not.
             **options: options of the optimizer; for "lisa" and "badam" also `layers`, `always_on` and `as_layers`, see
@@ -99,7 +99,9 @@ class LowRank:
         if include is None:
             include = _target_modules(args)
         if rank is None and density is None and not layerwise:
-            raise ValueError("LowRank needs rank=… or density=… among the kwargs in optimizer_cls_and_kwargs")
+            layers |= optimizer_class.matrix_options
+            if not layers:
+                raise ValueError("LowRank needs rank=… or density=… among the kwargs in optimizer_cls_and_kwargs")
         make_groups = layer_groups if layerwise else param_groups
         groups = make_groups(model, rank, density=density, include=include, exclude=exclude, **layers)
         optimizer = optimizer_class(groups, **settings)

@@ -115,7 +115,9 @@ def _ways(name: str, device: str, chosen: Any) -> tuple[Kernel, ...]:
 
 def _changed(args: Sequence[Any], written: Iterable[int]) -> None:
     """Tell autograd: a tensor that was saved for a backward pass must not be used with other values."""
-    increment_version([args[i] for i in written if not args[i].is_inference()])
+    for i in written:
+        if not args[i].is_inference():
+            increment_version(args[i])
 
 
 def is_watched() -> bool:

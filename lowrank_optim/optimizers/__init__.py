@@ -10,6 +10,7 @@ from lowrank_optim.optimizers.frugal import FrugalAdamW, FrugalLion, FrugalSGD
 from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optimizers.ldadam import LDAdamW
 from lowrank_optim.optimizers.lisa import LISAAdamW
+from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sizes import state_bytes
 
@@ -29,7 +30,9 @@ __all__ = [
     "LDAdamW",
     "LISAAdamW",
     "LowRankOptimizer",
+    "MuonAdamW",
     "QGaLoreAdamW8bit",
+    "SUMOAdamW",
     "by_name",
     "state_bytes",
 ]
@@ -46,6 +49,8 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "frugal_sgd": FrugalSGD,
     "ldadam": LDAdamW,
     "qgalore": QGaLoreAdamW8bit,
+    "muon_adamw": MuonAdamW,
+    "sumo": SUMOAdamW,
 }
 """Short names, as command lines and trainers use them."""
 

@@ -93,6 +93,9 @@ class LowRankOptimizer(Optimizer):
         torch.Size([64, 4])
     """
 
+    matrix_options: ClassVar[Mapping[str, Any]] = {}
+    """What `param_groups` is told of the matrices where no rank is asked for; nothing for optimizers that need one."""
+
     _in_backward: Attachment | None = None  # set while `lowrank_optim.update_in_backward` is attached
     _group_options: ClassVar[Mapping[str, Any]] = {}  # what a subclass keeps in every group besides, with defaults
     _mask_on_device = False  # tests set it, to run on the CPU what accelerators run

@@ -132,7 +132,9 @@ def _build(kind: type[Optimizer], model: nn.Module, options: dict[str, Any]) -> 
         groups = {name: options.pop(name) for name in GROUP_OPTIONS if name in options}
         if issubclass(kind, LayerSwitching):
             return _build_layerwise(kind, model, groups, options)
-        if "rank" not in groups and "density" not in groups:
+        if "rank" not in groups and "density" not in groups and kind.matrix_options:
+            groups |= kind.matrix_options
+        elif "rank" not in groups and "density" not in groups:
             groups["rank"] = 1 if kind is optimizers.APOLLOMiniAdamW else DEFAULT_RANK
         return kind(param_groups(model, **groups), **options)
     except (TypeError, ValueError) as error:

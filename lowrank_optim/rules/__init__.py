@@ -14,6 +14,7 @@ from lowrank_optim.rules.base import (
 )
 from lowrank_optim.rules.joint import JointRule, masked_directions
 from lowrank_optim.rules.lion import Lion
+from lowrank_optim.rules.muon import Muon, NorMuon
 from lowrank_optim.rules.registry import RULES, rule_from_name
 from lowrank_optim.rules.rmsprop import RMSprop
 from lowrank_optim.rules.sgd import SGD
@@ -30,6 +31,8 @@ __all__ = [
     "JointRule",
     "Lion",
     "MomentumRule",
+    "Muon",
+    "NorMuon",
     "RMSprop",
     "Rule",
     "TorchAdam",

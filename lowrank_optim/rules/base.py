@@ -109,6 +109,8 @@ class Rule(ABC):
     name: ClassVar[str]
     elementwise: ClassVar[bool] = False
     """Whether every element is treated for itself, so that a large tensor may be given in parts."""
+    on_matrices: ClassVar[bool] = False
+    """Whether dense parameters come in their matrix view (convolutions as out × the rest), and those that have none are refused."""
     knows_shards: ClassVar[bool] = False
     """Whether sums over the gradient go through `Context.sharding`; if not, and not `elementwise`, sharded parameters are refused."""
     state_lies: ClassVar[Mapping[str, str]] = {}
@@ -133,6 +135,18 @@ class Rule(ABC):
 
     def check(self, options: Mapping[str, Any]) -> None:  # noqa: B027 (nothing to check is common)
         """Raise ValueError for hyperparameters out of range: name, value, valid range."""
+
+    def check_matrix(  # noqa: B027 (any matrix will do)
+        self, shape: tuple[int, ...], side: str | None, sharding: ParamSharding, options: Mapping[str, Any]
+    ) -> None:
+        """Raise ValueError for a matrix that the rule cannot train; asked with `on_matrices`. The parameter's name is put before it.
+
+        Args:
+            shape: of the matrix view, on all processes.
+            side: the projected one; None for a dense parameter.
+            sharding: where its parts lie.
+            options: of its group.
+        """
 
     def structure(self, options: Mapping[str, Any]) -> tuple[Any, ...]:
         """What in the options decides which state there is; it cannot change in a live group."""

@@ -101,11 +101,21 @@ def check_placements(param: Tensor, kind: str, layout: str) -> None:
             raise ValueError(f"{where}; of a convolution, the second one where its size is a multiple of the processes")
 
 
-def dense_param_sharding(param: Tensor, coded: bool) -> ParamSharding:
-    """The shards of a parameter that is trained directly; `coded` says whether its moments are stored in row blocks."""
+def dense_param_sharding(param: Tensor, coded: bool, matrix: TensorSharding | None = None) -> ParamSharding:
+    """The shards of a parameter that is trained directly.
+
+    Args:
+        param: the parameter.
+        coded: whether its moments are stored in row blocks.
+        matrix: the spread of the matrix view; None where it is trained in its own shape.
+    """
     spread = dense_sharding(param)
     if not isinstance(spread, MeshSharding):
         return LOCAL
+    if isinstance(matrix, MeshSharding):
+        if coded and matrix.splits(-1):  # blocks would span processes
+            return MeshParamSharding(matrix=spread, reduced=spread.only(), lines=spread, whole=True)
+        return MeshParamSharding(matrix=matrix, reduced=matrix, lines=matrix)
     if coded and spread.splits(-1) and (param.dim() < 4 or spread.splits(-2, -1)):  # blocks would span processes
         return MeshParamSharding(matrix=spread, reduced=spread.only(), lines=spread, whole=True)
     reduced = spread

@@ -52,12 +52,24 @@ class TensorSharding:
         """The elements of the whole tensor of which `tensor` is the local part."""
         return tensor.numel()
 
+    def whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of the whole tensor of which `tensor` is the local part."""
+        return tuple(tensor.shape)
+
+    def offset(self, dim: int) -> int:
+        """Index of the first local element along a dimension."""
+        return 0
+
     def groups(self, *dims: int) -> "list[ProcessGroup]":
         """The process groups that split these dimensions (any, if none is given)."""
         return []
 
     def gather(self, tensor: Tensor, *dims: int) -> Tensor:
         """The tensor with these dimensions whole."""
+        return tensor
+
+    def exchange(self, tensor: Tensor, held: int, wanted: int) -> Tensor:
+        """Parts along dimension `wanted`, from parts along `held`, which become whole: an all-to-all of this tensor's elements."""
         return tensor
 
     def part(self, tensor: Tensor, *dims: int) -> Tensor:
@@ -115,6 +127,9 @@ class MeshSharding(TensorSharding):
         """Index of the first local element along every dimension."""
         return self._part[1]
 
+    def offset(self, dim: int) -> int:
+        return self.offsets[dim]
+
     @cached_property
     def start(self) -> int:  # type: ignore[override]
         """Exact where only the leading dimension is split; else parts of other processes begin elsewhere, and none overlap."""
@@ -134,7 +149,7 @@ class MeshSharding(TensorSharding):
         own = self._part[0]
         return tuple(own[d] if d in self._split else size for d, size in zip(_from_end(shape), shape, strict=True))
 
-    def _whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
+    def whole_shape(self, tensor: Tensor) -> tuple[int, ...]:
         return tuple(
             self.shape[d] if d in self._split else size
             for d, size in zip(_from_end(tensor.shape), tensor.shape, strict=True)
@@ -161,7 +176,7 @@ class MeshSharding(TensorSharding):
         return self.sum(tensor.sum(dim), dim) / self.shape[dim]
 
     def numel(self, tensor: Tensor) -> int:
-        return math.prod(self._whole_shape(tensor))
+        return math.prod(self.whole_shape(tensor))
 
     def gather(self, tensor: Tensor, *dims: int) -> Tensor:
         if not self.splits(*dims):
@@ -172,6 +187,25 @@ class MeshSharding(TensorSharding):
         placements = [Replicate() if n in gone else placement for n, placement in enumerate(self.placements)]
         whole: Tensor = self.wrap(tensor.contiguous()).redistribute(placements=placements).to_local()  # type: ignore[attr-defined]
         return whole
+
+    def exchange(self, tensor: Tensor, held: int, wanted: int) -> Tensor:
+        """Of one process group that splits one of the two dimensions; both are cut as `Shard` cuts them."""
+        (group,) = self.groups(held) or self.groups(wanted)
+        have, get = (_chunks(self.shape[dim], group.size()) for dim in (held, wanted))
+        own = get[group.rank()]
+        sent = torch.cat([piece.flatten() for piece in tensor.split(get, wanted)])
+        rest = math.prod(
+            size for dim, size in zip(_from_end(tensor.shape), tensor.shape, strict=True) if dim not in (held, wanted)
+        )
+        sizes = [rest * length * own for length in have]
+        came = sent.new_empty(sum(sizes))
+        torch.distributed.all_to_all_single(
+            came, sent, sizes, [rest * tensor.shape[held] * n for n in get], group=group
+        )
+        shapes = [list(tensor.shape) for _ in have]
+        for shape, length in zip(shapes, have, strict=True):
+            shape[held], shape[wanted] = length, own
+        return torch.cat([piece.view(shape) for piece, shape in zip(came.split(sizes), shapes, strict=True)], held)
 
     def part(self, tensor: Tensor, *dims: int) -> Tensor:
         shape, offset = self._part
@@ -194,7 +228,7 @@ class MeshSharding(TensorSharding):
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        shape = torch.Size(self._whole_shape(tensor))
+        shape = torch.Size(self.whole_shape(tensor))
         strides = _strides(shape)
         if tensor.device.type in (self.mesh.device_type, "meta"):
             return DTensor.from_local(tensor, self.mesh, self.placements, run_check=False, shape=shape, stride=strides)
@@ -228,6 +262,12 @@ def placement_along(placement: Any, dim: int) -> Any:
 
     factor = getattr(placement, "split_factor", None)
     return Shard(dim) if factor is None else type(placement)(dim, split_factor=factor)
+
+
+def _chunks(length: int, parts: int) -> list[int]:
+    """How `Shard` cuts a dimension: equal chunks, of which the last may be shorter or empty."""
+    chunk = -(-length // parts)
+    return [min(max(length - number * chunk, 0), chunk) for number in range(parts)]
 
 
 def _from_end(shape: tuple[int, ...]) -> range:

@@ -19,7 +19,7 @@ def dense_step(step: ParamStep, norm: Tensor | None = None) -> Step:
         if not step.plan.sharding.whole:
             yield from _dense(step, grad, norm)
             return
-        with step.gathered(grad) as (whole, gradient):
+        with step.gathered() as (whole, gradient):
             yield from _dense(whole, gradient, norm, copied=True)
 
 
@@ -76,3 +76,5 @@ def _dense(step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = Fa
         part = part.to(dtype) if ok is None else torch.where(ok, part.to(dtype), 0.0)
         direction = masked_direction(rule, part, moments, group, context.at(weight))
         kernels.apply_dense_(weight, direction.matrix, start=start, **vars(step.write(direction, 1.0, ok)))
+        if step.plan.is_matrix:
+            step.put_back(weight)

@@ -112,9 +112,16 @@ class ParamPlan:
         """The matrix view of a tensor of the parameter's shape."""
         return tensor if self.layout == "auto" and len(self.shape) == 2 else matrix_view(tensor, self.layout)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the step works on the matrix view."""
+        return self.space is not None or self.rule.on_matrices
+
     def whole_moment_shape(self, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
         """The shape of the gradient that the rule sees, on all processes together: now, or, without a state, at its largest."""
-        return self.shape if self.space is None else self.projector.reduced_shape(self.space, state)
+        if self.space is not None:
+            return self.projector.reduced_shape(self.space, state)
+        return (matrix_shape(self.shape, self.layout) or self.shape) if self.rule.on_matrices else self.shape
 
     def moment_shape(self, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
         """The shape of the part of it that this process holds."""
@@ -184,16 +191,17 @@ def plan_group(
             space is not None and space.rank == 0 and not projector.moments_change_shape
         ):  # density 0: no subspace of any kind
             own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
-        sharding = make_sharding(param, space, own, group)
+        rule = parts.rule_for(shape)
+        sharding = make_sharding(param, space, own, group, rule)
         space = None if space is None else replace(space, sharding=sharding)
-        plan = ParamPlan(
-            name, index, group["layout"], space, parts.rule, own, parts.residual, param.device, param.dtype
-        )
+        plan = ParamPlan(name, index, group["layout"], space, rule, own, parts.residual, param.device, param.dtype)
         plan = replace(
             plan, shape=tuple(param.shape), sharding=sharding, group=number, sum_dtype=wide, position=position
         )
         plan = replace(plan, named=given is not None)
         check_sharding(plan, param, group)
+        if rule.on_matrices:
+            check_matrix(plan, shape, group)
         plans[param] = plan
     if isinstance(parts.rule, JointRule):
         _make_units(plans, parts.rule)
@@ -240,20 +248,36 @@ def name_key(name: str) -> int:
 
 
 def make_sharding(
-    param: Tensor, space: SubspaceSpec | None, projector: Projector, group: Mapping[str, Any]
+    param: Tensor, space: SubspaceSpec | None, projector: Projector, group: Mapping[str, Any], rule: Rule
 ) -> ParamSharding:
     """Where the parts of a sharded parameter and of its state lie."""
     if not is_sharded(param):
         return LOCAL
     bits = group["state_bits"]
     if space is None:
-        return replace(
-            dense_param_sharding(param, bits in (8, 4) and is_coded(bits, param.numel())), param=dense_sharding(param)
-        )
+        coded = bits in (8, 4) and is_coded(bits, param.numel())
+        shape = matrix_shape(param.shape, group["layout"]) if rule.on_matrices else None
+        matrix = None if shape is None else matrix_sharding(param, group["layout"], shape)
+        return replace(dense_param_sharding(param, coded, matrix), param=dense_sharding(param))
     reduced = projector.reduced_shape(space)
     coded = bits in (8, 4) and is_coded(bits, torch.Size(reduced).numel())
     matrix = matrix_sharding(param, group["layout"], space.shape)
     return replace(low_rank_sharding(matrix, reduced, projector.contracted(space), coded), param=dense_sharding(param))
+
+
+def check_matrix(plan: ParamPlan, shape: tuple[int, ...] | None, group: Mapping[str, Any]) -> None:
+    """Raise ValueError where a rule for matrices meets a parameter that is none, or one that it cannot train."""
+    kind, rule = f"parameter {plan.name} {plan.shape}", plan.rule
+    if shape is None:
+        raise ValueError(
+            f"{kind} is no matrix, and the rule {rule.name!r} trains matrices only: give it a group with another rule "
+            f'({{"params": …, "rule": lo.Adam()}}), or let lo.param_groups(model, rule={rule.name!r}) and the dense_rule of '
+            "lo.LowRankOptimizer, or lo.MuonAdamW, see to it"
+        )
+    try:
+        rule.check_matrix(shape, plan.side, plan.sharding, group)
+    except ValueError as error:
+        raise ValueError(f"{kind} {error}") from None
 
 
 def check_sharding(plan: ParamPlan, param: Tensor, group: Mapping[str, Any]) -> None:

@@ -82,9 +82,9 @@ class ParamStep:
         return self.param if self.plan.sharding is LOCAL else local(self.param)
 
     def local_grad(self) -> Tensor:
-        """The matrix view of the gradient's local part; of a dense parameter, the local part."""
+        """The gradient's local part, as the step works on it: the matrix view, or its own shape."""
         grad = local_grad(self.param)
-        return grad if self.plan.space is None else self.plan.view(grad)
+        return self.plan.view(grad) if self.plan.is_matrix else grad
 
     # ----------------------------------------------------------------------------------------------------------- subspace
 
@@ -159,15 +159,15 @@ class ParamStep:
             weight.copy_(matrix.view(weight.shape))
 
     @contextmanager
-    def gathered(self, grad: Tensor) -> Iterator[tuple["ParamStep", Tensor]]:
+    def gathered(self) -> Iterator[tuple["ParamStep", Tensor]]:
         """The step and the gradient of the whole parameter, where moments are kept whole although the weights are not."""
         weight, spread = self.weight, self.plan.sharding.matrix
         dims = range(-weight.dim(), 0)
-        whole = spread.gather(weight, *dims)
+        whole, grad = spread.gather(weight, *dims), spread.gather(local_grad(self.param), *dims)
         state = {name: tensor for name, tensor in self.state.items() if name != "master"}
         yield (
             replace(self, param=whole, plan=replace(self.plan, sharding=LOCAL), state=state),
-            spread.gather(grad, *dims),
+            self.plan.view(grad) if self.plan.is_matrix else grad,
         )
         weight.copy_(spread.part(whole))
 
@@ -178,7 +178,10 @@ class ParamStep:
 
         Chunks where the rule treats every element for itself and all tensors lie in memory in the same order.
         """
-        weight, first = self.weight, self.plan.sharding.matrix.start
+        weight, first = (
+            self.plan.view(self.weight) if self.plan.is_matrix else self.weight,
+            self.plan.sharding.matrix.start,
+        )
         moments = {name: tensor for name, tensor in self.moments.items() if tensor.shape == weight.shape}
         parted = elementwise and not hasattr(weight, "codes")  # of a quantised weight, parts would be copies
         if not parted or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):

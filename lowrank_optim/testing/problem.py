@@ -93,7 +93,10 @@ class Run:
         groups: list[dict[str, Any]] = []
         if matrices:
             groups.append({"params": [(name, self.params[name]) for name in matrices], **size_of(part)})
-        groups.append({"params": [(name, self.params[name]) for name in dense], "rank": None})
+        others = [name for name in dense if isinstance(part, Rule) and part.on_matrices and len(dense[name]) < 2]
+        groups.append({"params": [(name, self.params[name]) for name in dense if name not in others], "rank": None})
+        if others:
+            groups.append({"params": [(name, self.params[name]) for name in others], "rank": None, "rule": Adam()})
         reset = isinstance(part, Projector) and part.moments_change_shape
         usual = {"rule": Adam(), "projector": SVD(), "lr": 1e-2, "weight_decay": 0.01, "update_proj_gap": 2}
         usual |= {"on_refresh": "reset"} if reset else {}

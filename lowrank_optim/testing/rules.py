@@ -43,6 +43,8 @@ def check_rule(rule: Rule) -> None:
         return
     options = _options(rule)
     for shape in SHAPES:
+        if rule.on_matrices and len(shape) < 2:
+            continue
         _check_init(rule, options, shape)
         _check_direction(rule, options, shape)
         _check_ignored(rule, options, shape)

@@ -131,7 +131,7 @@ def test_every_public_optimizer_is_in_the_matrix():
     public = {kind for kind in public if issubclass(kind, lo.LowRankOptimizer)} - {lo.LowRankOptimizer}
     assert public == set(METHODS.values())
     assert {name for name, _ in EVERY} == set(METHODS)
-    assert len(public) == 13
+    assert len(public) == 15
 
 
 def mean_of_gradients():
