@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lowrank_optim.kernels import reference, schemas
+from lowrank_optim.kernels import compute, schemas
 
 VARIABLE = "LOWRANK_OPTIM_BACKEND"
 BACKENDS = ("cpu", "triton", "cuda", "torch")
@@ -205,7 +205,7 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         if measure is not None:
             for i, norm in zip(same, measure([tensors[i] for i in same]).unbind(), strict=True):
                 found[i] = norm
-    return [reference.norm(x) if norm is None else norm for x, norm in zip(tensors, found, strict=True)]
+    return [compute.norm(x) if norm is None else norm for x, norm in zip(tensors, found, strict=True)]
 
 
 @cache

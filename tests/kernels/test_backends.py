@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_optim.kernels import Loaded, api, dispatch, reference, schemas
+from lowrank_optim.kernels import Loaded, api, compute, dispatch, schemas
 from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.selftest import Case, answer, case, compare
 from lowrank_optim.kernels.torch import coded_adam
@@ -87,10 +87,10 @@ LARGE = [
 def test_torch_in_place_gives_the_bits_of_the_definition(case: Case, device_waits: bool, monkeypatch):
     """Also where the host does not look at the numbers, as on a GPU."""
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
-    monkeypatch.setattr(reference, "cache_elements", lambda device: 1 << 16)
+    monkeypatch.setattr(compute, "cache_elements", lambda device: 1 << 16)
     want = answer(dispatch._DEFINITIONS[case.op], case)
     if device_waits:
-        monkeypatch.setattr(reference, "is_known", lambda condition: False)
+        monkeypatch.setattr(compute, "is_known", lambda condition: False)
         monkeypatch.setattr(coded_adam, "is_read", lambda ok: False)
     got = answer(LOADED["torch"].operations[case.op], case)
     assert got is not None

@@ -24,7 +24,7 @@ from lowrank_optim import cli
 from lowrank_optim.kernels import Loaded, Unavailable, api, dispatch
 from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.counter_rng import fill_gaussian_, make_key
-from lowrank_optim.kernels.cpu import library
+from lowrank_optim.kernels.cpu import library, structures
 from lowrank_optim.kernels.selftest import Case, answer, case
 from tests.kernels.test_backends import calls_of
 from tests.oracles.op_cases import CASES
@@ -88,6 +88,33 @@ def test_every_instruction_set_gives_the_same_bits(op: str):
 def test_an_unknown_instruction_set_is_refused():
     if isinstance(backend, Loaded):
         assert not library.open_library().use_simd("mmx")
+
+
+@pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+def test_structures_lie_in_memory_as_those_of_the_library(tmp_path: Path):
+    kinds = [kind for kind in vars(structures).values() if isinstance(kind, type(ctypes.Structure))]
+    kinds.remove(ctypes.Structure)
+    places = {
+        f"offsetof({kind.__name__}, {name.lstrip('_')})": getattr(kind, name).offset
+        for kind in kinds
+        for name, *_ in kind._fields_
+    }
+    places |= {f"sizeof({kind.__name__})": ctypes.sizeof(kind) for kind in kinds}
+    asserts = "".join(f'static_assert({place} == {size}, "");\n' for place, size in places.items())
+    source = tmp_path / "layout.cpp"
+    source.write_text(f'#include <cstddef>\n#include "ops.h"\nusing namespace lowrank;\n{asserts}')
+    command = [str(CXX), "-std=c++17", "-fsyntax-only", f"-I{ROOT / 'csrc' / 'cpu'}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(kinds) == 17
+
+
+def test_a_structure_is_packed_with_its_padding_and_without_the_fields_of_the_library():
+    packed = structures.NormArgs.from_buffer_copy(structures.packer(structures.NormArgs)(5, 7, 1, 64, 11))
+    assert (packed.numel, packed.x.data, packed.x.dtype, packed.x.stride, packed.norm) == (5, 7, 1, 64, 11)
+    assert packed._sums is None
+    with pytest.raises(structures.struct.error, match="expected 5 items"):
+        structures.packer(structures.NormArgs)(5, 7, 1, 64, 11, 0)
 
 
 LARGE = [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.kernels import reference
+from lowrank_optim.kernels import compute, reference
 from lowrank_optim.kernels.counter_rng import PURPOSE_ROUNDING, make_key
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -33,7 +33,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def chunks(request, monkeypatch) -> None:
     """Cut low-precision matrices into chunks of a row or two, or not at all."""
     if request.param is not None:
-        monkeypatch.setattr(reference, "CHUNK_ELEMENTS", request.param)
+        monkeypatch.setattr(compute, "CHUNK_ELEMENTS", request.param)
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
@@ -155,7 +155,7 @@ def test_project_with_norms_gives_the_projection_and_the_squared_norms_of_the_li
 
 @pytest.mark.parametrize(("rows", "cols"), [(0, 5), (1, 1), (7, 1), (7, 64), (7, 63), (7, 200), (129, 3), (5, 0)])
 def test_row_chunks_cover_every_row_once_and_stay_small(rows, cols, monkeypatch):
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(compute, "CHUNK_ELEMENTS", 64)
     slices = list(kernels.row_chunks(rows, cols))
     assert [row for s in slices for row in range(rows)[s]] == list(range(rows))
     assert all(s.stop - s.start == 1 or (s.stop - s.start) * cols <= 64 for s in slices)
@@ -513,7 +513,7 @@ def test_stochastic_rounding_in_apply_does_not_depend_on_chunks_strides_or_stack
     results = []
     for elements in (1 << 20, 64, 1):
         for place in LAYOUTS.values():
-            monkeypatch.setattr(reference, "CHUNK_ELEMENTS", elements)
+            monkeypatch.setattr(compute, "CHUNK_ELEMENTS", elements)
             weight, left, right = exact_update(batch, 21, 30)
             weight = place(weight)
             kernels.apply_(weight, left, right, alpha=0.25, keep=0.5, rounding_key=KEY)
@@ -534,7 +534,7 @@ def test_stochastic_rounding_in_apply_dense_does_not_depend_on_chunks_or_strides
     value = (weight.double() - 0.125 * direction.double()).float()
     expected = kernels.stochastic_round(value, KEY, torch.arange(630).view(21, 30)).to(BF16)
     for elements in (1 << 20, 64, 1):
-        monkeypatch.setattr(reference, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(compute, "CHUNK_ELEMENTS", elements)
         target = place(weight)
         kernels.apply_dense_(target, direction, alpha=0.125, keep=1.0, rounding_key=KEY)
         assert torch.equal(target, expected)
@@ -553,7 +553,7 @@ def test_low_precision_weights_never_see_a_working_copy_of_more_than_a_chunk(dty
                 self.largest = max(self.largest, out.untyped_storage().nbytes() // 4)
             return out
 
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 256)
+    monkeypatch.setattr(compute, "CHUNK_ELEMENTS", 256)
     weight, grad = draw(1, 128, 64, dtype=dtype), draw(2, 128, 64, dtype=dtype)
     basis, core = draw(3, 64, 2, dtype=F32), draw(4, 128, 2, dtype=F32)
     phi, key = torch.ones(128, 1), KEY if dtype == BF16 else None

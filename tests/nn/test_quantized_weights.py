@@ -188,7 +188,7 @@ def test_zero_update_leaves_the_codes() -> None:
 def test_in_parts_of_the_rows_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for elements in (1 << 20, 1000):
-        monkeypatch.setattr(kernels.reference, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(kernels.compute, "CHUNK_ELEMENTS", elements)
         model = quantized_model(torch.float32)
         optimizer = lo.FiraAdamW(groups_of(model), lr=1e-2, weight_decay=0.1)
         loss_of(model, dtype=torch.float32).backward()

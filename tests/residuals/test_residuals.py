@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_optim as lo
-from lowrank_optim.kernels import reference as kernels
+from lowrank_optim.kernels import compute as kernels
 from lowrank_optim.residuals.registry import residual_from_name
 
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}

@@ -23,27 +23,93 @@ class Rows(Structure):
 
 
 class Adam(Structure):
-    _fields_ = tuple((name, c_float) for name in ("weight1", "beta2", "weight2", "correction", "floor"))
+    _fields_ = tuple((name, c_float) for name in ("weight1", "beta2", "weight2", "root_factor", "root_offset"))
 
 
-class Write(Structure):
+class StepParams(Structure):
     _fields_ = (("keep", c_float), ("alpha", c_float), ("rounding", Noise))
+
+
+_WRITTEN = (("out", _P), ("weight", Rows), ("adam", Adam), ("write", StepParams))
+_NORMS = (("norms", _P), ("grad_norms", _P))
 
 
 class AdamArgs(Structure):
     _fields_ = (
-        ("numel", _N),
-        ("cols", _N),
-        ("grad", Rows),
-        ("exp_avg", _P),
-        ("exp_avg_sq", _P),
-        ("out", _P),
-        ("weight", Rows),
-        ("adam", Adam),
-        ("write", Write),
-        ("norms", _P),
-        ("grad_norms", _P),
+        *(("numel", _N), ("cols", _N)),
+        *(("grad", Rows), ("exp_avg", _P), ("exp_avg_sq", _P)),
+        *_WRITTEN,
+        *_NORMS,
     )
+
+
+class RuleArgs(Structure):
+    _fields_ = (
+        *(("rule", c_int32), ("numel", _N), ("grad", _P), ("moment", _P), ("out", _P)),
+        *((name, c_float) for name in ("first", "second", "third")),
+    )
+
+
+class Coding(Structure):
+    _fields_ = (
+        *((name, _N) for name in ("rows", "cols", "block")),
+        *(("bits", c_int32), ("col_scale", _P), ("rows_per_scale", _N), ("_inverse", _P)),
+    )
+
+
+class CodedAdamArgs(Structure):
+    _fields_ = (
+        *(("coding", Coding), ("grad", Rows)),
+        *((name, _P) for name in ("ratio", "ratio_scale", "root", "root_scale")),
+        *_WRITTEN,
+        *(("noise", Noise), *_NORMS, ("_squares", _P)),
+    )
+
+
+class QuantizeArgs(Structure):
+    _fields_ = (
+        *(("coding", Coding), ("is_signed", c_bool), ("x", Rows)),
+        *(("codes", _P), ("scale", _P), ("noise", Noise)),
+    )
+
+
+class DequantizeArgs(Structure):
+    _fields_ = (("coding", Coding), ("is_signed", c_bool), ("codes", _P), ("scale", _P), ("x", Rows))
+
+
+class PackArgs(Structure):
+    _fields_ = (("coding", Coding), ("x", Rows), ("codes", _P), ("scale", _P), ("zero", _P))
+
+
+class UnpackArgs(Structure):
+    _fields_ = (("coding", Coding), ("codes", _P), ("scale", _P), ("zero", _P), ("x", Rows))
+
+
+class UpdateArgs(Structure):
+    _fields_ = (
+        *(("rows", _N), ("cols", _N), ("weight", Rows), ("write", StepParams)),
+        *(("product", Rows), ("grad", Rows), ("subtract", Rows), ("sign", c_bool)),
+        *(("phi", _P), ("phi_row", _N), ("phi_col", _N)),
+    )
+
+
+class StoreArgs(Structure):
+    _fields_ = (("rows", _N), ("cols", _N), ("target", Rows), ("value", Rows), ("rounding", Noise))
+
+
+class NormArgs(Structure):
+    _fields_ = (("numel", _N), ("x", Rows), ("norm", _P), ("_sums", _P))
+
+
+class LinesArgs(Structure):
+    _fields_ = (
+        *(("rows", _N), ("cols", _N), ("grad", Rows), ("by_row", c_bool)),
+        *((name, _P) for name in ("vector", "dots", "squares")),
+    )
+
+
+class GaussianArgs(Structure):
+    _fields_ = (("out", _P), ("numel", _N), ("key", c_uint64))
 
 
 def packer(kind: type[Structure]) -> Callable[..., bytes]:
