@@ -1,8 +1,8 @@
 """The build step that setuptools cannot express in pyproject.toml: csrc/cpu into one shared library beside the Python files.
 
-The library is no Python extension (it is loaded through ctypes), so one file serves every Python and torch. csrc/cpu/kernels.cpp
-is compiled once for each instruction set. CXX, CXXFLAGS and LDFLAGS are those of the environment. Where there is no compiler, or
-it fails, the package installs without the library; build.json in its place says why, and `lowrank-optim doctor` repeats it.
+The library is no Python extension (it is loaded through ctypes), so one file serves every Python and torch. The kernels
+are compiled once for each instruction set. CXX, CXXFLAGS and LDFLAGS are those of the environment. Where there is no compiler, or it
+fails, the package installs without the library; build.json in its place says why, and `lowrank-optim doctor` repeats it.
 """
 
 import json
@@ -34,6 +34,8 @@ LEVELS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
+KERNELS = ("adam", "codes", "weights")
+SOURCES = [str(SOURCE / f"{name}.cpp") for name in KERNELS]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -78,8 +80,9 @@ def build(target: Path) -> list[str]:
             objects.append(f"{scratch}/{name}.o")
             run([*compiler, *common, *more, "-c", str(SOURCE / source), "-o", objects[-1]])
 
-        for name, more in levels.items():
-            compile_one("kernels.cpp", name, f"-DLOWRANK_TABLE=kernels_{name}", *more)
+        for level, more in levels.items():
+            for name in KERNELS:
+                compile_one(f"{name}.cpp", f"{name}_{level}", f"-DLOWRANK_LEVEL={level}", *more)
         compile_one("pool.cpp", "pool")
         compile_one("abi.cpp", "abi", f'-DLOWRANK_FLAGS="{shown}"')
         linked = f"{scratch}/{LIBRARY}"
@@ -141,6 +144,6 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("lowrank_optim.kernels.cpu.library", sources=[str(SOURCE / "kernels.cpp")], optional=True)],
+    ext_modules=[Extension("lowrank_optim.kernels.cpu.library", sources=SOURCES, optional=True)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

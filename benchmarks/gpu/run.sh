@@ -57,7 +57,7 @@ print(build(Path('$library'), (10 * major + minor,)))"
 fi
 
 # Only the files with such tests: the others may need packages that are not here.
-mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
+mapfile -t marked < <(grep -rl 'mark\.gpu' --include='test_*.py' tests)
 part tests-gpu 200 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${marked[@]}"
 if [ -f benchmarks/step_time.py ]; then
   part step-time 120 "$PYTHON" benchmarks/step_time.py

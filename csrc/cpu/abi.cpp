@@ -1,9 +1,9 @@
-// The functions that Python calls (lowrank_optim/kernels/cpu/library.py declares the same): plain pointers, sizes and numbers.
+// The functions that Python calls (lowrank_optim/kernels/cpu/library.py declares the same). They take structures of ops.h and a number
+// of threads.
 //
 // They return 0, or 1 where there is no memory for working space; nothing has been changed then. Arguments are not checked.
-// Whoever changes a signature raises ABI_VERSION here and in library.py.
-#include <cfloat>
-#include <cmath>
+// Whoever changes a signature or a structure raises ABI_VERSION here and in library.py.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -16,7 +16,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 5;
+constexpr int ABI_VERSION = 7;
 constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thread
 
 #define LOWRANK_TEXT_(x) #x
@@ -32,13 +32,16 @@ constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thre
 
 struct Level {
   const char* name;
-  const Kernels* kernels;
+  const AdamKernels& adam;
+  const CodeKernels& codes;
+  const WeightKernels& weights;
 };
 
+#define LOWRANK_ROW(level) {#level, level::adam_kernels, level::code_kernels, level::weight_kernels}
 #ifdef LOWRANK_X86
-const Level LEVELS[] = {{"avx512", &kernels_avx512}, {"avx2", &kernels_avx2}, {"baseline", &kernels_baseline}};
+const Level LEVELS[] = {LOWRANK_ROW(avx512), LOWRANK_ROW(avx2), LOWRANK_ROW(baseline)};
 #else
-const Level LEVELS[] = {{"baseline", &kernels_baseline}};
+const Level LEVELS[] = {LOWRANK_ROW(baseline)};
 #endif
 
 bool runs_here(const Level& level) {
@@ -80,70 +83,79 @@ int guarded(const Body& body) {
 // Units of a coded matrix that is not empty.
 int64_t units_of(const Coding& c) { return c.rows * pieces(c.cols, span(c)); }
 
+int limited(int threads) { return threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads; }
+
+// body(begin, end, worker) over [0, count) in pieces.
+template <class Body>
+void in_pieces(int64_t count, int64_t piece, int threads, const Body& body) {
+  parallel(
+      count, piece > 1 ? piece : 1, threads,
+      [](void* context, int64_t begin, int64_t end, int worker) { (*static_cast<const Body*>(context))(begin, end, worker); },
+      const_cast<Body*>(&body));
+}
+
+// The units of several calls in a row.
+struct Units {
+  std::vector<int64_t> first{0};  // the first one of each call, and their number
+
+  void add(int64_t units) { first.push_back(first.back() + units); }
+  int64_t count() const { return first.back(); }
+
+  // body(call, from, to) for the units `begin` … `end`, counted within each call.
+  template <class Body>
+  void each(int64_t begin, int64_t end, const Body& body) const {
+    size_t k = size_t(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
+    for (; begin < end; ++k) {
+      const int64_t to = end < first[k + 1] ? end : first[k + 1];
+      if (begin < to) body(k, begin - first[k], to - first[k]);
+      begin = to;
+    }
+  }
+};
+
 // A kernel over `units` of `size` elements.
 template <class Args>
 int run(OnUnits<Args> kernel, const Args& args, int64_t units, int64_t size, int threads) {
-  if (units * size <= ALONE) threads = 1;
-  struct Call {
-    OnUnits<Args> kernel;
-    const Args* args;
-  } call = {kernel, &args};
-  const int64_t piece = ALONE / size > 1 ? ALONE / size : 1;
-  parallel(
-      units, piece, threads,
-      [](void* context, int64_t begin, int64_t end, int) {
-        const Call* c = static_cast<Call*>(context);
-        c->kernel(*c->args, begin, end);
-      },
-      &call);
+  in_pieces(units, ALONE / size, units * size <= ALONE ? 1 : threads,
+            [&](int64_t begin, int64_t end, int) { kernel(args, begin, end); });
   return 0;
+}
+
+// A kernel over the tiles of a matrix.
+template <class Args>
+int run_tiles(OnUnits<Args> kernel, const Args& args, int threads) {
+  const int64_t width = args.cols < TILE ? args.cols : TILE;
+  return args.cols == 0 ? 0 : run<Args>(kernel, args, args.rows * pieces(args.cols, TILE), width, limited(threads));
 }
 
 // The same for coded matrices, whose kernels need working memory: several at once.
 template <class Args>
 int run_many(OnBlocks<Args> kernel, const std::vector<Args>& calls, int threads) {
-  if (threads > MAX_THREADS) threads = MAX_THREADS;
-  std::vector<int64_t> first(calls.size() + 1);  // units of all matrices in a row; the first one of each
+  Units units;
   int64_t elements = 0, floats = 0, widest = 1;
-  for (size_t k = 0; k < calls.size(); ++k) {
-    const Coding& c = calls[k].coding;
+  for (const Args& args : calls) {
+    const Coding& c = args.coding;
     const bool empty = c.rows == 0 || c.cols == 0;
     const int64_t width = empty ? 1 : span(c);
     if (width > INT32_MAX / 2) return 1;  // kernels count the elements of a unit in an int
-    first[k + 1] = first[k] + (empty ? 0 : units_of(c));
+    units.add(empty ? 0 : units_of(c));
     elements += c.rows * c.cols;
     if (!empty && scratch_floats(c) > floats) floats = scratch_floats(c);
     if (width > widest) widest = width;
   }
   if (elements == 0) return 0;
   if (elements <= ALONE) threads = 1;
-  struct Call {
-    OnBlocks<Args> kernel;
-    const std::vector<Args>& calls;
-    const std::vector<int64_t>& first;
-    float* scratch;
-    int64_t floats;
-  } call = {kernel, calls, first, nullptr, floats};
   alignas(64) float few[8192];  // arrays begin with a cache line: a vector across two of them costs twice
   std::unique_ptr<float, decltype(&std::free)> many(nullptr, &std::free);
-  if (floats * threads <= int64_t(sizeof few / sizeof *few)) {
-    call.scratch = few;
-  } else {
+  float* scratch = few;
+  if (floats * threads > int64_t(sizeof few / sizeof *few)) {
     many.reset(static_cast<float*>(std::aligned_alloc(64, size_t(floats) * size_t(threads) * sizeof(float))));
     if (!many) return 1;
-    call.scratch = many.get();
+    scratch = many.get();
   }
-  const int64_t piece = ALONE / widest > 1 ? ALONE / widest : 1;
-  parallel(
-      first.back(), piece, threads,
-      [](void* context, int64_t begin, int64_t end, int worker) {
-        const Call& c = *static_cast<Call*>(context);
-        for (size_t k = 0; k < c.calls.size(); ++k) {
-          const int64_t from = begin > c.first[k] ? begin : c.first[k], to = end < c.first[k + 1] ? end : c.first[k + 1];
-          if (from < to) c.kernel(c.calls[k], from - c.first[k], to - c.first[k], c.scratch + worker * c.floats);
-        }
-      },
-      &call);
+  in_pieces(units.count(), ALONE / widest, threads, [&](int64_t begin, int64_t end, int worker) {
+    units.each(begin, end, [&](size_t k, int64_t from, int64_t to) { kernel(calls[k], from, to, scratch + worker * floats); });
+  });
   return 0;
 }
 
@@ -167,25 +179,20 @@ struct Inverse {
   }
 };
 
-Noise noise_of(int on, uint64_t key, int64_t start, uint16_t offset) { return Noise{on != 0, key, start, offset}; }
-
-// √total as if summed in float32: what is too large for it is infinite, as v would be.
-float root_of(double total) { return total > double(FLT_MAX) ? HUGE_VALF : float(std::sqrt(total)); }
-
-// ‖N_j‖ and ‖g_j‖ of rows from the sums of the units that each has.
-void write_lengths(const Squares* squares, int64_t rows, int64_t units, f32* lengths, f32* grad_lengths) {
-  for (int64_t row = 0; row < rows; ++row) {
+// ‖N_j‖ and ‖g_j‖ of rows from the sums of the units of each.
+void write_norms(const CodedAdamArgs& args) {
+  const Squares* squares = args.squares;
+  const int64_t units = units_of(args.coding) / args.coding.rows;
+  for (int64_t row = 0; row < args.coding.rows; ++row) {
     Squares sum = {};
     for (int64_t k = 0; k < units; ++k, ++squares) {
       sum.direction += squares->direction;
       sum.grad += squares->grad;
     }
-    lengths[row] = root_of(sum.direction);
-    grad_lengths[row] = root_of(sum.grad);
+    args.norms[row] = root_of(sum.direction);
+    args.grad_norms[row] = root_of(sum.grad);
   }
 }
-
-int limited(int threads) { return threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads; }
 
 }  // namespace
 }  // namespace lowrank
@@ -216,193 +223,107 @@ LOWRANK_API void lowrank_optim_use_openmp(void* runtime, void* number) {
   use_openmp(reinterpret_cast<OpenMP>(runtime), reinterpret_cast<Number>(number));
 }
 
-// adam_direct_ with `out`, adam_dense_ with `weight`: the other is null. `n` elements in rows of `cols`; with `lengths`, which go
-// with `out`, ‖N_j‖ of every row is written there, and ‖g_j‖ to `grad_lengths`.
-LOWRANK_API int lowrank_optim_adam(int64_t n, int64_t cols, const void* grad, int grad_type, f32* exp_avg, f32* exp_avg_sq, f32* out,
-                                   f32* lengths, f32* grad_lengths, void* weight, int weight_type, float weight1, float beta2,
-                                   float weight2, float correction, float floor, float keep, float alpha, int rounding, uint64_t key,
-                                   int64_t start, int threads) {
+// `count` tensors at once.
+LOWRANK_API int lowrank_optim_adam(int64_t count, const AdamArgs* calls, int threads) {
   return guarded([&] {
-    const int64_t rows = lengths ? n / cols : 0;
-    std::vector<Squares> squares(static_cast<size_t>(rows));
-    AdamArgs args;
-    args.grad = {grad, grad_type, 0};
-    args.exp_avg = exp_avg;
-    args.exp_avg_sq = exp_avg_sq;
-    args.out = out;
-    args.weight = {weight, weight_type, 0};
-    args.adam = {weight1, beta2, weight2, correction, floor};
-    args.write = {keep, alpha, noise_of(rounding, key, start, 0)};
-    args.cols = cols;
-    args.squares = lengths ? squares.data() : nullptr;
-    run<AdamArgs>(chosen->kernels->adam, args, lengths ? rows : n, lengths ? cols : 1, limited(threads));
-    write_lengths(squares.data(), rows, 1, lengths, grad_lengths);
+    Units units;
+    int64_t elements = 0, widest = TILE;
+    // What a unit has, and all of them: rows where there are norms, else elements.
+    const auto height = [](const AdamArgs& c) { return !c.norms ? TILE : c.cols < TILE ? TILE / c.cols : 1; };
+    const auto total = [](const AdamArgs& c) { return c.norms ? c.numel / c.cols : c.numel; };
+    for (int64_t k = 0; k < count; ++k) {
+      const AdamArgs& c = calls[k];
+      units.add(pieces(total(c), height(c)));
+      elements += c.numel;
+      if (c.norms && c.cols > widest) widest = c.cols;
+    }
+    in_pieces(units.count(), ALONE / widest, elements <= ALONE ? 1 : limited(threads), [&](int64_t begin, int64_t end, int) {
+      units.each(begin, end, [&](size_t k, int64_t from, int64_t to) {
+        const int64_t size = height(calls[k]), last = total(calls[k]);
+        chosen->adam.adam(calls[k], from * size, to * size < last ? to * size : last);
+      });
+    });
     return 0;
   });
 }
 
-LOWRANK_API int lowrank_optim_rule(int rule, int64_t n, const f32* grad, f32* moment, f32* out, float first, float second, float third,
-                                   int threads) {
-  const RuleArgs args = {rule, grad, moment, out, first, second, third};
-  return run<RuleArgs>(chosen->kernels->rule, args, n, 1, limited(threads));
+LOWRANK_API int lowrank_optim_rule(const RuleArgs* args, int threads) {
+  return run<RuleArgs>(chosen->adam.rule, *args, args->numel, 1, limited(threads));
 }
 
-// coded_adam_direct_ with `out`, coded_adam_dense_ with `weight`, of `count` matrices at once: for each, a row of WORDS integers and
-// addresses and a row of NUMBERS floats, in the order in which they are read here. `lengths` as in lowrank_optim_adam.
-LOWRANK_API int lowrank_optim_coded_adam(int64_t count, const int64_t* words, const float* numbers, int threads) {
+// `count` matrices at once.
+LOWRANK_API int lowrank_optim_coded_adam(int64_t count, const CodedAdamArgs* given, int threads) {
   return guarded([&] {
-    constexpr int WORDS = 24, NUMBERS = 7;
-    std::vector<CodedAdamArgs> calls(static_cast<size_t>(count));
+    std::vector<CodedAdamArgs> calls(given, given + count);
     std::vector<Inverse> inverses;
     std::vector<std::vector<Squares>> squares;
-    std::vector<f32*> lengths, grad_lengths;
     inverses.reserve(calls.size());
+    squares.reserve(calls.size());
     for (CodedAdamArgs& args : calls) {
-      const auto at = [&](int i) { return reinterpret_cast<void*>(words[i]); };
-      args.coding = {words[0], words[1], words[2], int32_t(words[3]), static_cast<const f32*>(at(10)), words[11]};
-      args.grad = {at(4), int32_t(words[5]), words[1]};
-      args.ratio = static_cast<u8*>(at(6));
-      args.ratio_scale = static_cast<f32*>(at(7));
-      args.root = static_cast<u8*>(at(8));
-      args.root_scale = static_cast<f32*>(at(9));
-      args.out = static_cast<f32*>(at(12));
-      args.weight = {at(13), int32_t(words[14]), words[1]};
-      args.noise = noise_of(words[15] != 0, uint64_t(words[16]), words[17], uint16_t(words[18]));
-      args.adam = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
-      args.write = {numbers[5], numbers[6], noise_of(words[19] != 0, uint64_t(words[20]), words[21], 0)};
       inverses.emplace_back(args.coding);
       if (inverses.back().failed) return 1;
-      lengths.push_back(static_cast<f32*>(at(22)));
-      grad_lengths.push_back(static_cast<f32*>(at(23)));
-      squares.emplace_back(lengths.back() ? static_cast<size_t>(units_of(args.coding)) : 0);
-      args.squares = lengths.back() ? squares.back().data() : nullptr;
-      words += WORDS;
-      numbers += NUMBERS;
+      squares.emplace_back(args.norms ? static_cast<size_t>(units_of(args.coding)) : 0);
+      args.squares = args.norms ? squares.back().data() : nullptr;
     }
-    if (run_many<CodedAdamArgs>(chosen->kernels->coded_adam, calls, limited(threads))) return 1;
-    for (size_t k = 0; k < calls.size(); ++k) {
-      const int64_t rows = calls[k].coding.rows;
-      if (!lengths[k]) continue;
-      write_lengths(squares[k].data(), rows, units_of(calls[k].coding) / rows, lengths[k], grad_lengths[k]);
+    if (run_many<CodedAdamArgs>(chosen->codes.coded_adam, calls, limited(threads))) return 1;
+    for (const CodedAdamArgs& args : calls) {
+      if (args.norms) write_norms(args);
     }
     return 0;
   });
 }
 
-// ‖x‖ of `count` flat tensors: for each its address, type and number of elements.
-LOWRANK_API int lowrank_optim_norms(int64_t count, const int64_t* words, float* norms, int threads) {
+// `count` tensors at once.
+LOWRANK_API int lowrank_optim_norms(int64_t count, const NormArgs* given, int threads) {
   return guarded([&] {
-    std::vector<SquaresArgs> calls(static_cast<size_t>(count));
-    int64_t tiles = 0;
-    for (int64_t i = 0; i < count; ++i) tiles += pieces(words[3 * i + 2], TILE);
-    std::vector<double> sums(static_cast<size_t>(tiles));
-    std::vector<int64_t> first(static_cast<size_t>(count) + 1);
-    for (int64_t i = 0; i < count; ++i) {
-      const size_t k = static_cast<size_t>(i);
-      calls[k] = {{reinterpret_cast<const void*>(words[3 * i]), int32_t(words[3 * i + 1]), 0}, sums.data() + first[k]};
-      first[k + 1] = first[k] + pieces(words[3 * i + 2], TILE);
-    }
-    struct Call {
-      const std::vector<SquaresArgs>& calls;
-      const std::vector<int64_t>& first;
-      const int64_t* words;
-    } call = {calls, first, words};
-    parallel(
-        tiles, ALONE / TILE, tiles * TILE <= ALONE ? 1 : limited(threads),
-        [](void* context, int64_t begin, int64_t end, int) {
-          const Call& c = *static_cast<Call*>(context);
-          for (size_t k = 0; k < c.calls.size(); ++k) {
-            const int64_t from = begin > c.first[k] ? begin : c.first[k], to = end < c.first[k + 1] ? end : c.first[k + 1];
-            if (from >= to) continue;
-            const int64_t size = c.words[3 * k + 2], last = (to - c.first[k]) * TILE;
-            chosen->kernels->squares(c.calls[k], (from - c.first[k]) * TILE, last < size ? last : size);
-          }
-        },
-        &call);
-    for (size_t k = 0; k < calls.size(); ++k) {
+    std::vector<NormArgs> calls(given, given + count);
+    Units tiles;
+    for (const NormArgs& args : calls) tiles.add(pieces(args.numel, TILE));
+    std::vector<double> sums(static_cast<size_t>(tiles.count()));
+    for (size_t k = 0; k < calls.size(); ++k) calls[k].sums = sums.data() + tiles.first[k];
+    in_pieces(tiles.count(), ALONE / TILE, tiles.count() * TILE <= ALONE ? 1 : limited(threads), [&](int64_t begin, int64_t end, int) {
+      tiles.each(begin, end, [&](size_t k, int64_t from, int64_t to) {
+        const NormArgs& args = calls[k];
+        chosen->weights.squares(args, from * TILE, to * TILE < args.numel ? to * TILE : args.numel);
+      });
+    });
+    for (const NormArgs& args : calls) {
       double total = 0.0;
-      for (int64_t tile = first[k]; tile < first[k + 1]; ++tile) total += sums[static_cast<size_t>(tile)];
-      norms[k] = root_of(total);
+      for (int64_t tile = 0; tile < pieces(args.numel, TILE); ++tile) total += args.sums[tile];
+      *args.norm = root_of(total);
     }
     return 0;
   });
 }
 
-LOWRANK_API int lowrank_optim_quantize_rows(int64_t rows, int64_t cols, int64_t block, int bits, int is_signed, const void* x, int x_type,
-                                            int64_t x_stride, const f32* col_scale, int64_t rows_per_scale, void* codes, f32* scale,
-                                            int noisy, uint64_t key, int64_t start, uint16_t offset, int threads) {
-  QuantizeArgs args = {{rows, cols, block, bits, col_scale, rows_per_scale},
-                       is_signed != 0,
-                       {x, x_type, x_stride},
-                       static_cast<u8*>(codes),
-                       scale,
-                       noise_of(noisy, key, start, offset)};
+LOWRANK_API int lowrank_optim_quantize_rows(const QuantizeArgs* given, int threads) {
+  QuantizeArgs args = *given;
   const Inverse inverse(args.coding);
-  return inverse.failed ? 1 : run<QuantizeArgs>(chosen->kernels->quantize, args, limited(threads));
+  return inverse.failed ? 1 : run<QuantizeArgs>(chosen->codes.quantize, args, limited(threads));
 }
 
-LOWRANK_API int lowrank_optim_dequantize_rows(int64_t rows, int64_t cols, int64_t block, int bits, int is_signed, const void* codes,
-                                              const f32* scale, const f32* col_scale, int64_t rows_per_scale, void* x, int x_type,
-                                              int threads) {
-  const DequantizeArgs args = {{rows, cols, block, bits, col_scale, rows_per_scale},
-                               is_signed != 0,
-                               static_cast<const u8*>(codes),
-                               scale,
-                               {x, x_type, cols}};
-  return run<DequantizeArgs>(chosen->kernels->dequantize, args, limited(threads));
+LOWRANK_API int lowrank_optim_dequantize_rows(const DequantizeArgs* args, int threads) {
+  return run<DequantizeArgs>(chosen->codes.dequantize, *args, limited(threads));
 }
 
-LOWRANK_API int lowrank_optim_pack_basis(int64_t rows, int64_t cols, int64_t group, int bits, const void* x, int x_type, int64_t x_stride,
-                                         void* codes, f32* scale, f32* zero, int threads) {
-  const PackArgs args = {{rows, cols, group, bits, nullptr, 1}, {x, x_type, x_stride}, static_cast<u8*>(codes), scale, zero};
-  return run<PackArgs>(chosen->kernels->pack, args, limited(threads));
+LOWRANK_API int lowrank_optim_pack_basis(const PackArgs* args, int threads) {
+  return run<PackArgs>(chosen->codes.pack, *args, limited(threads));
 }
 
-LOWRANK_API int lowrank_optim_unpack_basis(int64_t rows, int64_t cols, int64_t group, int bits, const void* codes, const f32* scale,
-                                           const f32* zero, void* x, int x_type, int threads) {
-  const UnpackArgs args = {{rows, cols, group, bits, nullptr, 1}, static_cast<const u8*>(codes), scale, zero, {x, x_type, cols}};
-  return run<UnpackArgs>(chosen->kernels->unpack, args, limited(threads));
+LOWRANK_API int lowrank_optim_unpack_basis(const UnpackArgs* args, int threads) {
+  return run<UnpackArgs>(chosen->codes.unpack, *args, limited(threads));
 }
 
-// apply_ after its matrix products, and apply_dense_; `grad` and `subtract` may be null.
-LOWRANK_API int lowrank_optim_update(int64_t rows, int64_t cols, void* weight, int weight_type, int64_t weight_stride,
-                                     const f32* product, int64_t product_stride, const void* grad, int grad_type, int64_t grad_stride,
-                                     const f32* subtract, int64_t subtract_stride, int sign, const f32* phi, int64_t phi_row,
-                                     int64_t phi_col, float keep, float alpha, int rounding, uint64_t key, int64_t start,
-                                     int threads) {
-  const UpdateArgs args = {rows,
-                           cols,
-                           {weight, weight_type, weight_stride},
-                           {keep, alpha, noise_of(rounding, key, start, 0)},
-                           {product, FLOAT32, product_stride},
-                           {grad, grad_type, grad_stride},
-                           {subtract, FLOAT32, subtract_stride},
-                           sign != 0,
-                           phi,
-                           phi_row,
-                           phi_col};
-  const int64_t width = cols < TILE ? cols : TILE;
-  return cols == 0 ? 0 : run<UpdateArgs>(chosen->kernels->update, args, rows * pieces(cols, TILE), width, limited(threads));
+LOWRANK_API int lowrank_optim_update(const UpdateArgs* args, int threads) { return run_tiles(chosen->weights.update, *args, threads); }
+
+LOWRANK_API int lowrank_optim_store(const StoreArgs* args, int threads) { return run_tiles(chosen->weights.store, *args, threads); }
+
+LOWRANK_API int lowrank_optim_lines(const LinesArgs* args, int threads) {
+  const int64_t height = args->rows > 0 ? args->rows : 1, width = args->cols > 0 ? args->cols : 1;
+  if (args->by_row) return run<LinesArgs>(chosen->weights.row_sums, *args, args->rows, width, limited(threads));
+  return run<LinesArgs>(chosen->weights.column_sums, *args, pieces(args->cols, STRIP), STRIP * height, limited(threads));
 }
 
-LOWRANK_API int lowrank_optim_store(int64_t rows, int64_t cols, void* target, int target_type, int64_t target_stride,
-                                    const f32* value, int64_t value_stride, int rounding, uint64_t key, int64_t start, int threads) {
-  const StoreArgs args = {
-      rows, cols, {target, target_type, target_stride}, {value, FLOAT32, value_stride}, noise_of(rounding, key, start, 0)};
-  const int64_t width = cols < TILE ? cols : TILE;
-  return cols == 0 ? 0 : run<StoreArgs>(chosen->kernels->store, args, rows * pieces(cols, TILE), width, limited(threads));
-}
-
-// ‖g_j‖² of every row (`by_row`) or column of a matrix, and, with `dots`, its product with a `vector`, which may be empty.
-LOWRANK_API int lowrank_optim_lines(int64_t rows, int64_t cols, const void* grad, int grad_type, int64_t grad_stride, int by_row,
-                                    const f32* vector, f32* dots, f32* squares, int threads) {
-  const LinesArgs args = {rows, cols, {grad, grad_type, grad_stride}, vector, dots, squares};
-  if (by_row) return run<LinesArgs>(chosen->kernels->row_sums, args, rows, cols > 0 ? cols : 1, limited(threads));
-  const int64_t height = rows > 0 ? rows : 1;
-  return run<LinesArgs>(chosen->kernels->column_sums, args, pieces(cols, STRIP), STRIP * height, limited(threads));
-}
-
-LOWRANK_API int lowrank_optim_gaussian(int64_t numel, f32* out, uint64_t key, int threads) {
-  const GaussianArgs args = {out, numel, key};
-  return run<GaussianArgs>(chosen->kernels->gaussian, args, pieces(numel, 2), 8, limited(threads));  // a pair costs what 8 others do
+LOWRANK_API int lowrank_optim_gaussian(const GaussianArgs* args, int threads) {
+  return run<GaussianArgs>(chosen->weights.gaussian, *args, pieces(args->numel, 2), 8, limited(threads));  // a pair costs what 8 others do
 }

@@ -1,4 +1,4 @@
-// Storage types, rounding and random bits, for kernels.cpp: everything is local to each of its copies.
+// Storage types, rounding and random bits, for the kernels: everything is local to each copy of a file that includes it.
 #pragma once
 
 #include "ops.h"

@@ -1,4 +1,4 @@
-// What the operations take, and the table of the functions that do them, one table for each instruction set.
+// What the operations take (lowrank_optim/kernels/cpu/structures.py has the same structures), and the tables of the kernels that do them, three for each instruction set.
 //
 // Definitions: lowrank_optim/kernels/reference.py and lowrank_optim/quantization/{rows,moments,basis}.py. Every float operation
 // here is rounded to float32 once, in the order written there, without fused multiply-adds, so all instruction sets, thread counts
@@ -43,32 +43,39 @@ struct Squares {
   double direction, grad;
 };
 
-// m ← lerp(m, g, weight1), v ← beta2 v + weight2 g², N = m / (√v correction + floor)
+// √total as if summed in float32: what is too large for it is infinite, as v would be.
+static inline float root_of(double total) {
+  return total > double(__FLT_MAX__) ? __builtin_huge_valf() : float(__builtin_sqrt(total));
+}
+
+// m ← lerp(m, g, weight1), v ← beta2 v + weight2 g², N = m / (√v root_factor + root_offset)
 struct Adam {
-  float weight1, beta2, weight2, correction, floor;
+  float weight1, beta2, weight2, root_factor, root_offset;
 };
 
 // W ← keep W − alpha N
-struct Write {
+struct StepParams {
   float keep, alpha;
   Noise rounding;
 };
 
-// adam_direct_ (out) and adam_dense_ (weight); flat tensors, or, with `squares`, rows of `cols` elements.
+// adam_direct_ (out) and adam_dense_ (weight) of `numel` elements: the other is null. With `norms`, which go with `out`, ‖N_j‖ of
+// every row of `cols` elements is written there, and ‖g_j‖ to `grad_norms`.
 struct AdamArgs {
+  int64_t numel, cols;
   ConstRows grad;
   f32 *exp_avg, *exp_avg_sq, *out;
   Rows weight;
   Adam adam;
-  Write write;
-  int64_t cols;
-  Squares* squares;
+  StepParams write;
+  f32 *norms, *grad_norms;
 };
 
 // lion_direct_, sgd_direct_ and rmsprop_direct_; flat tensors of float32.
 enum Rule : int32_t { LION = 0, SGD = 1, NESTEROV = 2, RMSPROP = 3 };
 struct RuleArgs {
   int32_t rule;
+  int64_t numel;
   const f32* grad;
   f32 *moment, *out;
   float first, second, third;
@@ -80,19 +87,23 @@ struct Coding {
   int32_t bits;
   const f32* col_scale;
   int64_t rows_per_scale;
-  const f32* inverse = nullptr;  // 1/col_scale, for what is to be coded
+  const f32* inverse;  // of the library: 1/col_scale, for what is to be coded
 };
 
+// coded_adam_direct_ (out) and coded_adam_dense_ (weight): the other is null. `norms` as in AdamArgs.
 struct CodedAdamArgs {
   Coding coding;
   ConstRows grad;
-  u8 *ratio, *root;
-  f32 *ratio_scale, *root_scale, *out;
+  u8* ratio;
+  f32* ratio_scale;
+  u8* root;
+  f32 *root_scale, *out;
   Rows weight;
   Adam adam;
+  StepParams write;
   Noise noise;
-  Write write;
-  Squares* squares;  // with `out`: one for each unit; may be null
+  f32 *norms, *grad_norms;
+  Squares* squares;  // of the library: one for each unit, where there are norms
 };
 
 struct QuantizeArgs {
@@ -126,11 +137,12 @@ struct UnpackArgs {
   Rows x;
 };
 
-// W ← keep W − alpha (product + φ ⊙ E), E = grad, sign(grad) or sign(grad − subtract); product, grad and subtract may be absent.
+// apply_ after its matrix products, and apply_dense_: W ← keep W − alpha (product + φ ⊙ E), E = grad, sign(grad) or
+// sign(grad − subtract); product, grad and subtract may be null.
 struct UpdateArgs {
   int64_t rows, cols;
   Rows weight;
-  Write write;
+  StepParams write;
   ConstRows product, grad, subtract;
   bool sign;
   const f32* phi;
@@ -167,16 +179,19 @@ inline int64_t span(const Coding& c) {
 inline int64_t padded(const Coding& c) { return (span(c) + 47) / 16 * 16; }
 inline int64_t scratch_floats(const Coding& c) { return 9 * padded(c); }
 
-// Σx² of n elements, in parts of float32.
-struct SquaresArgs {
+// ‖x‖ of a flat tensor, summed in parts of float32.
+struct NormArgs {
+  int64_t numel;
   ConstRows x;
-  double* sums;  // one for each TILE of the tensor
+  f32* norm;
+  double* sums;  // of the library: one for each TILE of the tensor
 };
 
-// Of every row or column g_j of a matrix: ‖g_j‖², and, with `dots`, g_j · b for a `vector` b.
+// Of every row (`by_row`) or column g_j of a matrix: ‖g_j‖², and, with `dots`, g_j · b for a `vector` b, which may be empty.
 struct LinesArgs {
   int64_t rows, cols;
   ConstRows grad;
+  bool by_row;
   const f32* vector;
   f32 *dots, *squares;
 };
@@ -184,25 +199,39 @@ struct LinesArgs {
 // Columns whose sums are taken together.
 constexpr int64_t STRIP = 256;
 
-struct Kernels {
+// The kernels of each file, from unit `first` to before `last`.
+struct AdamKernels {
   void (*adam)(const AdamArgs&, int64_t first, int64_t last);  // elements, or rows
   void (*rule)(const RuleArgs&, int64_t first, int64_t last);  // elements
+};
+
+struct CodeKernels {
   void (*coded_adam)(const CodedAdamArgs&, int64_t first, int64_t last, float* scratch);  // units
   void (*quantize)(const QuantizeArgs&, int64_t first, int64_t last, float* scratch);
   void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last, float* scratch);
   void (*pack)(const PackArgs&, int64_t first, int64_t last, float* scratch);
   void (*unpack)(const UnpackArgs&, int64_t first, int64_t last, float* scratch);
+};
+
+struct WeightKernels {
   void (*update)(const UpdateArgs&, int64_t first, int64_t last);  // units of TILE
   void (*store)(const StoreArgs&, int64_t first, int64_t last);
   void (*gaussian)(const GaussianArgs&, int64_t first, int64_t last);  // pairs
-  void (*squares)(const SquaresArgs&, int64_t first, int64_t last);    // elements, from the beginning of a TILE
+  void (*squares)(const NormArgs&, int64_t first, int64_t last);       // elements, from the beginning of a TILE
   void (*row_sums)(const LinesArgs&, int64_t first, int64_t last);     // rows
   void (*column_sums)(const LinesArgs&, int64_t first, int64_t last);  // strips
 };
 
-extern const Kernels kernels_baseline;
+#define LOWRANK_TABLES(level)                \
+  namespace level {                          \
+  extern const AdamKernels adam_kernels;     \
+  extern const CodeKernels code_kernels;     \
+  extern const WeightKernels weight_kernels; \
+  }
+LOWRANK_TABLES(baseline)
 #ifdef LOWRANK_X86
-extern const Kernels kernels_avx2, kernels_avx512;
+LOWRANK_TABLES(avx2)
+LOWRANK_TABLES(avx512)
 #endif
 
 }  // namespace lowrank

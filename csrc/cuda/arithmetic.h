@@ -211,13 +211,13 @@ LOWRANK_HD int code_between(float x, float zero, float step, int bits) {
 
 // ------------------------------------------------------------------------------------------------------------- rules of moments
 
-// towards = 1 − β₁, rest2 = 1 − β₂; N = m / (√v · root_factor + root_offset)
+// weight1 = 1 − β₁, weight2 = 1 − β₂; N = m / (√v · root_factor + root_offset)
 struct Adam {
-  float towards, beta2, rest2, root_factor, root_offset;
+  float weight1, beta2, weight2, root_factor, root_offset;
 };
 
 // w ← keep·w − alpha·N
-struct Write {
+struct StepParams {
   float alpha, keep;
 };
 
@@ -233,8 +233,8 @@ LOWRANK_HD float lerp(float start, float end, float weight) {
 LOWRANK_HD float square_update(float v, float g, float beta, float rest) { return v * beta + (g * rest) * g; }
 
 LOWRANK_HD Moments adam_step(float g, float m, float v, const Adam& adam) {
-  m = lerp(m, g, adam.towards);
-  v = square_update(v, g, adam.beta2, adam.rest2);
+  m = lerp(m, g, adam.weight1);
+  v = square_update(v, g, adam.beta2, adam.weight2);
   return {m, v, m / (sqrtf(v) * adam.root_factor + adam.root_offset)};
 }
 

@@ -16,7 +16,7 @@ struct AdamElement {
   const uint8_t* ok;
   int32_t grad_dtype, weight_dtype;
   Adam adam;
-  Write write;
+  StepParams write;
   Noise rounding;
 
   LOWRANK_HD void operator()(int64_t i) const {
@@ -104,7 +104,7 @@ struct StoreElement {
   int64_t rows, cols;
   Strided target_by, value_by;
   int32_t target_dtype, flat, update, keep_is_double;
-  Write write;
+  StepParams write;
   Noise rounding;
 
   LOWRANK_HD void operator()(int64_t i) const {
@@ -300,7 +300,7 @@ struct CodedAdamBlock {
   const uint8_t* ok;
   int32_t grad_dtype, weight_dtype;
   Adam adam;
-  Write write;
+  StepParams write;
   Noise noise, rounding;
 
   struct Coded {

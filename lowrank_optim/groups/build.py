@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lowrank_optim.groups.names import Pattern, star_numbers
-from lowrank_optim.groups.options import DEFAULTS, check_values, expand_shorthands, plain_options
+from lowrank_optim.groups.options import DEFAULTS, check_values, expand_shorthands, near_option, plain_options
 from lowrank_optim.groups.parameters import FoundParameter, ParamGroup, find_parameters, list_names
 from lowrank_optim.kernels import as_python
 
@@ -245,8 +245,8 @@ def _check_arguments(
     for key in options:
         if key in ("params", "param_names", "layout"):
             raise TypeError(f"{key} is set by param_groups for each group; build the groups by hand to choose it")
-        if near := difflib.get_close_matches(key, ["include", "exclude", "weight_decay", "rank"], n=1, cutoff=0.8):
-            raise TypeError(f"unknown option {key!r}; did you mean {near[0]!r}?")
+        if near := near_option(key, ["include", "exclude", "weight_decay", "rank", "density", "overrides"]):
+            raise TypeError(f"unknown option {key!r}; did you mean {near!r}?")
     if rank is None and density is None and "rule" not in options and (include is not None or options):
         raise ValueError(
             f"rank is None, so every group is dense and {', '.join(options) or 'include'} would have no effect"

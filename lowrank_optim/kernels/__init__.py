@@ -11,23 +11,32 @@ from lowrank_optim.kernels.api import (
     adam_direct_call,
     apply_,
     apply_dense_,
-    key_of,
     lion_direct_,
-    numbers,
     project,
     project_with_norms,
     rmsprop_direct_,
     sgd_direct_,
     store_,
-    words,
 )
+from lowrank_optim.kernels.arguments import key_of, numbers, words
 from lowrank_optim.kernels.coded_reference import decode_adam, encode_adam
 from lowrank_optim.kernels.compiling import outside_graph
+from lowrank_optim.kernels.compute import (
+    cache_elements,
+    compute_dtype,
+    is_known,
+    masked_scalar,
+    norm,
+    row_chunks,
+    row_norms,
+    scalar,
+)
 from lowrank_optim.kernels.dispatch import (
     Loaded,
     Unavailable,
     backends,
     batches,
+    call,
     definition,
     is_watched,
     norms,
@@ -35,19 +44,7 @@ from lowrank_optim.kernels.dispatch import (
 )
 from lowrank_optim.kernels.host import as_python, host_tensor
 from lowrank_optim.kernels.plain import plain_arithmetic
-from lowrank_optim.kernels.reference import (
-    ResidualTerm,
-    cache_elements,
-    compute_dtype,
-    decay_,
-    is_known,
-    masked_scalar,
-    norm,
-    row_chunks,
-    row_norms,
-    scalar,
-    stochastic_round,
-)
+from lowrank_optim.kernels.reference import ResidualTerm, decay_, stochastic_round
 
 __all__ = [
     "AdamNumbers",
@@ -63,6 +60,7 @@ __all__ = [
     "backends",
     "batches",
     "cache_elements",
+    "call",
     "compute_dtype",
     "decay_",
     "decode_adam",

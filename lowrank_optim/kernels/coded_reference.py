@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.api import apply_dense_, key_of, numbers, words
+from lowrank_optim.kernels.api import apply_dense_
+from lowrank_optim.kernels.arguments import key_of, words
+from lowrank_optim.kernels.compute import cache_elements, compute_dtype, is_known, row_chunks, row_norms
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.kernels.dispatch import definition
 from lowrank_optim.kernels.nibbles import pack_nibbles, unpack_nibbles
-from lowrank_optim.kernels.reference import cache_elements, compute_dtype, is_known, row_chunks, row_norms
 from lowrank_optim.kernels.schemas import coded_shapes
 
 _ops = torch.ops.lowrank_optim
@@ -30,7 +31,7 @@ MIN_SCALE = 2.0**-100
 
 
 @definition("quantize_rows")
-def _quantize_rows(
+def quantize_rows(
     x: Tensor, col_scale: Tensor | None, noise: Tensor | None, bits: int, signed: bool, block: int
 ) -> tuple[Tensor, Tensor]:
     key, (turn, start) = key_of(noise)
@@ -51,7 +52,7 @@ def _quantize_rows(
 
 
 @definition("dequantize_rows")
-def _dequantize_rows(
+def dequantize_rows(
     codes: Tensor,
     scale: Tensor,
     col_scale: Tensor | None,
@@ -139,7 +140,7 @@ def _round_stochastically_(y: Tensor, key: int, turn: int, start: int) -> Tensor
 
 
 @definition("pack_basis")
-def _pack_basis(basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def pack_basis(basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     _, scale_shape = coded_shapes(tuple(basis.shape), bits, group)
     *rows, cols = basis.shape
     top = 2**bits - 1
@@ -164,7 +165,7 @@ def _pack_basis(basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, T
 
 
 @definition("unpack_basis")
-def _unpack_basis(
+def unpack_basis(
     codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, cols: int, dtype: torch.dtype
 ) -> Tensor:
     code = (codes if bits == 8 else unpack_nibbles(codes, cols)).to(torch.float32)
@@ -197,7 +198,7 @@ def decode_adam(
 
 
 @definition("coded_adam_direct_")
-def _coded_adam_direct_(
+def coded_adam_direct_(
     grad: Tensor,
     ratio: Tensor,
     ratio_scale: Tensor,
@@ -221,13 +222,13 @@ def _coded_adam_direct_(
 
 
 @definition("coded_adam_direct_with_norms_")
-def _coded_adam_direct_with_norms_(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def coded_adam_direct_with_norms_(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     direction: Tensor = _ops.coded_adam_direct_(grad, *others)
     return direction, *row_norms(direction, grad)
 
 
 @definition("coded_adam_dense_")
-def _coded_adam_dense_(
+def coded_adam_dense_(
     weight: Tensor,
     grad: Tensor,
     ratio: Tensor,
@@ -244,7 +245,7 @@ def _coded_adam_dense_(
 ) -> None:
     if weight.numel() == 0:
         return
-    *adam, alpha, keep = scalars.tolist()
+    *_, alpha, keep = scalars.tolist()
     key, (turn, start) = key_of(noise)
     rounding_key, (first, *_) = key_of(rounding)
     rows, cols = weight.shape[-2] if weight.dim() > 1 else 1, weight.shape[-1]
@@ -257,7 +258,7 @@ def _coded_adam_dense_(
             w, g, *codes = (matrix[chunk] for matrix in matrices)
             own, element = None if columns is None else columns[i], (i * rows + chunk.start) * cols
             part = None if noise is None else words(key, turn, start + element)
-            direction = _coded_adam_direct_(g.to(torch.float32), *codes, own, numbers(*adam), part, ok, bits, block)
+            direction = coded_adam_direct_(g.to(torch.float32), *codes, own, scalars[:4], part, ok, bits, block)
             apply_dense_(
                 w,
                 direction.to(compute_dtype(w.dtype)),

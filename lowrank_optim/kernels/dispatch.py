@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
-from itertools import filterfalse
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lowrank_optim.kernels import reference, schemas
+from lowrank_optim.kernels import compute, schemas
 
 VARIABLE = "LOWRANK_OPTIM_BACKEND"
 BACKENDS = ("cpu", "triton", "cuda", "torch")
@@ -68,11 +67,11 @@ class Loaded:
 
 _DEFINITIONS: dict[str, Kernel] = {}
 _OPERATIONS: dict[str, Any] = {}
+_KERNELS: dict[str, Kernel] = {}
 _WRITTEN: dict[str, list[int]] = {}
 # Every operation asks for the variable, and `os.environ` decodes it anew each time, in three calls of Python.
 _environment: Callable[[Any], Any] = os.environ._data.get  # type: ignore[attr-defined]
 _KEY = os.environ.encodekey(VARIABLE)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _SHORT = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -81,7 +80,8 @@ def definition(name: str) -> Callable[[Kernel], Kernel]:
 
     def register(function: Kernel) -> Kernel:
         _DEFINITIONS[name] = function
-        schemas.implement(name, _dispatcher(name))
+        _KERNELS[name] = _dispatcher(name)
+        schemas.implement(name, _KERNELS[name])
         return function
 
     return register
@@ -96,39 +96,62 @@ def _dispatcher(name: str) -> Kernel:
 
     def kernel(*args: Any) -> Any:
         check(*args)
-        for backend in _chain(args[0].device.type, _environment(_KEY)):
-            if name in backend.operations:
-                result = backend.operations[name](*args)
-                if result is not NotImplemented:
-                    if written:
-                        _changed(args, written)
-                    return result
+        for run in _ways(name, args[0].device.type, _environment(_KEY)):
+            result = run(*args)
+            if result is not NotImplemented:
+                if written:
+                    _changed(args, written)
+                return result
         return define(*args)
 
     return kernel
 
 
+@cache
+def _ways(name: str, device: str, chosen: Any) -> tuple[Kernel, ...]:
+    """The functions of the backends for an operation, in order of preference."""
+    return tuple(backend.operations[name] for backend in _chain(device, chosen) if name in backend.operations)
+
+
 def _changed(args: Sequence[Any], written: Iterable[int]) -> None:
     """Tell autograd: a tensor that was saved for a backward pass must not be used with other values."""
-    increment_version([*filterfalse(Tensor.is_inference, map(args.__getitem__, written))])
+    for i in written:
+        if not args[i].is_inference():
+            increment_version(args[i])
 
 
 def is_watched() -> bool:
-    """Whether a mode of torch is active (the planner's, say), which wants to see every operation."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+    """Whether a mode of torch is active (the planner's, say) or a profiler, which want to see every operation."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
-def _is_plain(tensors: Iterable[Any]) -> bool:
-    """Whether these tensors are in memory for all to see.
+def _is_plain(arguments: Iterable[Any]) -> bool:
+    """Whether the tensors among these arguments are in memory for all to see.
 
     Others (fake ones, quantised weights, views with a negative bit, zeros without memory) have ways of their own, which only the
     operation itself goes.
     """
-    return all(
-        type(tensor) in _PLAIN and not (tensor.is_neg() or tensor._is_zerotensor())
-        for tensor in tensors
-        if isinstance(tensor, Tensor)
-    )
+    for argument in arguments:
+        if argument is None:
+            continue
+        kind = type(argument)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if argument.is_neg() or argument._is_zerotensor():
+                return False
+        elif issubclass(kind, Tensor):
+            return False
+    return True
+
+
+def call(name: str, *args: Any) -> Any:
+    """An operation: at once where nobody has to see it, which saves half of what a small one takes, else through torch."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched() or not _is_plain(args):
+        return _OPERATIONS[name](*args)
+    return _KERNELS[name](*args)
 
 
 def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -137,7 +160,7 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
     Nothing that one of them writes may be read by another.
     """
     if len(calls) == 1:
-        return [_OPERATIONS[name](*calls[0])]
+        return [call(name, *calls[0])]
     results: list[Any] = [NotImplemented] * len(calls)
     left: dict[torch.device | None, list[int]] = {}
     watched = is_watched()
@@ -154,7 +177,7 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
                         results[i] = result
                 same = [i for i in same if results[i] is NotImplemented]
         for i in same:
-            results[i] = _OPERATIONS[name](*calls[i])
+            results[i] = call(name, *calls[i])
     return results
 
 
@@ -182,7 +205,7 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         if measure is not None:
             for i, norm in zip(same, measure([tensors[i] for i in same]).unbind(), strict=True):
                 found[i] = norm
-    return [reference.norm(x) if norm is None else norm for x, norm in zip(tensors, found, strict=True)]
+    return [compute.norm(x) if norm is None else norm for x, norm in zip(tensors, found, strict=True)]
 
 
 @cache
@@ -226,4 +249,5 @@ def forget() -> None:
     """Look for the backends again, for tests."""
     _try.cache_clear()
     _chain.cache_clear()
+    _ways.cache_clear()
     _batches.cache_clear()

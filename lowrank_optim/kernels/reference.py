@@ -1,4 +1,6 @@
-"""The definition of every operation, in torch ops, for any device: other backends are tested against these functions.
+"""The definitions of the operations (`schemas`), in torch ops, for any device: other backends are tested against these functions.
+
+Those of the operations on codes are in `coded_reference`.
 
 Three stages make a step (`W` m×n, gradient `G` m×n, low-rank matrices "tall": one row for every row or column of W):
 
@@ -10,77 +12,16 @@ Arithmetic is float32 (float64 for float64 parameters) whatever the storage type
 rows, so no operation allocates a float32 copy of a whole large matrix.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.counter_rng import random_bits
-
-CHUNK_ELEMENTS = 1 << 20
-"""Elements that a float32 working copy of a low-precision matrix may have (4 MiB)."""
-
-CACHE_ELEMENTS = 1 << 17
-"""Elements of a chunk for each thread of the CPU: few enough for its caches, and so many that calls of torch cost little."""
-
-NORM_RUN = 256
-"""Elements whose norm is taken in a low-precision type; tensors of fewer than its square are converted."""
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that arithmetic on a parameter of this type is done in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def masked_scalar(ok: Tensor, value: float | Tensor, otherwise: float, dtype: torch.dtype) -> Tensor:
-    """0-d tensor on the device: `value` where `ok` holds, else `otherwise`; in `dtype`, which torch.where on two numbers is not."""
-    return torch.where(ok, scalar(value, dtype, ok.device), scalar(otherwise, dtype, ok.device))
-
-
-def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0-d tensor on the device, made there: a copy from the host would wait."""
-    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
-
-
-def row_chunks(rows: int, cols: int, elements: int | None = None) -> Iterator[slice]:
-    """Slices of rows that together cover a rows×cols matrix, each of at most `elements` elements (at least one row)."""
-    size = max(1, (CHUNK_ELEMENTS if elements is None else elements) // max(cols, 1))
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
-
-
-def cache_elements(device: torch.device) -> int:
-    """Elements of a chunk that is read and written by dozens of operations: on the CPU so few that they stay in the caches."""
-    return min(CACHE_ELEMENTS * torch.get_num_threads(), CHUNK_ELEMENTS) if device.type == "cpu" else CHUNK_ELEMENTS
-
-
-def is_known(condition: Tensor) -> bool:
-    """Whether the host knows that a condition holds for all elements: not where it would have to wait for a device."""
-    return condition.device.type == "cpu" and bool(condition.all())
-
-
-def norm(tensor: Tensor) -> Tensor:
-    """‖tensor‖, 0-d, in the compute type, in one pass and without a copy of a whole large tensor in that type.
-
-    Large bfloat16 tensors on the CPU: the norms of runs of 256 elements, summed in float32, are rounded to bfloat16 on their way;
-    the error of the result is a few parts in 10⁵ (and no sum over- or underflows for it).
-    """
-    dtype = compute_dtype(tensor.dtype)
-    total: Tensor
-    if tensor.dtype == dtype or tensor.device.type != "cpu" or tensor.numel() < NORM_RUN**2:
-        total = torch.linalg.vector_norm(tensor, dtype=dtype)
-        return total
-    flat = tensor.reshape(-1)
-    if tensor.dtype == torch.bfloat16:
-        whole = flat.numel() - flat.numel() % NORM_RUN
-        runs = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_RUN), dim=-1).to(dtype)
-        parts = torch.cat([runs, flat[whole:].to(dtype)])
-    else:
-        chunks = row_chunks(flat.numel(), 1)
-        parts = torch.stack([torch.linalg.vector_norm(flat[chunk].to(dtype)) for chunk in chunks])
-    total = torch.linalg.vector_norm(parts)
-    return total
+from lowrank_optim.kernels.arguments import adam_numbers, key_of
+from lowrank_optim.kernels.compute import compute_dtype, masked_scalar, row_chunks, row_norms
+from lowrank_optim.kernels.counter_rng import fill_gaussian_, random_bits, unsigned_key
+from lowrank_optim.kernels.dispatch import call, definition
 
 
 @cache
@@ -99,23 +40,25 @@ def _in_bfloat16(grad: Tensor, basis: Tensor) -> bool:
     return short and torch.get_float32_matmul_precision() == "medium" and has_bfloat16_units()
 
 
-def project(grad: Tensor, basis: Tensor, side: str) -> Tensor:
-    """R = G B for side "right" (m×r), R = Gᵀ B for side "left" (n×r), with float32 accumulation.
+@definition("project")
+def project(grad: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """R = G B on the right (m×r), R = Gᵀ B on the left (n×r), with float32 accumulation.
 
     Under `torch.set_float32_matmul_precision("medium")`, a bfloat16 gradient on a CPU with matrix units for bfloat16 is
     multiplied as it is: the basis is rounded to bfloat16, and R once, 2⁻⁹ each.
 
     Args:
         grad: (…, m, n), any floating type.
-        basis: (…, n, r) for "right", (…, m, r) for "left"; float32 or float64.
-        side: "right" or "left".
+        basis: (…, n, r) on the right, (…, m, r) on the left; float32 or float64.
     """
-    if grad.dtype == basis.dtype or _in_bfloat16(grad, basis):
-        return torch.matmul(grad if side == "right" else grad.mT, basis.to(grad.dtype)).to(basis.dtype)
+    if grad.dtype == basis.dtype:
+        return torch.matmul(grad if right else grad.mT, basis)
+    if _in_bfloat16(grad, basis):
+        return torch.matmul(grad if right else grad.mT, basis.to(grad.dtype)).to(basis.dtype)
     if grad.dim() > 2:
-        return torch.stack([project(g, b, side) for g, b in zip(grad, basis, strict=True)])
+        return torch.stack([project(g, b, right) for g, b in zip(grad, basis, strict=True)])
     rows, cols = grad.shape
-    if side == "right":
+    if right:
         out = basis.new_empty(rows, basis.shape[-1])
         for chunk in row_chunks(rows, cols):
             torch.matmul(grad[chunk].to(basis.dtype), basis, out=out[chunk])
@@ -126,54 +69,64 @@ def project(grad: Tensor, basis: Tensor, side: str) -> Tensor:
     return out
 
 
-def adam_direct_(
-    grad: Tensor,
-    exp_avg: Tensor,  # modified in place
-    exp_avg_sq: Tensor,  # modified in place
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: float,
-    ok: Tensor | None = None,
-) -> Tensor:
+@definition("adam_direct_")
+def adam_direct_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor:
     """Adam's moments and direction: m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², N = (m/bc₁) / (√(v/bc₂) + ε), bcᵢ = 1 − βᵢᵗ.
 
     Args:
         grad: the (projected) gradient, in the compute type.
-        step: t ≥ 1, the number of steps that the moments have seen with this one.
+        exp_avg, exp_avg_sq: m and v, modified in place.
+        scalars: β₁, β₂, ε, and t ≥ 1, the number of steps that the moments have seen with this one.
         ok: 0-d bool on the device. Where it is false, the moments stay as they are and N is 0 (`grad` must be finite: fill it with
             zeros). None means true.
     """
-    bc1, bc2 = 1.0 - beta1**step, 1.0 - beta2**step
+    weight1, beta2, weight2, root_factor, root_offset = adam_numbers(*scalars.tolist())
     if ok is None:
-        exp_avg.lerp_(grad, 1.0 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+        exp_avg.lerp_(grad, weight1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=weight2)
     else:
-        exp_avg.lerp_(grad, ok.to(grad.dtype) * (1.0 - beta1))
-        exp_avg_sq.mul_(masked_scalar(ok, beta2, 1.0, grad.dtype)).addcmul_(grad, grad, value=1.0 - beta2)
+        exp_avg.lerp_(grad, ok.to(grad.dtype) * weight1)
+        exp_avg_sq.mul_(masked_scalar(ok, beta2, 1.0, grad.dtype)).addcmul_(grad, grad, value=weight2)
     # m / (bc₁/√bc₂ · √v + bc₁·ε): both corrections in the denominator, so that N takes one pass.
-    direction = exp_avg_sq.sqrt().mul_(bc1 / bc2**0.5).add_(bc1 * eps)
+    direction = exp_avg_sq.sqrt().mul_(root_factor).add_(root_offset)
     torch.div(exp_avg, direction, out=direction)
     return direction if ok is None else direction.masked_fill_(~ok, 0.0)
 
 
-def row_norms(direction: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
-    above: Tensor = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-    below: Tensor = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
-    return above, below
+@definition("adam_direct_with_norms_")
+def adam_direct_with_norms_(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `adam_direct_`, and ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
+    direction: Tensor = call("adam_direct_", grad, exp_avg, exp_avg_sq, scalars, ok)
+    return direction, *row_norms(direction, grad)
 
 
-def lion_direct_(
+@definition("adam_dense_")
+def adam_dense_(
+    weight: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,  # modified in place
-    *,
-    beta1: float,
-    beta2: float,
-    ok: Tensor | None = None,
-) -> Tensor:
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+) -> None:
+    """As `adam_direct_` and `apply_dense_`: W ← keep·W − α·N, all contiguous and modified in place but the gradient."""
+    *_, alpha, keep = scalars.tolist()
+    key, (start, *_) = key_of(rounding)
+    flat = [tensor.view(-1) for tensor in (weight, grad, exp_avg, exp_avg_sq)]
+    for chunk in row_chunks(weight.numel(), 1):
+        w, g, m, v = (tensor[chunk] for tensor in flat)
+        g = g.to(m.dtype) if ok is None else torch.where(ok, g.to(m.dtype), 0.0)
+        direction = adam_direct_(g, m, v, scalars[:4], ok)
+        write_(w, direction, alpha=alpha, keep=keep, ok=ok, rounding_key=key, start=start + chunk.start)
+
+
+@definition("lion_direct_")
+def lion_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor:
     """Lion's direction and momentum: N = sign(β₁m + (1−β₁)g), m ← β₂m + (1−β₂)g; `ok` as in `adam_direct_`."""
+    beta1, beta2 = scalars.tolist()
     direction = torch.lerp(exp_avg, grad, 1.0 - beta1).sign_()
     if ok is None:
         exp_avg.lerp_(grad, 1.0 - beta2)
@@ -182,29 +135,19 @@ def lion_direct_(
     return direction.masked_fill_(~ok, 0.0)
 
 
-def sgd_direct_(
-    grad: Tensor,
-    exp_avg: Tensor,  # modified in place
-    *,
-    momentum: float,
-    nesterov: bool = False,
-    ok: Tensor | None = None,
-) -> Tensor:
+@definition("sgd_direct_")
+def sgd_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None, nesterov: bool) -> Tensor:
     """m ← μm + g; N = m, or g + μm (Nesterov); `ok` as in `adam_direct_`."""
+    (momentum,) = scalars.tolist()
     exp_avg.mul_(momentum if ok is None else masked_scalar(ok, momentum, 1.0, grad.dtype)).add_(grad)
     direction = grad.add(exp_avg, alpha=momentum) if nesterov else exp_avg.clone()
     return direction if ok is None else direction.masked_fill_(~ok, 0.0)
 
 
-def rmsprop_direct_(
-    grad: Tensor,
-    exp_avg_sq: Tensor,  # modified in place
-    *,
-    alpha: float,
-    eps: float,
-    ok: Tensor | None = None,
-) -> Tensor:
+@definition("rmsprop_direct_")
+def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor:
     """v ← αv + (1−α)g²; N = g / (√v + ε); `ok` as in `adam_direct_`."""
+    alpha, eps = scalars.tolist()
     exp_avg_sq.mul_(alpha if ok is None else masked_scalar(ok, alpha, 1.0, grad.dtype))
     exp_avg_sq.addcmul_(grad, grad, value=1.0 - alpha)
     direction = exp_avg_sq.sqrt().add_(eps)
@@ -212,17 +155,20 @@ def rmsprop_direct_(
     return direction if ok is None else direction.masked_fill_(~ok, 0.0)
 
 
+@definition("apply_")
 def apply_(
     weight: Tensor,  # modified in place
     left: Tensor,
     right: Tensor,
-    *,
-    alpha: float,
-    keep: float | Tensor,
-    ok: Tensor | None = None,
-    rounding_key: int | None = None,
-    start: int = 0,
-    residual: "ResidualTerm | None" = None,
+    scalars: Tensor,
+    keep: Tensor | None,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+    grad: Tensor | None,
+    phi: Tensor | None,
+    subtract_left: Tensor | None,
+    subtract_right: Tensor | None,
+    sign: bool,
 ) -> None:
     """W ← keep·W − α·(left @ right + φ ⊙ E), one pass over W and one over the gradient that E is made of.
 
@@ -230,21 +176,27 @@ def apply_(
         weight: (…, m, n) matrix view of the parameter, any floating type.
         left: (…, m, r) in the compute type.
         right: (…, r, n) in the compute type.
-        alpha: the step size.
-        keep: 1 − ηλ, the factor of decoupled weight decay; a 0-d tensor costs another pass over W.
+        scalars: α, the step size, and keep = 1 − ηλ, the factor of decoupled weight decay.
+        keep: the factor as a 0-d tensor, in place of that number; it costs another pass over W.
         ok: 0-d bool on the device; where it is false, W stays as it is (`left @ right` and φ must then be 0, and G finite).
-        rounding_key: round bfloat16 weights stochastically with this key; None rounds to nearest.
-        start: row-major index of the first element in the whole parameter, so that the noise does not depend on shards.
-        residual: the part of the update that is not low-rank; None leaves it out.
+        rounding: key and row-major index of the first element in the whole parameter, so that the noise does not depend on shards;
+            None rounds to nearest.
+        grad, phi, subtract_left, subtract_right, sign: φ ⊙ E, see `ResidualTerm`; None leaves it out.
     """
-    if ok is not None and not (isinstance(keep, float) and keep == 1.0):
-        keep = masked_scalar(ok, keep, 1.0, left.dtype)
+    alpha, number = scalars.tolist()
+    key, (start, *_) = key_of(rounding)
+    residual = None
+    if grad is not None and phi is not None:
+        residual = ResidualTerm(grad, phi, ok, sign, subtract_left, subtract_right)
+    factor: float | Tensor = number if keep is None else keep
+    if ok is not None and not (isinstance(factor, float) and factor == 1.0):
+        factor = masked_scalar(ok, factor, 1.0, left.dtype)
     if weight.dtype == left.dtype and residual is None:
-        if isinstance(keep, Tensor):
-            weight.mul_(keep)
-            keep = 1.0
+        if isinstance(factor, Tensor):
+            weight.mul_(factor)
+            factor = 1.0
         multiply_add = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
-        multiply_add(left, right, beta=keep, alpha=-alpha)
+        multiply_add(left, right, beta=factor, alpha=-alpha)
         return
     stack = (weight, left, right) if weight.dim() > 2 else (weight[None], left[None], right[None])
     for i, (w, a, b) in enumerate(zip(*stack, strict=True)):
@@ -252,13 +204,13 @@ def apply_(
         extra = None if residual is None else residual.matrix(i)
         for chunk in row_chunks(rows, cols):
             updated = w[chunk].to(a.dtype)  # the weight itself where the types are equal
-            decay_(updated, keep)
+            decay_(updated, factor)
             updated.addmm_(a[chunk], b, alpha=-alpha)
             if extra is not None:
                 value, scale = extra.rows(chunk, a.dtype)
                 updated.addcmul_(value, scale, value=-alpha)
             if w.dtype != a.dtype:
-                store_(w[chunk], updated, rounding_key, start + i * w.numel() + chunk.start * cols)
+                store_(w[chunk], updated, key, start + i * w.numel() + chunk.start * cols)
 
 
 @dataclass(frozen=True)
@@ -298,23 +250,24 @@ class ResidualTerm:
         return (value.sign() if self.sign else value), scale
 
 
-def project_with_norms(grad: Tensor, basis: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """R as in `project`, and ‖g_j‖² of every row ("right") or column ("left") of G, in one pass over G.
+@definition("project_with_norms")
+def project_with_norms(grad: Tensor, basis: Tensor, right: bool) -> tuple[Tensor, Tensor]:
+    """R as in `project`, and ‖g_j‖² of every row (on the right) or column (on the left) of G, in one pass over G.
 
     Returns:
-        R (…, d, r), and the squared norms (…, d, 1), d = m for "right" and n for "left".
+        R (…, d, r), and the squared norms (…, d, 1), d = m on the right and n on the left.
     """
     if grad.dim() > 2:
-        pairs = [project_with_norms(g, b, side) for g, b in zip(grad, basis, strict=True)]
+        pairs = [project_with_norms(g, b, right) for g, b in zip(grad, basis, strict=True)]
         return torch.stack([r for r, _ in pairs]), torch.stack([n for _, n in pairs])
     rows, cols = grad.shape
-    lines = rows if side == "right" else cols
+    lines = rows if right else cols
     together = not _in_bfloat16(grad, basis)
-    out = basis.new_zeros(lines, basis.shape[-1]) if together else project(grad, basis, side)
+    out = basis.new_zeros(lines, basis.shape[-1]) if together else project(grad, basis, right)
     squares = basis.new_zeros(lines, 1)
     for chunk in row_chunks(rows, cols):  # the second read of a chunk comes from the cache
         part = grad[chunk].to(basis.dtype)
-        if side == "right":
+        if right:
             if together:
                 torch.matmul(part, basis, out=out[chunk])
             squares[chunk] = torch.linalg.vector_norm(part, dim=1, keepdim=True).square_()
@@ -331,17 +284,33 @@ def decay_(weight: Tensor, keep: float | Tensor, ok: Tensor | None = None) -> No
         weight.mul_(keep if ok is None else masked_scalar(ok, keep, 1.0, compute_dtype(weight.dtype)))
 
 
+@definition("apply_dense_")
 def apply_dense_(
+    weight: Tensor,  # modified in place
+    direction: Tensor,
+    scalars: Tensor,
+    keep: Tensor | None,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+) -> None:
+    """W ← keep·W − α·N for a direction of the weight's own shape; the arguments are those of `apply_`."""
+    alpha, number = scalars.tolist()
+    key, (start, *_) = key_of(rounding)
+    factor = number if keep is None else keep
+    write_(weight, direction, alpha=alpha, keep=factor, ok=ok, rounding_key=key, start=start)
+
+
+def write_(
     weight: Tensor,  # modified in place
     direction: Tensor,
     *,
     alpha: float,
     keep: float | Tensor,
-    ok: Tensor | None = None,
-    rounding_key: int | None = None,
-    start: int = 0,
+    ok: Tensor | None,
+    rounding_key: int | None,
+    start: int,
 ) -> None:
-    """W ← keep·W − α·N for a direction of the weight's own shape; the other arguments are those of `apply_` and `store_`."""
+    """`apply_dense_` with plain numbers, for chunks: `start` is the index of the first element."""
     if ok is not None:
         keep = masked_scalar(ok, keep, 1.0, direction.dtype)
     if weight.dtype == direction.dtype:
@@ -357,7 +326,14 @@ def apply_dense_(
         weight.copy_(flat.view(weight.shape))
 
 
-def store_(target: Tensor, value: Tensor, rounding_key: int | None, start: int = 0) -> None:
+@definition("stochastic_round_")
+def stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) -> None:
+    """target ← value, rounded as in `store_`."""
+    key, (start, *_) = key_of(rounding)
+    store_(target, value, key, start)
+
+
+def store_(target: Tensor, value: Tensor, rounding_key: int | None, start: int) -> None:
     """target ← value, rounded to the target's type: to nearest, or stochastically with a key.
 
     Args:
@@ -389,3 +365,9 @@ def stochastic_round(value: Tensor, key: int, positions: Tensor) -> Tensor:
     bits = value.contiguous().view(torch.int32)
     rounded = (bits + noise).bitwise_and_(-65536).view(torch.float32)
     return torch.where(torch.isfinite(value), rounded, value)
+
+
+@definition("gaussian_")
+def gaussian_(out: Tensor, key: Tensor) -> None:
+    """Standard normal numbers, a function of key and position (`counter_rng.gaussian`)."""
+    fill_gaussian_(out, unsigned_key(*key.tolist()))

@@ -27,7 +27,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 Check = Callable[..., Any]
 CHECKS: dict[str, Check] = {}
-"""By name of the operation, the function that checks its arguments and returns its results, empty."""
+"""By name of the operation, the function that checks its arguments."""
 
 SCALARS = {
     "adam_direct_": ("beta1", "beta2", "eps", "step"),
@@ -43,13 +43,21 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPUTE = (torch.float64, torch.float32)
 
 
-def operation(schema: str) -> Callable[[Check], Check]:
-    """Define an operation by its schema; the decorated function checks the arguments and makes the (uninitialised) results."""
+def operation(schema: str, results: Callable[..., Any] | None = None) -> Callable[[Check], Check]:
+    """Define an operation by its schema; the decorated function checks the arguments.
+
+    `results` makes the (uninitialised) results from them; without it, the check does.
+    """
 
     def register(check: Check) -> Check:
         name = schema.split("(")[0]
+
+        def fake(*args: Any) -> Any:
+            made = check(*args)
+            return made if results is None else results(*args)
+
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{NAMESPACE}::{name}", check, lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         CHECKS[name] = check
         return check
 
@@ -176,7 +184,7 @@ def _check_col_scale(op: str, col_scale: Tensor | None, shape: tuple[int, ...]) 
 # --------------------------------------------------------------------------------------------------------------- matrix products
 
 
-def _check_product(op: str, grad: Tensor, basis: Tensor, right: bool) -> tuple[int, ...]:
+def _check_product(op: str, grad: Tensor, basis: Tensor, right: bool) -> None:
     if grad.dim() < 2 or basis.dim() < 2 or grad.dtype not in FLOATS or basis.dtype not in COMPUTE:
         _matrix(op, "grad", grad)
         _matrix(op, "basis", basis)
@@ -184,24 +192,31 @@ def _check_product(op: str, grad: Tensor, basis: Tensor, right: bool) -> tuple[i
         _floating(op, COMPUTE, basis=basis)
     if grad.device != basis.device:
         _same_device(op, grad=grad, basis=basis)
-    lines, contracted = (grad.shape[-2], grad.shape[-1]) if right else (grad.shape[-1], grad.shape[-2])
-    if basis.shape[-2] != contracted or basis.shape[:-2] != grad.shape[:-2]:
-        side, needed = "right" if right else "left", (*grad.shape[:-2], contracted, "r")
+    *batch, rows, cols = grad.shape
+    *stack, contracted, _ = basis.shape
+    if contracted != (cols if right else rows) or stack != batch:
+        side, needed = ("right", (*batch, cols, "r")) if right else ("left", (*batch, rows, "r"))
         _refuse(op, f"grad is {_said(grad)} and basis {_said(basis)}; needed on the {side}: a basis of {needed}")
-    return (*grad.shape[:-2], lines)
 
 
-@operation("project(Tensor grad, Tensor basis, bool right) -> Tensor")
-def project(grad: Tensor, basis: Tensor, right: bool) -> Tensor:
+def _projection(grad: Tensor, basis: Tensor, right: bool) -> Tensor:
+    return basis.new_empty((*grad.shape[:-2], grad.shape[-2 if right else -1], basis.shape[-1]))
+
+
+def _projection_with_squares(grad: Tensor, basis: Tensor, right: bool) -> tuple[Tensor, Tensor]:
+    return _projection(grad, basis, right), basis.new_empty((*grad.shape[:-2], grad.shape[-2 if right else -1], 1))
+
+
+@operation("project(Tensor grad, Tensor basis, bool right) -> Tensor", _projection)
+def project(grad: Tensor, basis: Tensor, right: bool) -> None:
     """R = G B (right) or Gᵀ B, in the basis' type."""
-    return basis.new_empty((*_check_product("project", grad, basis, right), basis.shape[-1]))
+    _check_product("project", grad, basis, right)
 
 
-@operation("project_with_norms(Tensor grad, Tensor basis, bool right) -> (Tensor, Tensor)")
-def project_with_norms(grad: Tensor, basis: Tensor, right: bool) -> tuple[Tensor, Tensor]:
+@operation("project_with_norms(Tensor grad, Tensor basis, bool right) -> (Tensor, Tensor)", _projection_with_squares)
+def project_with_norms(grad: Tensor, basis: Tensor, right: bool) -> None:
     """R, and the squared norm of every row (right) or column of G, (…, lines, 1)."""
-    lines = _check_product("project_with_norms", grad, basis, right)
-    return basis.new_empty((*lines, basis.shape[-1])), basis.new_empty((*lines, 1))
+    _check_product("project_with_norms", grad, basis, right)
 
 
 @operation(
@@ -315,66 +330,84 @@ def stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) ->
         _rounding(op, rounding, target)
 
 
-def _check_moments(op: str, grad: Tensor, scalars: Tensor, like: str, ok: Tensor | None, **moments: Tensor) -> Tensor:
+def _check_moment(op: str, grad: Tensor, name: str, moment: Tensor) -> None:
+    if moment.device != grad.device:
+        _same_device(op, grad=grad, **{name: moment})
+    if moment.shape != grad.shape:
+        _shape(op, name, moment, tuple(grad.shape), "the gradient's shape")
+    if moment.dtype != grad.dtype:
+        _refuse(op, f"{name} is {moment.dtype}, grad {grad.dtype}; needed: one type")
+
+
+def _check_direct(op: str, grad: Tensor, scalars: Tensor, like: str, ok: Tensor | None) -> None:
     if grad.dtype not in COMPUTE:
         _floating(op, COMPUTE, grad=grad)
-    for name, moment in moments.items():
-        if moment.device != grad.device:
-            _same_device(op, grad=grad, **{name: moment})
-        if moment.shape != grad.shape:
-            _shape(op, name, moment, tuple(grad.shape), "the gradient's shape")
-        if moment.dtype != grad.dtype:
-            _refuse(op, f"{name} is {moment.dtype}, grad {grad.dtype}; needed: one type")
     if ok is not None:
         _same_device(op, grad=grad, ok=ok)
     _step_params(op, like, scalars, ok)
+
+
+def _direction(grad: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
-@operation("adam_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor scalars, Tensor? ok) -> Tensor")
-def adam_direct_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor:
+def _direction_with_norms(grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lines = (*grad.shape[:-1], 1)
+    return _direction(grad), grad.new_empty(lines), grad.new_empty(lines)
+
+
+@operation(
+    "adam_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor scalars, Tensor? ok) -> Tensor",
+    _direction,
+)
+def adam_direct_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> None:
     """m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g²; N = (m/bc₁) / (√(v/bc₂) + ε)."""
     op = "adam_direct_"
-    return _check_moments(op, grad, scalars, op, ok, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-
-
-def _line_norms(grad: Tensor) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], 1))
+    _check_direct(op, grad, scalars, op, ok)
+    _check_moment(op, grad, "exp_avg", exp_avg)
+    _check_moment(op, grad, "exp_avg_sq", exp_avg_sq)
 
 
 @operation(
     "adam_direct_with_norms_(Tensor grad, Tensor(a!) exp_avg, Tensor(b!) exp_avg_sq, Tensor scalars, Tensor? ok) -> "
-    "(Tensor, Tensor, Tensor)"
+    "(Tensor, Tensor, Tensor)",
+    _direction_with_norms,
 )
 def adam_direct_with_norms_(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> None:
     """`adam_direct_`, and ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
     op = "adam_direct_with_norms_"
     _matrix(op, "grad", grad)
-    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    return _check_moments(op, grad, scalars, "adam_direct_", ok, **moments), _line_norms(grad), _line_norms(grad)
+    _check_direct(op, grad, scalars, "adam_direct_", ok)
+    _check_moment(op, grad, "exp_avg", exp_avg)
+    _check_moment(op, grad, "exp_avg_sq", exp_avg_sq)
 
 
-@operation("lion_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor scalars, Tensor? ok) -> Tensor")
-def lion_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor:
+@operation("lion_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor scalars, Tensor? ok) -> Tensor", _direction)
+def lion_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> None:
     """N = sign(β₁m + (1−β₁)g), m ← β₂m + (1−β₂)g."""
     op = "lion_direct_"
-    return _check_moments(op, grad, scalars, op, ok, exp_avg=exp_avg)
+    _check_direct(op, grad, scalars, op, ok)
+    _check_moment(op, grad, "exp_avg", exp_avg)
 
 
-@operation("sgd_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor scalars, Tensor? ok, bool nesterov) -> Tensor")
-def sgd_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None, nesterov: bool) -> Tensor:
+@operation(
+    "sgd_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor scalars, Tensor? ok, bool nesterov) -> Tensor", _direction
+)
+def sgd_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None, nesterov: bool) -> None:
     """m ← μm + g; N = m, or g + μm (Nesterov)."""
     op = "sgd_direct_"
-    return _check_moments(op, grad, scalars, op, ok, exp_avg=exp_avg)
+    _check_direct(op, grad, scalars, op, ok)
+    _check_moment(op, grad, "exp_avg", exp_avg)
 
 
-@operation("rmsprop_direct_(Tensor grad, Tensor(a!) exp_avg_sq, Tensor scalars, Tensor? ok) -> Tensor")
-def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor:
+@operation("rmsprop_direct_(Tensor grad, Tensor(a!) exp_avg_sq, Tensor scalars, Tensor? ok) -> Tensor", _direction)
+def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> None:
     """v ← αv + (1−α)g²; N = g / (√v + ε)."""
     op = "rmsprop_direct_"
-    return _check_moments(op, grad, scalars, op, ok, exp_avg_sq=exp_avg_sq)
+    _check_direct(op, grad, scalars, op, ok)
+    _check_moment(op, grad, "exp_avg_sq", exp_avg_sq)
 
 
 @operation(
@@ -392,13 +425,19 @@ def adam_dense_(
 ) -> None:
     """`adam_direct_` and `apply_dense_` in one pass: W ← keep·W − alpha·N."""
     op = "adam_dense_"
-    _floating(op, weight=weight, grad=grad)
-    _floating(op, COMPUTE, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    _same_device(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ok=ok)
+    if not (
+        weight.dtype in FLOATS and grad.dtype in FLOATS and exp_avg.dtype in COMPUTE and exp_avg_sq.dtype in COMPUTE
+    ):
+        _floating(op, weight=weight, grad=grad)
+        _floating(op, COMPUTE, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    if ok is not None or not weight.device == grad.device == exp_avg.device == exp_avg_sq.device:
+        _same_device(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ok=ok)
     if not weight.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
         for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
             _shape(op, name, tensor, tuple(weight.shape), "the weight's shape")
-    _contiguous(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    for tensor in (weight, grad, exp_avg, exp_avg_sq):
+        if not tensor.is_contiguous():
+            _contiguous(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     _step_params(op, op, scalars, ok, rounding, weight)
 
 
@@ -427,7 +466,8 @@ def _check_coded(
 
 @operation(
     "coded_adam_direct_(Tensor grad, Tensor(a!) ratio, Tensor(b!) ratio_scale, Tensor(c!) root, Tensor(d!) root_scale, "
-    "Tensor? col_scale, Tensor scalars, Tensor? noise, Tensor? ok, int bits, int block) -> Tensor"
+    "Tensor? col_scale, Tensor scalars, Tensor? noise, Tensor? ok, int bits, int block) -> Tensor",
+    _direction,
 )
 def coded_adam_direct_(
     grad: Tensor,
@@ -441,24 +481,24 @@ def coded_adam_direct_(
     ok: Tensor | None,
     bits: int,
     block: int,
-) -> Tensor:
+) -> None:
     """`adam_direct_` on coded moments (`quantization.adam_codes`): decode, update, N, encode."""
     op = "coded_adam_direct_"
     _floating(op, COMPUTE, grad=grad)
     _check_coded(op, grad, (ratio, ratio_scale, root, root_scale), col_scale, noise, bits, block)
     _step_params(op, "adam_direct_", scalars, ok)
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 @operation(
     "coded_adam_direct_with_norms_(Tensor grad, Tensor(a!) ratio, Tensor(b!) ratio_scale, Tensor(c!) root, "
     "Tensor(d!) root_scale, Tensor? col_scale, Tensor scalars, Tensor? noise, Tensor? ok, int bits, int block) -> "
-    "(Tensor, Tensor, Tensor)"
+    "(Tensor, Tensor, Tensor)",
+    _direction_with_norms,
 )
-def coded_adam_direct_with_norms_(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def coded_adam_direct_with_norms_(grad: Tensor, *others: Any) -> None:
     """`coded_adam_direct_`, and ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
     _matrix("coded_adam_direct_with_norms_", "grad", grad)
-    return coded_adam_direct_(grad, *others), _line_norms(grad), _line_norms(grad)
+    coded_adam_direct_(grad, *others)
 
 
 @operation(

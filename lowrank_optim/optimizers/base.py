@@ -163,7 +163,8 @@ class LowRankOptimizer(Optimizer):
         """Change options of a param group that decide about its state, and lay its state out anew.
 
         Moments go along where they can (`lowrank_optim.step.relayout`): a rank may grow and shrink in mid-training. Everything else
-        begins afresh. To resume a run, build the optimizer with the options that held when its checkpoint was written.
+        begins afresh. A group that becomes low-rank or dense, and has no rule of its own, gets that of a new group like it. To
+        resume a run, build the optimizer with the options that held when its checkpoint was written.
 
         Args:
             number: of the group in `param_groups`.

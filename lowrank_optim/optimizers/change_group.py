@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank_optim.groups.options import DEFAULTS, SHORTHANDS, check_known, expand_shorthands, plain_options, structure
+from lowrank_optim.groups.options import DEFAULTS, SHORTHANDS, check_names, expand_shorthands, plain_options, structure
 from lowrank_optim.groups.parts import check_option_names
 from lowrank_optim.optimizers.contracts import HasState
 from lowrank_optim.step.init_state import init_state
@@ -19,12 +19,15 @@ def change_group(optimizer: HasState, number: int, options: Mapping[str, Any]) -
     own, parts = groups[number], plans.parts
     with parts.tentatively():
         changed = parts.take(expand_shorthands(plain_options(options)))
-        brought: dict[str, Any] = {}
+        brought = {} if "rule" in changed else _usual_rule(optimizer, own, {**own, **changed})
+        rules = own["rule"], brought.get("rule", own["rule"])
         for kind in ("rule", "residual"):
             name = changed.get(kind, own[kind])
             brought |= parts.options_of(kind, name) if name != own[kind] else {}
-        present = [name for kind in ("rule", "residual") for name in parts.options_of(kind, own[kind])]
-        check_known(options, ("lr", "weight_decay", *DEFAULTS, *SHORTHANDS, "rule", "residual", *present, *brought))
+        present = [name for rule in rules for name in parts.options_of("rule", rule)]
+        present += parts.options_of("residual", own["residual"])
+        valid = ("lr", "weight_decay", *DEFAULTS, *SHORTHANDS, "rule", "residual", *present, *brought)
+        check_names(options, valid, "change_group(…)", carried=())
         changed = {**brought, **changed}
         group = {**own, **changed}
         check_option_names(parts.of(group))
@@ -56,6 +59,18 @@ def change_group(optimizer: HasState, number: int, options: Mapping[str, Any]) -
             optimizer.state.pop(param, None)  # of a layer that sleeps: it begins afresh when it wakes
         if "update_proj_gap" in options and "gap" in optimizer.state.get(param, {}):
             optimizer.state[param]["gap"].fill_(own["update_proj_gap"])
+
+
+def _usual_rule(optimizer: HasState, own: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Rule and options that a new group would have now, where a group that becomes low-rank or dense had those of its kind before."""
+    before, after = (
+        optimizer.plans.parts.complete({name: group[name] for name in ("rank", "density")}, optimizer.defaults)
+        for group in (own, changed)
+    )
+    if own["rule"] != before["rule"]:  # it has a rule of its own
+        return {}
+    names = ("rule", *optimizer.plans.parts.options_of("rule", after["rule"]))
+    return {name: after[name] for name in names if own.get(name) == before.get(name)}
 
 
 def _waits(optimizer: HasState, param: Any) -> bool:

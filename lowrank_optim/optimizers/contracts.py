@@ -49,6 +49,7 @@ class HasState(Protocol):
     """An optimizer with plans, as those see it who load, convert and lay out its state."""
 
     param_groups: list[dict[str, Any]]
+    defaults: dict[str, Any]
     _in_backward: Attachment | None
 
     @property

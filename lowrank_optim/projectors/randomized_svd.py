@@ -69,12 +69,14 @@ def orthonormalize(matrix: Tensor, passes: int = 2, spread: TensorSharding = UNS
 
 
 def eigenvectors(gram: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric matrix (…, k, k), by ascending eigenvalue.
+    """Eigenvectors of a symmetric matrix (…, k, k), by ascending eigenvalue; the largest entry of each is positive.
 
-    In float64: the float32 divide and conquer fails, sometimes silently, on Gram matrices of low rank.
+    In float64: the float32 divide and conquer fails, sometimes silently, on Gram matrices of low rank. Its signs may turn with the
+    last bit of the matrix, and the codes of a basis in few bits with them.
     """
     vectors: Tensor = torch.linalg.eigh(gram.double())[1]
-    return vectors.to(gram.dtype)
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return (vectors * largest.sign()).to(gram.dtype)
 
 
 def range_finder(

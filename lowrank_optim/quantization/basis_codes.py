@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.kernels.schemas import check_coding, coded_shapes
 
 GROUP = 256
@@ -43,7 +44,7 @@ def pack_basis(basis: Tensor, bits: int = 4, group: int = GROUP) -> tuple[Tensor
 
     Memory: bits/8 + 8/min(group, r) bytes per element, see `packed_basis_bytes`.
     """
-    codes, scale, zero = torch.ops.lowrank_optim.pack_basis(basis, bits, group)
+    codes, scale, zero = kernels.call("pack_basis", basis, bits, group)
     return codes, scale, zero
 
 
@@ -72,7 +73,7 @@ def unpack_basis(
     """
     if cols is None:
         cols = codes.shape[-1] * (1 if bits == 8 else 2)
-    basis: Tensor = torch.ops.lowrank_optim.unpack_basis(codes, scale, zero, bits, group, cols, dtype)
+    basis: Tensor = kernels.call("unpack_basis", codes, scale, zero, bits, group, cols, dtype)
     return basis
 
 

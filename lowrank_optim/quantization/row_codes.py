@@ -70,7 +70,7 @@ def quantize_rows(
     Memory: bits/8 + 4/block bytes per element, see `quantized_bytes`.
     """
     noise = kernels.words(key, turn, start)
-    codes, scale = torch.ops.lowrank_optim.quantize_rows(x, col_scale, noise, bits, signed, block)
+    codes, scale = kernels.call("quantize_rows", x, col_scale, noise, bits, signed, block)
     return codes, scale
 
 
@@ -102,7 +102,7 @@ def dequantize_rows(
     """
     if cols is None:
         cols = codes.shape[-1] * (1 if bits == 8 else 2)
-    x: Tensor = torch.ops.lowrank_optim.dequantize_rows(codes, scale, col_scale, bits, signed, block, cols, dtype)
+    x: Tensor = kernels.call("dequantize_rows", codes, scale, col_scale, bits, signed, block, cols, dtype)
     return x
 
 

@@ -15,7 +15,7 @@ limiter needs comes from the norms of the rows or columns, ‖g_j − P r_j‖²
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,7 @@ class ResidualInput:
     ok: 0-d bool on the device, false where this gradient is to be ignored (R and N are then 0); None means true.
     norms: ‖N_j‖ and ‖R_j‖ of every line, (…, d, 1); None unless `uses_norms`.
     sums: what `Residual.sums` gave, summed over the processes that share the rows of R; None where it gave nothing.
+    kept: what `Residual.sums` has computed and `Residual.update` needs again.
     """
 
     grad: Tensor
@@ -50,6 +51,7 @@ class ResidualInput:
     ok: Tensor | None
     norms: tuple[Tensor, Tensor] | None = None
     sums: Tensor | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Residual(ABC):
 
     def options(self) -> dict[str, Any]:
         """Default hyperparameters by name, as they go into the param groups."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
 
     def check(self, options: Mapping[str, Any]) -> None:  # noqa: B027 (nothing to check is common)
         """Raise ValueError for hyperparameters out of range: name, value, valid range."""

@@ -50,16 +50,14 @@ class NormScaled(Limited):
 
     def sums(self, step: ResidualInput, options: Mapping[str, Any]) -> Tensor:
         assert step.squares is not None
-        assert step.norms is not None
         inside, inner = self._inside(options), row_squares(step.projected)
-        outside = step.squares - 2.0 * inside * inner + inside**2 * step.basis.lifted_squares(step.projected)
-        phi = _ratio(*step.norms, options)
-        return (phi.square() * outside.clamp_min(0.0)).double().sum((-2, -1))[None]
+        lifted = inner if getattr(step.basis, "splits_rows", False) else step.basis.lifted_squares(step.projected)
+        outside = torch.sub(step.squares, inner, alpha=2.0 * inside).add_(lifted, alpha=inside**2).clamp_min_(0.0)
+        return outside.mul_(_ratio(step, options).square()).double().sum((-2, -1))[None]
 
     def update(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         assert step.sums is not None
-        assert step.norms is not None
-        phi = _ratio(*step.norms, options)
+        phi = _ratio(step, options)
         norm = step.sums[0].sqrt().to(phi.dtype)
         phi = phi / _growth(norm / step.correction, state, options, step.ok)
         core = step.direction * float(options["scale"])
@@ -89,30 +87,36 @@ class GradientScaled(Limited):
     def sums(self, step: ResidualInput, options: Mapping[str, Any]) -> Tensor:
         assert step.squares is not None
         assert step.norms is not None
-        above, below = step.norms
         if options["scale_type"] == "channel":
-            phi = _ratio(above, below, options)
-            return (phi.square() * step.squares).double().sum((-2, -1))[None]
+            return _ratio(step, options).square().mul_(step.squares).double().sum((-2, -1))[None]
+        above, below = step.norms
         squares = (above.double().square(), below.double().square(), step.squares.double())
         return torch.stack([each.sum((-2, -1)) for each in squares])
 
     def update(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         assert step.sums is not None
-        assert step.norms is not None
         by_channel, dtype = options["scale_type"] == "channel", step.projected.dtype
         norms = step.sums.sqrt()
         if by_channel:
-            phi = _ratio(*step.norms, options)
+            phi = _ratio(step, options)
             norm = norms[0].to(dtype)
         else:
             above, below, whole = norms.to(dtype)
-            ratio = _ratio(above, below, options)
+            ratio = _quotient(above, below, options)
             phi, norm = ratio[..., None, None], ratio * whole
         phi = phi / _growth(norm / step.correction, state, options, step.ok)
         return Update(None, options["scale"] ** 0.5, GradientTerm(step.grad, phi, step.ok, by_channel=by_channel))
 
 
-def _ratio(above: Tensor, below: Tensor, options: Mapping[str, Any]) -> Tensor:
+def _ratio(step: ResidualInput, options: Mapping[str, Any]) -> Tensor:
+    """‖N_j‖/‖R_j‖ of every line, computed once."""
+    if "ratio" not in step.kept:
+        assert step.norms is not None
+        step.kept["ratio"] = _quotient(*step.norms, options)
+    return step.kept["ratio"]
+
+
+def _quotient(above: Tensor, below: Tensor, options: Mapping[str, Any]) -> Tensor:
     """‖N‖/‖R‖, and 0 where R is 0: there is no direction to scale."""
     if options["match_reference"]:
         return above / (below + 1e-8)

@@ -142,7 +142,9 @@ class Muon(MomentumRule):
         moment.lerp_(grad, _share(1.0 - momentum, grad, context.ok))
         seen = grad.lerp(moment, momentum) if options["nesterov"] else moment
         blocks = list(_blocks(seen, options["split"], context))
-        matrix = self._sized([self._orthogonal(block, options, context) for block, _ in blocks], state, options, context)
+        matrix = self._sized(
+            [self._orthogonal(block, options, context) for block, _ in blocks], state, options, context
+        )
         factors = [_size(options["adjust_lr_fn"], rows, seen, context) for _, rows in blocks]
         for block, factor in zip(matrix, factors, strict=True):
             block.mul_(factor)

@@ -194,10 +194,14 @@ class MeshSharding(TensorSharding):
         have, get = (_chunks(self.shape[dim], group.size()) for dim in (held, wanted))
         own = get[group.rank()]
         sent = torch.cat([piece.flatten() for piece in tensor.split(get, wanted)])
-        rest = math.prod(size for dim, size in zip(_from_end(tensor.shape), tensor.shape, strict=True) if dim not in (held, wanted))
+        rest = math.prod(
+            size for dim, size in zip(_from_end(tensor.shape), tensor.shape, strict=True) if dim not in (held, wanted)
+        )
         sizes = [rest * length * own for length in have]
         came = sent.new_empty(sum(sizes))
-        torch.distributed.all_to_all_single(came, sent, sizes, [rest * tensor.shape[held] * n for n in get], group=group)
+        torch.distributed.all_to_all_single(
+            came, sent, sizes, [rest * tensor.shape[held] * n for n in get], group=group
+        )
         shapes = [list(tensor.shape) for _ in have]
         for shape, length in zip(shapes, have, strict=True):
             shape[held], shape[wanted] = length, own

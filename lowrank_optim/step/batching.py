@@ -81,7 +81,10 @@ def alone(step: Step) -> None:
 
 
 def together(steps: Iterable[Step]) -> None:
-    """Run the steps of many parameters to their ends. If one raises, those before it are finished."""
+    """Run the steps of many parameters to their ends.
+
+    If one raises, all that have begun are finished, and none is begun: every other parameter is stepped, or as it was.
+    """
     waiting: list[tuple[Step, Request]] = []
     launched = summed = 0
     try:
@@ -94,11 +97,12 @@ def together(steps: Iterable[Step]) -> None:
             launched += request.elements if isinstance(request, Launch) else 0
             summed += request.elements if isinstance(request, Sum) else 0
             if launched > TOGETHER or summed > SUMMED_TOGETHER:
-                ready, waiting = waiting, []
-                _finish(ready)
+                ready, waiting = waiting, [(step, request)]
                 launched = request.elements if isinstance(request, Launch) else 0
                 summed = request.elements if isinstance(request, Sum) else 0
-            waiting.append((step, request))
+                _finish(ready)
+            else:
+                waiting.append((step, request))
     finally:
         _finish(waiting)
 
@@ -112,15 +116,25 @@ def _go_on(step: Step, answer: Any) -> Request | None:
 
 
 def _finish(waiting: list[tuple[Step, Request]]) -> None:
-    """Answer all requests, and those that follow, until every step has ended."""
+    """Answer all requests, and those that follow, until every step has ended; then raise what the first step raised, if any did."""
+    failed: list[BaseException] = []
     while waiting:
         answers = _answers([request for _, request in waiting])
         following = []
         for (step, _), answer in zip(waiting, answers, strict=True):
-            request = _go_on(step, answer)
+            try:
+                request = _go_on(step, answer)
+            except BaseException as error:
+                failed.append(error)
+                continue
             if request is not None:
                 following.append((step, request))
         waiting = following
+    if failed:
+        try:
+            raise failed[0]
+        finally:
+            failed.clear()  # else the error would hold itself, and with it all gradients
 
 
 def _answers(requests: Sequence[Request]) -> list[Any]:

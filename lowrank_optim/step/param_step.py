@@ -65,7 +65,9 @@ class ParamStep:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        if error is not None:
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"in the step of parameter {self.plan.name}")
             return
         if type(self.moments) is CodedMoments:
             self.moments.close(int(self.state["step"]))
@@ -176,7 +178,10 @@ class ParamStep:
 
         Chunks where the rule treats every element for itself and all tensors lie in memory in the same order.
         """
-        weight, first = self.plan.view(self.weight) if self.plan.is_matrix else self.weight, self.plan.sharding.matrix.start
+        weight, first = (
+            self.plan.view(self.weight) if self.plan.is_matrix else self.weight,
+            self.plan.sharding.matrix.start,
+        )
         moments = {name: tensor for name, tensor in self.moments.items() if tensor.shape == weight.shape}
         parted = elementwise and not hasattr(weight, "codes")  # of a quantised weight, parts would be copies
         if not parted or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):

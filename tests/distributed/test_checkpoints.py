@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from distributed_harness import (
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+import lowrank_optim as lo
+from lowrank_optim.quantization import coded_moments as coded
+from tests.oracles.distributed_harness import (
     METHODS,
     SHAPES,
     Model,
@@ -21,17 +32,6 @@ from distributed_harness import (
     weights,
     whole,
 )
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-
-import lowrank_optim as lo
-from lowrank_optim.quantization import coded_moments as coded
 
 BEFORE, AFTER = 7, 6
 CASES = [

@@ -6,7 +6,6 @@ devices, is made by hand: the mesh says "meta", and a stand-in for its stream de
 
 import pytest
 import torch
-from distributed_harness import METHODS, Model, distance, groups, layers, shard, spawn, states, train, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -14,6 +13,18 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 import lowrank_optim as lo
+from tests.oracles.distributed_harness import (
+    METHODS,
+    Model,
+    distance,
+    groups,
+    layers,
+    shard,
+    spawn,
+    states,
+    train,
+    weights,
+)
 
 SHAPES = {"tall": (26, 10), "wide": (10, 33), "three": (3, 40), "experts": (3, 14, 9), "vector": (13,)}
 STEPS = 6

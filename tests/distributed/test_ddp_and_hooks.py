@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from distributed_harness import METHODS, Model, distance, groups, shard, spawn, train, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -11,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_optim as lo
 from lowrank_optim.distributed import LowRankHook
+from tests.oracles.distributed_harness import METHODS, Model, distance, groups, shard, spawn, train, weights
 
 SHAPES = {"tall": (26, 10), "wide": (10, 33), "conv": (6, 4, 3, 3), "experts": (3, 14, 9), "embedding": (50, 8)}
 EXACT = [

@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 import torch
-from distributed_harness import (
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import lowrank_optim as lo
+from lowrank_optim.quantization import coded_moments as coded
+from lowrank_optim.step import batching as later
+from tests.oracles.distributed_harness import (
     METHODS,
     SHAPES,
     Model,
@@ -19,14 +27,6 @@ from distributed_harness import (
     weights,
     whole,
 )
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
-import lowrank_optim as lo
-from lowrank_optim.quantization import coded_moments as coded
-from lowrank_optim.step import batching as later
 
 STEPS, GAP = 20, 5
 

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from distributed_harness import Model, distance, spawn, states, train, weights
-from test_fully_shard import place
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -14,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lowrank_optim as lo
 from lowrank_optim.quantization import coded_moments as coded
 from lowrank_optim.sharding.dtensor import dense_sharding
+from tests.distributed.test_fully_shard import place
+from tests.oracles.distributed_harness import Model, distance, spawn, states, train, weights
 
 STEPS = 20
 MATRICES = {
@@ -152,13 +152,20 @@ def count() -> None:
     assert wire_of_step({"tall": (26, 10)}, {}, {"rule": lo.Muon(inner_dtype="bfloat16")})[1:] == [
         ("allreduce", 100, 400)
     ]
-    assert wire_of_step({"tall": (26, 10)}, {}, {"rule": lo.NorMuon()})[1:] == [("allreduce", 100, 800), ("allreduce", 2, 16)]
+    assert wire_of_step({"tall": (26, 10)}, {}, {"rule": lo.NorMuon()})[1:] == [
+        ("allreduce", 100, 800),
+        ("allreduce", 2, 16),
+    ]
     assert wire_of_step({"wide": (10, 26)}, {}, {"rule": lo.Muon()}, "tp columns")[1:] == [("allreduce", 100, 800)]
     assert wire_of_step({"fused": (30, 12)}, {"split": 3}, {"rule": lo.Muon()})[1:] == 3 * [("allreduce", 144, 1152)]
     m, n = 12, 48  # rows that are much longer than there are rows: a part of the matrix there and back, and m² numbers
     own = m * n // world
     exchange = ("alltoall_base", own, 4 * own)
-    assert wire_of_step({"wide": (m, n)}, {}, {"rule": lo.Muon()})[1:] == [exchange, ("allreduce", m * m, 8 * m * m), exchange]
+    assert wire_of_step({"wide": (m, n)}, {}, {"rule": lo.Muon()})[1:] == [
+        exchange,
+        ("allreduce", m * m, 8 * m * m),
+        exchange,
+    ]
     assert wire_of_step({"experts": (4, 12, 8)}, {}, {"rule": lo.Muon()})[1:] == []  # whole matrices lie on each
 
 
@@ -181,7 +188,9 @@ def test_a_step_in_a_subspace_sends_a_gram_matrix_of_its_rank():
 def refuse() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     both = nn.Parameter(distribute_tensor(torch.randn(16, 12), mesh, [Shard(0), Shard(1)]))
-    with pytest.raises(ValueError, match=r"parameter w \(16, 12\) is split along both its rows and its columns.*fully_shard"):
+    with pytest.raises(
+        ValueError, match=r"parameter w \(16, 12\) is split along both its rows and its columns.*fully_shard"
+    ):
         lo.LowRankOptimizer([("w", both)], rule=lo.Muon())
     rows = nn.Parameter(distribute_tensor(torch.randn(16, 12), mesh, [Shard(0), Replicate()]))
     lo.LowRankOptimizer([("w", rows)], rule=lo.Muon(ns_steps=12))

@@ -1,16 +1,21 @@
-"""Arguments of operations as the functions of the library want them: addresses, sizes, numbers."""
-
-from collections.abc import Sequence
+"""Arguments of operations as the values of the library's structures (`structures`): addresses, types, sizes, numbers."""
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.compiled_arguments import TYPES
-from lowrank_optim.kernels.counter_rng import turn_offset
-from lowrank_optim.kernels.reference import row_norms
+from lowrank_optim.kernels.arguments import TYPES
+from lowrank_optim.kernels.compute import row_norms
+from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 
 F32 = torch.float32
-NO_WORDS = (0, 0, 0)
+
+NO_ROWS = (0, 0, 0)
+NO_NOISE = (False, 0, 0, 0)
+NO_WRITE = (1.0, 0.0, *NO_NOISE)
+NO_NUMBERS = (0.0, 0.0, 0.0, 0.0, 0.0)
+NO_NORMS = (0, 0)
+NO_PHI = (0, 0, 0)
+"""Of the structures Rows, Noise, StepParams and Adam, of the fields `norms` and `grad_norms`, and of φ and its strides."""
 
 
 def storable(*tensors: Tensor | None) -> bool:
@@ -21,23 +26,20 @@ def off(ok: Tensor | None) -> bool:
     return ok is not None and not bool(ok)
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def rows_of(matrix: Tensor | None) -> tuple[int, int, int]:
+    """The structure Rows of a matrix."""
+    return NO_ROWS if matrix is None else (matrix.data_ptr(), TYPES[matrix.dtype], matrix.stride(0))
 
 
-def flat(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), TYPES[tensor.dtype]
+def flat(tensor: Tensor) -> tuple[int, int, int]:
+    """The structure Rows of a contiguous tensor, as one row."""
+    return tensor.data_ptr(), TYPES[tensor.dtype], 0
 
 
-def matrix_words(tensor: Tensor | None) -> tuple[int | None, int, int]:
-    """Address, type and row stride."""
-    return (None, 0, 0) if tensor is None else (tensor.data_ptr(), TYPES[tensor.dtype], tensor.stride(0))
-
-
-def phi_words(scale: Tensor | None, first_row: int) -> tuple[int | None, int, int]:
+def phi_of(scale: Tensor | None, first_row: int) -> tuple[int, int, int]:
     """Address and strides of a contiguous φ, from a row on."""
     if scale is None:
-        return None, 0, 0
+        return NO_PHI
     row, col = (int(size > 1) for size in scale.shape)
     return scale.data_ptr() + 4 * first_row * row, row, col
 
@@ -48,61 +50,36 @@ def no_direction(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return direction, *row_norms(direction, grad)
 
 
-def room_for_lengths(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
-    above, below = (grad.new_empty((*grad.shape[:-1], 1)) for _ in range(2))
-    return above, below
-
-
-def addresses(lengths: Sequence[Tensor]) -> tuple[int, int]:
-    """Of both `room_for_lengths`; 0 where they are not wanted."""
-    above, below = (tensor.data_ptr() for tensor in lengths) if lengths else (0, 0)
-    return above, below
-
-
-def rounding_words(rounding: Tensor | None) -> tuple[int, int, int]:
+def rounding_of(rounding: Tensor | None) -> tuple[bool, int, int, int]:
+    """The structure Noise of an operation's `rounding`."""
     if rounding is None:
-        return NO_WORDS
+        return NO_NOISE
     key, start = rounding.tolist()
-    return 1, key, start
+    return True, unsigned_key(key), start, 0
 
 
-def noise_words(noise: Tensor | None) -> tuple[int, int, int, int]:
+def room_for_norms(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
+    norms = grad.new_empty(*grad.shape[:-1], 1)
+    return norms, torch.empty_like(norms)
+
+
+def noise_of(noise: Tensor | None) -> tuple[bool, int, int, int]:
+    """The structure Noise of an operation's `noise`."""
     if noise is None:
-        return 0, 0, 0, 0
+        return NO_NOISE
     key, turn, start = noise.tolist()
-    return 1, key, start, turn_offset(turn)
+    return True, unsigned_key(key), start, turn_offset(turn)
 
 
-def coding_words(shape: torch.Size, block: int, bits: int) -> tuple[int, int, int, int]:
-    """Rows, columns, block and bits."""
+def coding_of(
+    shape: torch.Size, block: int, bits: int, columns: tuple[Tensor | None, int] = (None, 1)
+) -> tuple[int, int, int, int, int, int]:
+    """The structure Coding; `columns` is from `columns_of`."""
     cols = shape[-1]
-    return (shape.numel() // cols if cols else 0), cols, block, bits
-
-
-def coded_words(
-    grad: Tensor,
-    codes: Sequence[Tensor],
-    bits: int,
-    block: int,
-    columns: tuple[Tensor | None, int],
-    to: tuple[int, int, int],
-    noise: Tensor | None,
-) -> tuple[int, ...]:
-    """The row of a matrix for the library's coded_adam, but for how weights are rounded.
-
-    `columns` is from `columns_of`; `to` the address of the direction, that of the weight and its type.
-    """
     col_scale, rows_per_scale = columns
-    return (
-        *coding_words(grad.shape, block, bits),
-        *flat(grad),
-        *(tensor.data_ptr() for tensor in codes),
-        pointer(col_scale) or 0,
-        rows_per_scale,
-        *to,
-        *noise_words(noise),
-    )
+    source = 0 if col_scale is None else col_scale.data_ptr()
+    return (shape.numel() // cols if cols else 0), cols, block, bits, source, rows_per_scale
 
 
 def room_for_codes(x: Tensor, bits: int, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The shared library of csrc/cpu: where it is, whether it is ours, and its functions with their argument types.
+"""The shared library of csrc/cpu: where it is, whether it is ours, and its functions with their argument types (`structures`).
 
 The library is built by `pip install` (setup.py) and lies beside this file. LOWRANK_OPTIM_CPU_LIBRARY names another one: a build with
 sanitizers, say. A library with another ABI number than ABI_VERSION comes from another version of the package and is not used.
@@ -8,16 +8,15 @@ import ctypes
 import json
 import os
 import re
-from ctypes import c_char_p, c_float, c_int, c_int64, c_uint16, c_uint64, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 5
-"""Raised, here and in csrc/cpu/abi.cpp, whenever a signature changes."""
+ABI_VERSION = 7
+"""Raised, here and in csrc/cpu/abi.cpp, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
 NAME = "liblowrank_optim_cpu.so"
@@ -29,29 +28,24 @@ MAPS = Path("/proc/self/maps")
 """The libraries of this process, on Linux."""
 REBUILD = "install a C++17 compiler and run `pip install --force-reinstall --no-deps` on the package again"
 
-_ADAM = (c_float,) * 5
-_WRITE = (c_float, c_float, c_int, c_uint64, c_int64)  # keep, alpha; rounding: on, key, start
-_NOISE = (c_int, c_uint64, c_int64, c_uint16)
-_CODING = (c_int64, c_int64, c_int64, c_int)  # rows, cols, block, bits
-_ROWS = (c_void_p, c_int, c_int64)  # data, type, stride
-_FLAT = (c_void_p, c_int)
-_P, _N = c_void_p, c_int64
+_ONE, _MANY = (c_char_p,), (c_int64, c_char_p)
 
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    "adam": (_N, _N, *_FLAT, _P, _P, _P, _P, _P, *_FLAT, *_ADAM, *_WRITE),
-    "rule": (c_int, _N, _P, _P, _P, c_float, c_float, c_float),
-    "coded_adam": (_N, _P, _P),  # rows of words and of numbers, one for each matrix
-    "norms": (_N, _P, _P),
-    "quantize_rows": (*_CODING, c_int, *_ROWS, _P, _N, _P, _P, *_NOISE),
-    "dequantize_rows": (*_CODING, c_int, _P, _P, _P, _N, *_FLAT),
-    "pack_basis": (*_CODING, *_ROWS, _P, _P, _P),
-    "unpack_basis": (*_CODING, _P, _P, _P, *_FLAT),
-    "update": (_N, _N, *_ROWS, _P, _N, *_ROWS, _P, _N, c_int, _P, _N, _N, *_WRITE),
-    "gaussian": (_N, _P, c_uint64),
-    "lines": (_N, _N, *_ROWS, c_int, _P, _P, _P),
-    "store": (_N, _N, *_ROWS, _P, _N, c_int, c_uint64, c_int64),
+    "adam": _MANY,
+    "rule": _ONE,
+    "coded_adam": _MANY,
+    "norms": _MANY,
+    "quantize_rows": _ONE,
+    "dequantize_rows": _ONE,
+    "pack_basis": _ONE,
+    "unpack_basis": _ONE,
+    "update": _ONE,
+    "gaussian": _ONE,
+    "lines": _ONE,
+    "store": _ONE,
 }
-"""Arguments of every function but the last, the number of threads."""
+"""Arguments of every function but the last, the number of threads: the bytes of a structure, or of several and before them their
+number."""
 
 
 class Library:
@@ -68,7 +62,7 @@ class Library:
         handle.lowrank_optim_use_simd.argtypes = (c_char_p,)
         handle.lowrank_optim_use_openmp.argtypes, handle.lowrank_optim_use_openmp.restype = (c_void_p, c_void_p), None
 
-    def call(self, name: str, *args: Any) -> None:
+    def call(self, name: str, *args: int | bytes) -> None:
         """Call a function on torch's number of threads."""
         if self.functions[name](*args, torch.get_num_threads()):
             raise MemoryError(f"lowrank_optim: no memory for the working space of {name}")

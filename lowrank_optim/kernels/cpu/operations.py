@@ -5,48 +5,66 @@ are not of unit stride where a copy would be large. `ok` is read on the host: th
 """
 
 from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int64
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.compiled_arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
+from lowrank_optim.kernels.arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
+from lowrank_optim.kernels.compute import row_chunks
 from lowrank_optim.kernels.counter_rng import unsigned_key
+from lowrank_optim.kernels.cpu import structures
 from lowrank_optim.kernels.cpu.arguments import (
     F32,
-    NO_WORDS,
-    addresses,
-    coded_words,
-    coding_words,
+    NO_NOISE,
+    NO_NORMS,
+    NO_NUMBERS,
+    NO_PHI,
+    NO_ROWS,
+    NO_WRITE,
+    coding_of,
     columns_of,
     flat,
     has_unit_rows,
     matrices_of,
-    matrix_words,
     no_direction,
-    noise_words,
+    noise_of,
     off,
     pairs_of,
-    phi_words,
-    pointer,
+    phi_of,
     readable,
     room_for_codes,
-    room_for_lengths,
-    rounding_words,
+    room_for_norms,
+    rounding_of,
+    rows_of,
     storable,
 )
 from lowrank_optim.kernels.cpu.library import Library
-from lowrank_optim.kernels.reference import row_chunks
+from lowrank_optim.kernels.cpu.structures import packer
+from lowrank_optim.kernels.dispatch import call
 
 Declined = Any  # NotImplemented
+
+pack_adam = packer(structures.AdamArgs)
+pack_rule = packer(structures.RuleArgs)
+pack_coded_adam = packer(structures.CodedAdamArgs)
+pack_quantize = packer(structures.QuantizeArgs)
+pack_dequantize = packer(structures.DequantizeArgs)
+pack_pack = packer(structures.PackArgs)
+pack_unpack = packer(structures.UnpackArgs)
+pack_update = packer(structures.UpdateArgs)
+pack_store = packer(structures.StoreArgs)
+pack_norm = packer(structures.NormArgs)
+pack_lines = packer(structures.LinesArgs)
+pack_gaussian = packer(structures.GaussianArgs)
 
 
 def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """The kernels by the names of their operations."""
     names = (
         "project_with_norms",
+        "adam_direct_",
+        "adam_direct_with_norms_",
         "adam_dense_",
         "lion_direct_",
         "sgd_direct_",
@@ -63,16 +81,15 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
         "unpack_basis",
         "gaussian_",
     )
-    direct = {
-        "adam_direct_": partial(ops._adam_direct, False),
-        "adam_direct_with_norms_": partial(ops._adam_direct, True),
-    }
-    return {name: getattr(ops, name) for name in names} | direct
+    return {name: getattr(ops, name) for name in names}
 
 
 def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """Those that take several tensors in one go (`dispatch.run_many`, `dispatch.norms`)."""
     return {
+        "adam_direct_": ops.many_adam_direct_,
+        "adam_direct_with_norms_": ops.many_adam_direct_with_norms_,
+        "adam_dense_": ops.many_adam_dense_,
         "coded_adam_direct_": ops.many_coded_adam_direct_,
         "coded_adam_direct_with_norms_": ops.many_coded_adam_direct_with_norms_,
         "coded_adam_dense_": ops.many_coded_adam_dense_,
@@ -90,7 +107,7 @@ class Operations:
         if out.dtype != F32:
             return NotImplemented
         (word,) = key.tolist()
-        self.library.call("gaussian", out.numel(), out.data_ptr(), unsigned_key(word))
+        self.library.call("gaussian", pack_gaussian(out.data_ptr(), out.numel(), unsigned_key(word)))
         return None
 
     def project_with_norms(self, grad: Tensor, basis: Tensor, right: bool) -> tuple[Tensor, Tensor] | Declined:
@@ -99,82 +116,106 @@ class Operations:
             return NotImplemented
         squares = basis.new_empty((*grad.shape[:-2], grad.shape[-2 if right else -1], 1))
         alone = basis.shape[-1] == 1  # one column: product and squares in one pass
-        reduced = torch.empty_like(squares) if alone else torch.ops.lowrank_optim.project(grad, basis, right)
+        reduced = torch.empty_like(squares) if alone else call("project", grad, basis, right)
         places = zip(grads, bases, matrices_of(reduced), matrices_of(squares), strict=True)
         for g, vector, dots, found in places:
-            product = (vector.data_ptr(), dots.data_ptr()) if alone else (None, None)
-            self.library.call("lines", *g.shape, *matrix_words(g), right, *product, found.data_ptr())
+            product = (vector.data_ptr(), dots.data_ptr()) if alone else (0, 0)
+            self.library.call("lines", pack_lines(*g.shape, *rows_of(g), right, *product, found.data_ptr()))
         return reduced, squares
 
     # -------------------------------------------------------------------------------------------------- moments and directions
 
-    def _adam_direct(
-        self,
-        with_norms: bool,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        scalars: Tensor,
-        ok: Tensor | None,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor] | Declined:
-        """`adam_direct_` and `adam_direct_with_norms_`."""
-        if grad.dtype != F32 or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
-            return NotImplemented
-        if (ok is not None and off(ok)) or (with_norms and grad.numel() == 0):
-            found = no_direction(grad)
-            return found if with_norms else found[0]
-        g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
-        lengths = room_for_lengths(grad) if with_norms else ()
-        self.library.call(
-            "adam",
-            g.numel(),
-            g.shape[-1] if g.dim() else 1,
-            g.data_ptr(),
-            0,
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            out.data_ptr(),
-            *(addresses(lengths) if lengths else (0, 0)),
-            None,
-            0,
-            *adam_numbers(*scalars.tolist()),
-            1.0,
-            0.0,
-            *NO_WORDS,
-        )
-        return (out, *lengths) if lengths else out
+    def adam_direct_(self, *args: Any) -> Tensor | Declined:
+        return self.many_adam_direct_([args])[0]
 
-    def adam_dense_(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        scalars: Tensor,
-        ok: Tensor | None,
-        rounding: Tensor | None,
-    ) -> Declined | None:
-        if not storable(weight, grad) or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
-            return NotImplemented
-        if off(ok):
-            return None
-        *adam, alpha, keep = scalars.tolist()
-        self.library.call(
-            "adam",
-            weight.numel(),
-            weight.numel(),
-            *flat(grad),
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            None,
-            *addresses(()),
-            *flat(weight),
-            *adam_numbers(*adam),
-            keep,
-            alpha,
-            *rounding_words(rounding),
-        )
-        return None
+    def adam_direct_with_norms_(self, *args: Any) -> tuple[Tensor, Tensor, Tensor] | Declined:
+        return self.many_adam_direct_with_norms_([args])[0]
+
+    def many_adam_direct_(self, calls: Sequence[Sequence[Any]]) -> list[Tensor | Declined]:
+        """`adam_direct_` of several gradients in one go."""
+        return self._directions(calls, False)
+
+    def many_adam_direct_with_norms_(
+        self, calls: Sequence[Sequence[Any]]
+    ) -> list[tuple[Tensor, Tensor, Tensor] | Declined]:
+        """`adam_direct_with_norms_` of several gradients in one go."""
+        return self._directions(calls, True)
+
+    def _directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
+        results: list[Any] = []
+        rows, copies = [], []
+        numbers, last = NO_NUMBERS, None
+        norms: tuple[Tensor, ...] = ()
+        cols = norms_at = grad_norms_at = 0
+        for grad, exp_avg, exp_avg_sq, scalars, ok in calls:
+            if grad.dtype != F32 or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+                results.append(NotImplemented)
+                continue
+            if (ok is not None and off(ok)) or (with_norms and not grad.numel()):
+                found = no_direction(grad)
+                results.append(found if with_norms else found[0])
+                continue
+            if not grad.is_contiguous():
+                grad = grad.contiguous()
+                copies.append(grad)  # which must live until the call
+            if scalars is not last:  # matrices of one step share them
+                numbers, last = adam_numbers(*scalars.tolist()), scalars
+            out = torch.empty_like(exp_avg)
+            if with_norms:
+                norms, cols = room_for_norms(grad), grad.shape[-1]
+                norms_at, grad_norms_at = norms[0].data_ptr(), norms[1].data_ptr()
+            results.append((out, *norms) if with_norms else out)
+            moments = exp_avg.data_ptr(), exp_avg_sq.data_ptr()
+            rows.append(
+                pack_adam(
+                    *(grad.numel(), cols),
+                    *(grad.data_ptr(), 0, 0),
+                    *moments,
+                    out.data_ptr(),
+                    *NO_ROWS,
+                    *numbers,
+                    *NO_WRITE,
+                    *(norms_at, grad_norms_at),
+                )
+            )
+        self._call_many("adam", rows)
+        return results
+
+    def adam_dense_(self, *args: Any) -> Declined | None:
+        return self.many_adam_dense_([args])[0]
+
+    def many_adam_dense_(self, calls: Sequence[Sequence[Any]]) -> list[Declined | None]:
+        """`adam_dense_` of several parameters in one go."""
+        results: list[Any] = []
+        rows = []
+        numbers, last = NO_NUMBERS, None
+        alpha = keep = 0.0
+        for weight, grad, exp_avg, exp_avg_sq, scalars, ok, rounding in calls:
+            kinds = TYPES.get(grad.dtype), TYPES.get(weight.dtype)
+            if None in kinds or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
+                results.append(NotImplemented)
+                continue
+            results.append(None)
+            if ok is not None and off(ok):
+                continue
+            if scalars is not last:  # parameters of one step share them
+                *adam, alpha, keep = scalars.tolist()
+                numbers, last = adam_numbers(*adam), scalars
+            rows.append(
+                pack_adam(
+                    *(weight.numel(), 0),
+                    *(grad.data_ptr(), kinds[0], 0),
+                    *(exp_avg.data_ptr(), exp_avg_sq.data_ptr()),
+                    0,
+                    *(weight.data_ptr(), kinds[1], 0),
+                    *numbers,
+                    *(keep, alpha),
+                    *(NO_NOISE if rounding is None else rounding_of(rounding)),
+                    *NO_NORMS,
+                )
+            )
+        self._call_many("adam", rows)
+        return results
 
     def lion_direct_(self, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor | Declined:
         beta1, beta2 = scalars.tolist()
@@ -198,7 +239,7 @@ class Operations:
             return torch.zeros_like(grad, memory_format=torch.contiguous_format)
         g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
         three = (*numbers, 0.0, 0.0)[:3]
-        self.library.call("rule", rule, g.numel(), g.data_ptr(), moment.data_ptr(), out.data_ptr(), *three)
+        self.library.call("rule", pack_rule(rule, g.numel(), g.data_ptr(), moment.data_ptr(), out.data_ptr(), *three))
         return out
 
     def coded_adam_direct_(self, *args: Any) -> Tensor | Declined:
@@ -209,36 +250,51 @@ class Operations:
 
     def many_coded_adam_direct_(self, calls: Sequence[Sequence[Any]]) -> list[Tensor | Declined]:
         """`coded_adam_direct_` of several gradients in one go."""
-        found = self._coded_directions(calls, lambda grad: ())
-        return [result if result is NotImplemented else result[0] for result in found]
+        return self._coded_directions(calls, False)
 
     def many_coded_adam_direct_with_norms_(
         self, calls: Sequence[Sequence[Any]]
     ) -> list[tuple[Tensor, Tensor, Tensor] | Declined]:
         """`coded_adam_direct_with_norms_` of several gradients in one go."""
-        return self._coded_directions(calls, room_for_lengths)
+        return self._coded_directions(calls, True)
 
-    def _coded_directions(
-        self, calls: Sequence[Sequence[Any]], make_lengths: Callable[[Tensor], tuple[Tensor, ...]]
-    ) -> list[tuple[Tensor, ...] | Declined]:
-        """The direction, and its and the gradient's lengths where there is room for them."""
+    def _coded_directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
         results: list[Any] = []
-        rows, alive = [], []
-        for grad, *four, col_scale, scalars, noise, ok, bits, block in calls:
+        rows, copies = [], []
+        numbers, last = NO_NUMBERS, None
+        norms: tuple[Tensor, ...] = ()
+        places = NO_NORMS
+        for grad, ratio, ratio_scale, root, root_scale, col_scale, scalars, noise, ok, bits, block in calls:
             columns = columns_of(col_scale, grad.shape)
             if grad.dtype != F32 or columns is None:
                 results.append(NotImplemented)
                 continue
-            lengths = make_lengths(grad)
-            if grad.numel() == 0 or off(ok):
-                results.append(no_direction(grad)[: 1 + len(lengths)])
+            if grad.numel() == 0 or (ok is not None and off(ok)):
+                found = no_direction(grad)
+                results.append(found if with_norms else found[0])
                 continue
+            if scalars is not last:  # matrices of one step share them
+                numbers, last = adam_numbers(*scalars.tolist()), scalars
             g, out = grad.contiguous(), torch.empty_like(grad, memory_format=torch.contiguous_format)
-            words = coded_words(g, four, bits, block, columns, (out.data_ptr(), 0, 0), noise)
-            rows.append(((*words, *NO_WORDS, *addresses(lengths)), (*adam_numbers(*scalars.tolist()), 1.0, 0.0)))
-            results.append((out, *lengths))
-            alive.append((g, columns))  # what may be copies
-        self._coded_adam(rows)
+            copies.append((g, columns))  # which must live until the call
+            if with_norms:
+                norms = room_for_norms(grad)
+                places = norms[0].data_ptr(), norms[1].data_ptr()
+            results.append((out, *norms) if with_norms else out)
+            rows.append(
+                pack_coded_adam(
+                    *coding_of(grad.shape, block, bits, columns),
+                    *(g.data_ptr(), 0, 0),
+                    *(ratio.data_ptr(), ratio_scale.data_ptr(), root.data_ptr(), root_scale.data_ptr()),
+                    out.data_ptr(),
+                    *NO_ROWS,
+                    *numbers,
+                    *NO_WRITE,
+                    *noise_of(noise),
+                    *places,
+                )
+            )
+        self._call_many("coded_adam", rows)
         return results
 
     def coded_adam_dense_(self, *args: Any) -> Declined | None:
@@ -247,35 +303,49 @@ class Operations:
     def many_coded_adam_dense_(self, calls: Sequence[Sequence[Any]]) -> list[Declined | None]:
         """`coded_adam_dense_` of several parameters in one go."""
         results: list[Any] = []
-        rows, alive = [], []
-        for weight, grad, *four, col_scale, scalars, noise, ok, rounding, bits, block in calls:
+        rows, copies = [], []
+        numbers, last = NO_NUMBERS, None
+        alpha = keep = 0.0
+        for weight, grad, ratio, ratio_scale, root, root_scale, *more, bits, block in calls:
+            col_scale, scalars, noise, ok, rounding = more
             columns = columns_of(col_scale, grad.shape)
             if not storable(weight, grad) or columns is None:
                 results.append(NotImplemented)
                 continue
             results.append(None)
-            if off(ok):
+            if ok is not None and off(ok):
                 continue
-            *adam, alpha, keep = scalars.tolist()
-            words = coded_words(grad, four, bits, block, columns, (0, *flat(weight)), noise)
-            rows.append(((*words, *rounding_words(rounding), *addresses(())), (*adam_numbers(*adam), keep, alpha)))
-            alive.append(columns)  # what may be a copy
-        self._coded_adam(rows)
+            if scalars is not last:  # parameters of one step share them
+                *adam, alpha, keep = scalars.tolist()
+                numbers, last = adam_numbers(*adam), scalars
+            copies.append(columns)  # which must live until the call
+            rows.append(
+                pack_coded_adam(
+                    *coding_of(grad.shape, block, bits, columns),
+                    *flat(grad),
+                    *(ratio.data_ptr(), ratio_scale.data_ptr(), root.data_ptr(), root_scale.data_ptr()),
+                    0,
+                    *flat(weight),
+                    *numbers,
+                    *(keep, alpha),
+                    *rounding_of(rounding),
+                    *noise_of(noise),
+                    *NO_NORMS,
+                )
+            )
+        self._call_many("coded_adam", rows)
         return results
-
-    def _coded_adam(self, rows: Sequence[tuple[tuple[int, ...], tuple[float, ...]]]) -> None:
-        if not rows:
-            return
-        words = [word for row, _ in rows for word in row]
-        numbers = [number for _, row in rows for number in row]
-        self.library.call("coded_adam", len(rows), (c_int64 * len(words))(*words), (c_float * len(numbers))(*numbers))
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """‖x‖ of contiguous tensors, (count,) float32, summed in float32."""
-        words = [word for x in tensors for word in (x.data_ptr(), TYPES[x.dtype], x.numel())]
         found = tensors[0].new_empty(len(tensors), dtype=F32)
-        self.library.call("norms", len(tensors), (c_int64 * len(words))(*words), found.data_ptr())
+        to = found.data_ptr()
+        self._call_many("norms", [pack_norm(x.numel(), *flat(x), to + 4 * i) for i, x in enumerate(tensors)])
         return found
+
+    def _call_many(self, name: str, rows: Sequence[bytes]) -> None:
+        if rows:
+            self.library.call(name, len(rows), b"".join(rows))
 
     # ----------------------------------------------------------------------------------------------------------------- weights
 
@@ -310,7 +380,7 @@ class Operations:
             return NotImplemented
         if off(ok) or weight.numel() == 0:
             return None
-        on, key, start = rounding_words(rounding)
+        on, key, start, _ = rounding_of(rounding)
         lefts, rights, phis = matrices_of(left), matrices_of(right), matrices_of(phi)
         minuends, subtrahends = matrices_of(subtract_left), matrices_of(subtract_right)
         ranked = left.shape[-1] > 0
@@ -332,21 +402,17 @@ class Operations:
                     subtract = torch.mm(minuends[i][chunk], subtrahends[i], out=buffers[-1][: len(part)])
                 self.library.call(
                     "update",
-                    len(part),
-                    cols,
-                    *matrix_words(part),
-                    pointer(product),
-                    cols,
-                    *matrix_words(None if g is None else g[chunk]),
-                    pointer(subtract),
-                    cols,
-                    sign,
-                    *phi_words(scale, at),
-                    1.0 if in_place else factor,
-                    alpha,
-                    on,
-                    key,
-                    start + i * rows * cols + at * cols,
+                    pack_update(
+                        *(len(part), cols),
+                        *rows_of(part),
+                        *(1.0 if in_place else factor, alpha),
+                        *(on, key, start + (i * rows + at) * cols, 0),
+                        *rows_of(product),
+                        *rows_of(None if g is None else g[chunk]),
+                        *rows_of(subtract),
+                        sign,
+                        *phi_of(scale, at),
+                    ),
                 )
         return None
 
@@ -368,23 +434,21 @@ class Operations:
             return None
         alpha, number = scalars.tolist()
         factor = number if keep is None else float(keep)
-        on, key, start = rounding_words(rounding)
+        on, key, start, _ = rounding_of(rounding)
         for rows, cols, w, w_stride, d, d_stride, first in pairs:
             self.library.call(
                 "update",
-                rows,
-                cols,
-                *(w.data_ptr(), TYPES[w.dtype], w_stride),
-                *(d.data_ptr(), d_stride),
-                *(None, 0, 0),
-                *(None, 0),
-                False,
-                *(None, 0, 0),
-                factor,
-                alpha,
-                on,
-                key,
-                start + first,
+                pack_update(
+                    *(rows, cols),
+                    *(w.data_ptr(), TYPES[w.dtype], w_stride),
+                    *(factor, alpha),
+                    *(on, key, start + first, 0),
+                    *(d.data_ptr(), 0, d_stride),
+                    *NO_ROWS,
+                    *NO_ROWS,
+                    False,
+                    *NO_PHI,
+                ),
             )
         return None
 
@@ -395,10 +459,10 @@ class Operations:
         pairs = pairs_of(target, value)
         if pairs is None:
             return NotImplemented
-        on, key, start = rounding_words(rounding)
+        on, key, start, _ = rounding_of(rounding)
         for rows, cols, t, t_stride, v, v_stride, first in pairs:
-            place = (t.data_ptr(), TYPES[t.dtype], t_stride)
-            self.library.call("store", rows, cols, *place, v.data_ptr(), v_stride, on, key, start + first)
+            target_rows, value_rows = (t.data_ptr(), TYPES[t.dtype], t_stride), (v.data_ptr(), 0, v_stride)
+            self.library.call("store", pack_store(rows, cols, *target_rows, *value_rows, on, key, start + first, 0))
         return None
 
     # ------------------------------------------------------------------------------------------------------------------- codes
@@ -411,18 +475,9 @@ class Operations:
             return NotImplemented
         x, stride = readable(x)
         codes, scale = room_for_codes(x, bits, block, torch.int8 if bits == 8 and signed else torch.uint8)
-        source, rows_per_scale = columns
-        self.library.call(
-            "quantize_rows",
-            *coding_words(x.shape, block, bits),
-            signed,
-            *(*flat(x), stride),
-            pointer(source),
-            rows_per_scale,
-            codes.data_ptr(),
-            scale.data_ptr(),
-            *noise_words(noise),
-        )
+        coding, matrix = coding_of(x.shape, block, bits, columns), (x.data_ptr(), TYPES[x.dtype], stride)
+        to = codes.data_ptr(), scale.data_ptr()
+        self.library.call("quantize_rows", pack_quantize(*coding, signed, *matrix, *to, *noise_of(noise)))
         return codes, scale
 
     def dequantize_rows(
@@ -442,9 +497,9 @@ class Operations:
             return NotImplemented
         codes, scale = codes.contiguous(), scale.contiguous()
         out = codes.new_empty(shape, dtype=dtype)
-        source, rows_per_scale = columns
-        pointers = (codes.data_ptr(), scale.data_ptr(), pointer(source), rows_per_scale)
-        self.library.call("dequantize_rows", *coding_words(shape, block, bits), signed, *pointers, *flat(out))
+        coding, matrix = coding_of(shape, block, bits, columns), (out.data_ptr(), TYPES[dtype], cols)
+        source = codes.data_ptr(), scale.data_ptr()
+        self.library.call("dequantize_rows", pack_dequantize(*coding, signed, *source, *matrix))
         return out
 
     def pack_basis(self, basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor] | Declined:
@@ -453,13 +508,9 @@ class Operations:
         basis, stride = readable(basis)
         codes, scale = room_for_codes(basis, bits, group, torch.uint8)
         zero = torch.zeros_like(scale)
-        results = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
-        self.library.call(
-            "pack_basis",
-            *coding_words(basis.shape, group, bits),
-            *(*flat(basis), stride),
-            *results,
-        )
+        coding, matrix = coding_of(basis.shape, group, bits), (basis.data_ptr(), TYPES[basis.dtype], stride)
+        to = codes.data_ptr(), scale.data_ptr(), zero.data_ptr()
+        self.library.call("pack_basis", pack_pack(*coding, *matrix, *to))
         return codes, scale, zero
 
     def unpack_basis(
@@ -469,6 +520,7 @@ class Operations:
             return NotImplemented
         codes, scale, zero = codes.contiguous(), scale.contiguous(), zero.contiguous()
         out = codes.new_empty((*codes.shape[:-1], cols), dtype=dtype)
-        pointers = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr())
-        self.library.call("unpack_basis", *coding_words(out.shape, group, bits), *pointers, *flat(out))
+        coding, matrix = coding_of(out.shape, group, bits), (out.data_ptr(), TYPES[dtype], cols)
+        source = codes.data_ptr(), scale.data_ptr(), zero.data_ptr()
+        self.library.call("unpack_basis", pack_unpack(*coding, *source, *matrix))
         return out

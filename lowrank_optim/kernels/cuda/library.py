@@ -26,7 +26,7 @@ class Noise(Structure):
 
 
 class Adam(Structure):
-    _fields_ = tuple((name, c_float) for name in ("towards", "beta2", "rest2", "root_factor", "root_offset"))
+    _fields_ = tuple((name, c_float) for name in ("weight1", "beta2", "weight2", "root_factor", "root_offset"))
 
 
 class StepParams(Structure):

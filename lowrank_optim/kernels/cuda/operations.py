@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.compiled_arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
+from lowrank_optim.kernels.arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
+from lowrank_optim.kernels.compute import row_norms
 from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.cuda.library import (
     Adam,
@@ -33,7 +34,6 @@ from lowrank_optim.kernels.cuda.library import (
     UnpackBlock,
 )
 from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
-from lowrank_optim.kernels.reference import row_norms
 from lowrank_optim.kernels.schemas import coded_shapes
 
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]

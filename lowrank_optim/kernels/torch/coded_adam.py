@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels import reference
-from lowrank_optim.kernels.api import key_of
+from lowrank_optim.kernels import compute
+from lowrank_optim.kernels.arguments import key_of
 from lowrank_optim.kernels.coded_reference import LEVELS, block_factors
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.kernels.nibbles import pack_nibbles, unpack_nibbles
+from lowrank_optim.kernels.reference import write_
 
 BUFFERS = 4
 
@@ -122,7 +123,7 @@ def coded_adam_dense_(
         w, g, *codes = rows.tensors
         direction = _direct(g, codes, rows, step)
         write: dict[str, Any] = {"alpha": alpha, "keep": keep, "ok": step.ok, "rounding_key": key}
-        reference.apply_dense_(w, direction.to(reference.compute_dtype(w.dtype)), start=start + rows.first, **write)
+        write_(w, direction.to(compute.compute_dtype(w.dtype)), start=start + rows.first, **write)
         _encode_(codes, rows, step)
 
 
@@ -158,7 +159,7 @@ def _rows_of(like: Tensor, col_scale: Tensor | None, block: int, *tensors: Tenso
     if col_scale is not None:
         scales = col_scale.expand(*like.shape[:-2], 1, cols).reshape(-1, cols)
         columns = list(zip(scales, scales.reciprocal(), strict=True))
-    chunks = list(reference.row_chunks(rows, cols, reference.cache_elements(like.device)))
+    chunks = list(compute.row_chunks(rows, cols, compute.cache_elements(like.device)))
     width, most = min(block, cols), chunks[0].stop
     size = most * (cols + -cols % width)
     # Random words are made 256 pairs at a time.
@@ -212,7 +213,7 @@ def _encode_(codes: list[Tensor], rows: Rows, step: Step) -> None:
     """Store m and √v, the first two buffers."""
     (m, root, spare, noise), (ratio, ratio_scale, root_codes, root_scale) = rows.buffers, codes
     m.used.div_(root.used)
-    if not reference.is_known(root.used.amin() > 0.0):
+    if not compute.is_known(root.used.amin() > 0.0):
         m.used.copy_(torch.where(root.used > 0.0, m.used, 0.0))
 
     if rows.col_scale is not None:
@@ -232,7 +233,7 @@ def _to_levels_(x: Buffer, greatest: Tensor, scale: Tensor, signed: bool, step: 
     """x ← x·(L/s) with the scale s of its block, which is stored."""
     new, factors = block_factors(greatest, LEVELS[step.bits, signed])
     x.blocks.mul_(factors.unsqueeze(-1))
-    if not reference.is_known(new == new):
+    if not compute.is_known(new == new):
         x.used.copy_(x.used.nan_to_num(nan=0.0))
     scale.copy_(new if step.ok is None else torch.where(step.ok, new, scale))
 

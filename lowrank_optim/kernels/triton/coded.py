@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.compiled_arguments import adam_numbers
+from lowrank_optim.kernels.arguments import adam_numbers
 from lowrank_optim.kernels.counter_rng import turn_offset
 from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
 from lowrank_optim.kernels.schemas import coded_shapes

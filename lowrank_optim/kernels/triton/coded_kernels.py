@@ -274,9 +274,9 @@ def coded_adam_kernel(
     matrix_rows,
     block,
     blocks,
-    towards,
+    weight1,
     beta2,
-    rest2,
+    weight2,
     root_factor,
     root_offset,
     alpha,
@@ -312,7 +312,7 @@ def coded_adam_kernel(
     ratio = _load_values(
         ratio_ptr, ratio_scale_ptr, number, row, col, inside, rows, cols, block, blocks, BITS, PACKED, True, WIDTH
     )
-    m, v, direction = adam_step(g, ratio * root, root * root, towards, beta2, rest2, root_factor, root_offset)
+    m, v, direction = adam_step(g, ratio * root, root * root, weight1, beta2, weight2, root_factor, root_offset)
     if DENSE:
         w = widen(tl.load(out_pointers, mask=inside, other=0.0)) * keep - direction * alpha
         store_weight(out_pointers, w, inside, weight_key, weight_start + row * cols + col, STOCHASTIC_WEIGHT)

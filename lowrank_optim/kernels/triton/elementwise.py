@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_optim.kernels.compiled_arguments import adam_numbers
+from lowrank_optim.kernels.arguments import adam_numbers
 from lowrank_optim.kernels.triton.arithmetic import (
     holds,
     lerp,
@@ -36,16 +36,16 @@ def _indices(n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def adam_step(g, m, v, towards, beta2, rest2, root_factor, root_offset):
-    """Adam's new m and v, and N = m/(√v·root_factor + root_offset), for towards = 1−β₁ and rest2 = 1−β₂."""
-    m = lerp(m, g, towards)
-    v = v * beta2 + (g * rest2) * g
+def adam_step(g, m, v, weight1, beta2, weight2, root_factor, root_offset):
+    """Adam's new m and v, and N = m/(√v·root_factor + root_offset), for weight1 = 1−β₁ and weight2 = 1−β₂."""
+    m = lerp(m, g, weight1)
+    v = v * beta2 + (g * weight2) * g
     return m, v, tl.math.div_rn(m, tl.sqrt_rn(v) * root_factor + root_offset)
 
 
 @triton.jit
 def adam_direct_kernel(
-    g_ptr, m_ptr, v_ptr, out_ptr, ok_ptr, n, towards, beta2, rest2, root_factor, root_offset, BLOCK: tl.constexpr
+    g_ptr, m_ptr, v_ptr, out_ptr, ok_ptr, n, weight1, beta2, weight2, root_factor, root_offset, BLOCK: tl.constexpr
 ):
     """m, v (n,) in place, N into out."""
     index, inside = _indices(n, BLOCK)
@@ -56,7 +56,7 @@ def adam_direct_kernel(
     g = tl.load(g_ptr + index, mask=inside)
     m = tl.load(m_ptr + index, mask=inside)
     v = tl.load(v_ptr + index, mask=inside)
-    m, v, direction = adam_step(g, m, v, towards, beta2, rest2, root_factor, root_offset)
+    m, v, direction = adam_step(g, m, v, weight1, beta2, weight2, root_factor, root_offset)
     tl.store(m_ptr + index, m, mask=inside)
     tl.store(v_ptr + index, v, mask=inside)
     tl.store(out_ptr + index, direction, mask=inside)
@@ -70,9 +70,9 @@ def adam_dense_kernel(
     v_ptr,
     ok_ptr,
     n,
-    towards,
+    weight1,
     beta2,
-    rest2,
+    weight2,
     root_factor,
     root_offset,
     alpha,
@@ -90,7 +90,7 @@ def adam_dense_kernel(
     g = widen(tl.load(g_ptr + index, mask=inside))
     m = tl.load(m_ptr + index, mask=inside)
     v = tl.load(v_ptr + index, mask=inside)
-    m, v, direction = adam_step(g, m, v, towards, beta2, rest2, root_factor, root_offset)
+    m, v, direction = adam_step(g, m, v, weight1, beta2, weight2, root_factor, root_offset)
     tl.store(m_ptr + index, m, mask=inside)
     tl.store(v_ptr + index, v, mask=inside)
     w = widen(tl.load(w_ptr + index, mask=inside)) * keep - direction * alpha

@@ -1,0 +1,76 @@
+"""What definitions and backends share: types of arithmetic, masks and numbers on the device, chunks of rows, norms."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 20
+"""Elements that a float32 working copy of a low-precision matrix may have (4 MiB)."""
+
+CACHE_ELEMENTS = 1 << 17
+"""Elements of a chunk for each thread of the CPU: few enough for its caches, and so many that calls of torch cost little."""
+
+NORM_RUN = 256
+"""Elements whose norm is taken in a low-precision type; tensors of fewer than its square are converted."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that arithmetic on a parameter of this type is done in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def masked_scalar(ok: Tensor, value: float | Tensor, otherwise: float, dtype: torch.dtype) -> Tensor:
+    """0-d tensor on the device: `value` where `ok` holds, else `otherwise`; in `dtype`, which torch.where on two numbers is not."""
+    return torch.where(ok, scalar(value, dtype, ok.device), scalar(otherwise, dtype, ok.device))
+
+
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-d tensor on the device, made there: a copy from the host would wait."""
+    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+
+
+def row_chunks(rows: int, cols: int, elements: int | None = None) -> Iterator[slice]:
+    """Slices of rows that together cover a rows×cols matrix, each of at most `elements` elements (at least one row)."""
+    size = max(1, (CHUNK_ELEMENTS if elements is None else elements) // max(cols, 1))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def cache_elements(device: torch.device) -> int:
+    """Elements of a chunk that is read and written by dozens of operations: on the CPU so few that they stay in the caches."""
+    return min(CACHE_ELEMENTS * torch.get_num_threads(), CHUNK_ELEMENTS) if device.type == "cpu" else CHUNK_ELEMENTS
+
+
+def is_known(condition: Tensor) -> bool:
+    """Whether the host knows that a condition holds for all elements: not where it would have to wait for a device."""
+    return condition.device.type == "cpu" and bool(condition.all())
+
+
+def norm(tensor: Tensor) -> Tensor:
+    """‖tensor‖, 0-d, in the compute type, in one pass and without a copy of a whole large tensor in that type.
+
+    Large bfloat16 tensors on the CPU: the norms of runs of 256 elements, summed in float32, are rounded to bfloat16 on their way;
+    the error of the result is a few parts in 10⁵ (and no sum over- or underflows for it).
+    """
+    dtype = compute_dtype(tensor.dtype)
+    total: Tensor
+    if tensor.dtype == dtype or tensor.device.type != "cpu" or tensor.numel() < NORM_RUN**2:
+        total = torch.linalg.vector_norm(tensor, dtype=dtype)
+        return total
+    flat = tensor.reshape(-1)
+    if tensor.dtype == torch.bfloat16:
+        whole = flat.numel() - flat.numel() % NORM_RUN
+        runs = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_RUN), dim=-1).to(dtype)
+        parts = torch.cat([runs, flat[whole:].to(dtype)])
+    else:
+        chunks = row_chunks(flat.numel(), 1)
+        parts = torch.stack([torch.linalg.vector_norm(flat[chunk].to(dtype)) for chunk in chunks])
+    total = torch.linalg.vector_norm(parts)
+    return total
+
+
+def row_norms(direction: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
+    above: Tensor = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    below: Tensor = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
+    return above, below

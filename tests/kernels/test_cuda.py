@@ -1,0 +1,217 @@
+"""The CUDA backend without a GPU: its sources as plain C++, with loops in place of threads, on the op suite; and nvcc's build."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_optim.kernels import api, dispatch
+from lowrank_optim.kernels import selftest as made
+from lowrank_optim.kernels.counter_rng import random_halves, turn_offset
+from lowrank_optim.kernels.cuda.build import TARGETS, build, build_for_host
+from lowrank_optim.kernels.cuda.library import ABI_VERSION, NAME, VARIABLE, Library, open_library
+from lowrank_optim.kernels.cuda.operations import operations
+from lowrank_optim.kernels.selftest import answer, compare
+from tests.oracles.op_cases import CASES
+
+F32, BF16 = torch.float32, torch.bfloat16
+HERE = Path(__file__).parent
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Library:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    return open_library(str(build_for_host(tmp_path_factory.mktemp("cuda"), flags=("-Werror",))))
+
+
+PRODUCTS = {"project", "project_with_norms", "apply_"}
+"""Left to the definitions, which call cuBLAS."""
+
+
+def test_the_library_does_every_operation_but_matrix_products(library):
+    assert set(operations(library)) == set(CASES) - PRODUCTS
+
+
+@pytest.mark.parametrize("op", [name for name in CASES if name not in PRODUCTS])
+def test_every_operation_gives_what_its_definition_gives(op, library):
+    kernel, wrong = operations(library)[op], []
+    for case in CASES[op]:
+        got, want = answer(kernel, case), answer(dispatch._DEFINITIONS[op], case)
+        assert want is not None
+        failure = "left to the definition" if got is None else compare(case, got, want).failure
+        wrong += [f"{case}: {failure}"] if failure else []
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_compiler
+def test_the_suite_passes_with_the_undefined_behaviour_sanitizer(tmp_path):
+    flags = ("-fsanitize=undefined", "-fno-sanitize-recover=all", "-g")
+    path = build_for_host(tmp_path, flags=flags)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x"]
+    env = {**os.environ, VARIABLE: str(path), "PYTHONPATH": str(HERE.parents[1])}
+    env.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(
+        [*command, "test_backends.py", "-k", "cuda:"], capture_output=True, text=True, cwd=HERE, env=env, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------------- last bits
+
+
+def between_levels(bits: int, signed: bool, turn: int) -> made.Arguments:
+    """Arguments of `quantize_rows`: numbers within two units in the last place of where their noise decides between two levels."""
+    levels, at = {(8, True): 127, (4, True): 7, (8, False): 256, (4, False): 16}[bits, signed], torch.arange(40 * 256)
+    half = (random_halves(made.KEY, at) + turn_offset(turn)) & 0xFFFF
+    part = (half + 0.5).double() / 2**16 - 0.5
+    middle = at % (levels - 2) + (0.5 if signed else 1.5)
+    if signed:
+        middle[1::2] *= -1
+    x = (middle - part * (1 - (middle - part).abs() / 2**19)).float()
+    x = (x.view(torch.int32) + (at // 3 % 5 - 2).int()).view(F32).view(40, 256)
+    x[:, 0] = levels  # the scale, so that numbers are coded as they are
+    return x, None, api.words(made.KEY, turn, 0), bits, signed, 256
+
+
+def one_step(bits: int, start: int) -> list[object]:
+    """Arguments of `coded_adam_direct_` with both betas 0: m = g and v = g², in which nothing can be rounded in another order."""
+    args = list(made.coded_adam_direct((40, 301), bits, col_scale="shared", start=start))
+    args[6] = api.numbers(0.0, 0.0, 1e-8, 1.0)
+    return args
+
+
+CODINGS = [(8, True), (4, True), (8, False), (4, False)]
+
+
+@pytest.mark.parametrize(("bits", "signed"), CODINGS)
+def test_noise_decides_as_in_the_definition_to_the_last_bit(bits, signed, library):
+    for turn in (0, 3):
+        args = between_levels(bits, signed, turn)
+        want = dispatch._DEFINITIONS["quantize_rows"](*args)
+        assert (want[1] == args[0][:, :1]).all()
+        for expected, got in zip(want, operations(library)["quantize_rows"](*args), strict=True):
+            assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_step_codes_as_the_definition_to_the_last_bit(bits, library):
+    for start in (0, 7):
+        want, got = one_step(bits, start), one_step(bits, start)
+        dispatch._DEFINITIONS["coded_adam_direct_"](*want)
+        operations(library)["coded_adam_direct_"](*got)
+        for expected, found in zip(want[1:5], got[1:5], strict=True):
+            assert torch.equal(expected, found)
+
+
+# ---------------------------------------------------------------------------------------------------------- halves, far offsets
+
+
+def test_float16_conversions_are_torchs(library):
+    stored = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    ops = operations(library)
+    codes, scale = ops["quantize_rows"](stored[:1024].view(4, 256), None, None, 8, True, 256)
+    want = dispatch._DEFINITIONS["quantize_rows"](stored[:1024].view(4, 256), None, None, 8, True, 256)
+    assert torch.equal(codes, want[0])
+    assert torch.equal(scale, want[1])
+    edges = stored.float()
+    finite = edges[edges.isfinite()].sort().values
+    middle = (finite[1:] + finite[:-1]) / 2  # ties
+    beyond = [torch.nextafter(middle, torch.full_like(middle, s)) for s in (torch.inf, -torch.inf)]
+    extremes = torch.tensor([65519.0, 65520.0, 65536.0, 1e30, torch.inf, -torch.inf, torch.nan, 1e-9, -1e-9, 2.0**-25])
+    for value in (edges, middle, *beyond, extremes):
+        target = torch.zeros(value.shape, dtype=torch.float16)
+        ops["stochastic_round_"](target, value.contiguous(), None)
+        nan = value.isnan()
+        assert torch.equal(target[~nan], value.to(torch.float16)[~nan])
+        assert target[nan].isnan().all()
+
+
+def test_offsets_beyond_32_bits(library):
+    try:
+        memory = torch.empty(2**31 + 2**20, dtype=BF16)
+    except RuntimeError:
+        pytest.skip("no address space for 2³¹ elements")
+    value = made.draw(1, (5, 40))
+    far, near = memory.as_strided((5, 40), ((2**31 + 2**19) // 4, 1)), torch.zeros(5, 40, dtype=BF16)
+    rounding = made.stochastic_round((1,), start=2**31 - 50)[2]
+    for target in (far, near):
+        operations(library)["stochastic_round_"](target, value, rounding)
+    assert torch.equal(far, near)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the library
+
+
+def compiled(folder: Path, source: str) -> str:
+    (folder / "other.cpp").write_text(source)
+    path = folder / NAME
+    subprocess.run(["g++", "-shared", "-fPIC", str(folder / "other.cpp"), "-o", str(path)], check=True)
+    return str(path)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ('extern "C" int other() { return 0; }', "some other library"),
+        ('extern "C" int lowrank_optim_cuda_abi_version() { return 999; }', "ABI number is 999, this version has"),
+        (
+            f'extern "C" int lowrank_optim_cuda_abi_version() {{ return {ABI_VERSION}; }}',
+            f"lacks a function of ABI {ABI_VERSION}",
+        ),
+    ],
+    ids=["foreign", "stale", "incomplete"],
+)
+def test_a_library_that_is_not_ours_is_reported_and_not_used(source, says, tmp_path):
+    with pytest.raises(dispatch.Unavailable, match=says):
+        open_library(compiled(tmp_path, source))
+
+
+def test_a_missing_or_broken_library_is_reported(tmp_path, monkeypatch):
+    with pytest.raises(dispatch.Unavailable, match="there is no such file"):
+        open_library(str(tmp_path / "nothing.so"))
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(dispatch.Unavailable, match="cannot be loaded"):
+        open_library(str(tmp_path / "text.so"))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr("lowrank_optim.kernels.cuda.library.HERE", tmp_path)
+    with pytest.raises(dispatch.Unavailable, match="not built"):
+        open_library()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_nvcc_compiles_for_every_target(tmp_path):
+    path = build(tmp_path)
+    assert path.name == NAME
+    image = path.read_bytes()
+    for target in TARGETS:
+        assert f"sm_{target}".encode() in image
+    handle = ctypes.CDLL(str(path))
+    assert handle.lowrank_optim_cuda_abi_version() == ABI_VERSION
+    library = open_library(str(path))
+    assert library.build_info.startswith("nvcc")
+    assert not library.on_host
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.cuda.is_available(), reason="no nvcc, or a device")
+def test_without_a_device_the_backend_says_so_and_a_call_raises(tmp_path, monkeypatch):
+    path = build(tmp_path, (90,))
+    monkeypatch.setenv(VARIABLE, str(path))
+    from lowrank_optim.kernels import cuda
+
+    with pytest.raises(dispatch.Unavailable, match="no CUDA device"):
+        cuda.load()
+    library = open_library()
+    monkeypatch.setattr(library, "on_host", True)  # keeps torch's stream out of it
+    with pytest.raises(RuntimeError, match="CUDA cannot run store"):
+        operations(library)["stochastic_round_"](torch.zeros(3, dtype=BF16), torch.zeros(3), None)

@@ -1,0 +1,87 @@
+"""The prediction beside the measured peak on the CPU, and shallow models beside deep ones."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowrank_optim as lo
+from lowrank_optim.planner.choices import resolve_optimizer
+from lowrank_optim.planner.models import resolve_model
+from lowrank_optim.planner.planning import make_setting
+from lowrank_optim.planner.search import RECIPES, SLACK, Question, what_fits
+from lowrank_optim.planner.simulation.allocator import rules_for
+from lowrank_optim.planner.simulation.estimate import deep, probe
+from lowrank_optim.planner.simulation.simulate import simulate
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from planner_validation import CONFIG, compare
+
+DEEP = {**CONFIG, "num_hidden_layers": 9}
+
+
+@pytest.mark.parametrize("batch", ["long", "short"])
+@pytest.mark.parametrize(
+    ("optimizer", "in_backward", "checkpointing", "weight_bits"),
+    [
+        ("adamw", False, False, 16),
+        (("galore", {"rank": 64}), False, True, 16),
+        (("galore_8bit", {"rank": 64}), True, True, 16),
+        (("fira", {"rank": 64}), True, False, 16),
+        ("lisa", True, True, 16),
+        (("qgalore", {"rank": 64}), True, True, 8),
+    ],
+)
+def test_prediction_is_within_3_percent_of_what_the_allocator_measured(
+    batch, optimizer, in_backward, checkpointing, weight_bits
+):
+    how = {"in_backward": in_backward, "checkpointing": checkpointing, "dtype": "bfloat16", "weight_bits": weight_bits}
+    found = compare({"optimizer": optimizer, "batch": batch, **how})
+    assert abs(found["error"]) < 0.03, found
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.title)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_shallow_models_tell_the_peak_of_a_deep_one_to_the_byte(recipe, checkpointing):
+    model, device = resolve_model(DEEP), torch.device("cuda")
+    options = dict(recipe.options) | ({"rank": 32} if recipe.takes_rank else {})
+    optimizer = resolve_optimizer((recipe.optimizer, options))
+
+    def run(layers):
+        how = {"weight_bits": recipe.weight_bits, "in_backward": recipe.in_backward, "layers": layers}
+        how |= {"dtype": torch.bfloat16, "device": device, "activation_checkpointing": checkpointing}
+        return simulate(make_setting(model, optimizer, batch=model.batch(1, 64), **how))
+
+    rules, depth = rules_for("cuda"), 2 if recipe.optimizer == "lisa" else 1
+    guessed, known = deep(run, rules, 9, depth), probe(run(9), rules, 9, depth)
+    assert guessed.peak[1] == known.peak[1]
+    point = known.peak[0]
+    assert guessed.kinds[guessed.peak[0]] == pytest.approx(known.kinds[point])
+    assert guessed.state == known.state
+
+
+def test_the_table_agrees_with_plans_and_its_largest_batch_fits():
+    galore = next(recipe for recipe in RECIPES if recipe.optimizer == "galore_8bit")
+    budget = 900 * 2**20
+    (row,) = what_fits(Question(DEEP, budget, sequence_length=128, rank=32), (galore,))
+    how = {"sequence_length": 128, "in_backward": True, "activation_checkpointing": True}
+    optimizer = ("galore_8bit", {"rank": 32, "basis_bits": 8})
+    assert lo.plan(DEEP, optimizer, **how).peak_bytes == row.peak
+    assert row.fits
+    assert row.largest_batch > 4
+
+    def needed(batch_size):
+        peak = lo.plan(DEEP, optimizer, batch_size=batch_size, **how).peak_bytes
+        return peak * (1.0 + SLACK) + rules_for("cuda").context
+
+    assert needed(row.largest_batch) <= budget < needed(row.largest_batch + 1)
+
+
+def test_recipes_that_fit_come_first_and_need_what_they_should():
+    rows = what_fits(Question(DEEP, 700 * 2**20, sequence_length=64, rank=16))
+    assert len(rows) == len(RECIPES)
+    assert [row.fits for row in rows] == sorted((row.fits for row in rows), reverse=True)
+    by_title = {row.title: row for row in rows}
+    assert by_title["AdamW"].needed > by_title["AdamW 8-bit"].needed > by_title["GaLore 8-bit"].needed
+    assert by_title["Q-GaLore, int8 weights"].parts["weights"] < by_title["GaLore 8-bit"].parts["weights"]

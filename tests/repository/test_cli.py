@@ -1,0 +1,180 @@
+"""The command `lowrank-optim`, as a person or a script meets it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowrank_optim.cli import main
+from lowrank_optim.planner import search
+
+FIELDS = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": False,
+}
+SHORT = ("--sequence-length", "64")
+
+
+@pytest.fixture(autouse=True)
+def few_recipes(monkeypatch):
+    """Two in place of seven, for the sake of time; `test_planner_prediction` has them all."""
+    monkeypatch.setattr(search, "RECIPES", tuple(r for r in search.RECIPES if r.optimizer in ("adamw", "galore_8bit")))
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "small").mkdir()
+    path = tmp_path / "small" / "config.json"
+    path.write_text(json.dumps(FIELDS))
+    return str(path)
+
+
+def test_a_table_names_a_winner_and_the_code_that_trains_it(config, capsys):
+    assert main(["plan", "--model", config, "--budget", "1GiB", *SHORT]) == 0
+    printed = capsys.readouterr()
+    assert "Training small (" in printed.out
+    assert "within 1 GiB" in printed.out
+    assert "→ AdamW" in printed.out
+    assert "torch.optim.AdamW(model.parameters())" in printed.out
+    assert "simulating" in printed.err
+    assert all(len(line) <= 110 for line in printed.out.splitlines())
+
+
+def test_the_winner_is_the_first_recipe_that_fits(config, capsys):
+    budget = "540MiB"  # the context takes 512
+    code = main(["plan", "--model", config, "--budget", budget, *SHORT])
+    out = capsys.readouterr().out
+    assert code == 1
+    assert "Nothing fits 540 MiB" in out
+    assert "The smallest is" in out
+    assert "What would help:" in out
+
+
+def test_json_holds_all_numbers_and_nothing_else_is_on_stdout(config, capsys):
+    assert main(["plan", "--model", config, "--budget", "1GiB", "--json", *SHORT]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["winner"] == "AdamW"
+    assert content["question"]["budget"] == 2**30
+    assert content["parameters"] == 2 * 1000 * 128 + 4 * (4 * 128 * 128 + 3 * 128 * 352 + 2 * 128) + 128
+    row = content["rows"][0]
+    assert sum(row["parts"].values()) == row["peak"] < row["needed"]
+    assert content["confirmed"]["peak_bytes"] == row["peak"]
+
+
+def test_one_optimizer_is_planned_with_its_options(config, capsys):
+    one = ("plan", "--model", config, "--optimizer", "galore_8bit", "--rank", "16", "--in-backward", *SHORT)
+    assert main([*one, "--budget", "1GiB", "--option", "basis_bits=4", "--per-layer"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "small with GaLoreAdamW8bit, rank 16, 1 x 64 tokens, bfloat16, updates in backward, activation checkp"
+    )
+    assert "budget 1 GiB: fits" in out
+    assert "model.layers.3" in out
+    assert main([*one, "--budget", "520MiB"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+    assert main([*one, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["budget"] is None
+    assert content["setting"]["options"] == {"rank": 16}
+
+
+def test_a_picture_is_written(config, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plan.png"
+    assert main(["plan", "--model", config, "--budget", "1GiB", "--plot", str(picture), *SHORT]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (
+        main(["plan", "--model", config, "--optimizer", "sgd", "--plot", str(picture.with_name("b.png")), *SHORT]) == 0
+    )
+    assert picture.with_name("b.png").exists()
+    assert main(["plan", "--model", config, "--plot", str(tmp_path / "none" / "plan.png"), *SHORT]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "lama-7b"], "did you mean llama-7b"),
+        (["--model", "llama-60m", "--optimizer", "adm"], "did you mean"),
+        (["--model", "llama-60m", "--budget", "lots"], "write a number and a unit, such as 24GiB"),
+        (["--model", "llama-60m", "--in-backward"], "--in-backward needs --optimizer"),
+        (["--model", "llama-60m", "--rank", "0.5"], "a table needs an int"),
+        (["--model", "llama-60m", "--batch-size", "0"], "batch_size is 0"),
+        (["--model", "llama-60m", "--optimizer", "galore", "--option", "basis_bits"], "write KEY=VALUE"),
+        (["--model", "nowhere/config.json"], "cannot be read"),
+    ],
+)
+def test_bad_input_ends_with_2_and_says_what_to_change(arguments, message, capsys):
+    assert main(["plan", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 2
+    assert "plan" in capsys.readouterr().out
+
+
+def test_the_package_does_not_import_the_planner_nor_transformers():
+    code = (
+        "import sys, lowrank_optim as lo; heavy = {'transformers', 'matplotlib', 'triton', 'lowrank_optim.planner'}; "
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules); assert lo.plan and lo.MemoryPlan"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_example_plans_a_run_without_a_gpu_and_refuses_what_does_not_fit(tmp_path):
+    run = tmp_path / "runs" / "pretrain" / "galore"  # what `make pretrain` leaves in the default folder
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"model": "cpu", "optimizer": "galore", "steps": 800, "corpus": "other"}')
+    before = sorted(tmp_path.rglob("*"))
+    small = [sys.executable, str(ROOT / "examples/pretrain.py"), "--config", "9m", "--length", "64", "--bpe", "1000"]
+
+    def start(budget: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([*small, "--budget", budget], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    dry = start("2GiB")
+    assert dry.returncode == 0, dry.stderr
+    assert "LLaMA 9m with galore_8bit, rank 64, 1 x 64 tokens, bfloat16, updates in backward" in dry.stdout
+    assert "this was a dry run" in dry.stdout
+    refused = start("530MiB")
+    assert refused.returncode == 2
+    assert "does not fit" in refused.stderr
+    assert "GaLore 8-bit" in refused.stderr
+    assert sorted(tmp_path.rglob("*")) == before  # a plan writes nothing
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(
+    ("arguments", "ends"),
+    [("", "--resume"), ("--steps 30", "--resume --steps 30"), ("--steps 30 --overwrite", "--steps 30 --overwrite")],
+)
+def test_make_pretrain_continues_the_run_in_the_folder_unless_it_is_to_be_deleted(arguments, ends, tmp_path):
+    (tmp_path / ".ready").touch()
+    command = [
+        "make",
+        "-n",
+        "--no-print-directory",
+        "-f",
+        str(ROOT / "Makefile"),
+        "pretrain",
+        f"VENV={tmp_path}",
+        f"ARGS={arguments}",
+    ]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    words = said.splitlines()[-1].split()
+    assert " ".join(words) == (
+        f"{tmp_path}/bin/python examples/pretrain.py --compare adamw,galore --out runs/pretrain {ends}"
+    )

@@ -1,0 +1,420 @@
+"""The main job: it learns, it survives SIGKILL at any moment to the same numbers, and it refuses what cannot work."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import pretrain  # noqa: E402
+from pretraining.configs import SIZES, build_model  # noqa: E402
+from pretraining.run import Run  # noqa: E402
+
+TEXT = argparse.__file__  # real text of 100 kB that is on every machine
+SMALL = ["--text", TEXT, "--length", "32", "--batch", "4", "--validation-batches", "2", "--validate-every", "10"]
+SMALL += ["--save-every", "5", "--update-proj-gap", "4", "--device", "cpu"]
+
+
+def rows(folder: Path) -> list[dict]:
+    """The metrics of a run without its times."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def run(*arguments: str) -> None:
+    pretrain.main([*SMALL, *arguments])
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, str(EXAMPLES / "pretrain.py"), *SMALL, *arguments, "--out", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_after(process: subprocess.Popen, folder: Path, lines: int) -> None:
+    """SIGKILL as soon as the run has written that many rows of metrics."""
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def test_the_loss_falls_and_everything_is_written(tmp_path):
+    out = tmp_path / "run"
+    run("--optimizer", "galore", "--steps", "40", "--out", str(out))
+    history = rows(out)
+    assert [row["step"] for row in history] == list(range(1, 41))
+    assert history[0]["loss"] == pytest.approx(5.5, abs=0.15)  # ln 256: it starts knowing nothing
+    assert history[-1]["val_loss"] < 4.0
+    assert history[-1]["tokens"] == 40 * 4 * 32
+    assert max(row["lr"] for row in history) == history[3]["lr"] == pytest.approx(pretrain.LEARNING_RATES["galore"])
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((out / "result.json").read_text())
+    assert result["bytes"]["gradients"] == result["bytes"]["weights"] == 4 * 869_504
+    assert result["val_loss"] == history[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "galore"])
+def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers(optimizer, tmp_path):
+    arguments = ["--optimizer", optimizer, "--steps", "30"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    undisturbed = start(whole, *arguments)
+    # Before the first checkpoint, between two, and again after a resume.
+    kill_after(start(broken, *arguments), broken, 2)
+    kill_after(start(broken, *arguments, "--resume"), broken, 13)
+    finish(undisturbed)
+    finish(start(broken, *arguments, "--resume"))
+    assert rows(broken) == rows(whole)
+
+
+def test_a_comparison_that_is_killed_continues_its_second_run_and_leaves_the_first(tmp_path):
+    arguments = ["--compare", "adamw,galore", "--steps", "20"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    undisturbed = start(whole, *arguments)
+    kill_after(start(broken, *arguments), broken / "galore", 8)
+    finish(undisturbed)
+    output = finish(start(broken, *arguments, "--resume"))
+    assert "adamw, lr 0.002: finished before" in output
+    assert "galore: continuing after step" in output
+    for name in ("adamw", "galore"):
+        assert rows(broken / name) == rows(whole / name)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside this process: nothing catches it."""
+
+
+def count_file_operations(monkeypatch, fatal: int | None = None) -> list[str]:
+    """Record every flush to the disk and every replacement of a file; the process "dies" in the one numbered `fatal`."""
+    seen: list[str] = []
+
+    def watch(name: str) -> None:
+        original = getattr(os, name)
+
+        def watched(*arguments):
+            seen.append(name)
+            if len(seen) - 1 == fatal:
+                raise Killed
+            return original(*arguments)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("fsync")
+    watch("replace")
+    return seen
+
+
+def test_a_run_killed_in_any_of_its_file_operations_loses_nothing(tmp_path, monkeypatch):
+    arguments = ["--optimizer", "galore", "--dtype", "bfloat16", "--option", "stochastic_rounding=True"]
+    arguments += ["--steps", "6", "--save-every", "3", "--update-proj-gap", "2"]
+    with monkeypatch.context() as patch:
+        operations = count_file_operations(patch)
+        run(*arguments, "--out", str(tmp_path / "whole"))
+    # config.json, two checkpoints (metrics, file, place, folder), result.json, loss.png
+    assert operations == [
+        "fsync",
+        "replace",
+        *2 * ["fsync", "fsync", "replace", "fsync"],
+        "fsync",
+        "replace",
+        "replace",
+    ]
+    for moment in range(len(operations)):
+        broken = tmp_path / f"broken-{moment}"
+        with monkeypatch.context() as patch:
+            count_file_operations(patch, fatal=moment)
+            with pytest.raises(Killed):
+                run(*arguments, "--out", str(broken))
+        for half in broken.glob("*.tmp"):  # the kill may also come while the file is being written
+            half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+        run(*arguments, "--out", str(broken), "--resume")
+        assert rows(broken) == rows(tmp_path / "whole"), moment
+
+
+def test_compare_trains_on_the_same_data_and_resumes_where_it_was_stopped(tmp_path, capsys):
+    out = tmp_path / "runs"
+    arguments = ["--compare", "adamw,galore,fira", "--steps", "12", "--out", str(out)]
+    run(*arguments)
+    table = capsys.readouterr().out
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert [result["optimizer"] for result in comparison] == ["adamw", "galore", "fira"]
+    assert all(f"{result['val_loss']:.4f}" in table for result in comparison)
+    assert (out / "loss.png").exists()
+    # Same weights and same data at the start: the first loss is one number.
+    assert len({rows(out / name)[0]["loss"] for name in ("adamw", "galore", "fira")}) == 1
+    assert (out / "comparison.md").read_text().count("\n") == 5  # header, rule, three rows
+    (out / "fira" / "result.json").unlink()
+    (out / "fira" / "checkpoint.pt").unlink()
+    before = {name: rows(out / name) for name in ("adamw", "galore", "fira")}
+    run(*arguments, "--resume")
+    assert capsys.readouterr().out.count("finished before") == 2
+    assert {name: rows(out / name) for name in before} == before
+
+
+def test_sweep_gives_every_optimizer_the_same_number_of_learning_rates(tmp_path, capsys):
+    run("--sweep", "adamw,galore", "--steps", "3", "--out", str(tmp_path / "s"))
+    results = json.loads((tmp_path / "s" / "comparison.json").read_text())
+    rates = {name: [r["lr"] for r in results if r["optimizer"] == name] for name in ("adamw", "galore")}
+    assert rates == {"adamw": [1e-3, 2e-3, 4e-3, 8e-3], "galore": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}
+    for name, values in rates.items():  # what is the default was one of the choices
+        assert pretrain.LEARNING_RATES[name] in values
+    best = min((r for r in results if r["optimizer"] == "galore"), key=lambda r: r["val_loss"])
+    edge = " (at the edge of the grid)" if best["lr"] in (4e-3, 3.2e-2) else ""
+    assert f"best: galore, lr {best['lr']:g}{edge}, validation" in capsys.readouterr().out
+
+
+def test_a_sweep_reports_a_run_that_diverged_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(pretrain.SWEEP_FROM, "adamw", 2e-3)
+    gradients = Run._gradients
+
+    def diverging(run: Run, model: torch.nn.Module) -> tuple[float, float]:
+        if run.config.lr == 8e-3 and run.step == 2:
+            model.model.embed_tokens.weight.data.fill_(float("nan"))
+        return gradients(run, model)
+
+    monkeypatch.setattr(Run, "_gradients", diverging)
+    out = tmp_path / "s"
+    arguments = ["--sweep", "adamw", "--steps", "4", "--out", str(out)]
+    run(*arguments)
+    text = capsys.readouterr().out
+    assert "adamw, lr 0.008: the loss is nan at step 3" in text
+    results = json.loads((out / "comparison.json").read_text())
+    assert [(r["lr"], r["val_loss"] is None) for r in results] == [
+        (2e-3, False),
+        (4e-3, False),
+        (8e-3, True),
+        (1.6e-2, False),
+    ]
+    run(*arguments, "--resume")
+    assert capsys.readouterr().out.count("finished before") == 4
+    with pytest.raises(SystemExit):
+        run("--optimizer", "adamw", "--lr", "8e-3", "--steps", "4", "--out", str(tmp_path / "one"))
+    assert "the loss is nan at step 3; try a lower --lr" in capsys.readouterr().err
+
+
+def test_accumulated_micro_batches_give_the_steps_of_one_large_batch(tmp_path):
+    def losses(*arguments: str) -> list[float]:
+        out = tmp_path / arguments[1]
+        pretrain.main(
+            [
+                "--text",
+                TEXT,
+                "--length",
+                "32",
+                "--steps",
+                "4",
+                "--lr",
+                "1e-3",
+                "--optimizer",
+                "adamw",
+                "--out",
+                str(out),
+                *arguments,
+            ]
+        )
+        return [row["loss"] for row in rows(out)]
+
+    assert losses("--batch", "8") == pytest.approx(losses("--batch", "2", "--accumulate", "4"), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", *pretrain.lo.METHODS])
+def test_every_optimizer_trains_in_bfloat16_autocast(optimizer, tmp_path):
+    out = tmp_path / "run"
+    run("--optimizer", optimizer, "--steps", "10", "--dtype", "autocast", "--out", str(out))
+    assert rows(out)[-1]["val_loss"] < rows(out)[0]["loss"]
+
+
+def test_bpe_trains_a_tokenizer_and_keeps_it(tmp_path):
+    out = tmp_path / "run"
+    run("--bpe", "300", "--steps", "3", "--out", str(out))
+    assert rows(out)[0]["loss"] == pytest.approx(5.7, abs=0.15)  # ln 300
+    (tokenizer,) = out.glob("bpe-300-*.json")
+    before = tokenizer.stat().st_mtime_ns
+    run("--bpe", "300", "--steps", "2", "--out", str(out), "--overwrite")
+    assert tokenizer.stat().st_mtime_ns == before
+
+
+def test_a_streamed_dataset_resumes_at_its_place(tmp_path, capsys):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    lines = Path(TEXT).read_text().split("\n\n")
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    arguments = ["--dataset", str(folder), *SMALL[2:], "--optimizer", "adamw"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    pretrain.main([*arguments, "--steps", "8", "--out", str(whole)])
+    validate = Run.validate
+
+    def killed(run: Run, model: torch.nn.Module) -> float:
+        raise Killed
+
+    Run.validate = killed  # after step 8, three steps after the checkpoint
+    try:
+        with pytest.raises(Killed):
+            pretrain.main([*arguments, "--steps", "8", "--out", str(broken)])
+    finally:
+        Run.validate = validate
+    pretrain.main([*arguments, "--steps", "8", "--out", str(broken), "--resume"])
+    assert "continuing after step 5" in capsys.readouterr().out
+    assert rows(broken) == rows(whole)
+    assert len({row["loss"] for row in rows(whole)}) == 8
+    with pytest.raises(SystemExit):
+        pretrain.main([*arguments, "--steps", "50", "--batch", "80", "--out", str(tmp_path / "long")])
+    assert "is used up; train for fewer steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("60m", 58.07), ("130m", 134.1), ("350m", 368.0), ("1b", 1339.1), ("7b", 6738.4)],
+)
+def test_models_have_the_published_numbers_of_parameters(name, millions):
+    model = build_model(name, 32_000, 256, torch.device("meta"), torch.bfloat16, True, seed=0)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.051)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_the_default_model_is_small():
+    assert SIZES["cpu"] == min(SIZES.values(), key=lambda s: s.hidden * s.layers)
+
+
+def test_checkpointing_and_deterministic_arithmetic_do_not_change_the_numbers(tmp_path):
+    run("--optimizer", "galore", "--steps", "4", "--out", str(tmp_path / "plain"))
+    try:
+        run(
+            "--optimizer",
+            "galore",
+            "--steps",
+            "4",
+            "--out",
+            str(tmp_path / "other"),
+            "--grad-checkpointing",
+            "--deterministic",
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("plain", "other")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "galor"], "did you mean 'galore'"),
+        (["--text", "/no/such/file"], "--text /no/such/file: there is no such file"),
+        (["--length", "200000"], "not more than the sequence length 200000"),
+        (["--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--bpe", "100"], "--bpe is 100; it must be at least 257"),
+        (["--compare", "adamw,galore", "--lr", "1e-3"], "--lr with several optimizers would be unfair"),
+        (["--option", "update_gap=3"], "unknown option 'update_gap'"),
+        (["--option", "seed"], "write KEY=VALUE"),
+        (["--option", "rank=8"], "use --rank 8"),
+        (["--optimizer", "adamw", "--option", "eps=1e-6"], "adamw has no further options"),
+        (["--sweep", "adamw", "--lr", "1e-3"], "--lr and --sweep cannot be combined"),
+        (["--device", "nonsense"], "--device nonsense cannot be used"),
+        (["--warmup", "-1"], "--warmup is -1; it must be at least 0"),
+        (["--betas", "0.9", "1.5"], "1.5"),
+        (["--rank", "0"], "rank"),
+        (["--dataset", "allenai/c4"], "--text and --dataset cannot be combined"),
+        (["--resume", "--overwrite"], "choose one"),
+    ],
+)
+def test_bad_input_ends_with_a_message_and_no_traceback(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments, "--out", str(tmp_path / "run"))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_options_of_a_later_run_are_found_before_the_first_one_starts(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("--compare", "adamw,galore", "--option", "stager=False", "--out", str(tmp_path / "run"))
+    assert "unknown option 'stager'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run_is_neither_overwritten_nor_mixed_with_another(tmp_path, capsys):
+    out = tmp_path / "run"
+    run("--steps", "3", "--out", str(out))
+    kept = rows(out)
+    for arguments, message in (
+        (["--steps", "3"], "holds a run already"),
+        (["--steps", "4", "--resume"], "steps: 3 there, 4 now"),
+        (["--steps", "3", "--resume", "--seed", "1"], "seed: 0 there, 1 now"),
+        (["--steps", "3", "--resume", "--optimizer", "adamw"], "optimizer: 'galore' there, 'adamw' now"),
+        (["--steps", "3", "--overwrite", "--length", "200000"], "not more than the sequence length"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*arguments, "--out", str(out))
+        assert message in capsys.readouterr().err
+        assert rows(out) == kept
+    run("--steps", "2", "--overwrite", "--out", str(out))
+    assert len(rows(out)) == 2
+
+
+def test_a_run_is_not_continued_on_another_text(tmp_path, capsys):
+    text, out = tmp_path / "text.py", tmp_path / "run"
+    text.write_text(Path(TEXT).read_text())
+    run("--text", str(text), "--steps", "2", "--out", str(out))
+    text.write_text(Path(TEXT).read_text().replace("parser", "reader"))
+    with pytest.raises(SystemExit):
+        run("--text", str(text), "--steps", "2", "--out", str(out), "--resume")
+    assert "text_digest" in capsys.readouterr().err
+
+
+def test_overwrite_deletes_nothing_but_the_files_of_runs(tmp_path, capsys):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "llama"}')
+    for how in ("--overwrite", "--resume"):
+        with pytest.raises(SystemExit):
+            run("--steps", "2", how, "--out", str(foreign))
+        assert "holds no run but other files (config.json, …)" in capsys.readouterr().err
+    assert [path.name for path in foreign.iterdir()] == ["config.json"]
+
+    out = tmp_path / "runs"
+    run("--compare", "adamw,galore", "--steps", "2", "--out", str(out))
+    (out / "galore" / "notes.txt").write_text("mine")
+    run("--compare", "fira,galore", "--steps", "3", "--overwrite", "--out", str(out))
+    assert not (out / "adamw").exists()
+    assert (out / "galore" / "notes.txt").read_text() == "mine"
+    assert len(rows(out / "galore")) == len(rows(out / "fira")) == 3
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    with pretrain.only_process(tmp_path / "run"), pytest.raises(SystemExit):
+        run("--steps", "2", "--out", str(tmp_path / "run"))
+    assert "another process is training in" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_reported_and_kept(tmp_path, capsys):
+    out = tmp_path / "run"
+    run("--steps", "5", "--out", str(out))
+    (out / "result.json").unlink()
+    for damage in (b"", b"no checkpoint", (out / "checkpoint.pt").read_bytes()[:-1000]):
+        (out / "checkpoint.pt").write_bytes(damage)
+        with pytest.raises(SystemExit):
+            run("--steps", "5", "--out", str(out), "--resume")
+        assert "checkpoint.pt is damaged; delete it" in capsys.readouterr().err
+        assert (out / "checkpoint.pt").read_bytes() == damage
+        assert len(rows(out)) == 5
