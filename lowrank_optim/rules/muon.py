@@ -28,7 +28,7 @@ class Muon(MomentumRule):
         "match_rms_adamw"      0.2·√max(rows, cols), of R in a subspace: the root mean square of Adam's N
 
     Weight decay is by η, not by ηs. The rule is for matrices: convolutions (out × the rest), stacks of experts (each for itself) and
-    the matrices of fused layers, which `split` parts. Vectors are trained by the optimizer's `dense_rule`, if that is another one, and
+    the matrices of fused layers, which `split` parts. Vectors are trained by the optimizer's `dense_rule`, if that is another one,
     else refused when it is built.
 
     Sharded rows or columns (FSDP2, tensor parallelism) are not gathered. Of a matrix that is split along one side, the Gram matrix of
