@@ -85,7 +85,7 @@ def encode_moments(
 
     Memory: 2·(bits/8 + 4/block) bytes per element.
     """
-    noise = kernels.words(key, turn, start)
+    noise = kernels.pack_key(key, turn, start)
     return MomentCodes(*kernels.encode_adam(exp_avg, exp_avg_sq, col_scale, noise, bits, block))
 
 
@@ -127,7 +127,7 @@ def coded_adam_direct_call(
         col_scale: as in `encode_moments`; so are `bits`, `block` and, as `noise`, key, turn and start.
         ok: 0-d bool on the device; where it is false, the codes stay as they are and N is 0. None means true.
     """
-    scalars = kernels.numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"])
+    scalars = kernels.pack_scalars(adam["beta1"], adam["beta2"], adam["eps"], adam["step"])
     return grad, *codes, col_scale, scalars, noise, ok, bits, block
 
 
@@ -144,8 +144,10 @@ def coded_adam_dense_call(
     **adam: Unpack[kernels.AdamNumbers],
 ) -> tuple[Any, ...]:
     """The arguments of the operation `coded_adam_dense_`, for `kernels.run_many`: W ← keep·W − α·N, all contiguous."""
-    scalars = kernels.numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"])
-    rounding = kernels.words(write["rounding_key"], start)
+    scalars = kernels.pack_scalars(
+        adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"]
+    )
+    rounding = kernels.pack_key(write["rounding_key"], start)
     return weight, grad, *codes, col_scale, scalars, noise, write["ok"], rounding, bits, block
 
 

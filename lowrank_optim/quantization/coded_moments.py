@@ -218,7 +218,7 @@ class CodedMoments(Mapping[str, Tensor]):
     ) -> tuple[Any, ...]:
         """The arguments of `coded_adam_direct_`, `kernels.adam_direct_` on the codes, for the gradient in `row_shape`."""
         rows, scale = grad.reshape(row_shape(self.shape)), self.state.get("col_scale")
-        noise = kernels.words(self.key, turn, self.start)
+        noise = kernels.pack_key(self.key, turn, self.start)
         return coded.coded_adam_direct_call(rows, codes, self.bits, BLOCK, scale, noise, ok, **adam)
 
     def adam_dense_call(
@@ -234,7 +234,7 @@ class CodedMoments(Mapping[str, Tensor]):
         shape = row_shape(self.shape)
         if tuple(weight.shape) != shape:  # a view of a quantised weight would be a copy
             weight, grad = weight.view(shape), grad.view(shape)
-        noise, scale = kernels.words(self.key, turn, self.start), self.state.get("col_scale")
+        noise, scale = kernels.pack_key(self.key, turn, self.start), self.state.get("col_scale")
         return coded.coded_adam_dense_call(
             weight, grad, codes, self.bits, BLOCK, scale, noise, self.start, write, **adam
         )
