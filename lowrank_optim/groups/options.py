@@ -4,7 +4,7 @@ An option may stand in the constructor or in a param group. Anything else raises
 trainers put into groups, which are carried along.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
 from operator import itemgetter
@@ -108,25 +108,12 @@ DEFAULTS: dict[str, Any] = {
     "exact_sums": False,
 }
 
-STRUCTURAL = (
-    *("rule", "residual", "rank", "density", "proj_type", "projector", "layout", "state_bits", "basis_bits"),
-    *("layer", "layerwise", "sampling", "sleeping_state", "master_weights"),
-)
+_LAID_OUT = ("rule", "residual", "rank", "density", "proj_type", "projector", "layout", "state_bits", "basis_bits")
+
+STRUCTURAL = (*_LAID_OUT, "layer", "layerwise", "sampling", "sleeping_state", "master_weights")
 """Group keys that decide what the state tensors are and mean; a checkpoint must agree on them."""
 
-_FIXED: tuple[str, ...] = (
-    "rule",
-    "residual",
-    "rank",
-    "density",
-    "proj_type",
-    "projector",
-    "layout",
-    "state_bits",
-    "basis_bits",
-    "seed",
-)
-_FIXED += ("match_reference", "queue_size", "exact_sums")
+_FIXED = (*_LAID_OUT, "seed", "match_reference", "queue_size", "exact_sums")
 _fixed_values = itemgetter(*_FIXED)
 
 
@@ -163,29 +150,11 @@ def check_structure(group: Mapping[str, Any], made_for: tuple[Any, ...], rule: R
 SHORTHANDS = ("coordinates", "blocks")
 """Options that say which projector is meant; they become part of its name and are not kept."""
 
-CARRIED = frozenset(
-    [
-        "params",
-        "param_names",
-        "fused",
-        "foreach",
-        "capturable",
-        "differentiable",
-        "amsgrad",
-        "decoupled_weight_decay",
-        "initial_lr",
-        "max_lr",
-        "min_lr",
-        "base_momentum",
-        "max_momentum",
-        "swa_lr",
-        "lr_scale",
-        "name",
-        "group_name",
-        "layer",
-        "grad_norms",
-    ]
-)
+CARRIED: Collection[str] = {
+    *("params", "param_names", "fused", "foreach", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay"),
+    *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"),
+    *("name", "group_name", "layer", "grad_norms"),
+}
 """Group keys of torch, its schedulers and trainers, kept as they are."""
 
 
@@ -198,20 +167,12 @@ def plain_options(options: Mapping[str, Any], keep_tensors: bool = False) -> dic
     }
 
 
-def check_names(given: Iterable[str], valid: Iterable[str], where: str) -> None:
-    """Raise TypeError for the first unknown name; the message names the nearest valid one."""
+def check_names(given: Iterable[str], valid: Iterable[str], where: str, carried: Collection[str] = CARRIED) -> None:
+    """Raise TypeError for the first unknown name, also none of `carried`; the message names the nearest valid one."""
     valid = sorted(set(valid))
     for name in given:
-        if name not in valid and name not in CARRIED:
+        if name not in valid and name not in carried:
             raise _unknown(name, near_option(name, valid, 0.6), valid, where)
-
-
-def check_known(given: Iterable[str], valid: Iterable[str]) -> None:
-    """Raise TypeError for a name that `change_group` cannot change."""
-    valid = sorted(set(valid))
-    for name in given:
-        if name not in valid:
-            raise _unknown(name, near_option(name, valid, 0.6), valid, "change_group(…)")
 
 
 def check_group_names(given: Iterable[str], valid: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank_optim.groups.options import DEFAULTS, SHORTHANDS, check_known, expand_shorthands, plain_options, structure
+from lowrank_optim.groups.options import DEFAULTS, SHORTHANDS, check_names, expand_shorthands, plain_options, structure
 from lowrank_optim.groups.parts import check_option_names
 from lowrank_optim.optimizers.contracts import HasState
 from lowrank_optim.step.init_state import init_state
@@ -26,7 +26,8 @@ def change_group(optimizer: HasState, number: int, options: Mapping[str, Any]) -
             brought |= parts.options_of(kind, name) if name != own[kind] else {}
         present = [name for rule in rules for name in parts.options_of("rule", rule)]
         present += parts.options_of("residual", own["residual"])
-        check_known(options, ("lr", "weight_decay", *DEFAULTS, *SHORTHANDS, "rule", "residual", *present, *brought))
+        valid = ("lr", "weight_decay", *DEFAULTS, *SHORTHANDS, "rule", "residual", *present, *brought)
+        check_names(options, valid, "change_group(…)", carried=())
         changed = {**brought, **changed}
         group = {**own, **changed}
         check_option_names(parts.of(group))

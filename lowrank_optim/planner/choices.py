@@ -68,13 +68,6 @@ class OptimizerChoice:
         """Whether it can update inside backward."""
         return self.kind is not None and issubclass(self.kind, LowRankOptimizer)
 
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether the rank decides its memory."""
-        if self.kind is None or not issubclass(self.kind, LowRankOptimizer) or issubclass(self.kind, LayerSwitching):
-            return False
-        return not self.kind.matrix_options or not {"rank", "density"}.isdisjoint(self.options)
-
 
 def names() -> list[str]:
     """The short names of all optimizers."""

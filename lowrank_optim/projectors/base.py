@@ -26,7 +26,6 @@ from lowrank_optim.kernels import as_python
 from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
 from lowrank_optim.sharding.tensor_sharding import UNSHARDED, TensorSharding
 
-SIDES = ("right", "left", "full")
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 

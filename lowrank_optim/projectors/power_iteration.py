@@ -44,13 +44,6 @@ class PowerIteration(StoredProjector):
     def released(self) -> Projector:
         return replace(self, square_side="left", first_basis="svd")
 
-    def check(self, proj_type: str) -> None:
-        if proj_type == "full":
-            raise ValueError(
-                'proj_type is "full", but power iteration projects one side; use proj_type "std", "reverse_std", "left" or "right"'
-            )
-        super().check(proj_type)
-
     def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> SubspaceSpec:
         *_, rows, cols = shape
         square = rows == cols and proj_type == "std"

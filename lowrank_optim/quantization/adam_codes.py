@@ -38,12 +38,10 @@ Trained with these moments for 500 steps, the model ends at a validation loss of
 float32 moments, with betas (0.9, 0.95) at 0.9991 and 0.9974 times; means of four seeds, whose own ratios differ by half a percent.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from lowrank_optim import kernels
 from lowrank_optim.quantization.row_codes import BLOCK
@@ -106,49 +104,6 @@ def decode_moments(
     if cols is None:
         cols = codes.ratio.shape[-1] * (1 if bits == 8 else 2)
     return kernels.decode_adam(codes, col_scale, bits, block, cols)
-
-
-def coded_adam_direct_call(
-    grad: Tensor,
-    codes: MomentCodes,
-    bits: int,
-    block: int,
-    col_scale: Tensor | None,
-    noise: Tensor | None,
-    ok: Tensor | None,
-    **adam: Unpack[kernels.AdamNumbers],
-) -> tuple[Any, ...]:
-    """The arguments of the operation `coded_adam_direct_`, for `kernels.run_many`: decode, `adam_direct_`, encode.
-
-    The operation returns N, that of the moments before they are coded again.
-
-    Args:
-        grad: (…, cols), float32 or float64.
-        col_scale: as in `encode_moments`; so are `bits`, `block` and, as `noise`, key, turn and start.
-        ok: 0-d bool on the device; where it is false, the codes stay as they are and N is 0. None means true.
-    """
-    scalars = kernels.pack_scalars(adam["beta1"], adam["beta2"], adam["eps"], adam["step"])
-    return grad, *codes, col_scale, scalars, noise, ok, bits, block
-
-
-def coded_adam_dense_call(
-    weight: Tensor,
-    grad: Tensor,
-    codes: MomentCodes,
-    bits: int,
-    block: int,
-    col_scale: Tensor | None,
-    noise: Tensor | None,
-    start: int,
-    write: Mapping[str, Any],
-    **adam: Unpack[kernels.AdamNumbers],
-) -> tuple[Any, ...]:
-    """The arguments of the operation `coded_adam_dense_`, for `kernels.run_many`: W ← keep·W − α·N, all contiguous."""
-    scalars = kernels.pack_scalars(
-        adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"]
-    )
-    rounding = kernels.pack_key(write["rounding_key"], start)
-    return weight, grad, *codes, col_scale, scalars, noise, write["ok"], rounding, bits, block
 
 
 def column_scale(sums: Tensor) -> Tensor:

@@ -23,8 +23,7 @@ from typing_extensions import Unpack
 from lowrank_optim import kernels
 from lowrank_optim.kernels import stochastic_round
 from lowrank_optim.kernels.counter_rng import derive_key
-from lowrank_optim.quantization import adam_codes as coded
-from lowrank_optim.quantization.adam_codes import MomentCodes, decode_moments, encode_moments
+from lowrank_optim.quantization.adam_codes import MomentCodes, column_scale, decode_moments, encode_moments
 from lowrank_optim.quantization.row_codes import BLOCK, dequantize_rows, quantize_rows, zero_rows
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
@@ -73,7 +72,7 @@ def decode(state: Mapping[str, Tensor], shape: tuple[int, ...], bits: int, dtype
         return opened | {name: state[name].to(dtype) for name in names}
     cols, col_scale = row_shape(shape)[-1], state.get("col_scale")
     if len(names) == 2:
-        codes = MomentCodes(*(state[f"{name}{part}"] for name in SIGNED for part in ("", "_scale")))
+        codes = stored_codes(state)
         for name, value in zip(SIGNED, decode_moments(codes, bits, cols=cols, col_scale=col_scale), strict=True):
             opened[name] = value.to(dtype).view(shape)
         return opened
@@ -83,6 +82,11 @@ def decode(state: Mapping[str, Tensor], shape: tuple[int, ...], bits: int, dtype
         )
         opened[name] = (value if SIGNED[name] else value.square_()).view(shape)
     return opened
+
+
+def stored_codes(state: Mapping[str, Tensor]) -> MomentCodes:
+    """The codes and scales of both moments, as they stand in the state."""
+    return MomentCodes(*(state[f"{name}{part}"] for name in SIGNED for part in ("", "_scale")))
 
 
 class CodedMoments(Mapping[str, Tensor]):
@@ -170,7 +174,7 @@ class CodedMoments(Mapping[str, Tensor]):
             ok: 0-d bool; where it is false, nothing changes. None means true.
         """
         old = self.state["col_scale"]
-        new = coded.column_scale(column_sums)
+        new = column_scale(column_sums)
         new = new if ok is None else torch.where(ok, new, old)
         if self._open is None:
             signed, (rows, cols) = SIGNED[self._scaled], self.shape[-2:]
@@ -211,15 +215,20 @@ class CodedMoments(Mapping[str, Tensor]):
         fused = self.bits != 16 and self.dtype == torch.float32 and SIGNED.keys() <= self.state.keys()
         if not fused or self._open is not None:
             return None
-        return MomentCodes(*(self.state[f"{name}{part}"] for name in SIGNED for part in ("", "_scale")))
+        return stored_codes(self.state)
 
     def adam_direct_call(
         self, grad: Tensor, codes: MomentCodes, turn: int, ok: Tensor | None, **adam: Unpack[kernels.AdamNumbers]
     ) -> tuple[Any, ...]:
-        """The arguments of `coded_adam_direct_`, `kernels.adam_direct_` on the codes, for the gradient in `row_shape`."""
+        """The arguments of `coded_adam_direct_`, `kernels.adam_direct_` on the codes, for the gradient in `row_shape`.
+
+        The operation returns N, that of the moments before they are coded again. Where `ok`, a 0-d bool, is false, the codes stay as
+        they are and N is 0; None means true.
+        """
         rows, scale = grad.reshape(row_shape(self.shape)), self.state.get("col_scale")
         noise = kernels.pack_key(self.key, turn, self.start)
-        return coded.coded_adam_direct_call(rows, codes, self.bits, BLOCK, scale, noise, ok, **adam)
+        scalars = kernels.pack_scalars(adam["beta1"], adam["beta2"], adam["eps"], adam["step"])
+        return rows, *codes, scale, scalars, noise, ok, self.bits, BLOCK
 
     def adam_dense_call(
         self,
@@ -235,9 +244,11 @@ class CodedMoments(Mapping[str, Tensor]):
         if tuple(weight.shape) != shape:  # a view of a quantised weight would be a copy
             weight, grad = weight.view(shape), grad.view(shape)
         noise, scale = kernels.pack_key(self.key, turn, self.start), self.state.get("col_scale")
-        return coded.coded_adam_dense_call(
-            weight, grad, codes, self.bits, BLOCK, scale, noise, self.start, write, **adam
+        scalars = kernels.pack_scalars(
+            adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"]
         )
+        rounding = kernels.pack_key(write["rounding_key"], self.start)
+        return weight, grad, *codes, scale, scalars, noise, write["ok"], rounding, self.bits, BLOCK
 
 
 def _stack(tensor: Tensor) -> Tensor:
@@ -273,8 +284,8 @@ def encode_(
         codes = encode_moments(
             rows["exp_avg"], rows["exp_avg_sq"], bits, col_scale=col_scale, key=key, turn=step, start=start
         )
-        for name, value in zip((f"{name}{part}" for name in SIGNED for part in ("", "_scale")), codes, strict=True):
-            state[name].copy_(value)
+        for stored, value in zip(stored_codes(state), codes, strict=True):
+            stored.copy_(value)
         return
     for name in names:
         signed = SIGNED[name]

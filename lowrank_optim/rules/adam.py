@@ -31,7 +31,6 @@ class Adam(Rule):
     name: ClassVar[str] = "adam"
     elementwise: ClassVar[bool] = True
     masks: ClassVar[bool] = True
-    released_form: ClassVar[bool] = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -109,7 +108,8 @@ class Adam(Rule):
         """β₁, β₂, ε and t of the operations, and the factor of N that is the bias correction."""
         beta1, beta2 = map(float, options["betas"])
         eps, correction = float(options["eps"]), 1.0
-        if options["match_reference"] and self.released_form:
+        if options["match_reference"] and self.decays_last:
+            # Released code that decays after the update is transformers' old AdamW, whose ε has this form, too:
             # m/(√v + ε) with step η√bc₂/bc₁ is the corrected form with ε/√bc₂ in place of ε.
             root = (1.0 - beta2**context.step) ** 0.5
             eps, correction = eps / root, root / (1.0 - beta1**context.step)
@@ -142,5 +142,4 @@ class Adam(Rule):
 class TorchAdam(Adam):
     """Adam for methods whose released code has torch's form of ε and decay, so that `match_reference` changes neither."""
 
-    released_form: ClassVar[bool] = False
     decays_last: ClassVar[bool] = False

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from lowrank_optim.projectors import Basis, Projector, StepParams, SubspaceSpec
 from lowrank_optim.projectors.base import Refresh
 from lowrank_optim.testing.problem import MATRICES, Run, difference, numbers
-from lowrank_optim.testing.promises import CLOSE, break_promise, check_shared, promised
+from lowrank_optim.testing.promises import CLOSE, break_promise, check_refused, check_shared, promised
 
 KEYS = (11, 12, 13)
 
@@ -255,22 +256,14 @@ def _check_capabilities(made: Subspace) -> None:
 
 
 def _check_sides(projector: Projector) -> None:
-    """Sides that it cannot do are refused."""
+    """Sides that it cannot do are refused, all others taken."""
     for side in ("left", "right", "full"):
-        came, can = _refusal(projector, side), side in projector.sides
-        if can != (came == "no error"):
-            told = "it can" if can else "it cannot"
-            break_promise(
-                projector, f"sides says that {told} do {side!r}", came, "no error" if can else "ValueError from check"
-            )
-
-
-def _refusal(projector: Projector, side: str) -> str:
-    try:
-        projector.check(side)
-    except ValueError as error:
-        return f"ValueError from check: {error}"
-    return "no error"
+        if side in projector.sides:
+            with promised(projector, f"sides says that it can do {side!r}"):
+                projector.check(side)
+        else:
+            promise = f"sides says that it cannot do {side!r}"
+            check_refused(projector, promise, partial(projector.check, side), side)
 
 
 def _check_sizes(projector: Projector) -> None:

@@ -3,7 +3,7 @@
 import io
 import pickle
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NoReturn
@@ -46,6 +46,32 @@ def promised(part: Part, promise: str) -> Iterator[None]:
         raise AssertionError(
             f"{type(part).__name__}: {promise}. What came: {type(error).__name__}: {error}. What is needed: no error"
         ) from error
+
+
+def check_refused(part: Part, promise: str, call: Callable[[], object], name: str) -> None:
+    """A call raises ValueError, with a name in its message."""
+    try:
+        call()
+    except ValueError as error:
+        if name in str(error):
+            return
+        came = f"ValueError: {error}"
+    else:
+        came = "no error"
+    break_promise(part, promise, came, f"ValueError that names {name}")
+
+
+def check_finite(part: Part, promise: str, tensors: Mapping[str, Tensor]) -> None:
+    """No tensor holds NaN or infinity."""
+    if found := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        break_promise(part, promise, f"NaN in {found[0]}", "numbers")
+
+
+def check_in_place(part: Part, before: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """The state holds the tensors that it held before."""
+    if replaced := sorted(n for n in {*before, *state} if n not in before or state.get(n) is not before[n]):
+        came = f"other tensors for {', '.join(replaced)}"
+        break_promise(part, "state is changed in place", came, "copy_, mul_, lerp_ … on those of init")
 
 
 def check_shared(part: Part, *variants: dict[str, Any], bits: tuple[int, ...] = (8, 4)) -> None:
@@ -150,9 +176,7 @@ def check_training(part: Part, options: dict[str, Any]) -> None:
         run = Run(part, **options)
         before = run.loss()
         needed = run.train(range(STEPS)).tensors()
-    for name, tensor in needed.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            break_promise(part, f"finite gradients give finite weights and state ({told})", f"NaN in {name}", "numbers")
+    check_finite(part, f"finite gradients give finite weights and state ({told})", needed)
     if not run.loss() < before:
         came = f"the loss went from {before:.6g} to {run.loss():.6g} in {STEPS} steps with lr 0.01"
         break_promise(part, f"an update goes down ({told})", came, "a smaller loss: W ← W − η·direction")
@@ -197,15 +221,9 @@ def check_in_backward(part: Part, options: dict[str, Any], told: str, ordinary: 
     """Updates in backward have the bits of ordinary steps, or are refused by name."""
     run = Run(part, **options)
     if getattr(part, "feeds_back", False):
-        try:
-            update_in_backward(run.optimizer)
-        except ValueError as error:
-            if part.name in str(error):
-                return
-            came = str(error)
-        else:
-            came = "no error"
-        break_promise(part, "updates in backward are refused where feeds_back", came, "ValueError with its name")
+        promise = "updates in backward are refused where feeds_back"
+        check_refused(part, promise, lambda: update_in_backward(run.optimizer), part.name)
+        return
     with promised(part, f"the part is trained with updates in backward ({told})"):
         update_in_backward(run.optimizer)
         run.train(range(STEPS))
@@ -219,9 +237,7 @@ def check_types(part: Part) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         with promised(part, f"the part trains {dtype} parameters"):
             tensors = Run(part, dtype).train(range(STOP)).tensors()
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                break_promise(part, f"{dtype} parameters stay finite", f"NaN in {name}", "numbers")
+        check_finite(part, f"{dtype} parameters stay finite", tensors)
 
 
 # ------------------------------------------------------------------------------------------------------- masks and shards
@@ -267,16 +283,8 @@ def check_sharding(part: Part) -> None:
             if found:
                 break_promise(part, "knows_shards: sharded parameters are stepped as others", found, "the same numbers")
             return
-        try:
-            Run(part, mesh=mesh)
-        except ValueError as error:
-            if type(part).__name__ in str(error):
-                return
-            came = f"ValueError: {error}"
-        else:
-            came = "no error"
-    needed = f"ValueError that names {type(part).__name__}"
-    break_promise(part, "sharded parameters are refused where knows_shards is False", came, needed)
+        promise = "sharded parameters are refused where knows_shards is False"
+        check_refused(part, promise, lambda: Run(part, mesh=mesh), type(part).__name__)
 
 
 def check_places(part: Part) -> None:

@@ -12,7 +12,7 @@ from lowrank_optim.projectors import SVD, Basis, Coordinate, Projector, Random, 
 from lowrank_optim.projectors.base import Refresh
 from lowrank_optim.residuals import Residual, ResidualInput
 from lowrank_optim.testing.problem import RANK, Run, difference, numbers
-from lowrank_optim.testing.promises import CLOSE, break_promise, check_shared, promised
+from lowrank_optim.testing.promises import CLOSE, break_promise, check_in_place, check_refused, check_shared, promised
 
 SHAPES = ((20, 28), (28, 20), (2, 20, 28))
 
@@ -53,7 +53,8 @@ def check_residual(residual: Residual) -> None:
             if residual.linear:
                 _check_linear(problem)
     if residual.needs_orthonormal:
-        _check_refused(residual)
+        promise = "needs_orthonormal = True refuses other projectors"
+        check_refused(residual, promise, lambda: Run(residual, projector=Random("gaussian")), residual.name)
     check_shared(residual, {"projector": Coordinate("columns")}, {"on_refresh": "rotate"}, bits=(8,))
 
 
@@ -124,12 +125,7 @@ def _check_arguments(problem: _Problem) -> None:
         break_promise(residual, "finite gradients give a finite update", f"{tuple(change.shape)} with NaN", "numbers")
     if not residual.feeds_back and not torch.equal(inputs.grad, grad):
         break_promise(residual, "update does not write to the gradient", "it changed", "operations out of place")
-    replaced = [name for name, tensor in before.items() if state.get(name) is not tensor]
-    if replaced or state.keys() != before.keys():
-        came = ", ".join(replaced) or ", ".join(sorted(state.keys() ^ before.keys()))
-        break_promise(
-            residual, "state is changed in place", f"other tensors for {came}", "copy_, mul_ … on those of init"
-        )
+    check_in_place(residual, before, state)
     if not residual.uses_gradient:
         without = replace(inputs, grad=torch.empty(0), squares=None)
         found = difference({"update": problem.update(without, problem.state())}, {"update": change})
@@ -154,12 +150,3 @@ def _check_linear(problem: _Problem) -> None:
             found,
             "linear = False",
         )
-
-
-def _check_refused(residual: Residual) -> None:
-    """Bases that are not orthonormal are refused."""
-    try:
-        Run(residual, projector=Random("gaussian"))
-    except ValueError:
-        return
-    break_promise(residual, "needs_orthonormal = True refuses other projectors", "no error", "ValueError")

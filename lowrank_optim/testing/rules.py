@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_optim.rules import Context, JointRule, Rule, masked_direction
 from lowrank_optim.testing.problem import Run, difference, numbers
-from lowrank_optim.testing.promises import CLOSE, break_promise, check_shared, promised
+from lowrank_optim.testing.promises import CLOSE, break_promise, check_in_place, check_shared, promised
 
 SHAPES = ((24, 8), (2, 20, 8), (33,))
 
@@ -120,12 +120,7 @@ def _check_direction(rule: Rule, options: Mapping[str, Any], shape: tuple[int, .
             found,
             "no random numbers, and nothing remembered but in the tensors that init returns",
         )
-    replaced = [name for name in before if state.get(name) is not before[name]]
-    if replaced or state.keys() != before.keys():
-        names = ", ".join(replaced) or ", ".join(sorted(state.keys() ^ before.keys()))
-        break_promise(
-            rule, "state is changed in place", f"other tensors for {names}", "copy_, mul_, lerp_ … on those of init"
-        )
+    check_in_place(rule, before, state)
     follows = matrix.clone()
     rule.direction(numbers(shape, 10), state, options, _context(weight, 5))
     if not torch.equal(matrix, follows):

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from distributed_harness import IMPORTED_ONCE, distance, shard, spawn, states, weights
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_optim as lo
 from lowrank_optim.step.param_step import ParamStep
+from tests.oracles.distributed_harness import IMPORTED_ONCE, distance, shard, spawn, states, weights
 
 STEPS, SAVED, KILLED = 12, 5, 8
 OVERRIDES: dict[str, dict[str, Any]] = {

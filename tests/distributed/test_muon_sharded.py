@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from distributed_harness import Model, distance, spawn, states, train, weights
-from test_fully_shard import place
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -14,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lowrank_optim as lo
 from lowrank_optim.quantization import coded_moments as coded
 from lowrank_optim.sharding.dtensor import dense_sharding
+from tests.distributed.test_fully_shard import place
+from tests.oracles.distributed_harness import Model, distance, spawn, states, train, weights
 
 STEPS = 20
 MATRICES = {

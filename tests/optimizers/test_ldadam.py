@@ -499,7 +499,7 @@ def test_defaults_are_the_published_ones() -> None:
     [
         (
             {"proj_type": "full"},
-            'power iteration projects one side; use proj_type "std", "reverse_std", "left" or "right"',
+            "proj_type is 'full', which projector='power_iteration' cannot do; use std, reverse_std, left, right",
         ),
         ({"rho": -0.1}, "rho is -0.1; it must be in [0, 1]"),
         ({"rho": 1.1}, "rho is 1.1; it must be in [0, 1]"),

@@ -39,10 +39,6 @@ class Rules:
     context: int
     workspace: int
 
-    def rounded(self, size: int) -> int:
-        """Bytes that an allocation of `size` takes."""
-        return -(-size // self.block) * self.block
-
 
 def rules_for(device_type: str) -> Rules:
     """The rules of a device: those above for accelerators, exact bytes for the CPU."""

@@ -41,15 +41,6 @@ class Probe:
             mixed(self.state, other.state),
         )
 
-    def plus(self, other: "Probe", base: "Probe", factor: float) -> "Probe":
-        """self + factor·(other − base): one more direction in which points are linear."""
-        points = self.totals.keys() & other.totals.keys() & base.totals.keys()
-        return Probe(
-            {p: self.totals[p] + factor * (other.totals[p] - base.totals[p]) for p in points},
-            {p: {k: self.kinds[p][k] + factor * (other.kinds[p][k] - base.kinds[p][k]) for k in KINDS} for p in points},
-            self.state + factor * (other.state - base.state),
-        )
-
     @property
     def peak(self) -> tuple[Point, float]:
         """The point at which most is in memory, and its bytes."""

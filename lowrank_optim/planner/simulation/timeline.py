@@ -63,10 +63,6 @@ class Snapshot:
     parts: dict[str, int]
     owners: dict[str, dict[str, int]]
 
-    @property
-    def total(self) -> int:
-        return sum(self.kinds.values())
-
 
 @dataclass
 class Timeline:
