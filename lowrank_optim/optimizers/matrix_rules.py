@@ -42,12 +42,13 @@ class MatrixRuleOptimizer(LowRankOptimizer):
     ) -> None:
         groups: Any = list(params) if not isinstance(params, Tensor) else [params]
         says = {key for group in [options, *groups] if isinstance(group, dict) for key in group}
-        if says.isdisjoint(("rule", "rank", "density")):
-            kind = type(self).__name__
+        if self.matrix_options and says.isdisjoint(("rule", "rank", "density")):
+            kind, told = type(self).__name__, f"rule={rule.name!r}"
+            if len(self.matrix_options) > 1:
+                told = f"**lo.{kind}.matrix_options"
             raise ValueError(
-                f"no group says which parameters are trained by {rule.name!r}: {kind}(lo.param_groups(model, "
-                f"**lo.{kind}.matrix_options)) gives it the matrices of the layers; in groups of your own, say "
-                f'{{"params": …, "rule": {rule.name!r}}}'
+                f"no group says which parameters are trained by {type(rule).__name__}: {kind}(lo.param_groups(model, {told})) gives it "
+                f'the matrices of the layers; in groups of your own, say {{"params": …, "rule": {rule.name!r}}}'
             )
         if adamw_lr is not None:
             groups = [_with_rate(group, rule.name, adamw_lr, options) for group in groups]

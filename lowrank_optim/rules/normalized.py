@@ -133,8 +133,7 @@ class RowNorm(NormalizedRule):
         """φ, (…, rows, 1) or (…, 1, columns); 0 where the gradient is to be ignored."""
         dim = -1 if options["axis"] == "rows" else -2
         spread = context.sharding.reduced
-        dtype = kernels.compute_dtype(seen.dtype)
-        squares = spread.sum(torch.linalg.vector_norm(seen, dim=dim, keepdim=True, dtype=dtype).square_(), dim)
+        squares = spread.sum(kernels.line_sums(seen, dim, 2), dim)
         length = spread.whole_shape(seen)[dim] if options["unit"] == "rms" else 1
         factors = (squares / max(length, 1)).sqrt_().clamp_min_(float(options["norm_eps"])).reciprocal_()
         return factors if context.ok is None else torch.where(context.ok, factors, 0.0)
@@ -157,7 +156,7 @@ class Sinkhorn(NormalizedRule):
     step_scale: s, 0.05 in the paper, whose learning rate is 0.02. Weight decay is by η, not by ηs.
     norm_eps: ε.
 
-    Memory: nothing, and 4 bytes for each element of R with momentum (8 in float64). A step takes one temporary tensor of R's size.
+    Memory: nothing, and 4 bytes for each element of R with momentum (8 in float64). A step takes one temporary tensor of R's size, two on accelerators.
 
     Paper: Scetbon et al., "Gradient Multi-Normalization for Stateless and Scalable LLM Training", NeurIPS 2025, arXiv:2502.06742.
     """

@@ -51,7 +51,7 @@ class SAGE(Lion):
     ) -> Direction:
         spread, new = context.sharding.reduced, 1.0 - float(options["betas"][1])
         rows = max(spread.whole_shape(grad)[-2], 1)
-        now = spread.sum(torch.linalg.vector_norm(grad, ord=1, dim=-2), -2) / rows
+        now = spread.sum(kernels.line_sums(grad, -2, 1).squeeze(-2), -2) / rows
         share = new if context.ok is None else kernels.masked_scalar(context.ok, new, 0.0, grad.dtype)
         mean = state["exp_avg_abs"].lerp_(now, share)
         columns = spread.drop(-2)
