@@ -189,7 +189,7 @@ class LowRankOptimizer(Optimizer):
         self._step()
         return loss
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def _step(self) -> None:
         self.plans.check_structure(self.param_groups)
         self.enter([param for group in self.param_groups for param in group["params"]])
@@ -201,7 +201,7 @@ class LowRankOptimizer(Optimizer):
         self._skipped.poll()
         self._end_step()
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def enter(self, params: Iterable[Tensor]) -> None:
         """Let parameters into a step: all are checked before anything changes; state and gradients are then as the step needs them.
 
@@ -233,7 +233,7 @@ class LowRankOptimizer(Optimizer):
                 elif unit[-1] is param:
                     yield joint_step([self.trained(member) for member in unit], [norms.get(member) for member in unit])
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def step_param(self, param: Tensor, norm: Tensor | None = None) -> None:
         """Update one parameter from its gradient, and no other but those that its rule steps with it. No gradient, no change.
 

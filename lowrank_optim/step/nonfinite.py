@@ -84,7 +84,7 @@ class SkippedUpdates:
                 f"the gradient of {plan.name} {plan.shape} holds NaN or infinity; the parameter is unchanged "
                 '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
             )
-        self.add(plan.name, kernels.host_tensor(True, torch.bool))
+        self.add(plan.name, kernels.cpu_tensor(True, torch.bool))
         self.warn()
         return False
 

@@ -30,6 +30,7 @@ from lowrank_optim.step.param_step import ParamStep
 from tests.oracles.distributed_harness import IMPORTED_ONCE, distance, shard, spawn, states, weights
 
 STEPS, SAVED, KILLED = 12, 5, 8
+SHARDED_STEPS = 8
 OVERRIDES: dict[str, dict[str, Any]] = {
     "self_attn": {"rule": lo.Adam(betas=(0.9, 0.95)), "state_bits": 8, "basis_bits": 8, "scale": 0.5},
     "mlp": {"rule": lo.Lion(), "projector": "coordinate:columns", "residual": "sgd", "rank": 16, "lr_factor": 0.1},
@@ -215,7 +216,7 @@ def first(folder: str) -> None:
     alone, spread = llama(), sharded()
     reference, optimizer = build(alone, exact_sums=True), build(spread, exact_sums=True)
     if rank == 0:
-        train_sharded(alone, *reference, range(STEPS), [0, 1])
+        train_sharded(alone, *reference, range(SHARDED_STEPS), [0, 1])
     train_sharded(spread, *optimizer, range(SAVED), [rank])
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = {
@@ -227,7 +228,7 @@ def first(folder: str) -> None:
     dcp.save(content, checkpoint_id=f"{folder}/parts")
     if rank == 0:  # at once: host tensors in it are those of the optimizer
         torch.save(full, f"{folder}/full.pt")
-    train_sharded(spread, *optimizer, range(SAVED, STEPS), [rank])
+    train_sharded(spread, *optimizer, range(SAVED, SHARDED_STEPS), [rank])
     found = weights(spread)
     if rank == 0:
         torch.save(found, f"{folder}/weights.pt")
@@ -252,7 +253,7 @@ def second(folder: str) -> None:
         set_model_state_dict(model, loaded["model"], options=options)
         set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=options)
         scheduler.load_state_dict(full["scheduler"])
-        train_sharded(model, optimizer, scheduler, range(SAVED, STEPS), [rank])
+        train_sharded(model, optimizer, scheduler, range(SAVED, SHARDED_STEPS), [rank])
         assert_equal(weights(model), torch.load(f"{folder}/weights.pt", weights_only=True))
 
 

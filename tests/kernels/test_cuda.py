@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_optim.kernels import api, dispatch
+from lowrank_optim.kernels import arguments, dispatch
 from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.counter_rng import random_halves, turn_offset
 from lowrank_optim.kernels.cuda.build import TARGETS, build, build_for_host
@@ -78,13 +78,13 @@ def between_levels(bits: int, signed: bool, turn: int) -> made.Arguments:
     x = (middle - part * (1 - (middle - part).abs() / 2**19)).float()
     x = (x.view(torch.int32) + (at // 3 % 5 - 2).int()).view(F32).view(40, 256)
     x[:, 0] = levels  # the scale, so that numbers are coded as they are
-    return x, None, api.words(made.KEY, turn, 0), bits, signed, 256
+    return x, None, arguments.pack_key(made.KEY, turn, 0), bits, signed, 256
 
 
 def one_step(bits: int, start: int) -> list[object]:
     """Arguments of `coded_adam_direct_` with both betas 0: m = g and v = g², in which nothing can be rounded in another order."""
     args = list(made.coded_adam_direct((40, 301), bits, col_scale="shared", start=start))
-    args[6] = api.numbers(0.0, 0.0, 1e-8, 1.0)
+    args[6] = arguments.pack_scalars(0.0, 0.0, 1e-8, 1.0)
     return args
 
 
