@@ -27,7 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_optim as lo
 from lowrank_optim.step.param_step import ParamStep
-from tests.oracles.distributed_harness import IMPORTED_ONCE, distance, shard, spawn, states, weights
+from tests.oracles.distributed_harness import distance, shard, spawn, states, weights
+from tests.oracles.processes import preload
 
 STEPS, SAVED, KILLED = 12, 5, 8
 SHARDED_STEPS = 8
@@ -138,7 +139,7 @@ def run(path: Path, in_backward: bool, dies: str | None) -> None:
 
 def in_process(*arguments: Any) -> int:
     """Exit code of `run` in a process of its own."""
-    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+    preload()
     process = multiprocessing.get_context("forkserver").Process(target=run, args=arguments)
     process.start()
     process.join()

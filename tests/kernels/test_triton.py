@@ -17,9 +17,7 @@ LOCAL = Path(__file__).parent
 
 GROUPS = {
     "products and elements": "not (coded_adam or quantize or pack)",
-    "coded Adam, direct": "coded_adam_direct_",
-    "coded Adam, dense": "coded_adam_dense_",
-    "codes": "quantize or pack",
+    "codes": "(coded_adam or quantize or pack)",
 }
 
 
@@ -43,9 +41,10 @@ def interpreted(*args: str) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 def test_the_op_suite_passes_under_the_interpreter(group):
-    assert interpreted("test_backends.py", "-k", f"triton and {group}") > 80
+    assert interpreted("test_backends.py", "-k", f"triton and {group}") > 500
 
 
+@pytest.mark.long
 def test_kernels_under_the_interpreter():
     assert interpreted("test_triton_interpreted.py") > 15
 
