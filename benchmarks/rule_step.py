@@ -1,7 +1,6 @@
 """A dense step of each rule for matrices on those of one LLaMA-350M layer, against torch's fused AdamW.
 
-Whole steps of the optimizer, with weight decay; rules without momentum besides those with it. Muon stands in `muon_step.py`. Times are
-ratios within one run.
+Whole steps of the optimizer, with weight decay. Muon is in `muon_step.py`. Times are ratios within one run.
 
     python benchmarks/rule_step.py [--rounds 30]
 """

@@ -68,8 +68,8 @@ def param_groups(
         weight_decay: decay of all groups but the no-decay one. Not given, the optimizer's default holds there.
         overrides: group options for parameters whose names match a pattern, such as `{"embed": {"lr_factor": 0.1}}`; where several
             match, later ones win. A rank given here makes matrices low-rank, `rank=None` makes them dense.
-        head, embeddings: group options of the weights of output heads, and of `nn.Embedding` and modules named so, where they are dense:
-            `embeddings={"rule": lo.SAGE()}`. A weight that is tied to a head is one. `overrides` win over them.
+        head, embeddings: group options of the weights of output heads, and of those of `nn.Embedding` and modules named so, where
+            they are dense: `embeddings={"rule": lo.SAGE()}`. A weight that is tied to a head is one. `overrides` win over them.
         **options: further keys of the matrices' groups: `scale`, `update_proj_gap`, `proj_type`, `projector`, `rule`, `lr`, …
 
     Returns:
@@ -253,7 +253,9 @@ def _check_arguments(
     for key in options:
         if key in ("params", "param_names", "layout"):
             raise TypeError(f"{key} is set by param_groups for each group; build the groups by hand to choose it")
-        if near := near_option(key, ["include", "exclude", "weight_decay", "rank", "density", "overrides", "head", "embeddings"]):
+        if near := near_option(
+            key, ["include", "exclude", "weight_decay", "rank", "density", "overrides", "head", "embeddings"]
+        ):
             raise TypeError(f"unknown option {key!r}; did you mean {near!r}?")
     if rank is None and density is None and "rule" not in options and (include is not None or options):
         raise ValueError(

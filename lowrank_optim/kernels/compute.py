@@ -77,7 +77,7 @@ def row_norms(direction: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def line_sums(tensor: Tensor, dim: int, power: int) -> Tensor:
-    """Σ |x| (`power` 1) or Σ x² (2) of every row (`dim` −1) or column (−2), which keeps its dimension; no copy of the whole tensor."""
+    """Σ |x| (`power` 1) or Σ x² (2) of every row (`dim` −1, (…, rows, 1)) or column (−2), without a copy of the whole tensor."""
     dtype = compute_dtype(tensor.dtype)
     if tensor.device.type != "cpu" or (dim == -1 and tensor.dtype == dtype):
         norms: Tensor = torch.linalg.vector_norm(tensor, ord=power, dim=dim, keepdim=True, dtype=dtype)

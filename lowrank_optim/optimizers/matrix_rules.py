@@ -47,8 +47,8 @@ class MatrixRuleOptimizer(LowRankOptimizer):
             if len(self.matrix_options) > 1:
                 told = f"**lo.{kind}.matrix_options"
             raise ValueError(
-                f"no group says which parameters are trained by {type(rule).__name__}: {kind}(lo.param_groups(model, {told})) gives it "
-                f'the matrices of the layers; in groups of your own, say {{"params": …, "rule": {rule.name!r}}}'
+                f"no group says which parameters are trained by {type(rule).__name__}: {kind}(lo.param_groups(model, {told})) "
+                f'gives it the matrices of the layers; in groups of your own, say {{"params": …, "rule": {rule.name!r}}}'
             )
         if adamw_lr is not None:
             groups = [_with_rate(group, rule.name, adamw_lr, options) for group in groups]

@@ -21,10 +21,10 @@ class SCALEOptimizer(MatrixRuleOptimizer):
 
         lo.SCALEOptimizer(lo.param_groups(model, **lo.SCALEOptimizer.matrix_options), lr=1e-3)
 
-    in which rows (output neurons) of the layers' matrices and of the head are normalised, and the columns of embeddings, each over all
-    tokens. Only the head has a moment. Head and embedding that are one tied weight are trained as the head. Groups that name no rule
-    and have no rank are trained by AdamW. Another momentum for the head: `param_groups(…, head={"rule": "row_norm", "momentum": 0.95})`.
-    RMNP is `lo.LowRankOptimizer(lo.param_groups(model, rule=lo.RowNorm(momentum=0.95, unit="norm")), rule=lo.Adam())`.
+    in which rows (output neurons) of the layers' matrices and of the head are normalised, and the columns of embeddings, each over
+    all tokens. Only the head has a moment. Head and embedding that are one tied weight are trained as the head. Groups that name no
+    rule and have no rank are trained by AdamW. Another momentum is an option of the head's group, as `param_groups` makes it:
+    `head={"rule": "row_norm", "momentum": 0.95}`. For RMNP see `lowrank_optim.RowNorm`.
 
     The paper's rates: 1e-3 up to 350M parameters, 2e-4 at 1B, 1e-4 at 7B, and 1e-3 for vectors.
 
@@ -89,8 +89,8 @@ class SinkGDAdamW(MatrixRuleOptimizer):
 
         lo.SinkGDAdamW(lo.param_groups(model, **lo.SinkGDAdamW.matrix_options))
 
-    Embeddings fail without state (SAGE's paper: perplexity 192.7 in place of 34.3). `embeddings={"rule": lo.SAGE(), "lr": 2e-3}` among
-    the arguments of `param_groups` trains them by SAGE, which has half of AdamW's state.
+    Embeddings need state: without it, the paper of SAGE has a perplexity of 192.7 in place of 34.3. `param_groups` takes
+    `embeddings={"rule": lo.SAGE(), "lr": 2e-3}`, which trains them by SAGE, with half of AdamW's state.
 
     Args:
         params: groups, at least one of which names the rule or has a rank.

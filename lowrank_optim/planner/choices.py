@@ -102,7 +102,7 @@ def resolve_optimizer(optimizer: Any, **defaults: Any) -> OptimizerChoice:
 
     Args:
         optimizer: a class, a name, (class or name, options), or a function that builds an optimizer for a model. Options of this
-            package's classes may hold `rank`, `density`, `include`, `exclude`, `head` and `embeddings`, for `lowrank_optim.param_groups`.
+            package's classes may hold `GROUP_OPTIONS`, for `lowrank_optim.param_groups`.
         **defaults: options that hold where none are given and the class has them.
 
     Raises:

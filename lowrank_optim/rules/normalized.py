@@ -55,7 +55,8 @@ class NormalizedRule(MomentumRule):
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
         if "exp_avg" not in state or step < 1:
             return None
-        return state["exp_avg"] / (1.0 - float(options["momentum"]) ** step)
+        correction: float = 1.0 - float(options["momentum"]) ** step
+        return state["exp_avg"] / correction
 
     def gradient_share(self, options: Mapping[str, Any]) -> float:
         return (1.0 - float(options["momentum"])) ** 2
@@ -77,11 +78,14 @@ class RowNorm(NormalizedRule):
     the matrices of a stack are each for themselves. In a subspace rows are those of R.
 
     SCALE has momentum 0 for all matrices, 0.9 for the head, and normalises the columns of the embedding (`lo.SCALEOptimizer`).
-    RMNP has momentum for all matrices, and rows of length 1: `RowNorm(momentum=0.95, unit="norm")`.
+    RMNP has momentum for all matrices, and rows of length 1; embeddings, head and vectors are trained by AdamW:
 
-    A step of a dense parameter reads the gradient twice, and makes no tensor of its size. Sharded matrices are not gathered: where
-    rows (or columns) are split, the sums of their squares go over the wire, one number of the compute type for each. Normalising is
-    not linear: micro-batches have to be summed before it, as `step` and `update_in_backward` do.
+        lo.LowRankOptimizer(lo.param_groups(model, rule=lo.RowNorm(momentum=0.95, unit="norm")), rule="adam")
+
+    A step of a dense parameter reads the gradient twice, and makes no tensor of its size. Sharded matrices are not gathered. Whole
+    rows that lie on several processes (FSDP2) need no message; of rows that are cut, or of columns if these are normalised and rows
+    are split, the sums of squares go over the wire, one number of the compute type for each. Normalising is not linear: micro-batches
+    have to be summed before it, as `step` and `update_in_backward` do.
 
     momentum: μ.
     axis: "rows", or "columns".
@@ -156,7 +160,8 @@ class Sinkhorn(NormalizedRule):
     step_scale: s, 0.05 in the paper, whose learning rate is 0.02. Weight decay is by η, not by ηs.
     norm_eps: ε.
 
-    Memory: nothing, and 4 bytes for each element of R with momentum (8 in float64). A step takes one temporary tensor of R's size, two on accelerators.
+    Memory: nothing, and 4 bytes for each element of R with momentum (8 in float64). A step takes one
+    temporary tensor of R's size, two on accelerators.
 
     Paper: Scetbon et al., "Gradient Multi-Normalization for Stateless and Scalable LLM Training", NeurIPS 2025, arXiv:2502.06742.
     """

@@ -32,11 +32,15 @@ def test_sharded_matrices_agree_with_one_process(world, layout):
 
 def compare_few_bits() -> None:
     coded.MIN_CODED = 1
-    cases = [({"state_bits": 8}, {"rule": rule}) for rule in (lo.RowNorm(0.9), lo.Sinkhorn(0.9), lo.SAGE(), lo.RowNorm())]
+    cases = [
+        ({"state_bits": 8}, {"rule": rule}) for rule in (lo.RowNorm(0.9), lo.Sinkhorn(0.9), lo.SAGE(), lo.RowNorm())
+    ]
     for layout in ("fsdp", "tp columns"):
         compare(cases, {name: MATRICES[name] for name in ("tall", "wide", "experts", "conv")}, layout, tolerance=1e-4)
     model = place(Model({"tall": (26, 10)}), "fsdp")
-    kept = states(lo.LowRankOptimizer(list(model.named_parameters()), rule=lo.RowNorm(0.9), state_bits=8), model)["tall"]
+    kept = states(lo.LowRankOptimizer(list(model.named_parameters()), rule=lo.RowNorm(0.9), state_bits=8), model)[
+        "tall"
+    ]
     assert kept["exp_avg"].dtype == torch.int8
 
 

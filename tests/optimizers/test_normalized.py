@@ -20,7 +20,9 @@ class Tied(nn.Module):
 
 def language_model() -> nn.Module:
     torch.manual_seed(0)
-    block = nn.ModuleDict({"up": nn.Linear(8, 24, bias=False), "down": nn.Linear(24, 8, bias=False), "norm": nn.LayerNorm(8)})
+    block = nn.ModuleDict(
+        {"up": nn.Linear(8, 24, bias=False), "down": nn.Linear(24, 8, bias=False), "norm": nn.LayerNorm(8)}
+    )
     return nn.ModuleDict(
         {"embed_tokens": nn.Embedding(20, 8), "layers": nn.ModuleList([block]), "lm_head": nn.Linear(8, 20, bias=False)}
     )
@@ -57,7 +59,9 @@ def test_scale_has_the_numbers_of_the_papers_step():
             size = grad.square().mean(0 if "embed" in name else 1, keepdim=True).sqrt()
             expected[name] = (1.0 - 1e-2 * 0.1) * expected[name] - 1e-2 * grad / size
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), vectors[name].detach() if name in vectors else expected[name], rtol=0.0, atol=1e-6)
+        torch.testing.assert_close(
+            p.detach(), vectors[name].detach() if name in vectors else expected[name], rtol=0.0, atol=1e-6
+        )
 
 
 def test_sinkgd_trains_matrices_without_state_and_all_else_by_adamw():
@@ -89,7 +93,11 @@ def test_sinkgd_trains_matrices_without_state_and_all_else_by_adamw():
 
 def test_head_and_embeddings_have_the_options_that_are_given_to_them():
     groups = lo.param_groups(
-        language_model(), rule="sinkhorn", head={"lr": 0.5}, embeddings={"rule": lo.SAGE()}, overrides={"lm_head": {"lr": 0.25}}
+        language_model(),
+        rule="sinkhorn",
+        head={"lr": 0.5},
+        embeddings={"rule": lo.SAGE()},
+        overrides={"lm_head": {"lr": 0.25}},
     )
     by_name = {name: group for group in groups for name in group["param_names"]}
     assert by_name["embed_tokens.weight"]["rule"] == lo.SAGE()
@@ -124,7 +132,9 @@ def test_bad_options_of_head_and_embeddings_are_named():
 @pytest.mark.parametrize("kind", [lo.SCALEOptimizer, lo.SinkGDAdamW])
 def test_groups_without_a_rule_are_refused_with_the_call_that_gives_them(kind):
     call = "rule='sinkhorn'" if kind is lo.SinkGDAdamW else r"\*\*lo.SCALEOptimizer.matrix_options"
-    with pytest.raises(ValueError, match=rf"no group says which .*: {kind.__name__}\(lo.param_groups\(model, {call}\)\)"):
+    with pytest.raises(
+        ValueError, match=rf"no group says which .*: {kind.__name__}\(lo.param_groups\(model, {call}\)\)"
+    ):
         kind(language_model().parameters())
 
 

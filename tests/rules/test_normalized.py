@@ -52,7 +52,9 @@ def row_norm(m: torch.Tensor, axis: str, unit: str, eps: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("axis", "unit", "momentum"), [("rows", "rms", 0.0), ("rows", "norm", 0.9), ("columns", "rms", 0.8)])
+@pytest.mark.parametrize(
+    ("axis", "unit", "momentum"), [("rows", "rms", 0.0), ("rows", "norm", 0.9), ("columns", "rms", 0.8)]
+)
 def test_row_norm_has_the_numbers_of_its_equation(shape, axis, unit, momentum):
     found = trained(lo.RowNorm(momentum, axis, unit, norm_eps=1e-3), shape)
     for n, weight in enumerate(matrices(numbers(*shape))):
@@ -95,7 +97,9 @@ def test_sage_has_the_numbers_of_its_equations(shape):
             mean = beta2 * mean + (1.0 - beta2) * now
             corrected = mean / (1.0 - beta2 ** (step + 1))
             damping = [
-                min(float(corrected.square().mean().sqrt() / c), float(now.square().mean().sqrt() / s), 1.0) if s > 0 else 1.0
+                min(float(corrected.square().mean().sqrt() / c), float(now.square().mean().sqrt() / s), 1.0)
+                if s > 0
+                else 1.0
                 for c, s in zip(corrected, now, strict=True)
             ]
             direction = torch.tensor(damping, dtype=torch.float64) * torch.sign(beta1 * m + (1.0 - beta1) * grad)
@@ -105,9 +109,16 @@ def test_sage_has_the_numbers_of_its_equations(shape):
 
 
 def test_rows_and_columns_of_sinkhorn_are_of_one_size():
-    x = lo.Sinkhorn(iterations=40).direction(
-        gradient((12, 7), 0), {}, lo.Sinkhorn(iterations=40).options(), lo.Context(1.0, 1.0, torch.zeros(12, 7), None)
-    ).matrix
+    x = (
+        lo.Sinkhorn(iterations=40)
+        .direction(
+            gradient((12, 7), 0),
+            {},
+            lo.Sinkhorn(iterations=40).options(),
+            lo.Context(1.0, 1.0, torch.zeros(12, 7), None),
+        )
+        .matrix
+    )
     rows, columns = x.square().mean(1), x.square().mean(0)
     kept = [j for j in range(7) if j != 2]
     torch.testing.assert_close(columns[kept], torch.ones(6).double(), rtol=0.0, atol=1e-7)
@@ -165,12 +176,19 @@ def test_momentum_begins_and_ends_with_change_group_only(rule):
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("rank", [None, 16])
-@pytest.mark.parametrize("rule", [lo.RowNorm(0.9), lo.RowNorm(), lo.Sinkhorn(), lo.SAGE()], ids=lambda rule: repr(rule)[:20])
+@pytest.mark.parametrize(
+    "rule", [lo.RowNorm(0.9), lo.RowNorm(), lo.Sinkhorn(), lo.SAGE()], ids=lambda rule: repr(rule)[:20]
+)
 def test_a_run_resumes_to_the_bit_with_updates_in_backward(rule, rank, bits):
     def build(model):
         kept = [p for p in model.parameters() if p.ndim == 2]
-        groups = [{"params": kept, "rank": rank, "rule": rule}, {"params": [p for p in model.parameters() if p.ndim == 1]}]
-        return lo.LowRankOptimizer(groups, rule="adam", lr=1e-2, update_proj_gap=2, on_refresh="rotate", state_bits=bits)
+        groups = [
+            {"params": kept, "rank": rank, "rule": rule},
+            {"params": [p for p in model.parameters() if p.ndim == 1]},
+        ]
+        return lo.LowRankOptimizer(
+            groups, rule="adam", lr=1e-2, update_proj_gap=2, on_refresh="rotate", state_bits=bits
+        )
 
     def run(model, optimizer, steps, in_backward=False):
         handle = lo.update_in_backward(optimizer) if in_backward else None
@@ -236,7 +254,7 @@ def test_weights_of_16_bits_are_updated_in_float32(dtype):
     for rule in (lo.RowNorm(), lo.RowNorm(0.5), lo.Sinkhorn()):
         found = moved(rule, weight, grad)
         expected = weight - (weight.float() - moved(rule, weight.double(), grad.double()).float()).to(dtype)
-        torch.testing.assert_close(found, expected, rtol=0.0, atol=2 ** -6 if dtype == torch.bfloat16 else 2**-9)
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=2**-6 if dtype == torch.bfloat16 else 2**-9)
 
 
 def test_a_linear_layer_with_8_bit_weights_is_trained():
@@ -260,7 +278,9 @@ def test_a_linear_layer_with_8_bit_weights_is_trained():
 
 @pytest.mark.parametrize("rule", [lo.RowNorm(), lo.Sinkhorn(), lo.SAGE()], ids=["row_norm", "sinkhorn", "sage"])
 def test_vectors_are_refused_by_name_with_the_way_out(rule):
-    with pytest.raises(ValueError, match=rf"parameter bias \(5,\) is no matrix, and the rule '{rule.name}'.*lo.Adam\(\)"):
+    with pytest.raises(
+        ValueError, match=rf"parameter bias \(5,\) is no matrix, and the rule '{rule.name}'.*lo.Adam\(\)"
+    ):
         lo.LowRankOptimizer([("bias", nn.Parameter(torch.zeros(5)))], rule=rule)
 
 
