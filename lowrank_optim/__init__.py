@@ -15,6 +15,7 @@ from lowrank_optim.optimizers import (
     METHODS,
     APOLLOAdamW,
     APOLLOMiniAdamW,
+    AliceAdamW,
     BAdamW,
     FiraAdamW,
     FrugalAdamW,
@@ -32,11 +33,12 @@ from lowrank_optim.optimizers import (
     by_name,
     state_bytes,
 )
-from lowrank_optim.projectors import SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
+from lowrank_optim.projectors import DCT, SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
 from lowrank_optim.projectors.base import Basis, GradientTerm, Refresh, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
 from lowrank_optim.projectors.stored_projector import StoredProjector
 from lowrank_optim.residuals.base import Residual, ResidualInput, Update
+from lowrank_optim.residuals.complement import ComplementScaled
 from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual, SGDResidual, SignResidual
 from lowrank_optim.residuals.scaled import GradientScaled, NormScaled
 from lowrank_optim.rules import (
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from lowrank_optim.planner import MemoryPlan, plan
 
 __all__ = [
+    "DCT",
     "LAYERWISE_METHODS",
     "METHODS",
     "SGD",
@@ -66,6 +69,7 @@ __all__ = [
     "APOLLOMiniAdamW",
     "Adafactor",
     "Adam",
+    "AliceAdamW",
     "BAdamW",
     "Basis",
     "Blocks",
@@ -73,6 +77,7 @@ __all__ = [
     "Coordinate",
     "DenseBasis",
     "Direction",
+    "ComplementScaled",
     "ErrorFeedback",
     "FiraAdamW",
     "FrugalAdamW",

@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 
+from lowrank_optim.optimizers.alice import AliceAdamW
 from lowrank_optim.optimizers.apollo import APOLLOAdamW, APOLLOMiniAdamW
 from lowrank_optim.optimizers.badam import BAdamW
 from lowrank_optim.optimizers.base import LowRankOptimizer
@@ -19,6 +20,7 @@ __all__ = [
     "METHODS",
     "APOLLOAdamW",
     "APOLLOMiniAdamW",
+    "AliceAdamW",
     "BAdamW",
     "FiraAdamW",
     "FrugalAdamW",
@@ -51,6 +53,7 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "qgalore": QGaLoreAdamW8bit,
     "muon_adamw": MuonAdamW,
     "sumo": SUMOAdamW,
+    "alice": AliceAdamW,
 }
 """Short names, as command lines and trainers use them."""
 
