@@ -46,6 +46,9 @@ EVERY = [
     lo.Random(),
     lo.Random("gaussian"),
     *COORDINATE,
+    lo.RandomizedSVD(explore="complement"),
+    lo.RandomizedSVD(4, 3, 2, "sample", 0.25),
+    lo.DCT(),
 ]
 
 
@@ -769,7 +772,7 @@ def test_unknown_variants_of_known_names_raise_and_show_what_was_given(name):
         from_name(name)
 
 
-@pytest.mark.parametrize("values", [{"oversample": -1}, {"power_iterations": 0}, {"warm_iterations": 0}], ids=str)
+@pytest.mark.parametrize("values", [{"oversample": -1}, {"power_iterations": 0}, {"warm_iterations": 0}, {"explore": "all"}, {"leading": 0.0}], ids=str)
 def test_randomized_svd_refuses_numbers_out_of_range(values):
     ((name, value),) = values.items()
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least"):
