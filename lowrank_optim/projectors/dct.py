@@ -102,16 +102,17 @@ class DCT(Projector):
     def refresh(self, request: Refresh) -> dict[str, Tensor] | None:
         space, sharding, old = request.space, request.space.sharding, request.state["indices"]
         ok = usable(request.grad, sharding.matrix)
-        if not bool(sharding.matrix.sum(ok.any().float(), -3)):  # the host waits for the device here, on refresh steps only
+        if not bool(
+            sharding.matrix.sum(ok.any().float(), -3)
+        ):  # the host waits for the device here, on refresh steps only
             return None
         lines = torch.where(ok, request.grad, 0.0).to(space.dtype)
         dim, other = (-1, -2) if space.side == "right" else (-2, -1)
         lines = sharding.matrix.gather(lines, dim)
         lines = lines if space.side == "right" else lines.mT
         # Squares of a gradient of any size must neither overflow nor vanish.
-        largest = torch.linalg.vector_norm(lines, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-        unit = sharding.matrix.norm(largest, other).clamp_min_(torch.finfo(space.dtype).tiny).reciprocal_()
-        energy = transformed(lines * unit.to(lines.dtype)).square().sum(-2)
+        size = sharding.matrix.norm(torch.linalg.vector_norm(lines, dim=(-2, -1), keepdim=True), other)
+        energy = transformed(lines / size.clamp_min(torch.finfo(size.dtype).tiny)).square().sum(-2)
         energy = sharding.matrix.sum(energy.unsqueeze(-2), other).squeeze(-2)
         new = in_place(energy.topk(space.rank).indices, old)
         new = torch.where(ok.squeeze(-1), new, old)

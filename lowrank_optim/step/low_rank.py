@@ -121,7 +121,16 @@ def _residual_input(
     if step.plan.residual.uses_norms and norms is None:
         norms = kernels.row_norms(matrix, reduced)
     return ResidualInput(
-        seen.grad, reduced, squares, matrix, direction.correction, direction.unit, seen.basis, step.plan.space, ok, norms
+        seen.grad,
+        reduced,
+        squares,
+        matrix,
+        direction.correction,
+        direction.unit,
+        seen.basis,
+        step.plan.space,
+        ok,
+        norms,
     )
 
 

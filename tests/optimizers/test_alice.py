@@ -183,7 +183,9 @@ def test_a_stack_of_experts_is_its_matrices_one_by_one():
     torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in singles]), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("options", [{}, {"state_bits": 8, "basis_bits": 16}, {"state_bits": 8, "basis_bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"state_bits": 8, "basis_bits": 16}, {"state_bits": 8, "basis_bits": 8}], ids=str
+)
 def test_memory_is_that_of_fira_and_one_number_for_each_line(options):
     sizes = {}
     for kind in (lo.AliceAdamW, lo.FiraAdamW):

@@ -765,14 +765,17 @@ def test_unknown_names_raise_with_the_nearest_and_all_valid_ones(name, nearest):
 
 @pytest.mark.parametrize(
     "name",
-    ["svd:unalinged", "random:gausian", "coordinate:row", "randomized_svd:8,2,1,5", "randomized_svd:a,b,c"],
+    [
+        *("svd:unalinged", "random:gausian", "coordinate:row", "randomized_svd:8,2,1,5", "randomized_svd:a,b,c"),
+        *("randomized_svd:complement,x", "randomized_svd:sample,0.5,1", "randomized_svd:complement,2.0", "dct:fast"),
+    ],
 )
 def test_unknown_variants_of_known_names_raise_and_show_what_was_given(name):
     with pytest.raises(ValueError, match=name.partition(":")[2].partition(",")[0]):
         from_name(name)
 
 
-@pytest.mark.parametrize("values", [{"oversample": -1}, {"power_iterations": 0}, {"warm_iterations": 0}, {"explore": "all"}, {"leading": 0.0}], ids=str)
+@pytest.mark.parametrize("values", [{"oversample": -1}, {"power_iterations": 0}, {"warm_iterations": 0}], ids=str)
 def test_randomized_svd_refuses_numbers_out_of_range(values):
     ((name, value),) = values.items()
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least"):

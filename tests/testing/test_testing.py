@@ -38,7 +38,9 @@ class Orthogonal(lo.MomentumRule):
 
 def hartley(size: int, dtype: torch.dtype) -> Tensor:
     """The orthonormal Hartley transform of this size, a vector a column."""
-    turns = torch.arange(size, dtype=torch.float64).outer(torch.arange(size, dtype=torch.float64)) * (2 * math.pi / size)
+    turns = torch.arange(size, dtype=torch.float64).outer(torch.arange(size, dtype=torch.float64)) * (
+        2 * math.pi / size
+    )
     return ((turns.cos() + turns.sin()) / math.sqrt(size)).to(dtype)
 
 
