@@ -16,11 +16,11 @@ class AliceAdamW(LowRankOptimizer):
         R = G B,   N = Adam(R),   p_j ← β p_j + (1−β)(‖g_j‖² − ‖r_j‖²),   C_j = √(d−r) (g_j − B r_j)/√p_j / ℓ
         W ← (1 − ηλ) W − η α (lift(N) + α_c C)
 
-    A refresh takes a step of subspace iteration from the old basis, keeps the leading 40 of 256 vectors of it, and draws the others
-    from what is orthogonal to those (`RandomizedSVD(explore="complement")`). `ComplementScaled` has the details of C. Moments stay as they
-    are at a refresh, as in the paper.
+    A refresh takes a step of subspace iteration from the old basis, keeps the leading 40 of 256 vectors, and draws the others from
+    what is orthogonal to those (`RandomizedSVD(explore="complement")`). `ComplementScaled` has the details of C. Moments stay as
+    they are at a refresh, as in the paper.
 
-    This is the paper's Alice-0: Alice also tracks a running RᵀR, r² numbers for each matrix, and mixes it into the subspace iteration.
+    This is the paper's Alice-0. Alice also tracks a running RᵀR, r² numbers for each matrix, and mixes it into the iteration.
 
     Two things differ from the paper: Adam's moments are bias-corrected, and p begins with its first value; it begins with 0 under
     `match_reference=True`. There is no code of the authors.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lowrank_optim import kernels
 from lowrank_optim.kernels.counter_rng import choose, derive_key
 from lowrank_optim.projectors.base import Basis, Projector, Refresh, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
@@ -74,13 +73,14 @@ class CosineBasis(DenseBasis):
 class DCT(Projector):
     """The r vectors of the discrete cosine transform that hold most of the gradient, by the norms of G's coefficients (DCT-AdamW).
 
-    A refresh transforms the gradient's rows (columns for side "left") and sums the squares of each coefficient. The transform is the same
-    for all matrices of one size, so that r numbers are all that is kept of a basis. Vectors that are chosen again keep their place: their
-    moments go on exactly as they are with every `on_refresh` but "reset", also where the subspace is refreshed at every step. Moments
-    of new ones begin at 0 with "rotate"; with "keep" they are those of the vectors that left. (Under "rotate" Adam's second moments go through
-    a sum and a difference, which may turn their last bit.)
+    A refresh transforms the gradient's rows (columns for side "left") and sums the squares of each coefficient. All matrices of one
+    size have the same transform, so that r numbers are all that is kept of a basis.
 
-    A gradient that is split along the side that is projected is gathered on refresh steps; one that is split along the other sends d sums.
+    Vectors that are chosen again keep their place, and so their moments, also where the subspace is refreshed at every step. Moments
+    of new ones begin at 0 with `on_refresh="rotate"`; with "keep" they are those of the vectors that left. Under "rotate" Adam's
+    second moments go through a difference and a sum, which may turn their last bits.
+
+    A gradient that is split along the projected side is gathered on refresh steps; one that is split along the other sends d sums.
 
     Memory: 4 bytes for each of r numbers (`indices`, int32); a step works with one d×r matrix, a refresh with a few matrices of the
     gradient's size in the compute type.

@@ -84,14 +84,13 @@ def eigenvectors(gram: Tensor) -> Tensor:
     return (vectors * largest.sign()).to(gram.dtype)
 
 
-def drawn(vectors: Tensor, gram: Tensor, count: int, key: int) -> Tensor:
+def drawn(vectors: Tensor, gram: Tensor, count: int, chances: Tensor) -> Tensor:
     """`count` eigenvectors of `gram` (…, k, k), drawn without replacement with probabilities ∝ √λ, in the order that they came in.
 
-    The largest of u^(1/√λ), with u uniform in (0, 1), win (Efraimidis and Spirakis, 2006).
+    The largest of u^(1/√λ) win, with `chances` u (…, k) uniform in (0, 1), float64 (Efraimidis and Spirakis, 2006).
     """
     values = (vectors * (gram @ vectors)).sum(-2).double().clamp_min_(0.0).sqrt_()
-    chances = uniform(key, tuple(values.shape), values.device, torch.float64).log_() / values
-    chosen = chances.topk(count).indices.sort().values
+    chosen = (chances.log() / values).topk(count).indices.sort().values
     return vectors.gather(-1, chosen.unsqueeze(-2).expand(*vectors.shape[:-1], count))
 
 
@@ -102,12 +101,12 @@ def range_finder(
     iterations: int,
     long: TensorSharding = UNSHARDED,
     short: TensorSharding = UNSHARDED,
-    draw: int | None = None,
+    chances: Tensor | None = None,
 ) -> Tensor:
     """Approximate leading right singular vectors of `grad` (…, m, n) from a sketch (…, n, k), k ≥ rank: (…, n, rank).
 
-    Columns are orthonormal and ordered by singular value. With one iteration the sketch must have orthonormal columns already. With the
-    key `draw` they are `rank` of the k vectors, see `drawn`.
+    Columns are orthonormal and ordered by singular value. With one iteration the sketch must have orthonormal columns already. With
+    `chances` they are `rank` of the k vectors, see `drawn`.
     Cost: 4·m·n·k flops an iteration. Where rows lie on several processes, `long`, a sum of n·k numbers over them, and of k² for each
     orthonormalisation; where columns do, `short`, of m·k.
     """
@@ -121,7 +120,7 @@ def range_finder(
     y = short.sum(grad @ v, -2).mul_(unit)
     gram = long.sum(y.mT @ y, -2)
     vectors = eigenvectors(gram).flip(-1)
-    chosen = vectors[..., :rank] if draw is None else drawn(vectors, gram, rank, draw)
+    chosen = vectors[..., :rank] if chances is None else drawn(vectors, gram, rank, chances)
     return orthonormalize(long.sum(grad.mT @ (y @ chosen), -2).mul_(unit), spread=short)
 
 
@@ -175,7 +174,7 @@ class RandomizedSVD(StoredProjector):
 
     @classmethod
     def from_variant(cls, variant: str) -> "RandomizedSVD":
-        """The projector that the part of a name behind its colon stands for: "8,2,1", "complement", "4,2,1,sample", "complement,0.25"."""
+        """What the part of a name behind the colon stands for: "8,2,1", "complement", "4,2,1,sample", "complement,0.25"."""
         words = variant.split(",") if variant else []
         numbers = [*map(int, takewhile(lambda word: word.lstrip("-").isdigit(), words))]
         named: dict[str, Any] = dict(zip(("explore", "leading"), words[len(numbers) :], strict=False))
@@ -207,7 +206,10 @@ class RandomizedSVD(StoredProjector):
             grad, size, long, short = grad.mT, space.rows, short, long
         columns = min(rank * (2 if self.explore == "sample" else 1) + self.oversample, space.rows, space.cols)
         fresh = columns if first else columns - rank
-        draw = derive_key(key, 2) if self.explore == "sample" else None
+        chances = None
+        if self.explore == "sample":
+            chances = uniform(derive_key(key, 2), (*space.batch, columns), grad.device, torch.float64)
+            chances = space.sharding.sharding_of("chosen", side).part(chances)
         sketch = short.part(gaussian(key, (*space.batch, size, fresh), grad.device, grad.dtype))
         if first:
             sketch = sketch if self.power_iterations > 1 else orthonormalize(sketch, spread=short)
@@ -215,7 +217,7 @@ class RandomizedSVD(StoredProjector):
             sketch = torch.cat([old, householder(sketch - old @ short.sum(old.mT @ sketch, -2), short)], -1)
         iterations = self.power_iterations if first else self.warm_iterations
         kept = max(1, round(self.leading * rank)) if self.explore == "complement" else rank
-        found = range_finder(grad, sketch, kept, iterations, long, short, draw)
+        found = range_finder(grad, sketch, kept, iterations, long, short, chances)
         if kept < rank:
             random = gaussian(derive_key(key, 2), (*space.batch, size, rank - kept), grad.device, grad.dtype)
             found = orthonormalize(torch.cat([found, short.part(random)], -1), spread=short)

@@ -19,17 +19,17 @@ class ComplementScaled(Limited):
         p_j ← β p_j + (1−β) ‖g_j − P r_j‖²,   C_j = √(d−r) (g_j − P r_j) / √p_j
         W ← (1 − ηλ) W − η α (lift(N) + α_c C / ℓ)
 
-    g_j is a row of tall matrices and a column of wide ones, d its length, r the rank. An element of C has the size 1, as one of Adam's N
-    has, in the d − r dimensions that the subspace leaves. ℓ ≥ 1 keeps ‖C‖ from growing by more than the factor `limiter` in a step.
-    For orthonormal bases ‖g_j − P r_j‖² is ‖g_j‖² − ‖r_j‖²: no m×n matrix is formed. What is left of it where nothing but rounding is
-    outside does not count: it would be divided by its own size.
+    g_j is a row of tall matrices and a column of wide ones, d its length, r the rank. In the d − r dimensions that the subspace
+    leaves C has elements of size 1, as Adam's N has. ℓ ≥ 1 keeps ‖C‖ from growing by more than the factor `limiter` in a step. With
+    ‖g_j − P r_j‖² = ‖g_j‖² − ‖r_j‖² no m×n matrix is formed. Where that is rounding only, C_j is 0: it would be divided by its own
+    size.
 
     p_j begins with the first ‖g_j − P r_j‖² above 0. `match_reference` begins with 0, as in the paper, where C is √(1/(1−β)) too long
     in the first step, and the limiter remembers that.
 
-    Public implementations (pytorch_optimizer before 4.1) took the elementwise product with a matrix that is 0 off its diagonal for the
-    product with Diag(p)^(−1/2), which leaves one element of each line. They also fill the subspace from a QR decomposition, where the
-    paper samples the complement: `RandomizedSVD(explore="complement")`.
+    Public implementations (pytorch_optimizer before 4.1) took the elementwise product with a matrix that is 0 off its diagonal for
+    the product with Diag(p)^(−1/2), which leaves one element of each line. They also fill the subspace from a QR decomposition, where
+    the paper samples the complement: `RandomizedSVD(explore="complement")`.
 
     Args:
         limiter: γ, the largest growth of ‖C‖ in a step; None does not limit.

@@ -1,5 +1,6 @@
 """The DCT's subspaces: the transform against its definition, the choice, and moments that go on exactly."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ def test_what_is_chosen_again_keeps_its_place():
     old, chosen = torch.tensor([[7, 1, 4, 9], [0, 1, 2, 3]]), torch.tensor([[9, 5, 0, 1], [3, 2, 1, 0]])
     assert torch.equal(in_place(chosen, old), torch.tensor([[0, 1, 5, 9], [0, 1, 2, 3]]))
     _, states = refreshed([draw(seed, 40, 24) for seed in range(6)], 8)
-    for before, after in zip(states[1:], states[2:], strict=False):
+    for before, after in itertools.pairwise(states[1:]):
         old, new = before["indices"].tolist(), after["indices"].tolist()
         assert len(set(new)) == 8
         shared = set(old) & set(new)
