@@ -61,7 +61,5 @@ class AliceAdamW(LowRankOptimizer):
         options.setdefault("scale", 0.3)
         if not (options.get("coordinates") or options.get("blocks")):
             options.setdefault("projector", RandomizedSVD(explore="complement"))
-        rule = Adam(betas, eps)
-        rule.check({"betas": betas, "eps": eps})
-        residual = ComplementScaled(limiter, complement_scale, betas[0])
-        super().__init__(params, rule=rule, residual=residual, lr=lr, weight_decay=weight_decay, **options)
+        residual = ComplementScaled(limiter, complement_scale)
+        super().__init__(params, rule=Adam(betas, eps), residual=residual, lr=lr, weight_decay=weight_decay, **options)

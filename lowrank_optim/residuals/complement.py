@@ -34,7 +34,7 @@ class ComplementScaled(Limited):
     Args:
         limiter: γ, the largest growth of ‖C‖ in a step; None does not limit.
         complement_scale: α_c, how much C counts beside N.
-        complement_beta: β, the decay rate of p.
+        complement_beta: β, the decay rate of p; None takes the first of the rule's `betas`, 0.9 for rules that have none.
 
     Memory: 4 bytes for each row of R (8 in float64), and one number for each matrix.
 
@@ -46,14 +46,14 @@ class ComplementScaled(Limited):
     needs_orthonormal: ClassVar[bool] = True
     state_lies: ClassVar[Mapping[str, str]] = {**Limited.state_lies, "complement_power": "rows"}
     complement_scale: float = 0.4
-    complement_beta: float = 0.9
+    complement_beta: float | None = None
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
         if not options["complement_scale"] >= 0.0:
             raise ValueError(f"complement_scale is {options['complement_scale']!r}; it must be at least 0")
-        if not 0.0 <= options["complement_beta"] < 1.0:
-            raise ValueError(f"complement_beta is {options['complement_beta']!r}; it must be in [0, 1)")
+        if options["complement_beta"] is not None and not 0.0 <= options["complement_beta"] < 1.0:
+            raise ValueError(f"complement_beta is {options['complement_beta']!r}; it must be None or in [0, 1)")
 
     def init(self, space: SubspaceSpec, device: torch.device) -> dict[str, Tensor]:
         shape = space.sharding.sharding_of("rows", space.side).local_shape(space.reduced_shape[:-1])
@@ -68,7 +68,8 @@ class ComplementScaled(Limited):
         noise = 64.0 * torch.finfo(step.space.dtype).eps
         outside = torch.where(outside > noise * step.squares, outside, 0.0)
         before = state["complement_power"].unsqueeze(-1).to(outside.dtype)
-        power = torch.lerp(outside, before, float(options["complement_beta"]))
+        beta = options["complement_beta"]
+        power = torch.lerp(outside, before, float(options.get("betas", (0.9,))[0] if beta is None else beta))
         if not options["match_reference"]:
             power = torch.where(before > 0, power, outside)
         # Dimensions outside: none at full rank, where φ is 0.

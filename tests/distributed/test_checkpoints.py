@@ -45,6 +45,8 @@ CASES = [
     ("frugal", {"density": 0.5}),
     ("galore", {"coordinates": "entries"}),
     ("galore_adafactor", {}),
+    ("alice", {"state_bits": 8}),
+    ("galore", {"projector": "dct"}),
 ]
 
 

@@ -196,7 +196,7 @@ def compare_codes() -> None:
 
 CODED = [
     (name, {"state_bits": 8, "proj_type": side})
-    for name in ("galore_8bit", "fira", "apollo", "ldadam", "frugal", "qgalore")
+    for name in ("galore_8bit", "fira", "alice", "apollo", "ldadam", "frugal", "qgalore")
     for side in ("right", "left")
 ]
 

@@ -201,7 +201,7 @@ def test_memory_is_that_of_fira_and_one_number_for_each_line(options):
 def test_the_defaults_are_those_of_the_paper_and_bad_ones_raise():
     (group,) = build(parameter((40, 24)), betas=(0.7, 0.9)).param_groups
     assert (group["scale"], group["complement_scale"], group["limiter"]) == (0.3, 0.4, 1.01)
-    assert (group["betas"], group["complement_beta"]) == ((0.7, 0.9), 0.7)
+    assert (group["betas"], group["complement_beta"]) == ((0.7, 0.9), None)
     assert lo.by_name("alice") is lo.AliceAdamW
     for options, message in (
         ({"complement_scale": -0.1}, "complement_scale is -0.1; it must be at least 0"),

@@ -89,7 +89,10 @@ def test_sampled_vectors_are_singular_vectors_with_probabilities_that_follow_the
         count += drawn(vectors, gram, 1, chances(key)).square().sum(-1)
     torch.testing.assert_close(count / 4000, values / 16, atol=0.025, rtol=0)
     # Of two, drawn one after the other: P(both of the first) = p₁p₂/(1 − p₁) + p₂p₁/(1 − p₂).
-    both = sum(drawn(vectors, gram, 2, chances(key)).square().sum(-1)[:2].sum().item() > 1.5 for key in range(1, 4001)) / 4000
+    both = (
+        sum(drawn(vectors, gram, 2, chances(key)).square().sum(-1)[:2].sum().item() > 1.5 for key in range(1, 4001))
+        / 4000
+    )
     assert abs(both - (0.5 * 0.25 / 0.5 + 0.25 * 0.5 / 0.75)) < 0.03
 
 
