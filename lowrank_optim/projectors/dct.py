@@ -40,7 +40,8 @@ def transformed(lines: Tensor) -> Tensor:
     length = torch.full_like(angle, math.sqrt(2.0 / size))
     length[0] = math.sqrt(1.0 / size)
     turn = torch.polar(length, angle).to(mixed.dtype)
-    return (mixed * turn).real
+    coefficients: Tensor = (mixed * turn).real
+    return coefficients
 
 
 @dataclass(frozen=True)

@@ -177,12 +177,13 @@ class RandomizedSVD(StoredProjector):
         """What the part of a name behind the colon stands for: "8,2,1", "complement", "4,2,1,sample", "complement,0.25"."""
         words = variant.split(",") if variant else []
         numbers = [*map(int, takewhile(lambda word: word.lstrip("-").isdigit(), words))]
-        named: dict[str, Any] = dict(zip(("explore", "leading"), words[len(numbers) :], strict=False))
-        if len(words) > len(numbers) + len(named):
+        explore, leading, *more = [*words[len(numbers) :], "", ""]
+        if len(numbers) > 3 or any(more):
             raise ValueError("it has too many parts")
-        if named.get("explore") == "None":
-            named["explore"] = None
-        return cls(*numbers, **named | ({"leading": float(named["leading"])} if "leading" in named else {}))
+        given: dict[str, Any] = dict(zip(("oversample", "power_iterations", "warm_iterations"), numbers, strict=False))
+        if explore not in ("", "None"):
+            given["explore"] = explore
+        return cls(**given, **({"leading": float(leading)} if leading else {}))
 
     def compute(self, request: Refresh) -> dict[str, Tensor]:
         grad, space, old, key, first = request.grad, request.space, request.state, request.key, request.first
