@@ -25,7 +25,7 @@ import common
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels import Loaded, api, dispatch
+from lowrank_optim.kernels import Loaded, arguments, dispatch
 from lowrank_optim.projectors import RandomizedSVD, Refresh
 from lowrank_optim.quantization import zero_rows
 
@@ -100,10 +100,13 @@ def tasks(rows: int, cols: int, rank: int) -> list[Task]:
     basis, core = random(rows, rank), random(cols, rank) * 1e-4
     factors = 4 * rank * (rows + cols)
     flops = 2.0 * rows * cols * rank
-    rounding = api.words(12345, 0) if dtype == BF16 else None
-    write = (api.numbers(1e-3, 0.999), None, None, rounding)
-    adam, dense = api.numbers(0.9, 0.999, 1e-8, 3.0), api.numbers(0.9, 0.999, 1e-8, 3.0, 1e-3, 0.999)
-    noise = api.words(54321, 3, 0)
+    rounding = arguments.pack_key(12345, 0) if dtype == BF16 else None
+    write = (arguments.pack_scalars(1e-3, 0.999), None, None, rounding)
+    adam, dense = (
+        arguments.pack_scalars(0.9, 0.999, 1e-8, 3.0),
+        arguments.pack_scalars(0.9, 0.999, 1e-8, 3.0, 1e-3, 0.999),
+    )
+    noise = arguments.pack_key(54321, 3, 0)
     reduced = random(cols, rank)
     name = f"{rows}×{cols} r={rank}"
     nothing = (None, None, None, None, False)
@@ -150,7 +153,12 @@ def tasks(rows: int, cols: int, rank: int) -> list[Task]:
         ),
         Task("apply_dense_", name, (w, random(rows, cols), *write), matrix * (2 * size + 4)),
         Task("stochastic_round_", name, (w, random(rows, cols), rounding), matrix * (size + 4)),
-        Task("lion_direct_", name, (random(rows, cols), random(rows, cols), api.numbers(0.9, 0.99), None), 16 * matrix),
+        Task(
+            "lion_direct_",
+            name,
+            (random(rows, cols), random(rows, cols), arguments.pack_scalars(0.9, 0.99), None),
+            16 * matrix,
+        ),
     ]
     for bits in (8, 4):
         coded, share = codes((rows, cols), bits), bits / 8

@@ -35,6 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in items if adds_a_value(item, seen)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+    # Files with long tests come first, so that no worker has one left when the others have nothing.
+    long = {
+        item.path for item in items if {"long", "slow"} & set(item.keywords) or item.path.parent.name == "distributed"
+    }
+    items.sort(key=lambda item: item.path not in long)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,8 +1,9 @@
-// What the operations take (lowrank_optim/kernels/cpu/structures.py has the same structures), and the tables of the kernels that do them, three for each instruction set.
+// What the operations take (lowrank_optim/kernels/cpu/structures.py has the same structures), and the tables of the kernels that do
+// them, three for each instruction set.
 //
-// Definitions: lowrank_optim/kernels/reference.py and lowrank_optim/quantization/{rows,moments,basis}.py. Every float operation
-// here is rounded to float32 once, in the order written there, without fused multiply-adds, so all instruction sets, thread counts
-// and ways of cutting a tensor give the same bits.
+// Definitions: lowrank_optim/kernels/reference.py and coded_reference.py. Every float operation here is rounded to float32 once, in
+// the order written there, without fused multiply-adds, so all instruction sets, thread counts and ways of cutting a tensor give the
+// same bits.
 #pragma once
 
 #include <cstdint>

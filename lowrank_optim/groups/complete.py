@@ -9,12 +9,26 @@ from lowrank_optim.groups.options import (
     SHORTHANDS,
     check_combination,
     check_group_names,
+    check_names,
     check_parts,
     check_values,
     expand_shorthands,
     plain_options,
+    projector_option,
 )
 from lowrank_optim.groups.parts import PartRegistry, Parts, check_option_names
+from lowrank_optim.projectors import Projector
+
+
+def take_options(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Projector]:
+    """The options that an optimizer was given, without shorthands, and the projector that they name.
+
+    Raises:
+        TypeError: an option that is none of `defaults`; `where` is what was called.
+    """
+    check_names(given, (*defaults, *SHORTHANDS), where)
+    options = expand_shorthands(plain_options(given))
+    return options, projector_option(options)
 
 
 def complete_group(

@@ -43,7 +43,7 @@ def kept_bytes(plan: ParamPlan, gradient: int, state: Mapping[str, Tensor] | Non
 def count(state: dict[str, Tensor]) -> int:
     """Count one micro-batch more; returns how many there are now."""
     if "micro_batches" not in state:
-        state["micro_batches"] = kernels.host_tensor(0, torch.int64)
+        state["micro_batches"] = kernels.cpu_tensor(0, torch.int64)
     state["micro_batches"] += 1
     return int(state["micro_batches"])
 

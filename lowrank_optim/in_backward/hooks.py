@@ -186,7 +186,7 @@ class UpdateInBackward:
         self._norms: dict[tuple[int, int], Tensor] = {}
         self._found_inf: Tensor | None = None
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def on_gradient(self, param: Tensor) -> None:
         """Take the gradient of a parameter, which was just accumulated, and free it."""
         optimizer = self._optimizer()
@@ -326,7 +326,7 @@ class UpdateInBackward:
 
     # ----------------------------------------------------------------------------------------------------- for the optimizer
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def finish_step(self) -> None:
         """End a step: update parameters that got fewer than `accumulate` gradients, and write down the norm."""
         optimizer = self._require_optimizer()
@@ -348,7 +348,7 @@ class UpdateInBackward:
             norms = [self._norms[plan.place] for _, plan in _parameters(optimizer) if plan.place in self._norms]
             first[MEASURED] = record_norms(norms, first.get(MEASURED))
         if self._scaler is not None:
-            found = kernels.host_tensor(False, torch.bool) if self._found_inf is None else self._found_inf
+            found = kernels.cpu_tensor(False, torch.bool) if self._found_inf is None else self._found_inf
             self._scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {found.device: found.float()}
         self.restart()
 

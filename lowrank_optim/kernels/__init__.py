@@ -18,9 +18,8 @@ from lowrank_optim.kernels.api import (
     sgd_direct_,
     store_,
 )
-from lowrank_optim.kernels.arguments import key_of, numbers, words
+from lowrank_optim.kernels.arguments import pack_key, pack_scalars, unpack_key
 from lowrank_optim.kernels.coded_reference import decode_adam, encode_adam
-from lowrank_optim.kernels.compiling import outside_graph
 from lowrank_optim.kernels.compute import (
     cache_elements,
     compute_dtype,
@@ -42,8 +41,7 @@ from lowrank_optim.kernels.dispatch import (
     norms,
     run_many,
 )
-from lowrank_optim.kernels.host import as_python, host_tensor
-from lowrank_optim.kernels.plain import plain_arithmetic
+from lowrank_optim.kernels.host import as_python, cpu_tensor, no_autograd_no_autocast, outside_graph
 from lowrank_optim.kernels.reference import ResidualTerm, decay_, stochastic_round
 
 __all__ = [
@@ -62,21 +60,21 @@ __all__ = [
     "cache_elements",
     "call",
     "compute_dtype",
+    "cpu_tensor",
     "decay_",
     "decode_adam",
     "definition",
     "encode_adam",
-    "host_tensor",
     "is_known",
     "is_watched",
-    "key_of",
     "lion_direct_",
     "masked_scalar",
+    "no_autograd_no_autocast",
     "norm",
     "norms",
-    "numbers",
     "outside_graph",
-    "plain_arithmetic",
+    "pack_key",
+    "pack_scalars",
     "project",
     "project_with_norms",
     "rmsprop_direct_",
@@ -87,5 +85,5 @@ __all__ = [
     "sgd_direct_",
     "stochastic_round",
     "store_",
-    "words",
+    "unpack_key",
 ]

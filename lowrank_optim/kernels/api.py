@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lowrank_optim.kernels.arguments import numbers, words
+from lowrank_optim.kernels.arguments import pack_key, pack_scalars
 from lowrank_optim.kernels.dispatch import call
 from lowrank_optim.kernels.reference import ResidualTerm
 
@@ -56,7 +56,7 @@ def adam_direct_call(
     grad: Tensor, moments: tuple[Tensor, Tensor], ok: Tensor | None, **adam: Unpack[AdamNumbers]
 ) -> tuple[Any, ...]:
     """The arguments of the operation `adam_direct_`, for `run_many`."""
-    return grad, *moments, numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"]), ok
+    return grad, *moments, pack_scalars(adam["beta1"], adam["beta2"], adam["eps"], adam["step"]), ok
 
 
 def adam_dense_call(
@@ -68,13 +68,13 @@ def adam_dense_call(
     **adam: Unpack[AdamNumbers],
 ) -> tuple[Any, ...]:
     """The arguments of the operation `adam_dense_`, for `run_many`."""
-    scalars = numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"])
-    return weight, grad, *moments, scalars, write["ok"], words(write["rounding_key"], start)
+    scalars = pack_scalars(adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"])
+    return weight, grad, *moments, scalars, write["ok"], pack_key(write["rounding_key"], start)
 
 
 def lion_direct_(grad: Tensor, exp_avg: Tensor, *, beta1: float, beta2: float, ok: Tensor | None = None) -> Tensor:
     """Lion's direction and momentum, see `reference.lion_direct_`."""
-    result: Tensor = call("lion_direct_", grad, exp_avg, numbers(beta1, beta2), ok)
+    result: Tensor = call("lion_direct_", grad, exp_avg, pack_scalars(beta1, beta2), ok)
     return result
 
 
@@ -82,13 +82,13 @@ def sgd_direct_(
     grad: Tensor, exp_avg: Tensor, *, momentum: float, nesterov: bool = False, ok: Tensor | None = None
 ) -> Tensor:
     """Momentum and direction of SGD, see `reference.sgd_direct_`."""
-    result: Tensor = call("sgd_direct_", grad, exp_avg, numbers(momentum), ok, nesterov)
+    result: Tensor = call("sgd_direct_", grad, exp_avg, pack_scalars(momentum), ok, nesterov)
     return result
 
 
 def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, *, alpha: float, eps: float, ok: Tensor | None = None) -> Tensor:
     """RMSprop's second moment and direction, see `reference.rmsprop_direct_`."""
-    result: Tensor = call("rmsprop_direct_", grad, exp_avg_sq, numbers(alpha, eps), ok)
+    result: Tensor = call("rmsprop_direct_", grad, exp_avg_sq, pack_scalars(alpha, eps), ok)
     return result
 
 
@@ -113,10 +113,10 @@ def apply_(
         weight,
         left,
         right,
-        numbers(alpha, 1.0 if isinstance(keep, Tensor) else keep),
+        pack_scalars(alpha, 1.0 if isinstance(keep, Tensor) else keep),
         keep if isinstance(keep, Tensor) else None,
         ok,
-        None if rounding_key is None else words(rounding_key, start),
+        None if rounding_key is None else pack_key(rounding_key, start),
         grad,
         phi,
         subtract_left,
@@ -137,9 +137,9 @@ def apply_dense_(
 ) -> None:
     """W ← keep·W − α·N for a direction of the weight's own shape."""
     number, factor = (1.0, keep) if isinstance(keep, Tensor) else (keep, None)
-    call("apply_dense_", weight, direction, numbers(alpha, number), factor, ok, words(rounding_key, start))
+    call("apply_dense_", weight, direction, pack_scalars(alpha, number), factor, ok, pack_key(rounding_key, start))
 
 
 def store_(target: Tensor, value: Tensor, rounding_key: int | None, start: int = 0) -> None:
     """target ← value, rounded to the target's type: to nearest, or stochastically with a key."""
-    call("stochastic_round_", target, value, words(rounding_key, start))
+    call("stochastic_round_", target, value, pack_key(rounding_key, start))

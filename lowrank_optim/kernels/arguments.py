@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import signed_key, unsigned_key
-from lowrank_optim.kernels.host import host_tensor
+from lowrank_optim.kernels.host import cpu_tensor
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers of the storage types, in csrc/cpu/ops.h and csrc/cuda/arithmetic.h."""
@@ -21,27 +21,27 @@ def adam_numbers(beta1: float, beta2: float, eps: float, step: float) -> tuple[f
     return 1.0 - beta1, beta2, 1.0 - beta2, bc1 / bc2**0.5, bc1 * eps
 
 
-def numbers(*values: float) -> Tensor:
+def pack_scalars(*values: float) -> Tensor:
     """The `scalars` of an operation, which none changes: parameters of one step share them."""
     if torch._C._len_torch_dispatch_stack():  # a mode may make tensors of its own
-        return host_tensor(values, torch.float64)
-    return _numbers(values)
+        return cpu_tensor(values, torch.float64)
+    return _pack_scalars(values)
 
 
 @lru_cache(maxsize=64)
-def _numbers(values: tuple[float, ...]) -> Tensor:
-    return host_tensor(values, torch.float64)
+def _pack_scalars(values: tuple[float, ...]) -> Tensor:
+    return cpu_tensor(values, torch.float64)
 
 
-def words(key: int | None, *more: int) -> Tensor | None:
+def pack_key(key: int | None, *more: int) -> Tensor | None:
     """The `noise` or `rounding` of an operation; the key's 64 bits as a signed integer. None without a key."""
     if key is None:
         return None
-    return host_tensor((signed_key(key), *more), torch.int64)
+    return cpu_tensor((signed_key(key), *more), torch.int64)
 
 
-def key_of(words: Tensor | None) -> tuple[int | None, list[int]]:
-    """The inverse of `words`."""
+def unpack_key(words: Tensor | None) -> tuple[int | None, list[int]]:
+    """The inverse of `pack_key`."""
     if words is None:
         return None, [0, 0]
     key, *more = words.tolist()

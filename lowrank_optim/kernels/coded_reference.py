@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.api import apply_dense_
-from lowrank_optim.kernels.arguments import key_of, words
+from lowrank_optim.kernels.arguments import pack_key, unpack_key
 from lowrank_optim.kernels.compute import cache_elements, compute_dtype, is_known, row_chunks, row_norms
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.kernels.dispatch import definition
@@ -34,7 +34,7 @@ MIN_SCALE = 2.0**-100
 def quantize_rows(
     x: Tensor, col_scale: Tensor | None, noise: Tensor | None, bits: int, signed: bool, block: int
 ) -> tuple[Tensor, Tensor]:
-    key, (turn, start) = key_of(noise)
+    key, (turn, start) = unpack_key(noise)
     code_shape, scale_shape = coded_shapes(tuple(x.shape), bits, block)
     codes = x.new_empty(code_shape, dtype=torch.int8 if bits == 8 and signed else torch.uint8)
     scale, cols = x.new_empty(scale_shape, dtype=torch.float32), x.shape[-1]
@@ -246,8 +246,8 @@ def coded_adam_dense_(
     if weight.numel() == 0:
         return
     *_, alpha, keep = scalars.tolist()
-    key, (turn, start) = key_of(noise)
-    rounding_key, (first, *_) = key_of(rounding)
+    key, (turn, start) = unpack_key(noise)
+    rounding_key, (first, *_) = unpack_key(rounding)
     rows, cols = weight.shape[-2] if weight.dim() > 1 else 1, weight.shape[-1]
     stacks = [
         tensor.view(-1, rows, tensor.shape[-1]) for tensor in (weight, grad, ratio, ratio_scale, root, root_scale)
@@ -257,7 +257,7 @@ def coded_adam_dense_(
         for chunk in row_chunks(rows, cols):
             w, g, *codes = (matrix[chunk] for matrix in matrices)
             own, element = None if columns is None else columns[i], (i * rows + chunk.start) * cols
-            part = None if noise is None else words(key, turn, start + element)
+            part = None if noise is None else pack_key(key, turn, start + element)
             direction = coded_adam_direct_(g.to(torch.float32), *codes, own, scalars[:4], part, ok, bits, block)
             apply_dense_(
                 w,

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.host import host_tensor
+from lowrank_optim.kernels.host import cpu_tensor
 
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -149,7 +149,7 @@ def gaussian(key: int, shape: tuple[int, ...], device: torch.device, dtype: torc
     float32 (but for about one element in 10**8).
     """
     out = torch.empty(shape, dtype=dtype, device=device)
-    torch.ops.lowrank_optim.gaussian_.default(out, host_tensor([signed_key(key)], torch.int64))
+    torch.ops.lowrank_optim.gaussian_.default(out, cpu_tensor([signed_key(key)], torch.int64))
     return out
 
 

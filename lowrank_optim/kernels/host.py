@@ -1,13 +1,59 @@
-"""What the host reads: tensors of counters, keys and numbers, and numbers that come as other types than Python's own."""
+"""What the modes of torch would do to a step, and what the host reads.
 
+no_autograd_no_autocast    arithmetic in the types that are written
+outside_graph              the step under `torch.compile`
+cpu_tensor, as_python      small tensors of counters, keys and numbers; numbers that come as other types than Python's own
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # imports the compiler when it is first called, and not before
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu")
 
 
-def host_tensor(values: Any, dtype: torch.dtype | None) -> Tensor:
+def no_autograd_no_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """The decorated function runs without gradients, and without autocast, which would make matrix products in 16 bits."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        casting = [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
+        with torch.no_grad():
+            if not casting:
+                return function(*args, **kwargs)
+            with ExitStack() as stack:
+                for kind in casting:
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+                return function(*args, **kwargs)
+
+    return run
+
+
+def outside_graph(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), never traced.
+
+    A step decides on the host, by counters that change every time, which matrices get a new subspace; its work is a few large
+    operations with kernels of their own, in which a compiler finds nothing to fuse. Tracing it would cost a graph break for every
+    decision and a recompilation for every count. The operations themselves (`torch.ops.lowrank_optim`) can stand in compiled code.
+    """
+    return _untraced(function, *args) if torch.compiler.is_compiling() else function(*args)
+
+
+@_disable_dynamo
+def _untraced(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def cpu_tensor(values: Any, dtype: torch.dtype | None) -> Tensor:
     """`torch.tensor(values, dtype=dtype)` on the CPU, whatever the default device is (which is a mode of torch functions, too)."""
     with torch._C.DisableTorchFunction():
         return torch.tensor(values, dtype=dtype)

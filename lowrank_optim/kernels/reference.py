@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.arguments import adam_numbers, key_of
+from lowrank_optim.kernels.arguments import adam_numbers, unpack_key
 from lowrank_optim.kernels.compute import compute_dtype, masked_scalar, row_chunks, row_norms
 from lowrank_optim.kernels.counter_rng import fill_gaussian_, random_bits, unsigned_key
 from lowrank_optim.kernels.dispatch import call, definition
@@ -114,7 +114,7 @@ def adam_dense_(
 ) -> None:
     """As `adam_direct_` and `apply_dense_`: W ← keep·W − α·N, all contiguous and modified in place but the gradient."""
     *_, alpha, keep = scalars.tolist()
-    key, (start, *_) = key_of(rounding)
+    key, (start, *_) = unpack_key(rounding)
     flat = [tensor.view(-1) for tensor in (weight, grad, exp_avg, exp_avg_sq)]
     for chunk in row_chunks(weight.numel(), 1):
         w, g, m, v = (tensor[chunk] for tensor in flat)
@@ -184,7 +184,7 @@ def apply_(
         grad, phi, subtract_left, subtract_right, sign: φ ⊙ E, see `ResidualTerm`; None leaves it out.
     """
     alpha, number = scalars.tolist()
-    key, (start, *_) = key_of(rounding)
+    key, (start, *_) = unpack_key(rounding)
     residual = None
     if grad is not None and phi is not None:
         residual = ResidualTerm(grad, phi, ok, sign, subtract_left, subtract_right)
@@ -295,7 +295,7 @@ def apply_dense_(
 ) -> None:
     """W ← keep·W − α·N for a direction of the weight's own shape; the arguments are those of `apply_`."""
     alpha, number = scalars.tolist()
-    key, (start, *_) = key_of(rounding)
+    key, (start, *_) = unpack_key(rounding)
     factor = number if keep is None else keep
     write_(weight, direction, alpha=alpha, keep=factor, ok=ok, rounding_key=key, start=start)
 
@@ -329,7 +329,7 @@ def write_(
 @definition("stochastic_round_")
 def stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) -> None:
     """target ← value, rounded as in `store_`."""
-    key, (start, *_) = key_of(rounding)
+    key, (start, *_) = unpack_key(rounding)
     store_(target, value, key, start)
 
 

@@ -158,7 +158,7 @@ def _ok(ok: bool | None) -> Tensor | None:
 
 
 def _noise(turn: int | None, start: int) -> Tensor | None:
-    return arguments.words(None if turn is None else KEY, 0 if turn is None else turn, start)
+    return arguments.pack_key(None if turn is None else KEY, 0 if turn is None else turn, start)
 
 
 # ------------------------------------------------------------------------------------------------------------------ arguments
@@ -196,7 +196,7 @@ def apply(
     g = None if grad is None else as_layout(draw(4, shape, grad), layout)
     scale = None if grad is None else positive(5, (*batch, *lines))
     pair = (draw(6, (*batch, rows, rank)), draw(7, (*batch, rank, cols))) if subtract else (None, None)
-    scalars = arguments.numbers(alpha, 1.0 if isinstance(keep, Tensor) else keep)
+    scalars = arguments.pack_scalars(alpha, 1.0 if isinstance(keep, Tensor) else keep)
     if ok is False:  # what the caller promises for it
         left.zero_()
         if scale is not None:
@@ -206,7 +206,7 @@ def apply(
 
 
 def _words(rounding: bool, start: int) -> Tensor | None:
-    return arguments.words(ROUNDING_KEY if rounding else None, start)
+    return arguments.pack_key(ROUNDING_KEY if rounding else None, start)
 
 
 def apply_dense(
@@ -222,7 +222,7 @@ def apply_dense(
 ) -> Arguments:
     w = as_layout(draw(1, shape, weight), layout)
     direction = as_layout(spoiled(draw(2, shape), "zeros" if ok is False else fill), layout)
-    scalars = arguments.numbers(alpha, 1.0 if isinstance(keep, Tensor) else keep)
+    scalars = arguments.pack_scalars(alpha, 1.0 if isinstance(keep, Tensor) else keep)
     number = keep if isinstance(keep, Tensor) else None
     return w, direction, scalars, number, _ok(ok), _words(rounding, start)
 
@@ -243,7 +243,7 @@ def adam_direct(
     shape: Shape, ok: bool | None = None, step: float = 3.0, fill: str = "plain", layout: str = "plain"
 ) -> Arguments:
     grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else fill), layout)
-    return grad, draw(2, shape), draw(3, shape).square_(), arguments.numbers(0.9, 0.999, 1e-8, step), _ok(ok)
+    return grad, draw(2, shape), draw(3, shape).square_(), arguments.pack_scalars(0.9, 0.999, 1e-8, step), _ok(ok)
 
 
 def adam_dense(
@@ -259,27 +259,27 @@ def adam_dense(
     layout: str = "plain",
 ) -> Arguments:
     w, g = as_layout(draw(1, shape, weight), layout), as_layout(spoiled(draw(2, shape, grad), fill), layout)
-    scalars = arguments.numbers(0.9, 0.999, 1e-8, 3.0, alpha, keep)
+    scalars = arguments.pack_scalars(0.9, 0.999, 1e-8, 3.0, alpha, keep)
     return w, g, draw(3, shape), draw(4, shape).square_(), scalars, _ok(ok), _words(rounding, start)
 
 
 def lion_direct(shape: Shape, ok: bool | None = None, fill: str = "plain", layout: str = "plain") -> Arguments:
     grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else fill), layout)
-    return grad, draw(2, shape), arguments.numbers(0.9, 0.99), _ok(ok)
+    return grad, draw(2, shape), arguments.pack_scalars(0.9, 0.99), _ok(ok)
 
 
 def sgd_direct(
     shape: Shape, ok: bool | None = None, nesterov: bool = False, fill: str = "plain", layout: str = "plain"
 ) -> Arguments:
     grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else fill), layout)
-    return grad, draw(2, shape), arguments.numbers(0.9), _ok(ok), nesterov
+    return grad, draw(2, shape), arguments.pack_scalars(0.9), _ok(ok), nesterov
 
 
 def rmsprop_direct(
     shape: Shape, ok: bool | None = None, alpha: float = 0.99, fill: str = "plain", layout: str = "plain"
 ) -> Arguments:
     grad = as_layout(spoiled(draw(1, shape), "zeros" if ok is False else fill), layout)
-    return grad, draw(2, shape).square_(), arguments.numbers(alpha, 1e-8), _ok(ok)
+    return grad, draw(2, shape).square_(), arguments.pack_scalars(alpha, 1e-8), _ok(ok)
 
 
 def coded_adam_direct(
@@ -301,7 +301,7 @@ def coded_adam_direct(
     if fresh:
         ratio_scale.zero_()
         root_scale.zero_()
-    scalars = arguments.numbers(0.9, 0.999, 1e-8, 1.0 if fresh else 7.0)
+    scalars = arguments.pack_scalars(0.9, 0.999, 1e-8, 1.0 if fresh else 7.0)
     codes = (ratio, ratio_scale, root, root_scale)
     return grad, *codes, _col_scale(col_scale, shape), scalars, _noise(turn, start), _ok(ok), bits, block
 
@@ -324,7 +324,7 @@ def coded_adam_dense(
 ) -> Arguments:
     g, *codes, columns, _, noise, flag, _, _ = coded_adam_direct(shape, bits, block, col_scale, turn, start, ok, fill)
     w = as_layout(draw(9, shape, weight), layout)
-    scalars = arguments.numbers(0.9, 0.999, 1e-8, 7.0, alpha, keep)
+    scalars = arguments.pack_scalars(0.9, 0.999, 1e-8, 7.0, alpha, keep)
     return w, as_layout(g.to(grad), layout), *codes, columns, scalars, noise, flag, _words(rounding, start), bits, block
 
 
@@ -380,7 +380,7 @@ def unpack_basis(shape: Shape, dtype: torch.dtype = F32, bits: int = 4, group: i
 
 def gaussian(shape: Shape, dtype: torch.dtype = F32, key: int = KEY) -> Arguments:
     """gaussian_."""
-    return torch.zeros(shape, dtype=dtype), arguments.words(key)
+    return torch.zeros(shape, dtype=dtype), arguments.pack_key(key)
 
 
 def case(op: str, make: Callable[..., Arguments], *args: Any, **options: Any) -> Case:

@@ -221,7 +221,7 @@ def by_rows(func: Any, weight: CodedMatrix, *args: Any) -> None:
     """
     schema = func._schema.arguments[1:]
     rounding = next(value for value, argument in zip(args, schema, strict=True) if argument.name == "rounding")
-    key, (start, *_) = kernels.key_of(rounding)
+    key, (start, *_) = kernels.unpack_key(rounding)
     rows, cols = weight.shape
     for chunk in kernels.row_chunks(rows, cols):
         first = chunk.start * cols
@@ -230,7 +230,7 @@ def by_rows(func: Any, weight: CodedMatrix, *args: Any) -> None:
             if argument.name == "rounding":
                 value = None  # nothing is rounded before it is coded
             elif argument.name == "noise" and value is not None:
-                value = value + kernels.host_tensor([0, 0, first], torch.int64)
+                value = value + kernels.cpu_tensor([0, 0, first], torch.int64)
             elif isinstance(value, Tensor) and _has_rows(argument.name, value, rows):
                 value = value[chunk]
             parts.append(value)

@@ -4,7 +4,7 @@
 each param group. How one parameter is stepped stands in `lowrank_optim.step`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,15 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowrank_optim import kernels
-from lowrank_optim.groups.complete import check_group, complete_group, list_params
-from lowrank_optim.groups.options import (
-    DEFAULTS,
-    SHORTHANDS,
-    check_names,
-    expand_shorthands,
-    plain_options,
-    projector_option,
-)
+from lowrank_optim.groups.complete import check_group, complete_group, list_params, take_options
+from lowrank_optim.groups.options import DEFAULTS, plain_options
 from lowrank_optim.groups.parts import Part, PartRegistry
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.change_group import change_group
@@ -64,8 +57,7 @@ class LowRankOptimizer(Optimizer):
         residual: what becomes of the gradient outside the subspace: a `Residual`, or its name: "none", "sgd", "sign",
             "error_feedback", "norm_scaled", "gradient_scaled", "complement_scaled". Its fields become options of the groups.
         parts: rules, projectors and residuals of your own that a group, or a checkpoint, refers to by name.
-        lr: learning rate η.
-        weight_decay: decoupled weight decay λ.
+        lr, weight_decay: learning rate η and decoupled weight decay λ.
         **options: see `Options`.
 
     Raises:
@@ -112,15 +104,12 @@ class LowRankOptimizer(Optimizer):
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
-        rule = rule if isinstance(rule, Rule) else rule_from_name(rule)
-        dense = rule if dense_rule is None else dense_rule
-        dense = dense if isinstance(dense, Rule) else rule_from_name(dense)
+        named = (rule, rule if dense_rule is None else dense_rule)
+        rule, dense = (part if isinstance(part, Rule) else rule_from_name(part) for part in named)
         residual = residual if isinstance(residual, Residual) else residual_from_name(residual)
         own = {**dense.options(), **rule.options(), **residual.options()}
         valid = plain_options({**DEFAULTS, **own, **self._group_options, "lr": lr, "weight_decay": weight_decay})
-        check_names(options, (*valid, *SHORTHANDS), f"{type(self).__name__}(…)")
-        options = expand_shorthands(plain_options(options))
-        projector = projector_option(options)
+        options, projector = take_options(options, valid, f"{type(self).__name__}(…)")
         self.parts = PartRegistry(rule, dense, projector, residual, parts)
         defaults = {**valid, **options, "projector": projector.name, "rule": rule.name, "residual": residual.name}
         self.plans, self._skipped = Plans(self.parts), SkippedUpdates()
@@ -200,10 +189,10 @@ class LowRankOptimizer(Optimizer):
         self._step()
         return loss
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def _step(self) -> None:
         self.plans.check_structure(self.param_groups)
-        self._enter([param for group in self.param_groups for param in group["params"]])
+        self.enter([param for group in self.param_groups for param in group["params"]])
         if self._in_backward is not None:
             self._in_backward.finish_step()
         else:
@@ -212,7 +201,7 @@ class LowRankOptimizer(Optimizer):
         self._skipped.poll()
         self._end_step()
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def enter(self, params: Iterable[Tensor]) -> None:
         """Let parameters into a step: all are checked before anything changes; state and gradients are then as the step needs them.
 
@@ -220,9 +209,7 @@ class LowRankOptimizer(Optimizer):
             RuntimeError: a parameter is not one that the optimizer was built with, or has another shape than its state is for.
             ValueError: a parameter that cannot be written to, or a gradient that no step can use.
         """
-        self._enter(list(params))
-
-    def _enter(self, params: Sequence[Tensor]) -> None:
+        params = list(params)
         moved, unsettled = enter(params, self.plans, self.param_groups)
         if moved:
             follow(self, params)
@@ -246,7 +233,7 @@ class LowRankOptimizer(Optimizer):
                 elif unit[-1] is param:
                     yield joint_step([self.trained(member) for member in unit], [norms.get(member) for member in unit])
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def step_param(self, param: Tensor, norm: Tensor | None = None) -> None:
         """Update one parameter from its gradient, and no other but those that its rule steps with it. No gradient, no change.
 
@@ -272,17 +259,15 @@ class LowRankOptimizer(Optimizer):
         if changed is None:
             plan = self.plans[param]
             group: Mapping[str, Any] = self.param_groups[plan.group]
-            state: dict[str, Tensor] = self.state.get(param) or self._new_state(param, group, plan)
+            state: dict[str, Tensor] = self.state.get(param, {})
+            if not state:
+                self.state[param] = state = init_state(param, group, plan)
         else:
             group, plan, state = changed
         if plan.sharding is not LOCAL:
             state = LocalState(state, plan.placed)
         moments, offset = open_moments(group, plan, state, param.dtype), self.plans.offset(param, plan, group)
         return TrainedParam(param, group, plan, state, moments, offset, self._skipped, self._mask_on_device)
-
-    def _new_state(self, param: Tensor, group: Mapping[str, Any], plan: ParamPlan) -> dict[str, Tensor]:
-        self.state[param] = state = init_state(param, group, plan)
-        return state
 
     def _admits(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether a gradient may be used; subclasses drop those of parameters that sleep."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from lowrank_optim.kernels.counter_rng import PURPOSE_LAYERS, choose, make_key, random_bits, uniform
-from lowrank_optim.kernels.host import host_tensor
+from lowrank_optim.kernels.host import cpu_tensor
 
 ORDERS = ("random", "ascending", "descending", "fixed")
 
@@ -60,7 +60,7 @@ def block_of_visit(order: str, visit: int, population: int, start: int | None, s
         return ((population - 1 if start is None else start) - visit) % population
     cycle, position = divmod(visit, population)
     key = make_key(seed, 1, cycle, PURPOSE_LAYERS)
-    permutation: list[int] = random_bits(key, host_tensor(range(population), torch.int64)).argsort(stable=True).tolist()
+    permutation: list[int] = random_bits(key, cpu_tensor(range(population), torch.int64)).argsort(stable=True).tolist()
     if cycle == 0 and start is not None:
         permutation.remove(start)
         permutation.insert(0, start)

@@ -72,12 +72,12 @@ class MuonAdamW(LowRankOptimizer):
         **options: Unpack[Options],
     ) -> None:
         rule = Muon(momentum, as_python(nesterov), adjust_lr_fn=adjust_lr_fn, inner_dtype=inner_dtype)
-        groups = list(params) if not isinstance(params, Tensor) else [params]
+        groups: Any = list(params) if not isinstance(params, Tensor) else [params]
         says = {key for group in [options, *groups] if isinstance(group, dict) for key in group}
         if self.matrix_options and says.isdisjoint(("rule", "rank", "density")):
             raise ValueError(
-                f"no group says which parameters are trained by Muon: {type(self).__name__}(lo.param_groups(model, rule={rule.name!r})) "
-                f'gives it the matrices of the layers; in groups of your own, say {{"params": …, "rule": {rule.name!r}}}'
+                "no group says which parameters are trained by Muon: MuonAdamW(lo.param_groups(model, rule='muon')) gives it the "
+                'matrices of the layers; in groups of your own, say {"params": …, "rule": "muon"}'
             )
         if adamw_lr is not None:
             groups = [_with_rate(group, adamw_lr, options) for group in groups]
@@ -97,22 +97,21 @@ class SUMOAdamW(MuonAdamW):
 
         R = G B,   m ← μm + (1−μ)R,   N = s·m (mᵀm)^(−1/2),   W ← (1 − ηλ) W − η α lift(N)
 
-    (for the right side; Nesterov's gradient is added to m if asked for). (mᵀm)^(−1/2) is that of an r×r matrix, from its eigenvalues,
-    where Newton–Schulz is far from it for the small singular values that low-rank moments have. At a refresh m goes along into the new
-    subspace. N is as long in every step, so that the released limiter of its growth has nothing to do. s = 0.2·√D gives N the root mean
-    square of Adam's N.
+    for the right side. (mᵀm)^(−1/2) comes from the eigenvalues of the r×r matrix: Newton–Schulz is far from it for the small singular
+    values that moments in a subspace have. At a refresh m goes along into the new subspace. N has the same length in every step, so
+    that the paper's limiter of its growth would change nothing. s = 0.2·√D gives N the root mean square of Adam's N.
 
     Matrices whose short side is below the rank are trained by Muon as they are. On a GPU the host waits for the eigenvalues.
 
     Args:
-        params, lr, adamw_lr, momentum, betas, eps, weight_decay, nesterov, adjust_lr_fn, inner_dtype: as for `MuonAdamW`; `nesterov` is
-            False.
+        params, lr, adamw_lr, momentum, betas, eps, weight_decay, adjust_lr_fn, inner_dtype: as for `MuonAdamW`.
+        nesterov: take (1−μ)R + μm in place of m.
         **options: see `Options`; `on_refresh` is "rotate" unless given, `scale` (α) 1.
 
     Memory, for an m×n matrix with D = max(m, n), d = min(m, n): 4·D·r bytes of momentum and 4·d·r of basis.
 
-    Paper: Refael et al., "SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating Memory-Efficient LLM Training", NeurIPS 2025,
-    arXiv:2505.24749.
+    Paper: Refael et al., "SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating Memory-Efficient LLM Training",
+    NeurIPS 2025, arXiv:2505.24749.
 
     Example:
         >>> import torch, lowrank_optim as lo

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from lowrank_optim import kernels
 from lowrank_optim.kernels.counter_rng import choose, derive_key
-from lowrank_optim.kernels.host import host_tensor
+from lowrank_optim.kernels.host import cpu_tensor
 from lowrank_optim.projectors.base import Basis, GradientTerm, Projector, Refresh, StepParams, SubspaceSpec, row_squares
 from lowrank_optim.projectors.dense_basis import DenseBasis
 from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
@@ -72,7 +72,7 @@ class WholeBasis:
         return moment
 
     def overlap(self, old: Self) -> Tensor:
-        return kernels.host_tensor(1.0, torch.float32)
+        return kernels.cpu_tensor(1.0, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Blocks(Projector):
         return ()
 
     def init(self, space: SubspaceSpec, key: int, device: torch.device) -> dict[str, Tensor]:
-        return {"turn": host_tensor(0, torch.int64)}
+        return {"turn": cpu_tensor(0, torch.int64)}
 
     def refresh(self, request: Refresh) -> dict[str, Tensor] | None:
         return {"turn": request.state["turn"] + (not request.first)}

@@ -83,7 +83,7 @@ def encode_moments(
 
     Memory: 2·(bits/8 + 4/block) bytes per element.
     """
-    noise = kernels.words(key, turn, start)
+    noise = kernels.pack_key(key, turn, start)
     return MomentCodes(*kernels.encode_adam(exp_avg, exp_avg_sq, col_scale, noise, bits, block))
 
 

@@ -226,8 +226,8 @@ class CodedMoments(Mapping[str, Tensor]):
         they are and N is 0; None means true.
         """
         rows, scale = grad.reshape(row_shape(self.shape)), self.state.get("col_scale")
-        noise = kernels.words(self.key, turn, self.start)
-        scalars = kernels.numbers(adam["beta1"], adam["beta2"], adam["eps"], adam["step"])
+        noise = kernels.pack_key(self.key, turn, self.start)
+        scalars = kernels.pack_scalars(adam["beta1"], adam["beta2"], adam["eps"], adam["step"])
         return rows, *codes, scale, scalars, noise, ok, self.bits, BLOCK
 
     def adam_dense_call(
@@ -243,11 +243,11 @@ class CodedMoments(Mapping[str, Tensor]):
         shape = row_shape(self.shape)
         if tuple(weight.shape) != shape:  # a view of a quantised weight would be a copy
             weight, grad = weight.view(shape), grad.view(shape)
-        noise, scale = kernels.words(self.key, turn, self.start), self.state.get("col_scale")
-        scalars = kernels.numbers(
+        noise, scale = kernels.pack_key(self.key, turn, self.start), self.state.get("col_scale")
+        scalars = kernels.pack_scalars(
             adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"]
         )
-        rounding = kernels.words(write["rounding_key"], self.start)
+        rounding = kernels.pack_key(write["rounding_key"], self.start)
         return weight, grad, *codes, scale, scalars, noise, write["ok"], rounding, self.bits, BLOCK
 
 

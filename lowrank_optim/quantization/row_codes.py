@@ -69,7 +69,7 @@ def quantize_rows(
 
     Memory: bits/8 + 4/block bytes per element, see `quantized_bytes`.
     """
-    noise = kernels.words(key, turn, start)
+    noise = kernels.pack_key(key, turn, start)
     codes, scale = kernels.call("quantize_rows", x, col_scale, noise, bits, signed, block)
     return codes, scale
 

@@ -21,28 +21,30 @@ class Muon(MomentumRule):
     """N = s·U f(S) Vᵀ with m ← μm + (1−μ)R and U S Vᵀ = (1−μ)R + μm (Nesterov), or m.
 
     f is near 1: `ns_steps` of Newton–Schulz's iteration, as in `torch.optim.Muon`. In a subspace f is 1 (SUMO): m (mᵀm)^(−1/2) by the
-    eigenvalues of the r×r Gram matrix; singular values below max(rows, r)·2⁻²³ of the largest are taken as noise, and left out.
+    eigenvalues of the r×r Gram matrix; singular values below r·2⁻²³ of the largest are noise, and left out.
     The size s depends on the shape of the matrix, rows × cols, as torch's `adjust_lr_fn` says:
 
         "original", None       √max(1, rows/cols)
         "match_rms_adamw"      0.2·√max(rows, cols), of R in a subspace: the root mean square of Adam's N
 
     Weight decay is by η, not by ηs. The rule is for matrices: convolutions (out × the rest), stacks of experts (each for itself) and
-    the matrices of fused layers, which `split` parts. Vectors are trained by the optimizer's
-    `dense_rule`, if it has another one, and else refused when it is built.
+    the matrices of fused layers, which `split` parts. Vectors are trained by the optimizer's `dense_rule`, if that is another one,
+    else refused when it is built.
 
     Sharded rows or columns (FSDP2, tensor parallelism) are not gathered. Of a matrix that is split along one side, the Gram matrix of
-    the other side is summed over the processes, d² numbers of 8 bytes for each matrix (and block of `split`) and step; the polynomial
-    is evaluated on it, in about 34·d³ float64 operations on every process. Where the other side is much longer, as of a wide matrix
-    with split rows, each process first exchanges its share of the matrix for a share of columns, and back at the end, so that d is the
-    shorter side: two all-to-alls of m·n/p elements besides (not with `split`). Matrices that are split along both sides are refused.
-    Moments in few bits are coded in rows; where those are split, the matrix is gathered (use `state_bits` 32 or 16).
+    the other side is summed over the processes: d² numbers for each matrix and step. Newton–Schulz's polynomial is evaluated on it,
+    in about 34·d³ float64 operations on every process. Where the other side is much longer, as in a wide matrix with split rows, each
+    process first exchanges its part of the rows for a part of the columns, and back at the end, so that d is the shorter side; that
+    sends two times m·n/p elements besides. With `split`, there are d² numbers for each block, and nothing is exchanged.
 
-    The error of U f(S) Vᵀ, as its largest singular value, for any singular values of the matrix:
+    Matrices that are split along both sides are refused. Moments in 8 or 4 bits are coded in rows: a matrix whose rows are split is
+    not gathered, one whose columns are split is.
 
-        inner_dtype    whole matrices    sharded ones    bytes of a number in a sum
-        "float32"      2·10⁻⁵            10⁻⁷            8
-        "bfloat16"     0.2               2·10⁻³          4, at most 5 `ns_steps`
+    The error of U f(S) Vᵀ, as its largest singular value, whatever the singular values of the matrix:
+
+        inner_dtype    whole matrices    sharded ones    bytes of a number in the sum
+        "float32"      3·10⁻⁵            2·10⁻⁷          8
+        "bfloat16"     0.2               3·10⁻³          4, at most 5 `ns_steps`
 
     momentum, nesterov: μ, and whether the gradient counts once more.
     ns_coefficients, ns_steps: a, b, c of X ← aX + b(XXᵀ)X + c(XXᵀ)²X, and how often.
@@ -109,8 +111,8 @@ class Muon(MomentumRule):
             )
         if isinstance(split, int) and rows % split:
             raise ValueError(
-                f"has {rows} rows, which split={split} does not divide; give the sizes of the blocks, as split=({rows - rows // split},"
-                f" {rows // split}), or the other parameters a group of their own"
+                f"has {rows} rows, which split={split} does not divide; give the sizes of the blocks, such as "
+                f"split=({rows - rows // split}, {rows // split}), or the other parameters a group of their own"
             )
         if isinstance(split, (tuple, list)) and sum(split) != rows:
             raise ValueError(
@@ -188,8 +190,8 @@ class NorMuon(Muon):
 
         v_i ← β₂ v_i + (1−β₂) mean_j O_ij²,   Ô_i = O_i / (√v_i + 10⁻⁸),   N = s·Ô ‖O‖/‖Ô‖
 
-    Rows of R are output neurons of a dense matrix, and in a subspace those of the longer side. Norms are those of each matrix of a stack
-    and of each block of `split`. A sharded matrix sends two numbers more for each block (row sums, if columns are split).
+    Row i of R is an output neuron of a dense matrix; in a subspace, it is one of the longer side. Every matrix of a stack, and every
+    block of `split`, has a norm of its own. Sharded, it sends two numbers more for each block, and row sums if columns are split.
 
     beta2: β₂.
 

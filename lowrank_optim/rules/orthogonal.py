@@ -60,7 +60,8 @@ def inverse_root(gram: Tensor, tolerance: float) -> Tensor:
     """(MᵀM)^(−1/2); eigenvalues up to `tolerance` times the largest count as 0, and so does what is not finite."""
     values, vectors = torch.linalg.eigh(gram.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
     roots = torch.where(values > tolerance * values[..., -1:], values.clamp_min(0.0).rsqrt(), 0.0)
-    return (vectors * roots.unsqueeze(-2)) @ vectors.mT
+    root: Tensor = (vectors * roots.unsqueeze(-2)) @ vectors.mT
+    return root
 
 
 def gram_dtype(inner: torch.dtype, device: torch.device) -> torch.dtype:
@@ -115,6 +116,6 @@ class Orthogonalization:
 
 
 def saves(shape: tuple[int, ...], held: int, processes: Sequence[int]) -> bool:
-    """Whether two exchanges and the Gram matrix of the split side are less to send than that of the other side, in 4 bytes and in 8."""
+    """Whether to send two exchanges (4 bytes an element) and the split side's Gram matrix (8), and not that of the other side."""
     mine, other = shape[held], shape[-3 - held]
     return len(processes) == 1 and 16 * mine**2 + 8 * mine * other / processes[0] < 16 * other**2

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.host import host_tensor
+from lowrank_optim.kernels.host import cpu_tensor
 from lowrank_optim.sharding.param_sharding import LOCAL, MeshParamSharding, ParamSharding
 from lowrank_optim.sharding.tensor_sharding import UNSHARDED, MeshSharding, TensorSharding
 
@@ -217,7 +217,7 @@ def placed(tensor: Tensor, spread: TensorSharding) -> Tensor:
 
 def as_tensor(value: Any) -> Tensor:
     """A tensor itself, wherever it lies, or a number's, on the CPU: whatever the default device is."""
-    return value if isinstance(value, Tensor) else host_tensor(value, None)
+    return value if isinstance(value, Tensor) else cpu_tensor(value, None)
 
 
 def like(value: Any, template: Tensor, device: torch.device) -> Tensor:

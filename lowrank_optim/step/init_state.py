@@ -20,12 +20,12 @@ def init_state(param: Tensor, group: Mapping[str, Any], plan: ParamPlan) -> dict
         ValueError: two parts of the method call a tensor by the same name.
     """
     device, dtype = param.device, param.dtype
-    parts: dict[str, dict[str, Tensor]] = {"the step": {"step": kernels.host_tensor(0.0, torch.float32)}}
+    parts: dict[str, dict[str, Tensor]] = {"the step": {"step": kernels.cpu_tensor(0.0, torch.float32)}}
     if plan.space is not None:
-        parts["the step"] |= {"last_refresh": kernels.host_tensor(-1, torch.int64)}
+        parts["the step"] |= {"last_refresh": kernels.cpu_tensor(-1, torch.int64)}
         if group["overlap_threshold"] is not None:
-            parts["the step"]["gap"] = kernels.host_tensor(group["update_proj_gap"], torch.int64)
-            parts["the step"]["overlaps"] = kernels.host_tensor([-1.0] * group["queue_size"], torch.float32)
+            parts["the step"]["gap"] = kernels.cpu_tensor(group["update_proj_gap"], torch.int64)
+            parts["the step"]["overlaps"] = kernels.cpu_tensor([-1.0] * group["queue_size"], torch.float32)
         parts["the projector"] = plan.projector.init(plan.space, param_key(group, plan, 0), device)
         parts["the residual"] = plan.residual.init(plan.space, device)
     state = _joined(parts)

@@ -3,7 +3,6 @@
 W ← (1 − ηλ) W − η (lift(C) + φ ⊙ E)        lift(C) = C Bᵀ (right), B Cᵀ (left), A C Bᵀ (full)
 """
 
-import math
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -71,7 +70,7 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
         inputs = _residual_input(step, seen, reduced, squares, direction, ok)
         if (sums := residual.sums(inputs, state, group)) is not None:
             if step.plan.sharding.reduced.splits(-2):
-                sums = yield Sum(sums, step.plan.sharding.reduced, _elements(step))
+                sums = yield Sum(sums, step.plan.sharding.reduced, step.plan.elements)
             inputs = replace(inputs, sums=sums)
         update = residual.update(inputs, state, group)
         seen.basis.apply_(weight, update.core, step.write(direction, update.factor, ok), update.term)
@@ -107,7 +106,7 @@ def _direction(step: ParamStep, reduced: Tensor, context: Context) -> Generator[
     fused = step.plan.rule.fused_direction(*seen)
     if fused is None:
         return masked_direction(step.plan.rule, *seen)
-    return fused.direction((yield Launch(fused.op, fused.args, _elements(step) if _may_wait(step) else sys.maxsize)))
+    return fused.direction((yield Launch(fused.op, fused.args, step.plan.elements if _may_wait(step) else sys.maxsize)))
 
 
 def _residual_input(
@@ -132,14 +131,6 @@ def _residual_input(
         ok,
         norms,
     )
-
-
-def _elements(step: ParamStep) -> int:
-    """What a waiting step keeps in memory: elements of R as a whole, or of the largest basis if that has more."""
-    plan = step.plan
-    assert plan.space is not None
-    *batch, lines, cols = plan.whole_moment_shape(step.state)
-    return math.prod(batch) * max(lines, plan.space.rows, plan.space.cols) * cols
 
 
 def _may_wait(step: ParamStep) -> bool:

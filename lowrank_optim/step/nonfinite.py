@@ -37,6 +37,8 @@ def first_norms(groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, Para
                 found.setdefault((param.device, *plan.sharding.matrix.groups()), []).append(param)
             if sharded or plan.space is None:
                 grads[param] = local_grad(param)
+    if not grads:
+        return {}
     norms = dict(zip(grads, kernels.norms(list(grads.values())), strict=True))
     for params in found.values():
         total = plans[params[0]].sharding.matrix.sum(torch.stack([norms[param].double() for param in params]))
@@ -82,7 +84,7 @@ class SkippedUpdates:
                 f"the gradient of {plan.name} {plan.shape} holds NaN or infinity; the parameter is unchanged "
                 '(on_nonfinite="raise"; "skip" leaves such updates out and counts them)'
             )
-        self.add(plan.name, kernels.host_tensor(True, torch.bool))
+        self.add(plan.name, kernels.cpu_tensor(True, torch.bool))
         self.warn()
         return False
 

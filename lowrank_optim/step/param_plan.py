@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -122,6 +123,13 @@ class ParamPlan:
         if self.space is not None:
             return self.projector.reduced_shape(self.space, state)
         return (matrix_shape(self.shape, self.layout) or self.shape) if self.rule.on_matrices else self.shape
+
+    @cached_property
+    def elements(self) -> int:
+        """What a waiting step keeps in memory: elements of R as a whole, at its largest, or of the largest basis if that has more."""
+        assert self.space is not None
+        *batch, lines, cols = self.whole_moment_shape()
+        return math.prod(batch) * max(lines, self.space.rows, self.space.cols) * cols
 
     def moment_shape(self, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
         """The shape of the part of it that this process holds."""

@@ -24,17 +24,17 @@ class TrainedParam(ParamStep):
         """
         return dense_step(self, norm) if self.plan.space is None else low_rank_step(self, norm)
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def step(self, norm: Tensor | None = None) -> None:
         """Update the parameter from the gradient in `param.grad`."""
         alone(self.begin(norm))
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def step_projected(self, reduced: Tensor) -> None:
         """Update a matrix from R alone, in the subspace that stands; for residuals that use no more of the gradient."""
         alone(low_rank_step(self, reduced=reduced))
 
-    @kernels.plain_arithmetic
+    @kernels.no_autograd_no_autocast
     def project(self) -> tuple[Tensor, Basis, Tensor]:
         """G, its subspace (the one that stands, or a new one where one is due) and R, for the gradient of a matrix."""
         grad = self.local_grad()

@@ -45,6 +45,8 @@ CASES = [
     ("frugal", {"density": 0.5}),
     ("galore", {"coordinates": "entries"}),
     ("galore_adafactor", {}),
+    ("sumo", {}),
+    ("muon_adamw", {"rule": lo.NorMuon(), "state_bits": 8}),
     ("alice", {"state_bits": 8}),
     ("galore", {"projector": "dct"}),
 ]
@@ -52,7 +54,8 @@ CASES = [
 
 def build(model, name, **options):
     coded.MIN_CODED = 64
-    rank = {"density": options.pop("density")} if "density" in options else {"rank": 2}
+    (size,) = {"density", "rule"} & options.keys() or {"rank"}
+    rank = {size: options.pop(size, 2)}
     return METHODS[name](groups(model, **rank), **{"lr": 1e-3, "update_proj_gap": 5, **options})
 
 

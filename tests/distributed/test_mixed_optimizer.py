@@ -27,9 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_optim as lo
 from lowrank_optim.step.param_step import ParamStep
-from tests.oracles.distributed_harness import IMPORTED_ONCE, distance, shard, spawn, states, weights
+from tests.oracles.distributed_harness import distance, shard, spawn, states, weights
+from tests.oracles.processes import preload
 
 STEPS, SAVED, KILLED = 12, 5, 8
+SHARDED_STEPS = 8
 OVERRIDES: dict[str, dict[str, Any]] = {
     "self_attn": {"rule": lo.Adam(betas=(0.9, 0.95)), "state_bits": 8, "basis_bits": 8, "scale": 0.5},
     "mlp": {"rule": lo.Lion(), "projector": "coordinate:columns", "residual": "sgd", "rank": 16, "lr_factor": 0.1},
@@ -137,7 +139,7 @@ def run(path: Path, in_backward: bool, dies: str | None) -> None:
 
 def in_process(*arguments: Any) -> int:
     """Exit code of `run` in a process of its own."""
-    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+    preload()
     process = multiprocessing.get_context("forkserver").Process(target=run, args=arguments)
     process.start()
     process.join()
@@ -215,7 +217,7 @@ def first(folder: str) -> None:
     alone, spread = llama(), sharded()
     reference, optimizer = build(alone, exact_sums=True), build(spread, exact_sums=True)
     if rank == 0:
-        train_sharded(alone, *reference, range(STEPS), [0, 1])
+        train_sharded(alone, *reference, range(SHARDED_STEPS), [0, 1])
     train_sharded(spread, *optimizer, range(SAVED), [rank])
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = {
@@ -227,7 +229,7 @@ def first(folder: str) -> None:
     dcp.save(content, checkpoint_id=f"{folder}/parts")
     if rank == 0:  # at once: host tensors in it are those of the optimizer
         torch.save(full, f"{folder}/full.pt")
-    train_sharded(spread, *optimizer, range(SAVED, STEPS), [rank])
+    train_sharded(spread, *optimizer, range(SAVED, SHARDED_STEPS), [rank])
     found = weights(spread)
     if rank == 0:
         torch.save(found, f"{folder}/weights.pt")
@@ -252,7 +254,7 @@ def second(folder: str) -> None:
         set_model_state_dict(model, loaded["model"], options=options)
         set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=options)
         scheduler.load_state_dict(full["scheduler"])
-        train_sharded(model, optimizer, scheduler, range(SAVED, STEPS), [rank])
+        train_sharded(model, optimizer, scheduler, range(SAVED, SHARDED_STEPS), [rank])
         assert_equal(weights(model), torch.load(f"{folder}/weights.pt", weights_only=True))
 
 

@@ -1,8 +1,8 @@
 """Updates inside backward with accumulation: several micro-batches equal one batch, and a step can be interrupted anywhere."""
 
 import copy
-import subprocess
-import sys
+import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from torch import nn
 
 import lowrank_optim as lo
 from tests.in_backward.test_in_backward import STEPS, assert_same, assert_same_state, batch, build, build_net, loss_of
+from tests.oracles.checkpoints import in_fresh_process, one_thread
+from tests.oracles.processes import Child
 
 K = 4
 LINEAR = {
@@ -258,6 +260,7 @@ def test_resume_within_a_step_is_exact(step, clip, tmp_path):
     check_resume("galore", step, clip, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [*LINEAR, *WAKING])
 def test_resume_within_a_step_is_exact_for_every_method_that_accumulates(case, tmp_path):
     check_resume(case, 9, "previous", tmp_path)
@@ -284,34 +287,38 @@ def check_resume(case, step, clip, tmp_path):
     assert torch.equal(whole.last_grad_norm, resumed.last_grad_norm)
 
 
-SCRIPT = """
-import os, sys, torch
-sys.path.insert(0, {root!r})
-from tests.in_backward.test_in_backward_accumulation import STEPS, started, train
-torch.set_num_threads(1)
-mode, folder = sys.argv[1:]
-for case in ("galore", "adafactor", "lisa"):
-    optimizer, model = started(case)
-    if mode == "second":
-        content = torch.load(f"{{folder}}/{{case}}", weights_only=True)
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-        train(optimizer, model, start=8, first=3)
-    else:
-        train(optimizer, model, stop=9 if mode == "first" else STEPS, last=3 if mode == "first" else None)
-    name = case if mode == "first" else f"{{case}}-{{mode}}"
-    torch.save({{"optimizer": optimizer.state_dict(), "model": model.state_dict()}}, f"{{folder}}/{{name}}")
+RESUMED = ("galore", "adafactor", "lisa")
+
+
+def run_to_the_kill(mode: str, folder: Path) -> None:
+    """The first micro-batches up to a checkpoint within a step ("first"), the rest from there ("second"), or all ("whole")."""
+    for case in RESUMED:
+        optimizer, model = started(case)
+        if mode == "second":
+            content = torch.load(folder / f"{case}-first", weights_only=True)
+            model.load_state_dict(content["model"])
+            optimizer.load_state_dict(content["optimizer"])
+            train(optimizer, model, start=8, first=3)
+        elif mode == "first":
+            train(optimizer, model, stop=9, last=3)
+        else:
+            train(optimizer, model)
+        torch.save({"optimizer": optimizer.state_dict(), "model": model.state_dict()}, folder / f"{case}-{mode}")
+        if mode == "first":
+            train(optimizer, model, start=8, stop=9, first=3, last=4)  # work that the kill below loses
     if mode == "first":
-        train(optimizer, model, start=8, stop=9, first=3, last=4)  # work that the kill below loses
-os.kill(os.getpid(), 9)
-"""
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_killed_process_resumes_within_a_step_to_the_bit(tmp_path):
-    script = SCRIPT.format(root=str(Path(__file__).parents[2]))
-    for mode in ("first", "second", "whole"):
-        assert subprocess.run([sys.executable, "-c", script, mode, str(tmp_path)], check=False).returncode == -9
-    for case in ("galore", "adafactor", "lisa"):
+    child = Child(tmp_path / "said", run_to_the_kill, "first", tmp_path)
+    child.process.join()
+    assert child.process.exitcode == -signal.SIGKILL, child.output.read_text()
+    in_fresh_process(__name__, "run_to_the_kill", "second", tmp_path)
+    with one_thread():
+        run_to_the_kill("whole", tmp_path)
+    for case in RESUMED:
         resumed, whole = (torch.load(tmp_path / f"{case}-{mode}", weights_only=True) for mode in ("second", "whole"))
         assert all(torch.equal(value, whole["model"][name]) for name, value in resumed["model"].items())
         for a, b in zip(resumed["optimizer"]["state"].values(), whole["optimizer"]["state"].values(), strict=True):

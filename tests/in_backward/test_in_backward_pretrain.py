@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from tests.repository.test_pretrain import finish, kill_after, rows, run, start
+from tests.repository.test_pretrain import kill_after, rows, run, start
+
+pytestmark = pytest.mark.long
 
 
 def test_without_clipping_the_run_has_the_numbers_of_ordinary_stepping_and_less_memory(tmp_path):
@@ -26,8 +28,8 @@ def test_a_run_with_accumulation_and_clipping_that_is_killed_resumes_to_the_same
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     undisturbed = start(whole, *arguments)
     kill_after(start(broken, *arguments), broken, 8)
-    finish(undisturbed)
-    output = finish(start(broken, *arguments, "--resume"))
+    undisturbed.finish()
+    output = start(broken, *arguments, "--resume").finish()
     assert "gradients, accumulated" in output
     assert rows(broken) == rows(whole)
     assert torch.load(whole / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"][0][

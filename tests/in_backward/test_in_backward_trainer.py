@@ -19,6 +19,8 @@ from tests.integrations.test_transformers_integration import (
     logged,
 )
 
+pytestmark = pytest.mark.long
+
 
 def trainer_for(out, *callbacks, data=None, options=LOW_RANK, **changes) -> Trainer:
     return Trainer(

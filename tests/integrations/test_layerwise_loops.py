@@ -1,13 +1,12 @@
 """LISA and BAdam in loops of others: the Trainer of transformers, DistributedDataParallel, the main job."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import lowrank_optim as lo
 from lowrank_optim.integrations.transformers import LowRank
@@ -19,7 +18,10 @@ from tests.integrations.test_transformers_integration import (
     trainer_with_factory,
 )
 from tests.optimizers.test_lisa import VOCABULARY, assert_same, build_model
-from tests.repository.test_pretrain import finish, kill_after, rows, start
+from tests.oracles.distributed_harness import spawn
+from tests.repository.test_pretrain import kill_after, rows, start
+
+pytestmark = pytest.mark.long
 
 METHODS = {
     "lisa": {"method": "lisa", "active_layers": 1, "period": 4, "sleeping_state": "cpu"},
@@ -61,34 +63,6 @@ def test_the_factory_takes_what_layer_groups_takes(tmp_path):
         LowRank()(llama(), arguments(tmp_path), method="galore", rank=4, always_on=())
 
 
-DDP = """
-import sys
-sys.path.insert(0, {root!r})
-import torch, torch.distributed as dist
-import lowrank_optim as lo
-from torch.nn.parallel import DistributedDataParallel
-from tests.integrations.test_layerwise_loops import batch, build
-from tests.optimizers.test_lisa import build_model
-rank, folder, name = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
-torch.manual_seed(100 + rank)  # global generators differ; the draw must not
-model = build_model(torch.float64)
-wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-optimizer = build(name, wrapped)
-awake = []
-for step in range(12):
-    awake.append(optimizer.awake)
-    tokens = batch(step)[2 * rank : 2 * rank + 2]
-    torch.nn.functional.cross_entropy(wrapped(tokens).flatten(0, 1), tokens.roll(1, 1).flatten()).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-torch.save({{"model": model.state_dict(), "awake": awake}}, f"{{folder}}/{{rank}}.pt")
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
 def batch(step: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(step))
 
@@ -98,11 +72,25 @@ def build(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return lo.by_name(name)(lo.layer_groups(model), lr=1e-2, eps=1e-6, period=2, seed=3, **options)
 
 
+def train_on_half_a_batch(name: str, folder: Path) -> None:
+    rank = torch.distributed.get_rank()
+    model = build_model(torch.float64)
+    torch.manual_seed(100 + rank)  # global generators differ; the draw must not
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = build(name, wrapped)
+    awake = []
+    for step in range(12):
+        awake.append(optimizer.awake)
+        tokens = batch(step)[2 * rank : 2 * rank + 2]
+        nn.functional.cross_entropy(wrapped(tokens).flatten(0, 1), tokens.roll(1, 1).flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save({"model": model.state_dict(), "awake": awake}, folder / f"{rank}.pt")
+
+
 @pytest.mark.parametrize("name", ["lisa", "badam"])
 def test_ddp_ranks_draw_the_same_layers_and_equal_one_process_on_the_whole_batch(name, tmp_path):
-    script = DDP.format(root=str(Path(__file__).parents[2]))
-    ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path), name]) for rank in range(2)]
-    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    spawn(2, train_on_half_a_batch, name, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first["awake"] == second["awake"]
     assert len({tuple(layers) for layers in first["awake"]}) > 3
@@ -122,9 +110,10 @@ def test_ddp_ranks_draw_the_same_layers_and_equal_one_process_on_the_whole_batch
 def test_the_main_job_killed_in_a_period_resumes_to_the_same_numbers(name, tmp_path):
     common = ["--optimizer", name, "--steps", "24", "--option", "period=4", "--accumulate", "2"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(whole, *common))
+    undisturbed = start(whole, *common)
     kill_after(start(broken, *common), broken, 12)
-    finish(start(broken, *common, "--resume"))
+    undisturbed.finish()
+    start(broken, *common, "--resume").finish()
     assert rows(whole) == rows(broken)
 
 
@@ -133,8 +122,8 @@ def test_the_main_job_shows_gradients_and_state_of_the_active_layers_only(name, 
     from pretraining.configs import SIZES
     from pretraining.configs import build_model as build_llama
 
-    finish(start(tmp_path, "--optimizer", name, "--steps", "3"))
-    sizes = json.loads((tmp_path / "result.json").read_text())["bytes"]
+    start(tmp_path / "run", "--optimizer", name, "--steps", "3").finish()
+    sizes = json.loads((tmp_path / "run" / "result.json").read_text())["bytes"]
     llama = build_llama("cpu", 256, SIZES["cpu"].length, torch.device("cpu"), torch.float32, False, 0)
     layer = sum(p.numel() for p in llama.model.layers[0].parameters())
     always = sum(p.numel() for p in llama.parameters()) - SIZES["cpu"].layers * layer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_optim.kernels import Loaded, api, compute, dispatch, schemas
+from lowrank_optim.kernels import Loaded, arguments, compute, dispatch, schemas
 from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.selftest import Case, answer, case, compare
 from lowrank_optim.kernels.torch import coded_adam
@@ -57,7 +57,7 @@ def test_every_operation_gives_what_its_definition_gives(name: str, case: Case):
 def test_an_odd_number_of_normal_numbers_is_written_and_no_more(name: str, size: int):
     """They are drawn in pairs, the last of which then has one."""
     memory = torch.full((size + 9,), 777.0, device=device_of(LOADED[name]))
-    LOADED[name].operations["gaussian_"](memory[4 : size + 4], api.words(5))
+    LOADED[name].operations["gaussian_"](memory[4 : size + 4], arguments.pack_key(5))
     assert (memory == 777.0).nonzero().flatten().tolist() == [*range(4), *range(size + 4, size + 9)]
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import cli
-from lowrank_optim.kernels import Loaded, Unavailable, api, dispatch
+from lowrank_optim.kernels import Loaded, Unavailable, arguments, dispatch
 from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.counter_rng import fill_gaussian_, make_key
 from lowrank_optim.kernels.cpu import library, structures
@@ -152,6 +152,7 @@ def test_threads_change_no_bit(example: Case, threads):
     assert same(outcomes[0], outcomes[2])
 
 
+@pytest.mark.long
 @built
 @pytest.mark.parametrize("op", [name for name in MANY if name != "norm"])
 def test_threads_change_no_bit_of_many_matrices(op: str, threads):
@@ -209,7 +210,7 @@ def test_normal_numbers_do_not_change_between_releases(threads):
     """Those of the kernel before it had vector instructions, of which a resumed run may have a part."""
     threads(2)
     numbers = torch.empty(2**20 + 1)
-    OPERATIONS["gaussian_"](numbers, api.words(make_key(0, 0, 0, 1)))
+    OPERATIONS["gaussian_"](numbers, arguments.pack_key(make_key(0, 0, 0, 1)))
     digest = hashlib.sha256(ctypes.string_at(numbers.data_ptr(), 4 * numbers.numel())).hexdigest()
     assert digest == "29bc8e903ab03ae8d58c9213b2ee657fe500f6cb40055bd365a4466400c204cc"
 
@@ -219,7 +220,7 @@ def test_normal_numbers_are_those_of_float64_rounded_once():
     """But for about one in 10⁸, where float64 itself is rounded to another side."""
     got, exact = torch.empty(2**21), torch.empty(2**21, dtype=F64)
     for key in (5, 2**64 - 5):
-        OPERATIONS["gaussian_"](got, api.words(key))
+        OPERATIONS["gaussian_"](got, arguments.pack_key(key))
         fill_gaussian_(exact, key)
         wrong = got != exact.float()
         assert int(wrong.sum()) <= 1
@@ -267,7 +268,7 @@ def test_calls_from_several_python_threads_do_not_disturb_each_other(threads):
 def test_a_forked_child_works(threads):
     threads(3)
     target, value = torch.zeros(200_000, dtype=BF16), made.draw(1, (200_000,))
-    rounding = api.words(7, 0)
+    rounding = arguments.pack_key(7, 0)
     OPERATIONS["stochastic_round_"](target, value, rounding)  # starts the threads, which a child does not have
     want = ctypes.string_at(target.data_ptr(), 400_000)
     child = os.fork()
@@ -291,7 +292,7 @@ def test_tensors_at_odd_addresses(dtype: torch.dtype):
     outcomes = []
     for weight in (values.clone(), odd):
         weight.copy_(values)
-        OPERATIONS["apply_dense_"](weight, direction, api.numbers(0.1, 0.9), None, None, None)
+        OPERATIONS["apply_dense_"](weight, direction, arguments.pack_scalars(0.1, 0.9), None, None, None)
         codes, scale = OPERATIONS["quantize_rows"](weight, None, None, 8, True, 64)
         outcomes.append({"weight": weight, "codes": codes, "scale": scale})
     assert same(*outcomes)
@@ -344,7 +345,7 @@ def test_stochastic_rounding_is_unbiased():
         for sign in (1.0, -1.0):
             value = torch.full((n,), sign * (1.0 + fraction / 128))
             target = torch.empty(n, dtype=BF16)
-            OPERATIONS["stochastic_round_"](target, value, api.words(make_key(1, 2, 3, 4), 0))
+            OPERATIONS["stochastic_round_"](target, value, arguments.pack_key(make_key(1, 2, 3, 4), 0))
             assert set(target.tolist()) == {sign * 1.0, sign * (1.0 + 1 / 128)}
             up = (target.to(F64).abs().mean().item() - 1.0) * 128
             assert abs(up - fraction) < 5 * (fraction * (1 - fraction) / n) ** 0.5 + 2**-16
@@ -355,7 +356,7 @@ def test_stochastic_rounding_is_unbiased():
 def test_coding_with_noise_is_unbiased(bits: int, signed: bool, levels: int):
     x = torch.full((1000, 256), 0.4321)
     x[:, 0] = 1.0  # the scale of each block
-    codes, scale = OPERATIONS["quantize_rows"](x, None, api.words(99, 3, 0), bits, signed, 256)
+    codes, scale = OPERATIONS["quantize_rows"](x, None, arguments.pack_key(99, 3, 0), bits, signed, 256)
     decoded = OPERATIONS["dequantize_rows"](codes, scale, None, bits, signed, 256, 256, F32)
     fraction = 0.4321 * levels % 1.0
     error = (decoded[:, 1:].to(F64).mean().item() - 0.4321) * levels
@@ -368,6 +369,7 @@ def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+@pytest.mark.long
 @built
 @pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 18 * 2**30, reason="takes 13 GiB")
 def test_coded_adam_beyond_two_to_the_31_elements():
@@ -378,11 +380,11 @@ def test_coded_adam_beyond_two_to_the_31_elements():
     scales = [torch.zeros(rows, cols // 256) for _ in range(2)]
     grad[-1] = made.draw(1, (cols,), BF16)
     last = [tensor[-1:].clone() for tensor in (weight, grad, ratio, scales[0], root, scales[1])]
-    numbers, more = api.numbers(0.9, 0.999, 1e-8, 1.0, 0.01, 1.0), (None, None, 8, 256)
+    numbers, more = arguments.pack_scalars(0.9, 0.999, 1e-8, 1.0, 0.01, 1.0), (None, None, 8, 256)
     OPERATIONS["coded_adam_dense_"](
-        weight, grad, ratio, scales[0], root, scales[1], None, numbers, api.words(5, 3, 0), *more
+        weight, grad, ratio, scales[0], root, scales[1], None, numbers, arguments.pack_key(5, 3, 0), *more
     )
-    alone = api.words(5, 3, (rows - 1) * cols)
+    alone = arguments.pack_key(5, 3, (rows - 1) * cols)
     OPERATIONS["coded_adam_dense_"](*last, None, numbers, alone, *more)
     for tensor, want in zip((weight, grad, ratio, scales[0], root, scales[1]), last, strict=True):
         assert torch.equal(tensor[-1:], want)
@@ -397,7 +399,7 @@ def test_noise_belongs_to_the_position_not_to_the_shard():
     OPERATIONS["stochastic_round_"](*whole)
     for first in (0, 1, 4):
         target, value, _ = made.stochastic_round((6, 300))
-        words = api.words(made.ROUNDING_KEY, 2**32 - 500 + first * 300)
+        words = arguments.pack_key(made.ROUNDING_KEY, 2**32 - 500 + first * 300)
         OPERATIONS["stochastic_round_"](target[first:], value[first:], words)
         assert torch.equal(target[first:], whole[0][first:])
     whole = made.coded_adam_dense((6, 301), BF16, rounding=True)
@@ -406,7 +408,10 @@ def test_noise_belongs_to_the_position_not_to_the_shard():
         part = list(made.coded_adam_dense((6, 301), BF16, rounding=True))
         for i in range(6):
             part[i] = part[i][first:].clone()
-        part[8], part[10] = api.words(made.KEY, 5, first * 301), api.words(made.ROUNDING_KEY, first * 301)
+        part[8], part[10] = (
+            arguments.pack_key(made.KEY, 5, first * 301),
+            arguments.pack_key(made.ROUNDING_KEY, first * 301),
+        )
         OPERATIONS["coded_adam_dense_"](*part)
         for i in range(6):
             assert torch.equal(part[i], whole[i][first:])
@@ -418,7 +423,7 @@ def test_noise_belongs_to_the_position_not_to_the_shard():
 @built
 def test_float64_is_declined_unchanged_and_done_by_the_definition():
     weight, direction = torch.ones(5, dtype=F64), torch.ones(5, dtype=F64)
-    args = (weight, direction, api.numbers(0.25, 1.0), None, None, None)
+    args = (weight, direction, arguments.pack_scalars(0.25, 1.0), None, None, None)
     assert OPERATIONS["apply_dense_"](*args) is NotImplemented
     assert weight.tolist() == [1.0] * 5
     torch.ops.lowrank_optim.apply_dense_(*args)
@@ -428,7 +433,7 @@ def test_float64_is_declined_unchanged_and_done_by_the_definition():
 @built
 def test_autograd_notices_that_a_saved_weight_has_changed():
     for op, make in [
-        ("apply_dense_", lambda w: (w, torch.ones(4, 6), api.numbers(0.1, 1.0), None, None, None)),
+        ("apply_dense_", lambda w: (w, torch.ones(4, 6), arguments.pack_scalars(0.1, 1.0), None, None, None)),
         ("stochastic_round_", lambda w: (w, torch.ones(4, 6), None)),
         ("adam_dense_", lambda w: (w, *made.adam_dense((4, 6), BF16)[1:])),
         ("coded_adam_dense_", lambda w: (w, *made.coded_adam_dense((4, 6), BF16)[1:])),
@@ -516,12 +521,14 @@ def test_a_file_that_is_no_library_is_not_used(tmp_path: Path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------- the build
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("compiler", "reason"), [("no-such-compiler", "there is no C++ compiler"), ("false", "`false .*` failed")]
 )
 def test_without_a_compiler_the_package_builds_and_says_why(tmp_path: Path, monkeypatch, compiler: str, reason: str):
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "CXX": compiler}, check=True, capture_output=True)
+    env = {**os.environ, "CXX": compiler, "LOWRANK_OPTIM_BUILD_CUDA": "0"}  # nvcc, where it is there, takes long
+    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     directory = tmp_path / "lowrank_optim/kernels/cpu"
     assert not (directory / library.NAME).exists()
     assert "error" in json.loads((directory / library.RECORD).read_text())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_optim.kernels import api, dispatch
+from lowrank_optim.kernels import arguments, dispatch
 from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.counter_rng import random_halves, turn_offset
 from lowrank_optim.kernels.cuda.build import TARGETS, build, build_for_host
@@ -50,6 +50,7 @@ def test_every_operation_gives_what_its_definition_gives(op, library):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.long
 @needs_compiler
 def test_the_suite_passes_with_the_undefined_behaviour_sanitizer(tmp_path):
     flags = ("-fsanitize=undefined", "-fno-sanitize-recover=all", "-g")
@@ -78,13 +79,13 @@ def between_levels(bits: int, signed: bool, turn: int) -> made.Arguments:
     x = (middle - part * (1 - (middle - part).abs() / 2**19)).float()
     x = (x.view(torch.int32) + (at // 3 % 5 - 2).int()).view(F32).view(40, 256)
     x[:, 0] = levels  # the scale, so that numbers are coded as they are
-    return x, None, api.words(made.KEY, turn, 0), bits, signed, 256
+    return x, None, arguments.pack_key(made.KEY, turn, 0), bits, signed, 256
 
 
 def one_step(bits: int, start: int) -> list[object]:
     """Arguments of `coded_adam_direct_` with both betas 0: m = g and v = g², in which nothing can be rounded in another order."""
     args = list(made.coded_adam_direct((40, 301), bits, col_scale="shared", start=start))
-    args[6] = api.numbers(0.0, 0.0, 1e-8, 1.0)
+    args[6] = arguments.pack_scalars(0.0, 0.0, 1e-8, 1.0)
     return args
 
 
@@ -187,26 +188,30 @@ def test_a_missing_or_broken_library_is_reported(tmp_path, monkeypatch):
         open_library()
 
 
+@pytest.fixture(scope="module")
+def compiled_for_all(tmp_path_factory) -> Path:
+    """The library for every target, by nvcc."""
+    return build(tmp_path_factory.mktemp("nvcc"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_nvcc_compiles_for_every_target(tmp_path):
-    path = build(tmp_path)
-    assert path.name == NAME
-    image = path.read_bytes()
+def test_nvcc_compiles_for_every_target(compiled_for_all):
+    assert compiled_for_all.name == NAME
+    image = compiled_for_all.read_bytes()
     for target in TARGETS:
         assert f"sm_{target}".encode() in image
-    handle = ctypes.CDLL(str(path))
+    handle = ctypes.CDLL(str(compiled_for_all))
     assert handle.lowrank_optim_cuda_abi_version() == ABI_VERSION
-    library = open_library(str(path))
+    library = open_library(str(compiled_for_all))
     assert library.build_info.startswith("nvcc")
     assert not library.on_host
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None or torch.cuda.is_available(), reason="no nvcc, or a device")
-def test_without_a_device_the_backend_says_so_and_a_call_raises(tmp_path, monkeypatch):
-    path = build(tmp_path, (90,))
-    monkeypatch.setenv(VARIABLE, str(path))
+def test_without_a_device_the_backend_says_so_and_a_call_raises(compiled_for_all, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(compiled_for_all))
     from lowrank_optim.kernels import cuda
 
     with pytest.raises(dispatch.Unavailable, match="no CUDA device"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import lowrank_optim as lo
-from lowrank_optim.kernels import Loaded, api, dispatch
+from lowrank_optim.kernels import Loaded, arguments, dispatch
 from lowrank_optim.kernels.selftest import Case, answer, compare
 from tests.oracles.op_cases import CASES
 
@@ -58,7 +58,7 @@ def test_large_products_are_as_accurate_as_on_the_cpu(rows, cols, rank, right):
         weight = torch.randn(rows, cols, device="cuda").to(dtype)
         left, factor = torch.randn(rows, rank, device="cuda"), torch.randn(cols, rank, device="cuda").mT
         expected = 0.9 * weight.double() - 0.1 * (left.double() @ factor.double())
-        operations["apply_"](weight, left, factor, api.numbers(0.1, 0.9), *(None,) * 7, False)
+        operations["apply_"](weight, left, factor, arguments.pack_scalars(0.1, 0.9), *(None,) * 7, False)
         error = (weight.double() - expected).abs().max() / expected.abs().max()
         assert float(error) < allowed
 
@@ -72,7 +72,7 @@ def test_offsets_beyond_32_bits():
     far = memory.as_strided((5, 40), ((2**31 + 2**19) // 4, 1)).copy_(near)
     left, right = torch.randn(5, 3, device="cuda"), torch.randn(3, 40, device="cuda")
     for weight in (near, far):
-        operations["apply_"](weight, left, right, api.numbers(0.1, 0.9), *(None,) * 7, False)
+        operations["apply_"](weight, left, right, arguments.pack_scalars(0.1, 0.9), *(None,) * 7, False)
     assert torch.equal(near, far)
 
 

@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from lowrank_optim.kernels import api, dispatch, reference
+from lowrank_optim.kernels import arguments, dispatch, reference
 from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.counter_rng import make_key, random_bits
 from lowrank_optim.kernels.triton import arithmetic, launching, products
@@ -53,7 +53,7 @@ def test_random_bits_are_those_of_the_definition(key):
     edges = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**62, 2**63 - 1])
     positions = torch.cat([edges, torch.arange(55) * 123_456_789_012_345])
     out = torch.empty(64, dtype=torch.int64)
-    words = api.words(key)
+    words = arguments.pack_key(key)
     assert words is not None
     bits_kernel[(1,)](positions, out, words.item(), N=64)
     assert torch.equal(out, random_bits(key, positions))
@@ -144,7 +144,7 @@ def test_apply_to_16_bit_weights_is_as_accurate_as_asked_for(setting, low, high)
     weight = torch.zeros(70, 90, dtype=F16)  # 11 bits
     torch.set_float32_matmul_precision(setting)
     try:
-        OPS["apply_"](weight, left, right, api.numbers(-1.0, 1.0), *(None,) * 7, False)
+        OPS["apply_"](weight, left, right, arguments.pack_scalars(-1.0, 1.0), *(None,) * 7, False)
     finally:
         torch.set_float32_matmul_precision("highest")
     exact, size = left.double() @ right.double(), left.double().abs() @ right.double().abs()
@@ -210,8 +210,8 @@ def test_offsets_beyond_32_bits(far):
     weight, grad = draw(1, 5, 40, dtype=BF16), draw(2, 5, 40, dtype=BF16)
     left, right, phi = draw(3, 5, 4), draw(4, 4, 40), draw(5, 5, 1)
     expected = weight.clone()
-    rounding = api.words(make_key(1, 2, 3, 2), 2**31 - 50)
-    options = (api.numbers(0.1, 0.9), None, None, rounding)
+    rounding = arguments.pack_key(make_key(1, 2, 3, 2), 2**31 - 50)
+    options = (arguments.pack_scalars(0.1, 0.9), None, None, rounding)
     dispatch._DEFINITIONS["apply_"](expected, left, right, *options, grad, phi, None, None, False)
     there = far(weight)
     OPS["apply_"](there, left, right, *options, far(grad), phi, None, None, False)
@@ -240,7 +240,7 @@ def test_tiles_of_wide_strides_use_64_bit_offsets_within():
     try:
         for step in (2**12, 2**25):
             weight = torch.empty(step + 40, dtype=BF16).as_strided((2, 40), (step, 1))
-            OPS["apply_"](weight, draw(1, 2, 3), draw(2, 3, 40), api.numbers(0.1, 0.9), *(None,) * 7, False)
+            OPS["apply_"](weight, draw(1, 2, 3), draw(2, 3, 40), arguments.pack_scalars(0.1, 0.9), *(None,) * 7, False)
     finally:
         launching.record(None)
     wide = [options["WIDE"] for options in seen if "WIDE" in options]

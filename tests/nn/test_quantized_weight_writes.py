@@ -332,6 +332,7 @@ def results_of(func: Any, make: Callable[[], Any], given: dict[str, Any]) -> tup
     return target, None
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_no_operation_of_torch_loses_a_write() -> None:
     """Whatever a plain matrix takes, an 8-bit weight takes with the same result, or raises and is as before."""

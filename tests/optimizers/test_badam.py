@@ -300,8 +300,7 @@ def start(options: dict) -> tuple[nn.Module, lo.BAdamW, LambdaLR]:
 
 
 def run_resumes(mode: str, folder: Path) -> None:
-    """One process of the test below: the first 10 steps, the rest from a checkpoint, or all 26."""
-    torch.set_num_threads(1)
+    """One run of the test below: the first 10 steps, the rest from a checkpoint, or all 26."""
     for number, options in enumerate(RESUMES):
         model, optimizer, scheduler = start(options)
         done = 0
@@ -317,6 +316,7 @@ def run_resumes(mode: str, folder: Path) -> None:
         torch.save({**content, "awake": awake}, folder / f"{mode}-{number}")
 
 
+@pytest.mark.long
 def test_resume_in_the_middle_of_a_visit_is_exact_in_a_fresh_process(tmp_path):
     assert len(list(resumed_runs(__name__, tmp_path, RESUMES))) == len(RESUMES)
 

@@ -6,8 +6,6 @@ import importlib
 import io
 import itertools
 import pickle
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import lowrank_optim as lo
 from lowrank_optim.optimizers.layer_sampling import draw_layers
-from tests.oracles.checkpoints import resumed_runs
+from tests.oracles.checkpoints import in_fresh_process, one_thread, resumed_runs
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 32, 48, 40, 8
 
@@ -153,19 +151,26 @@ def test_the_draw_does_not_touch_or_depend_on_torch_generators():
     assert len({tuple(awake) for awake in one}) > 1
 
 
-def test_two_processes_draw_the_same_layers():
-    script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); import torch; torch.manual_seed(int(sys.argv[1]))\n"
-        "from tests.optimizers.test_lisa import build, build_model, train\n"
-        "for sampling in ('uniform', 'weight_norm'):\n"
-        "    model = build_model(); print(train(model, build(model, sampling=sampling), 0, 13))"
-    )
-    outputs = [
-        subprocess.run([sys.executable, "-c", script, seed], check=True, capture_output=True, text=True).stdout
-        for seed in ("1", "2")
+def draws(seed: int) -> list[list[list[int]]]:
+    """The layers of 13 steps, whatever torch's own generator is set to."""
+    models = [build_model() for _ in range(2)]
+    torch.manual_seed(seed)
+    return [
+        train(model, build(model, sampling=sampling), 0, 13)
+        for model, sampling in zip(models, ("uniform", "weight_norm"), strict=True)
     ]
-    assert outputs[0] == outputs[1]
-    assert outputs[0].count("[") == 2 * 14
+
+
+def print_draws(seed: int) -> None:
+    print(draws(seed))  # noqa: T201
+
+
+@pytest.mark.long
+def test_two_processes_draw_the_same_layers():
+    with torch.random.fork_rng(), one_thread():
+        drawn = draws(seed=1)
+    assert in_fresh_process(__name__, "print_draws", 2) == f"{drawn}\n"
+    assert [len(awake) for awake in drawn] == [13, 13]
 
 
 def test_a_draw_lasts_exactly_one_period_and_has_active_layers_layers():
@@ -515,8 +520,7 @@ def start(options: dict, folder: Path | None, number: int) -> tuple[Model, lo.LI
 
 
 def run_resumes(mode: str, folder: Path) -> None:
-    """One process of the test below: the first 10 steps, the rest from a checkpoint, or all 25."""
-    torch.set_num_threads(1)
+    """One run of the test below: the first 10 steps, the rest from a checkpoint, or all 25."""
     for number, options in enumerate(RESUMES):
         model, optimizer, scheduler, done = start(options, folder if mode == "second" else None, number)
         stop = 10 if mode == "first" else 25
@@ -531,6 +535,7 @@ def run_resumes(mode: str, folder: Path) -> None:
         torch.save(content, folder / f"{mode}-{number}")
 
 
+@pytest.mark.long
 def test_resume_in_the_middle_of_a_period_is_exact_in_a_fresh_process(tmp_path):
     runs = list(resumed_runs(__name__, tmp_path, RESUMES))
     assert len(runs) == len(RESUMES)

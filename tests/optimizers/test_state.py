@@ -3,8 +3,7 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_optim as lo
+from tests.oracles.checkpoints import in_fresh_process, one_thread
 
 PROJECTORS = [
     "randomized_svd",
@@ -101,16 +101,12 @@ def test_resume_is_exact_across_refreshes(name, projector, policy, dtype, tmp_pa
         "seed": 3,
     }
     whole = parameters(dtype)
-    uninterrupted = build(name, whole, **options)
-    run(uninterrupted, whole, 0, 14)
-
-    first = parameters(dtype)
-    saved = build(name, first, **options)
-    run(saved, first, 0, 7)
-    state = through_file({"optimizer": saved.state_dict(), "params": [p.detach() for p in first]}, tmp_path / "c.pt")
+    saved = build(name, whole, **options)
+    run(saved, whole, 0, 7)
+    state = through_file({"optimizer": saved.state_dict(), "params": [p.detach() for p in whole]}, tmp_path / "c.pt")
 
     # A fresh, never stepped optimizer over parameters of other values: everything must come from the file.
-    second = [nn.Parameter(torch.full_like(p, 0.5)) for p in first]
+    second = [nn.Parameter(torch.full_like(p, 0.5)) for p in whole]
     resumed = build(name, second, **options)
     with torch.no_grad():
         for param, value in zip(second, state["params"], strict=True):
@@ -119,8 +115,9 @@ def test_resume_is_exact_across_refreshes(name, projector, policy, dtype, tmp_pa
     assert_same_state(saved, resumed)
     run(resumed, second, 7, 14)
 
+    run(saved, whole, 7, 14)  # goes on after its checkpoint; runs without one are in the test of fresh processes
     assert_same(whole, second)
-    assert_same_state(uninterrupted, resumed)
+    assert_same_state(saved, resumed)
 
 
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right", "full"])
@@ -137,42 +134,44 @@ def test_resume_is_exact_for_every_proj_type(proj_type):
     assert_same(whole, second)
 
 
-SCRIPT = """
-import sys, itertools, torch
-sys.path.insert(0, {root!r})
-from tests.optimizers.test_state import COMBINATIONS, build, parameters, run
-torch.set_num_threads(1)
-mode, folder = sys.argv[1:]
-everything = itertools.product(COMBINATIONS, ("keep", "reset", "rotate"), (torch.float32, torch.bfloat16, torch.float64))
-for i, ((name, projector), policy, dtype) in enumerate(everything):
-    params = parameters(dtype)
-    options = dict(projector=projector, on_refresh=policy, stochastic_rounding=dtype == torch.bfloat16)
-    optimizer = build(name, params, **options)
-    start = 0
-    if mode == "second":
-        saved = torch.load(f"{{folder}}/first-{{i}}", weights_only=True)
-        with torch.no_grad():
-            for p, value in zip(params, saved["params"]):
-                p.copy_(value)
-        optimizer.load_state_dict(saved["optimizer"])
-        start = 7
-    run(optimizer, params, start, 7 if mode == "first" else 14)
-    torch.save({{"optimizer": optimizer.state_dict(), "params": [p.detach() for p in params]}}, f"{{folder}}/{{mode}}-{{i}}")
-print(i + 1)
-"""
+def every_pair() -> Iterator[tuple[str, str, str, torch.dtype]]:
+    """Three of nine: every combination has every policy once and every type once, and so have every policy and type each other."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    for number, (name, projector) in enumerate(COMBINATIONS):
+        for turn, policy in enumerate(("keep", "reset", "rotate")):
+            yield name, projector, policy, dtypes[(number + turn) % 3]
 
 
+def run_pairs(mode: str, folder: Path) -> None:
+    """One run of the test below: the first 7 steps, the rest from a checkpoint, or all 14."""
+    contents = {}
+    saved = torch.load(folder / "first", weights_only=True) if mode == "second" else {}
+    for number, (name, projector, policy, dtype) in enumerate(every_pair()):
+        params = parameters(dtype)
+        options = {"projector": projector, "on_refresh": policy, "stochastic_rounding": dtype == torch.bfloat16}
+        optimizer = build(name, params, **options)
+        if mode == "second":
+            with torch.no_grad():
+                for param, value in zip(params, saved[number]["params"], strict=True):
+                    param.copy_(value)
+            optimizer.load_state_dict(saved[number]["optimizer"])
+        run(optimizer, params, 7 if mode == "second" else 0, 7 if mode == "first" else 14)
+        contents[number] = {"optimizer": optimizer.state_dict(), "params": [param.detach() for param in params]}
+    torch.save(contents, folder / mode)
+
+
+@pytest.mark.long
 def test_resume_is_exact_in_a_fresh_process_for_every_projector_policy_and_dtype(tmp_path):
-    script = SCRIPT.format(root=str(Path(__file__).parents[2]))
-    for mode in ("first", "second", "whole"):
-        command = [sys.executable, "-c", script, mode, str(tmp_path)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    count = int(done.stdout)
-    assert count == len(COMBINATIONS) * 9
-    for i in range(count):
-        resumed, whole = (torch.load(tmp_path / f"{mode}-{i}", weights_only=True) for mode in ("second", "whole"))
-        assert_same(resumed["params"], whole["params"])
-        for a, b in zip(resumed["optimizer"]["state"].values(), whole["optimizer"]["state"].values(), strict=True):
+    for mode in ("first", "whole"):
+        with one_thread():
+            run_pairs(mode, tmp_path)
+    in_fresh_process(__name__, "run_pairs", "second", tmp_path)
+    resumed, whole = (torch.load(tmp_path / mode, weights_only=True) for mode in ("second", "whole"))
+    assert len(resumed) == len(whole) == 3 * len(COMBINATIONS)
+    for number, expected in whole.items():
+        assert_same(resumed[number]["params"], expected["params"])
+        states = (content["optimizer"]["state"].values() for content in (resumed[number], expected))
+        for a, b in zip(*states, strict=True):
             assert all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in b)
 
 

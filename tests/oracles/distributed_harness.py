@@ -4,7 +4,6 @@
 not at a port, so that tests may run side by side.
 """
 
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import lowrank_optim as lo
+from tests.oracles.processes import preload
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "tall": (26, 10),
@@ -32,13 +32,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "vector": (13,),
 }
 DENSE = ("embedding", "vector")
-IMPORTED_ONCE = [
-    "lowrank_optim",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint.state_dict",
-    "pytest",
-    "transformers.models.llama.modeling_llama",
-]
 
 
 class Model(nn.Module):
@@ -136,8 +129,7 @@ def _process(rank: int, world: int, store: str, errors: str, function: Callable[
 
 def spawn(world: int, function: Callable[..., None], *arguments: Any) -> None:
     """Run `function(*arguments)` in `world` processes of one group, forked from a server that has imported torch once."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+    preload()
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder, "errors")
         errors.mkdir()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels import api
+from lowrank_optim.kernels import arguments
 from lowrank_optim.kernels import selftest as made
 from lowrank_optim.kernels.triton import coded, elementwise, products
 
@@ -20,7 +20,7 @@ def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
 
 def calls() -> list[Callable[[], object]]:
     """One for each kernel, and for each way of using it that the compiler sees as a different one."""
-    ok, numbers = torch.tensor(True), api.numbers(0.1, 0.9)
+    ok, numbers = torch.tensor(True), arguments.pack_scalars(0.1, 0.9)
     found: list[Callable[[], object]] = []
 
     def add(op: str, *args: object) -> None:
@@ -29,7 +29,7 @@ def calls() -> list[Callable[[], object]]:
     left, right, none = empty(ROWS, RANK), empty(COLS, RANK).mT, (None, None, None, None)
     for dtype in (F32, BF16):
         grad, weight = empty(ROWS, COLS, dtype=dtype), empty(ROWS, COLS, dtype=dtype)
-        options = (numbers, None, ok, api.words(3, 0) if dtype == BF16 else None)
+        options = (numbers, None, ok, arguments.pack_key(3, 0) if dtype == BF16 else None)
         add("project_with_norms", grad, empty(ROWS, RANK), False)
         add("apply_", weight, left, right, *options, grad, empty(1, COLS), None, None, False)
         if dtype == BF16:

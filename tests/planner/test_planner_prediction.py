@@ -18,6 +18,8 @@ from lowrank_optim.planner.simulation.simulate import simulate
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from planner_validation import CONFIG, compare
 
+pytestmark = pytest.mark.long
+
 DEEP = {**CONFIG, "num_hidden_layers": 9}
 
 

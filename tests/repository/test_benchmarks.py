@@ -16,6 +16,8 @@ import step_time  # noqa: E402
 
 import lowrank_optim as lo  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 
 def params() -> list[torch.nn.Parameter]:
     made = [torch.nn.Parameter(torch.full(shape, 0.01)) for shape in ((128, 64), (64, 96))]

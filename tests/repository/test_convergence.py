@@ -31,6 +31,8 @@ from pretraining.run import RunError, make_optimizer  # noqa: E402
 
 import lowrank_optim as lo  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 
 def climb(loss, longest=9):
     """The losses of all rungs that the rule asks for, and the rounds in which it asks."""

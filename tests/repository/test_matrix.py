@@ -82,6 +82,7 @@ def test_results_are_replaced_by_pair(tmp_path, monkeypatch):
     assert readme.read_text() == f"before\n{matrix.BEGIN}{matrix.table(results)}{matrix.END}after\n"
 
 
+@pytest.mark.long
 def test_each_value_of_each_parameter_runs_and_no_product_of_them(tmp_path):
     (tmp_path / "test_cases.py").write_text(CASES)
     command = [

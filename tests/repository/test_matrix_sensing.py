@@ -13,6 +13,8 @@ from torch import Tensor
 
 import lowrank_optim as lo
 
+pytestmark = pytest.mark.long
+
 
 def load_example() -> ModuleType:
     """The example as a module; examples are scripts, not a package."""

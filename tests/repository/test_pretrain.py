@@ -3,14 +3,14 @@
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.oracles.processes import Child
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -18,6 +18,8 @@ sys.path.insert(0, str(EXAMPLES))
 import pretrain  # noqa: E402
 from pretraining.configs import SIZES, build_model  # noqa: E402
 from pretraining.run import Run  # noqa: E402
+
+pytestmark = pytest.mark.long
 
 TEXT = argparse.__file__  # real text of 100 kB that is on every machine
 SMALL = ["--text", TEXT, "--length", "32", "--batch", "4", "--validation-batches", "2", "--validate-every", "10"]
@@ -34,29 +36,29 @@ def run(*arguments: str) -> None:
     pretrain.main([*SMALL, *arguments])
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
+def run_alone(*arguments: str) -> None:
+    torch.set_num_threads(1)
+    run(*arguments)
+
+
+def start(folder: Path, *arguments: str) -> Child:
+    """The run in a process forked from one that has imported torch."""
+    return Child(folder.with_suffix(".output"), run_alone, *arguments, "--out", str(folder))
+
+
+def finish_afresh(folder: Path, *arguments: str) -> str:
+    """The run as a user starts it, with an interpreter of its own; what it printed."""
     command = [sys.executable, str(EXAMPLES / "pretrain.py"), *SMALL, *arguments, "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def kill_after(process: subprocess.Popen, folder: Path, lines: int) -> None:
+def kill_after(child: Child, folder: Path, lines: int) -> None:
     """SIGKILL as soon as the run has written that many rows of metrics."""
     metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= lines:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    child.kill_when(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= lines)
 
 
 def test_the_loss_falls_and_everything_is_written(tmp_path):
@@ -79,11 +81,11 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers(optimizer, tmp_p
     arguments = ["--optimizer", optimizer, "--steps", "30"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     undisturbed = start(whole, *arguments)
-    # Before the first checkpoint, between two, and again after a resume.
+    # In other processes: before the first checkpoint, between two, and again after a resume.
     kill_after(start(broken, *arguments), broken, 2)
     kill_after(start(broken, *arguments, "--resume"), broken, 13)
-    finish(undisturbed)
-    finish(start(broken, *arguments, "--resume"))
+    undisturbed.finish()
+    finish_afresh(broken, *arguments, "--resume")
     assert rows(broken) == rows(whole)
 
 
@@ -92,8 +94,8 @@ def test_a_comparison_that_is_killed_continues_its_second_run_and_leaves_the_fir
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     undisturbed = start(whole, *arguments)
     kill_after(start(broken, *arguments), broken / "galore", 8)
-    finish(undisturbed)
-    output = finish(start(broken, *arguments, "--resume"))
+    undisturbed.finish()
+    output = start(broken, *arguments, "--resume").finish()
     assert "adamw, lr 0.002: finished before" in output
     assert "galore: continuing after step" in output
     for name in ("adamw", "galore"):
@@ -126,7 +128,7 @@ def count_file_operations(monkeypatch, fatal: int | None = None) -> list[str]:
 
 def test_a_run_killed_in_any_of_its_file_operations_loses_nothing(tmp_path, monkeypatch):
     arguments = ["--optimizer", "galore", "--dtype", "bfloat16", "--option", "stochastic_rounding=True"]
-    arguments += ["--steps", "6", "--save-every", "3", "--update-proj-gap", "2"]
+    arguments += ["--steps", "4", "--save-every", "2", "--update-proj-gap", "2"]
     with monkeypatch.context() as patch:
         operations = count_file_operations(patch)
         run(*arguments, "--out", str(tmp_path / "whole"))

@@ -1,6 +1,7 @@
 """The README's code runs as it stands."""
 
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -20,12 +21,12 @@ def test_the_complete_loop_runs_and_learns():
     assert "low-rank" in lo.describe(scope["groups"])
 
 
-def test_the_one_line_and_the_composed_method_run():
+def test_the_one_line_and_the_composed_methods_run():
     codes = [block for block in BLOCKS if "param_groups(model" in block and "manual_seed" not in block]
     codes = [block for block in codes if "register_comm_hook" not in block]
-    assert len(codes) == 2
+    assert len(codes) == 3
     for code in codes:
-        model = torch.nn.Sequential(torch.nn.Linear(256, 64), torch.nn.Linear(64, 256))
+        model = torch.nn.Sequential(OrderedDict(qkv=torch.nn.Linear(256, 66), down=torch.nn.Linear(66, 256)))
         scope = {"lo": lo, "model": model}
         exec(code, scope)
         model(torch.randn(8, 256)).square().mean().backward()

@@ -286,6 +286,17 @@ def test_the_groups_of_a_muon_model_are_described():
     assert any(line.startswith("group 1: dense, rule adam") for line in lines)
 
 
+def test_the_factory_for_the_trainer_needs_no_rank():
+    optimizer = lo.integrations.transformers.LowRank()(
+        llama_like(), method="muon_adamw", lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
+    )
+    assert [group["rule"] for group in optimizer.param_groups] == ["muon", "adam", "adam"]
+    with pytest.raises(ValueError, match="LowRank needs rank"):
+        lo.integrations.transformers.LowRank()(
+            llama_like(), method="sumo", lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
+        )
+
+
 def test_the_planner_knows_the_state_of_muon():
     model, batch = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64)), torch.zeros(4, 64)
     memory = lo.plan(model, "muon_adamw", example_batch=batch, device="cpu")

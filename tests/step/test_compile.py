@@ -76,8 +76,11 @@ def test_operations_stand_in_compiled_code_without_specialising() -> None:
         basis = torch.linalg.qr(torch.randn(16, 4, generator=generator)).Q.contiguous()
         for step in range(1, 51):
             grad = torch.randn(24, 16, generator=generator).bfloat16()
-            numbers, applied = kernels.numbers(0.9, 0.999, 1e-8, step), kernels.numbers(0.1 / step, 1.0 - 0.01 / step)
-            function(weight, grad, m, v, basis, numbers, applied, kernels.words(step, 0))
+            numbers, applied = (
+                kernels.pack_scalars(0.9, 0.999, 1e-8, step),
+                kernels.pack_scalars(0.1 / step, 1.0 - 0.01 / step),
+            )
+            function(weight, grad, m, v, basis, numbers, applied, kernels.pack_key(step, 0))
         return weight
 
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -307,6 +307,7 @@ def test_importing_the_package_loads_no_heavy_libraries():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [32, 8])
 def test_nothing_keeps_a_gradient_alive_after_the_step(bits):
     """Not even for the garbage collector, and not from the first step, which looks for the backends."""

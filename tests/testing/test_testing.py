@@ -151,6 +151,7 @@ def check(part: Any) -> None:
             function(part)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", [*variants(), *SMALL], ids=lambda part: f"{type(part).__name__}-{part.name}")
 def test_parts_keep_what_they_promise(part):
     check(part)

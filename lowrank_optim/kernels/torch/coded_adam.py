@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import compute
-from lowrank_optim.kernels.arguments import key_of
+from lowrank_optim.kernels.arguments import unpack_key
 from lowrank_optim.kernels.coded_reference import LEVELS, block_factors
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.kernels.nibbles import pack_nibbles, unpack_nibbles
@@ -118,7 +118,7 @@ def coded_adam_dense_(
         return
     *adam, alpha, keep = scalars.tolist()
     step = _step(adam, noise, ok, bits, weight.device)
-    key, (start, *_) = key_of(rounding)
+    key, (start, *_) = unpack_key(rounding)
     for rows in _rows_of(weight, col_scale, block, weight, grad, ratio, ratio_scale, root, root_scale):
         w, g, *codes = rows.tensors
         direction = _direct(g, codes, rows, step)
@@ -138,7 +138,7 @@ def is_read(ok: Tensor | None) -> bool:
 
 
 def _step(adam: list[float], noise: Tensor | None, ok: Tensor | None, bits: int, device: torch.device) -> Step:
-    key, (turn, start) = key_of(noise)
+    key, (turn, start) = unpack_key(noise)
     beta1, beta2, eps, t = adam
     return Step(
         (beta1, beta2, eps, t),
