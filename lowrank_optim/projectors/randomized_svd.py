@@ -183,7 +183,9 @@ class RandomizedSVD(StoredProjector):
         given: dict[str, Any] = dict(zip(("oversample", "power_iterations", "warm_iterations"), numbers, strict=False))
         if explore not in ("", "None"):
             given["explore"] = explore
-        return cls(**given, **({"leading": float(leading)} if leading else {}))
+        if leading:
+            given["leading"] = float(leading)
+        return cls(**given)
 
     def compute(self, request: Refresh) -> dict[str, Tensor]:
         grad, space, old, key, first = request.grad, request.space, request.state, request.key, request.first
