@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lowrank_optim import kernels
 from lowrank_optim.kernels.counter_rng import choose, derive_key
 from lowrank_optim.projectors.base import Basis, Projector, Refresh, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
@@ -83,8 +84,8 @@ class DCT(Projector):
 
     A gradient that is split along the projected side is gathered on refresh steps; one that is split along the other sends d sums.
 
-    Memory: 4 bytes for each of r numbers (`indices`, int32); a step works with one d×r matrix, a refresh with a few matrices of the
-    gradient's size in the compute type.
+    Memory: 4 bytes for each of r numbers (`indices`, int32); a step works with one d×r matrix, a refresh with a few
+    million numbers besides.
 
     Paper: Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models",
     ICLR 2026, arXiv:2505.17967.
@@ -103,18 +104,20 @@ class DCT(Projector):
     def refresh(self, request: Refresh) -> dict[str, Tensor] | None:
         space, sharding, old = request.space, request.space.sharding, request.state["indices"]
         ok = usable(request.grad, sharding.matrix)
-        if not bool(
-            sharding.matrix.sum(ok.any().float(), -3)
-        ):  # the host waits for the device here, on refresh steps only
+        # The host waits for the device here, on refresh steps only.
+        if not bool(sharding.matrix.sum(ok.any().float(), -3)):
             return None
-        lines = torch.where(ok, request.grad, 0.0).to(space.dtype)
         dim, other = (-1, -2) if space.side == "right" else (-2, -1)
-        lines = sharding.matrix.gather(lines, dim)
+        lines = sharding.matrix.gather(request.grad, dim)
         lines = lines if space.side == "right" else lines.mT
         # Squares of a gradient of any size must neither overflow nor vanish.
-        size = sharding.matrix.norm(torch.linalg.vector_norm(lines, dim=(-2, -1), keepdim=True), other)
-        energy = transformed(lines / size.clamp_min(torch.finfo(size.dtype).tiny)).square().sum(-2)
-        energy = sharding.matrix.sum(energy.unsqueeze(-2), other).squeeze(-2)
+        norm = torch.linalg.vector_norm(lines, dim=(-2, -1), keepdim=True, dtype=space.dtype)
+        size = sharding.matrix.norm(norm, other).clamp_min_(torch.finfo(space.dtype).tiny)
+        energy = torch.zeros((*lines.shape[:-2], 1, lines.shape[-1]), dtype=space.dtype, device=lines.device)
+        for chunk in kernels.row_chunks(lines.shape[-2], lines.shape[-1] * max(math.prod(lines.shape[:-2]), 1)):
+            part = transformed(lines[..., chunk, :].to(space.dtype) / size)
+            energy.add_(part.square_().sum(-2, keepdim=True))
+        energy = sharding.matrix.sum(energy, other).squeeze(-2)
         new = in_place(energy.topk(space.rank).indices, old)
         new = torch.where(ok.squeeze(-1), new, old)
         return {"indices": sharding.sharding_of("chosen", space.side).agree(new)}
