@@ -128,6 +128,23 @@ def test_rounding_outside_of_the_subspace_is_not_blown_up(dtype):
     assert not optimizers[0].state[ours]["complement_power"].any()
 
 
+def test_a_gradient_that_moves_into_the_subspace_stays_there():
+    """p falls to nothing then, and a C of rounding errors over it would grow and grow."""
+    param = parameter((40, 24), torch.float32)
+    optimizer = build(param, projector="svd", update_proj_gap=1000, weight_decay=0.0)
+    grads = [grad.float() for grad in gradients((40, 24), 120)]
+    for step, grad in enumerate(grads):
+        if step:
+            basis = optimizer.state[param]["basis"]
+            grad = grad if step < 3 else grad @ basis @ basis.T
+        before, param.grad = param.detach().clone(), grad
+        optimizer.step()
+        change = param.detach() - before
+        if step > 3:
+            outside = change - change @ optimizer.state[param]["basis"] @ optimizer.state[param]["basis"].T
+            assert outside.norm() < 1e-3 * change.norm(), step
+
+
 def test_a_full_rank_subspace_leaves_nothing():
     param, other = parameter((24, 16)), parameter((24, 16))
     optimizers = [build(param, rank=16, projector="svd"), build(other, rank=16, projector="svd", complement_scale=0.0)]
