@@ -13,6 +13,7 @@ from lowrank_optim.in_backward import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import (
     LAYERWISE_METHODS,
     METHODS,
+    AliceAdamW,
     APOLLOAdamW,
     APOLLOMiniAdamW,
     BAdamW,
@@ -34,11 +35,12 @@ from lowrank_optim.optimizers import (
     by_name,
     state_bytes,
 )
-from lowrank_optim.projectors import SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
+from lowrank_optim.projectors import DCT, SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
 from lowrank_optim.projectors.base import Basis, GradientTerm, Refresh, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
 from lowrank_optim.projectors.stored_projector import StoredProjector
 from lowrank_optim.residuals.base import Residual, ResidualInput, Update
+from lowrank_optim.residuals.complement import ComplementScaled
 from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual, SGDResidual, SignResidual
 from lowrank_optim.residuals.scaled import GradientScaled, NormScaled
 from lowrank_optim.rules import (
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from lowrank_optim.planner import MemoryPlan, plan
 
 __all__ = [
+    "DCT",
     "LAYERWISE_METHODS",
     "METHODS",
     "SAGE",
@@ -72,9 +75,11 @@ __all__ = [
     "APOLLOMiniAdamW",
     "Adafactor",
     "Adam",
+    "AliceAdamW",
     "BAdamW",
     "Basis",
     "Blocks",
+    "ComplementScaled",
     "Context",
     "Coordinate",
     "DenseBasis",

@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 
+from lowrank_optim.optimizers.alice import AliceAdamW
 from lowrank_optim.optimizers.apollo import APOLLOAdamW, APOLLOMiniAdamW
 from lowrank_optim.optimizers.badam import BAdamW
 from lowrank_optim.optimizers.base import LowRankOptimizer
@@ -20,6 +21,7 @@ __all__ = [
     "METHODS",
     "APOLLOAdamW",
     "APOLLOMiniAdamW",
+    "AliceAdamW",
     "BAdamW",
     "FiraAdamW",
     "FrugalAdamW",
@@ -56,6 +58,7 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "sumo": SUMOAdamW,
     "scale": SCALEOptimizer,
     "sinkgd": SinkGDAdamW,
+    "alice": AliceAdamW,
 }
 """Short names, as command lines and trainers use them."""
 

@@ -69,7 +69,7 @@ def _moment_names(step: ParamStep) -> list[str]:
 
 def _keep_counters(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
     """Counters and the residual's tensors, where both have them."""
-    for name in ("step", "last_refresh", "gap", "overlaps", "limiter_norm", "error", "master"):
+    for name in ("step", "last_refresh", "gap", "overlaps", "limiter_norm", "complement_power", "error", "master"):
         if name in old and name in new and old[name].shape == new[name].shape:
             new[name].copy_(old[name])
 
