@@ -137,7 +137,7 @@ def test_every_public_optimizer_is_in_the_matrix():
     public = {kind for kind in public if issubclass(kind, lo.LowRankOptimizer)} - {lo.LowRankOptimizer}
     assert public == set(METHODS.values())
     assert {name for name, _ in EVERY} == set(METHODS)
-    assert len(public) == 16
+    assert len(public) == 18
 
 
 def mean_of_gradients():
