@@ -113,7 +113,9 @@ def take_linears(model: nn.Module, include: Patterns, exclude: Patterns, *, meta
     """
     chosen = {id(param) for param in select_matrices(model, include, exclude)}
     if isinstance(model, nn.Linear):
-        raise ValueError("the model is itself an nn.Linear and cannot be replaced in place; put it into an nn.Sequential")
+        raise ValueError(
+            "the model is itself an nn.Linear and cannot be replaced in place; put it into an nn.Sequential"
+        )
     if isinstance(include, Iterable) and not isinstance(include, str):
         include = list(include)
     linears = [
@@ -135,7 +137,9 @@ def take_linears(model: nn.Module, include: Patterns, exclude: Patterns, *, meta
     for pattern in [include] if not isinstance(include, list) else include:
         own = {id(param) for param in select_matrices(model, pattern)} if pattern is not None else chosen
         if not any(id(layer.module.weight) in own for layer in taken) and not own - chosen:
-            raise ValueError(f"include pattern {pattern!r} matches no plain nn.Linear, only layers that cannot be taken")
+            raise ValueError(
+                f"include pattern {pattern!r} matches no plain nn.Linear, only layers that cannot be taken"
+            )
     _check_owners(find_parameters(model), model, {id(layer.module.weight) for layer in taken})
     for path, _, module in taken:
         _check_layer(path, module, meta)
@@ -182,8 +186,10 @@ def merge_(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, ReparametrizedLinear):
-        raise ValueError(f"the model is itself a {type(model).__name__} and cannot be replaced in place; put it into an nn.Sequential")
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, ReparametrizedLinear)]
+        raise ValueError(
+            f"the model is itself a {type(model).__name__} and cannot be replaced in place; put it into an nn.Sequential"
+        )
+    found = [(path, each) for path, each in model.named_modules() if isinstance(each, ReparametrizedLinear)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no layer that lowrank_optim.nn made")
     for path, module in found:
@@ -223,10 +229,16 @@ def _check_layer(path: str, module: nn.Linear, meta: bool) -> None:
     if isinstance(weight, QuantizedWeight):
         raise ValueError(f"{path}.weight is stored in 8 bits; call lowrank_optim.nn.dequantize_weights_ first")
     if isinstance(weight, DTensor):
-        raise ValueError(f"{path}.weight is sharded (DTensor); replace the layers before fully_shard or parallelize_module")
+        raise ValueError(
+            f"{path}.weight is sharded (DTensor); replace the layers before fully_shard or parallelize_module"
+        )
     if not weight.is_floating_point():
         raise ValueError(f"{path}.weight is {weight.dtype}; floating-point weights are needed")
     if weight.is_meta and not meta:
-        raise ValueError(f"{path}.weight is on the meta device and has no numbers; materialise the model first, or use init='fresh'")
+        raise ValueError(
+            f"{path}.weight is on the meta device and has no numbers; materialise the model first, or use init='fresh'"
+        )
     if "forward" in module.__dict__:
-        raise ValueError(f"{path} has a forward of its own, set by another library; replace the layers before that, or exclude it")
+        raise ValueError(
+            f"{path} has a forward of its own, set by another library; replace the layers before that, or exclude it"
+        )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim.kernels import as_python
 from lowrank_optim.nn.reparametrized import Patterns, TakenLinear, put_layers, take_linears, take_over
 from lowrank_optim.nn.sparse_low_rank import SparseLowRankLinear, SupportName, check_numbers
 from lowrank_optim.nn.supports import ColumnSupport, Support, linear_indices, support_from_indices
@@ -38,9 +39,9 @@ def sltrain_(
         rank: r, from 0 (S alone) to min(m, n).
         density: fraction of the entries that S has; 0 leaves B A alone.
         alpha: s = alpha/rank; None means s = 1. The paper has 32 for 60M parameters, 16 for 130M and 350M, 8 for 1B and 7B.
-        init: must be given, since one of them drops the weights that the model has. "fresh": A and the values uniform in ±1/√n, B = 0,
-            for training from scratch. "svd": close to the weights: L ← the best rank-r matrix for W − S, S ← W − L on the support, in
-            turn, which makes ‖W − L − S‖ smaller each time; B and A are balanced.
+        init: must be given, since one of them drops the weights that the model has. "fresh": A and the values uniform in ±1/√n,
+            B = 0, for training from scratch. "svd": close to the weights: L ← the best rank-r matrix for W − S, S ← W − L on the
+            support, in turn, which makes ‖W − L − S‖ smaller each time; B and A are balanced.
         support: "random" (from the seed: nothing is stored but the seed; rows have nearly equal numbers of entries), "uniform" (every
             subset equally likely; stored in 4 bytes per entry), "residual" (with init="svd": the entries where W − L is largest,
             stored), "columns" (whole columns, as LOST: with "svd" those where W − L is largest, else drawn).
@@ -52,13 +53,14 @@ def sltrain_(
 
     Raises:
         TypeError: no nn.Module.
-        ValueError: `init` is not given; a value out of range, with the layer's name; a pattern that matches nothing; no layer to take;
-            a weight that is coded, sharded, tied to something that is no linear layer, or, unless init="fresh" with a "random"
+        ValueError: `init` is not given; a value out of range, with the layer's name; a pattern that matches nothing; no layer to
+            take; a weight that is coded, sharded, tied to something that is no linear layer, or, unless init="fresh" with a "random"
             support, on the meta device.
 
-    Memory: b·(r·(m + n) + nnz) bytes for each layer at b bytes a number. The passes make neither W nor its gradient: their temporaries
-    are two tiles of at most a quarter of m×n and about a million elements. On a CPU this saves memory, not time. init="svd" needs four
-    dense float64 matrices (float32 on accelerators) for one layer at a time.
+    Memory: b·(r·(m + n) + nnz) bytes for each layer at b bytes a number. The passes make neither W nor its gradient: their
+    temporaries are two tiles, each of at most a quarter of m×n and about a million elements (four millions on accelerators), and
+    the places of its entries. On a CPU this saves memory, not time. init="svd" needs some dense float64 matrices (float32 on
+    accelerators) for one layer at a time.
 
     Example:
         >>> import torch, lowrank_optim as lo
@@ -70,6 +72,7 @@ def sltrain_(
 
     Papers: Han et al., "SLTrain", arXiv:2406.02214; columns: "LOST", arXiv:2508.02668 (without its activation between the factors).
     """
+    rank, density, alpha, rounds, seed = map(as_python, (rank, density, alpha, rounds, seed))
     if init not in ("fresh", "svd"):
         raise ValueError(
             f"init is {init!r}; 'fresh' draws new weights, for training from scratch (the weights of the model are dropped), 'svd' "

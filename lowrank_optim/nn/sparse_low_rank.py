@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.kernels import compute_dtype, cpu_tensor, outside_graph
-from lowrank_optim.kernels.counter_rng import PURPOSE_FACTOR, PURPOSE_VALUES, make_key, signed_key, uniform, unsigned_key
+from lowrank_optim.kernels.counter_rng import (
+    PURPOSE_FACTOR,
+    PURPOSE_VALUES,
+    make_key,
+    signed_key,
+    uniform,
+    unsigned_key,
+)
 from lowrank_optim.nn.reparametrized import ReparametrizedLinear
 from lowrank_optim.nn.sparse_low_rank_product import SparseLowRankProduct
 from lowrank_optim.nn.supports import (
@@ -86,9 +93,12 @@ class SparseLowRankLinear(ReparametrizedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
-        check_numbers("", out_features, in_features, rank, density, alpha, trainable_scaling)
+        given = isinstance(support, Tensor)
+        check_numbers("", out_features, in_features, rank, 1.0 if given else density, alpha, trainable_scaling)
         if isinstance(support, str) and support not in ("random", "uniform", "columns"):
-            raise ValueError(f"support is {support!r}; a new layer has 'random', 'uniform', 'columns' or a vector of indices")
+            raise ValueError(
+                f"support is {support!r}; a new layer has 'random', 'uniform', 'columns' or a vector of indices"
+            )
         self.rank, self.seed, self.position, self.alpha = rank, seed, position, alpha
         self._scale = alpha / rank if alpha is not None and rank else 1.0
         self._seeded: SeededSupport | None = None
@@ -96,7 +106,9 @@ class SparseLowRankLinear(ReparametrizedLinear):
 
         def add(name: str, *shape: int) -> None:
             there = 0 not in shape
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if there else None)
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if there else None
+            )
 
         add("lora_A", rank, in_features)
         add("lora_B", out_features, rank)
@@ -106,7 +118,7 @@ class SparseLowRankLinear(ReparametrizedLinear):
         if self.sparse_value is not None and drawn is not None:
             self.set_support(drawn)
         if self.lora_A is None and self.sparse_value is None:
-            raise ValueError(f"rank is 0 and density {density} leaves no entry of {out_features}×{in_features}: nothing to train")
+            raise ValueError("rank is 0 and there are no indices: nothing would be trained")
         add("scaling", int(trainable_scaling))
         add("bias", out_features if bias else 0)
         self.reset_parameters()
@@ -182,7 +194,9 @@ class SparseLowRankLinear(ReparametrizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """y = s·(x Aᵀ) Bᵀ + x Sᵀ + b, in the type of x, or in autocast's."""
         if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"the input is {tuple(x.shape)}; its last dimension must be in_features, {self.in_features}")
+            raise ValueError(
+                f"the input is {tuple(x.shape)}; its last dimension must be in_features, {self.in_features}"
+            )
         return outside_graph(self._product, x)  # type: ignore[no-any-return]
 
     def _product(self, x: Tensor) -> Tensor:
@@ -289,7 +303,12 @@ class SparseLowRankLinear(ReparametrizedLinear):
         elif index is not None:  # as the released code stores it: row·n + column
             found = support_from_indices(m, n, index)
             state[f"{prefix}sparse_index"], state[f"{prefix}sparse_rows"] = found.columns, found.pointers
-            if self.scaling is None and self.alpha is None and f"{prefix}scale" not in state and self.lora_A is not None:
+            if (
+                self.scaling is None
+                and self.alpha is None
+                and f"{prefix}scale" not in state
+                and self.lora_A is not None
+            ):
                 raise ValueError("a checkpoint of the released code does not say alpha; give it to sltrain_(alpha=…)")
             if self.scaling is None and self.lora_A is not None:
                 state.setdefault(f"{prefix}scale", self.scale)
@@ -322,7 +341,13 @@ def check_numbers(
         raise ValueError(f"density is {density!r}{where}; it must be from 0 to 1")
     if rank == 0 and density == 0:
         raise ValueError(f"rank and density are both 0{where}: nothing would be trained")
+    if rank == 0 and density * m * n < 1:
+        raise ValueError(f"rank is 0 and density {density!r} leaves no entry{where}: nothing would be trained")
+    if rank == 0 and trainable_scaling:
+        raise ValueError(f"rank is 0{where}, so trainable_scaling has nothing to scale")
     if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha is {alpha!r}; it must be positive, or None for s = 1")
     if alpha is not None and trainable_scaling:
-        raise ValueError(f"alpha is {alpha!r}, but with trainable_scaling s = tanh(θ) starts at tanh(1); leave alpha out")
+        raise ValueError(
+            f"alpha is {alpha!r}, but with trainable_scaling s = tanh(θ) starts at tanh(1); leave alpha out"
+        )

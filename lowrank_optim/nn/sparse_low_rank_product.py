@@ -19,7 +19,7 @@ from lowrank_optim.nn.supports import ColumnSupport, Support, Tile
 
 
 class SparseLowRankProduct(torch.autograd.Function):
-    """apply(x, A, B, v, b, θ, s, support, compute type, result type); A with B, v, b and θ may be None. s = tanh θ if there is a θ."""
+    """apply(x, A, B, v, b, θ, s, support, compute type, result type); A with B, v, b, θ may be None. With a θ, s = tanh θ."""
 
     @staticmethod
     @no_autograd_no_autocast
@@ -95,7 +95,10 @@ class SparseLowRankProduct(torch.autograd.Function):
 def _sparse_backward(
     support: Support, values: Tensor, x: Tensor, grad: Tensor, grad_x: Tensor | None, grad_v: Tensor | None
 ) -> None:
-    """Adds ∂y S to `grad_x` and writes ∂v to `grad_v`, where they are wanted. `grad_x` is float32 for 16-bit types: many tiles add up."""
+    """Adds ∂y S to `grad_x` and writes ∂v to `grad_v`, where they are wanted.
+
+    Many tiles add up in `grad_x`, which is float32 for 16-bit types.
+    """
     if isinstance(support, ColumnSupport):
         if grad_x is not None:
             grad_x.index_add_(1, support.columns, (grad @ values.view(support.rows, -1)).to(grad_x.dtype))

@@ -7,6 +7,7 @@ tile says which values are its own, and where they stand in it. Nothing of the s
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -93,7 +94,7 @@ class StoredSupport:
         if size not in self.bounds:
             self.bounds[size] = [int(self.pointers[first]) for first in starts]
         bounds = self.bounds[size]
-        for i, (first, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for i, (first, end) in enumerate(pairwise(starts)):
             values = slice(bounds[i], bounds[i + 1])
             lengths = self.pointers[first : end + 1].diff().long()
             offsets = torch.arange(0, (end - first) * self.cols, self.cols, device=device)
@@ -139,7 +140,9 @@ def support_from_indices(rows: int, cols: int, indices: Tensor) -> StoredSupport
             f"indices must be a vector of integers row·{cols} + column, got {tuple(indices.shape)} {indices.dtype}"
         )
     indices = indices.detach().long()
-    if indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= rows * cols or bool((indices.diff() <= 0).any())):
+    if indices.numel() and (
+        int(indices[0]) < 0 or int(indices[-1]) >= rows * cols or bool((indices.diff() <= 0).any())
+    ):
         raise ValueError(f"indices must be ascending, distinct and in [0, {rows}·{cols})")
     lengths = torch.bincount(indices // cols, minlength=rows)
     pointers = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -152,7 +155,12 @@ def support_from_rows(rows: int, cols: int, pointers: Tensor, columns: Tensor) -
     Raises:
         ValueError: they are not compressed sparse rows of an m×n matrix.
     """
-    if pointers.shape != (rows + 1,) or columns.dim() != 1 or pointers.is_floating_point() or columns.is_floating_point():
+    if (
+        pointers.shape != (rows + 1,)
+        or columns.dim() != 1
+        or pointers.is_floating_point()
+        or columns.is_floating_point()
+    ):
         raise ValueError(
             f"row pointers must be ({rows + 1},) integers and columns a vector of integers, got {tuple(pointers.shape)} "
             f"{pointers.dtype} and {tuple(columns.shape)} {columns.dtype}"
