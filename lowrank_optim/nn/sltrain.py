@@ -174,11 +174,11 @@ def _chooser(entries: Support | None, support: str) -> Callable[[Tensor], Suppor
 
     def largest(rest: Tensor) -> Support:
         index = rest.abs().view(-1).topk(fixed(rest).count).indices.sort().values
-        return support_from_indices(*rest.shape, index)
+        return support_from_indices(rest.shape[0], rest.shape[1], index)
 
     def columns(rest: Tensor) -> Support:
         count = fixed(rest).count // rest.shape[0]
         index = rest.square().sum(0).topk(count).indices.sort().values
-        return ColumnSupport(*rest.shape, index.int())
+        return ColumnSupport(rest.shape[0], rest.shape[1], index.int())
 
     return {"residual": largest, "columns": columns}.get(support, fixed)

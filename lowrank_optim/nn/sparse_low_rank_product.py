@@ -58,7 +58,7 @@ class SparseLowRankProduct(torch.autograd.Function):
         return y.view(*x.shape[:-1], size).to(result)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     @no_autograd_no_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_a, lora_b, values, bias, theta = ctx.saved_tensors
@@ -68,17 +68,20 @@ class SparseLowRankProduct(torch.autograd.Function):
         grad_x = grad_a = grad_b = grad_v = grad_theta = None
         if lora_a is not None:
             a, b, s = lora_a.to(compute), lora_b.to(compute), _scale(theta, ctx.scale, compute)
-            q = g @ b if need_x or need_a or need_theta else None
-            u = tokens @ a.mT if need_b or need_theta else None
+            if need_x or need_a or need_theta:
+                q = g @ b
+            if need_b or need_theta:
+                u = tokens @ a.mT
             if need_theta:  # ∂θ = (1 − s²) ∂s
                 exact = torch.tanh(theta.to(_sums(compute)))
                 inner = (q.to(exact.dtype) * u.to(exact.dtype)).sum()
                 grad_theta = (inner * (1 - exact * exact)).to(theta.dtype)
-            q, u = (None if part is None else part.mul_(s) for part in (q, u))
+            if need_b:
+                grad_b = (g.mT @ u.mul_(s)).to(lora_b.dtype)
+            if need_x or need_a:
+                q.mul_(s)
             if need_a:
                 grad_a = (q.mT @ tokens).to(lora_a.dtype)
-            if need_b:
-                grad_b = (g.mT @ u).to(lora_b.dtype)
             if need_x:
                 grad_x = (q @ a).to(_sums(compute))
         if need_x and grad_x is None:
