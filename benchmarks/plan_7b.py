@@ -38,6 +38,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "Q-GaLore, int8 weights, in backward": {"optimizer": ("qgalore", {"rank": 1024}), "weight_bits": 8, **IN_BACKWARD},
     "APOLLO-Mini, in backward": {"optimizer": "apollo_mini", **IN_BACKWARD},
     "APOLLO-Mini, 8-bit state, in backward": {"optimizer": ("apollo_mini", {"state_bits": 8}), **IN_BACKWARD},
+    "SinkGD, in backward": {"optimizer": "sinkgd", **IN_BACKWARD},
+    "SCALE, in backward": {"optimizer": "scale", **IN_BACKWARD},
+    "SCALE, int8 weights, in backward": {"optimizer": "scale", "weight_bits": 8, **IN_BACKWARD},
     "LISA, 2 layers, in backward": {"optimizer": "lisa", **IN_BACKWARD},
 }
 

@@ -13,6 +13,7 @@ from lowrank_optim.in_backward import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import (
     LAYERWISE_METHODS,
     METHODS,
+    AliceAdamW,
     APOLLOAdamW,
     APOLLOMiniAdamW,
     BAdamW,
@@ -28,18 +29,22 @@ from lowrank_optim.optimizers import (
     LowRankOptimizer,
     MuonAdamW,
     QGaLoreAdamW8bit,
+    SCALEOptimizer,
+    SinkGDAdamW,
     SUMOAdamW,
     by_name,
     state_bytes,
 )
-from lowrank_optim.projectors import SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
+from lowrank_optim.projectors import DCT, SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
 from lowrank_optim.projectors.base import Basis, GradientTerm, Refresh, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
 from lowrank_optim.projectors.stored_projector import StoredProjector
 from lowrank_optim.residuals.base import Residual, ResidualInput, Update
+from lowrank_optim.residuals.complement import ComplementScaled
 from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual, SGDResidual, SignResidual
 from lowrank_optim.residuals.scaled import GradientScaled, NormScaled
 from lowrank_optim.rules import (
+    SAGE,
     SGD,
     Adafactor,
     Adam,
@@ -51,24 +56,30 @@ from lowrank_optim.rules import (
     Muon,
     NorMuon,
     RMSprop,
+    RowNorm,
     Rule,
+    Sinkhorn,
 )
 
 if TYPE_CHECKING:
     from lowrank_optim.planner import MemoryPlan, plan
 
 __all__ = [
+    "DCT",
     "LAYERWISE_METHODS",
     "METHODS",
+    "SAGE",
     "SGD",
     "SVD",
     "APOLLOAdamW",
     "APOLLOMiniAdamW",
     "Adafactor",
     "Adam",
+    "AliceAdamW",
     "BAdamW",
     "Basis",
     "Blocks",
+    "ComplementScaled",
     "Context",
     "Coordinate",
     "DenseBasis",
@@ -105,10 +116,14 @@ __all__ = [
     "Residual",
     "ResidualInput",
     "Role",
+    "RowNorm",
     "Rule",
+    "SCALEOptimizer",
     "SGDResidual",
     "SUMOAdamW",
     "SignResidual",
+    "SinkGDAdamW",
+    "Sinkhorn",
     "StepParams",
     "StoredProjector",
     "SubspaceSpec",

@@ -28,6 +28,8 @@ def param_groups(
     exclude: Pattern | Iterable[Pattern] | None = None,
     weight_decay: float | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    head: Mapping[str, Any] | None = None,
+    embeddings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> list[ParamGroup]:
     """Parameter groups of a model in which the weight matrices are low-rank, or have a rule of their own.
@@ -66,6 +68,8 @@ def param_groups(
         weight_decay: decay of all groups but the no-decay one. Not given, the optimizer's default holds there.
         overrides: group options for parameters whose names match a pattern, such as `{"embed": {"lr_factor": 0.1}}`; where several
             match, later ones win. A rank given here makes matrices low-rank, `rank=None` makes them dense.
+        head, embeddings: group options of the weights of output heads, and of those of `nn.Embedding` and modules named so, where
+            they are dense: `embeddings={"rule": lo.SAGE()}`. A weight that is tied to a head is one. `overrides` win over them.
         **options: further keys of the matrices' groups: `scale`, `update_proj_gap`, `proj_type`, `projector`, `rule`, `lr`, …
 
     Returns:
@@ -97,8 +101,10 @@ def param_groups(
     train_low_rank = rank is not None or density is not None or "rule" in options
     found = find_parameters(model)
     include_list, exclude_list = _checked_patterns(include, exclude, found)
-    for pattern, changes in (overrides or {}).items():
+    at_place = {"head": dict(head or {}), "embeddings": dict(embeddings or {}), "other": {}}
+    for pattern in overrides or {}:
         _check_pattern("overrides", pattern, found)
+    for changes in (*(overrides or {}).values(), *at_place.values()):
         check_values(
             {**DEFAULTS, "lr": 0.0, "weight_decay": 0.0, "residual": "sign", **expand_shorthands(dict(changes))}
         )
@@ -133,7 +139,7 @@ def param_groups(
     plain: list[ParamGroup] = []
     special: list[ParamGroup] = []
     for entries, shared in kinds:
-        for own, members in _by_own_options(entries, overrides or {}):
+        for own, members in _by_own_options(entries, overrides or {}, at_place if entries is dense else {}):
             (special if own else plain).append(_group(members, {**shared, **own}))
     return plain + special
 
@@ -152,12 +158,14 @@ def select_matrices(
 
 
 def _by_own_options(
-    entries: list[FoundParameter], overrides: Mapping[str, Mapping[str, Any]]
+    entries: list[FoundParameter],
+    overrides: Mapping[str, Mapping[str, Any]],
+    at_place: Mapping[str, Mapping[str, Any]],
 ) -> list[tuple[dict[str, Any], list[FoundParameter]]]:
-    """The entries by what their modules and `overrides` say of them, those of which nothing is said first."""
+    """The entries by what their modules, their place and `overrides` say of them, those of which nothing is said first."""
     parted: list[tuple[dict[str, Any], list[FoundParameter]]] = []
     for entry in entries:
-        own = dict(entry.role.options)
+        own = {**entry.role.options, **at_place.get(entry.place, {})}
         for pattern, options in overrides.items():
             if entry.matches(pattern):
                 own |= options
@@ -245,7 +253,9 @@ def _check_arguments(
     for key in options:
         if key in ("params", "param_names", "layout"):
             raise TypeError(f"{key} is set by param_groups for each group; build the groups by hand to choose it")
-        if near := near_option(key, ["include", "exclude", "weight_decay", "rank", "density", "overrides"]):
+        if near := near_option(
+            key, ["include", "exclude", "weight_decay", "rank", "density", "overrides", "head", "embeddings"]
+        ):
             raise TypeError(f"unknown option {key!r}; did you mean {near!r}?")
     if rank is None and density is None and "rule" not in options and (include is not None or options):
         raise ValueError(

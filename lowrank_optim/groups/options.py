@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
     update_proj_gap: steps between two refreshes of the subspace.
     scale: α, multiplies the lifted update.
     proj_type: which side is projected: "std", "reverse_std", "left", "right" or "full".
-    projector: "randomized_svd", "svd", "random", "coordinate", or a `Projector`.
+    projector: "randomized_svd", "svd", "random", "coordinate", "dct", or a `Projector`.
     coordinates: "columns", "rows" or "entries", for `projector="coordinate"`.
     blocks: "random", "ascending", "descending" or "mirror": whole tensors in turn, in place of a subspace of each.
     on_refresh: what happens to the moments when the subspace changes: "keep", "reset" or "rotate".
@@ -339,8 +339,8 @@ def check_combination(projector: Projector, options: Mapping[str, Any]) -> None:
         )
     if not projector.stores_basis and options["overlap_threshold"] is not None:
         raise ValueError(
-            f"overlap_threshold is {options['overlap_threshold']!r}, but projector={projector.name!r} draws its subspaces at "
-            'random, so that they never stand still; use None, or projector "randomized_svd" or "svd"'
+            f"overlap_threshold is {options['overlap_threshold']!r}, but projector={projector.name!r} stores no basis, so "
+            'that nothing is compared; use None, or projector "randomized_svd" or "svd"'
         )
 
 

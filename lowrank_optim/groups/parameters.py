@@ -1,6 +1,6 @@
 """The parameters of a model, each with what it is: a matrix, an embedding, a head, a vector."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
@@ -26,6 +26,7 @@ MATRIX_MODULES = (nn.Linear, *_CONVOLUTIONS)
 # What a parameter is ------------------------------------------------------------------------------------------------------------
 
 Kind: TypeAlias = Literal["matrix", "dense", "no_decay"]
+Place: TypeAlias = Literal["head", "embeddings", "other"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class FoundParameter:
     kind: Kind  # "matrix": low-rank by default; "dense": only if named; "no_decay": never
     layout: str  # of the matrix: "auto", "transposed" or "conv"
     role: Role  # what its module says of it
+    place: Place = "other"  # tied weights: the head
 
     def matches(self, pattern: Pattern) -> bool:
         return any(matches(pattern, name) for name in self.names)
@@ -62,11 +64,14 @@ def find_parameters(model: nn.Module) -> list[FoundParameter]:
             kind = role.kind if name in roles else kind
             if kind == "matrix" and id(param) in heads:
                 kind = "dense"
+            embeds = "Embedding" in type(module).__name__ or isinstance(module, nn.Embedding)
+            place: Place = "head" if id(param) in heads else "embeddings" if embeds else "other"
             if (known := found.get(id(param))) is None:
-                found[id(param)] = FoundParameter(param, (full_name,), kind, layout, role)
+                found[id(param)] = FoundParameter(param, (full_name,), kind, layout, role, place)
                 continue
             strictest: Kind = max(known.kind, kind, key=("matrix", "dense", "no_decay").index)
-            found[id(param)] = FoundParameter(param, (*known.names, full_name), strictest, known.layout, known.role)
+            place = min(known.place, place, key=("head", "embeddings", "other").index)
+            found[id(param)] = replace(known, names=(*known.names, full_name), kind=strictest, place=place)
     return list(found.values())
 
 

@@ -6,6 +6,7 @@ Equations, shapes and types are those of the definitions in `reference`.
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -105,24 +106,41 @@ def apply_(
     residual: ResidualTerm | None = None,
 ) -> None:
     """W ← keep·W − α·(left @ right + φ ⊙ E), see `reference.apply_`."""
+    write = {"alpha": alpha, "keep": keep, "ok": ok, "rounding_key": rounding_key}
+    call("apply_", *apply_call(weight, (left, right), residual, start, write))
+
+
+def apply_call(
+    weight: Tensor,
+    factors: tuple[Tensor, Tensor],
+    residual: ResidualTerm | None,
+    start: int,
+    write: Mapping[str, Any],
+) -> tuple[Any, ...]:
+    """The arguments of the operation `apply_`, for `run_many`."""
     grad = phi = subtract_left = subtract_right = None
     if residual is not None:
         grad, phi, subtract_left, subtract_right = residual.grad, residual.scale, residual.left, residual.right
-    call(
-        "apply_",
+    keep, key = write["keep"], write["rounding_key"]
+    return (
         weight,
-        left,
-        right,
-        pack_scalars(alpha, 1.0 if isinstance(keep, Tensor) else keep),
+        *factors,
+        pack_scalars(write["alpha"], 1.0 if isinstance(keep, Tensor) else keep),
         keep if isinstance(keep, Tensor) else None,
-        ok,
-        None if rounding_key is None else pack_key(rounding_key, start),
+        write["ok"],
+        None if key is None else pack_key(key, start),
         grad,
         phi,
         subtract_left,
         subtract_right,
         residual is not None and residual.sign,
     )
+
+
+def no_factors(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors of a zero matrix of the weight's shape: rank 0, no memory."""
+    *batch, rows, cols = weight.shape
+    return weight.new_empty((*batch, rows, 0), dtype=dtype), weight.new_empty((*batch, 0, cols), dtype=dtype)
 
 
 def apply_dense_(

@@ -74,3 +74,18 @@ def row_norms(direction: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     above: Tensor = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     below: Tensor = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
     return above, below
+
+
+def line_sums(tensor: Tensor, dim: int, power: int) -> Tensor:
+    """Σ |x| (`power` 1) or Σ x² (2) of every row (`dim` −1, (…, rows, 1)) or column (−2), without a copy of the whole tensor."""
+    dtype = compute_dtype(tensor.dtype)
+    if tensor.device.type != "cpu" or (dim == -1 and tensor.dtype == dtype):
+        norms: Tensor = torch.linalg.vector_norm(tensor, ord=power, dim=dim, keepdim=True, dtype=dtype)
+        return norms if power == 1 else norms.square_()
+    *batch, rows, cols = tensor.shape
+    sums = tensor.new_zeros((*batch, rows, 1) if dim == -1 else (*batch, 1, cols), dtype=dtype)
+    for chunk in row_chunks(rows, tensor[..., :1, :].numel(), cache_elements(tensor.device)):
+        part = tensor[..., chunk, :].to(dtype)
+        found = (part.abs() if power == 1 else part.square()).sum(dim, keepdim=True)
+        (sums[..., chunk, :] if dim == -1 else sums).add_(found)
+    return sums

@@ -100,7 +100,7 @@ def _dispatcher(name: str) -> Kernel:
             result = run(*args)
             if result is not NotImplemented:
                 if written:
-                    _changed(args, written)
+                    _changed(map(args.__getitem__, written))
                 return result
         return define(*args)
 
@@ -113,11 +113,9 @@ def _ways(name: str, device: str, chosen: Any) -> tuple[Kernel, ...]:
     return tuple(backend.operations[name] for backend in _chain(device, chosen) if name in backend.operations)
 
 
-def _changed(args: Sequence[Any], written: Iterable[int]) -> None:
+def _changed(tensors: Iterable[Tensor]) -> None:
     """Tell autograd: a tensor that was saved for a backward pass must not be used with other values."""
-    for i in written:
-        if not args[i].is_inference():
-            increment_version(args[i])
+    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def is_watched() -> bool:
@@ -172,9 +170,8 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
                 for i in same:
                     schemas.CHECKS[name](*calls[i])
                 for i, result in zip(same, backend.many[name]([calls[i] for i in same]), strict=True):
-                    if result is not NotImplemented:
-                        _changed(calls[i], _WRITTEN[name])
-                        results[i] = result
+                    results[i] = result
+                _changed(calls[i][place] for i in same for place in _WRITTEN[name] if results[i] is not NotImplemented)
                 same = [i for i in same if results[i] is NotImplemented]
         for i in same:
             results[i] = call(name, *calls[i])

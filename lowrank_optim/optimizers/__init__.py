@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 
+from lowrank_optim.optimizers.alice import AliceAdamW
 from lowrank_optim.optimizers.apollo import APOLLOAdamW, APOLLOMiniAdamW
 from lowrank_optim.optimizers.badam import BAdamW
 from lowrank_optim.optimizers.base import LowRankOptimizer
@@ -11,6 +12,7 @@ from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLore
 from lowrank_optim.optimizers.ldadam import LDAdamW
 from lowrank_optim.optimizers.lisa import LISAAdamW
 from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
+from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sizes import state_bytes
 
@@ -19,6 +21,7 @@ __all__ = [
     "METHODS",
     "APOLLOAdamW",
     "APOLLOMiniAdamW",
+    "AliceAdamW",
     "BAdamW",
     "FiraAdamW",
     "FrugalAdamW",
@@ -32,7 +35,9 @@ __all__ = [
     "LowRankOptimizer",
     "MuonAdamW",
     "QGaLoreAdamW8bit",
+    "SCALEOptimizer",
     "SUMOAdamW",
+    "SinkGDAdamW",
     "by_name",
     "state_bytes",
 ]
@@ -51,6 +56,9 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "qgalore": QGaLoreAdamW8bit,
     "muon_adamw": MuonAdamW,
     "sumo": SUMOAdamW,
+    "scale": SCALEOptimizer,
+    "sinkgd": SinkGDAdamW,
+    "alice": AliceAdamW,
 }
 """Short names, as command lines and trainers use them."""
 

@@ -55,7 +55,7 @@ class LowRankOptimizer(Optimizer):
             options of the groups.
         dense_rule: the rule of the other groups; None takes `rule`.
         residual: what becomes of the gradient outside the subspace: a `Residual`, or its name: "none", "sgd", "sign",
-            "error_feedback", "norm_scaled", "gradient_scaled". Its fields become options of the groups.
+            "error_feedback", "norm_scaled", "gradient_scaled", "complement_scaled". Its fields become options of the groups.
         parts: rules, projectors and residuals of your own that a group, or a checkpoint, refers to by name.
         lr, weight_decay: learning rate η and decoupled weight decay λ.
         **options: see `Options`.

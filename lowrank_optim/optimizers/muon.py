@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lowrank_optim.groups.matrices import is_low_rank
 from lowrank_optim.groups.options import Options
 from lowrank_optim.kernels import as_python
-from lowrank_optim.optimizers.base import LowRankOptimizer, Params
-from lowrank_optim.rules import Adam, Muon
+from lowrank_optim.optimizers.base import Params
+from lowrank_optim.optimizers.matrix_rules import MatrixRuleOptimizer
+from lowrank_optim.rules import Muon
 
 
-class MuonAdamW(LowRankOptimizer):
+class MuonAdamW(MatrixRuleOptimizer):
     """Muon for the matrices of the layers, AdamW for embeddings, head and vectors.
 
         m ← μm + (1−μ)G,   U S Vᵀ = (1−μ)G + μm,   W ← (1 − ηλ) W − η s U f(S) Vᵀ
@@ -72,24 +72,9 @@ class MuonAdamW(LowRankOptimizer):
         **options: Unpack[Options],
     ) -> None:
         rule = Muon(momentum, as_python(nesterov), adjust_lr_fn=adjust_lr_fn, inner_dtype=inner_dtype)
-        groups: Any = list(params) if not isinstance(params, Tensor) else [params]
-        says = {key for group in [options, *groups] if isinstance(group, dict) for key in group}
-        if self.matrix_options and says.isdisjoint(("rule", "rank", "density")):
-            raise ValueError(
-                "no group says which parameters are trained by Muon: MuonAdamW(lo.param_groups(model, rule='muon')) gives it the "
-                'matrices of the layers; in groups of your own, say {"params": …, "rule": "muon"}'
-            )
-        if adamw_lr is not None:
-            groups = [_with_rate(group, adamw_lr, options) for group in groups]
-        super().__init__(groups, rule=rule, dense_rule=Adam(betas, eps), lr=lr, weight_decay=weight_decay, **options)
-
-
-def _with_rate(group: Any, lr: float | Tensor, options: Mapping[str, Any]) -> Any:
-    """A group with this learning rate, if AdamW trains it and it has none."""
-    if not isinstance(group, dict):
-        return group
-    rule = group.get("rule", "muon" if is_low_rank({**options, **group}) else "adam")
-    return {"lr": lr, **group} if getattr(rule, "name", rule) == "adam" else group
+        super().__init__(
+            params, rule=rule, lr=lr, adamw_lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay, **options
+        )
 
 
 class SUMOAdamW(MuonAdamW):

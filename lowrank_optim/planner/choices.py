@@ -16,7 +16,7 @@ from lowrank_optim.optimizers import LAYERWISE_METHODS, METHODS, LISAAdamW, LowR
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
 from lowrank_optim.planner.errors import PlanError
 
-GROUP_OPTIONS = ("rank", "density", "include", "exclude")
+GROUP_OPTIONS = ("rank", "density", "include", "exclude", "head", "embeddings")
 """Options that decide which parameters are low-rank: they go to `param_groups`."""
 
 DEFAULT_RANK = 0.25
@@ -102,7 +102,7 @@ def resolve_optimizer(optimizer: Any, **defaults: Any) -> OptimizerChoice:
 
     Args:
         optimizer: a class, a name, (class or name, options), or a function that builds an optimizer for a model. Options of this
-            package's classes may hold `rank`, `density`, `include` and `exclude`, for `lowrank_optim.param_groups`.
+            package's classes may hold `GROUP_OPTIONS`, for `lowrank_optim.param_groups`.
         **defaults: options that hold where none are given and the class has them.
 
     Raises:
@@ -133,7 +133,7 @@ def _build(kind: type[Optimizer], model: nn.Module, options: dict[str, Any]) -> 
         if issubclass(kind, LayerSwitching):
             return _build_layerwise(kind, model, groups, options)
         if "rank" not in groups and "density" not in groups and kind.matrix_options:
-            groups |= kind.matrix_options
+            groups = {**kind.matrix_options, **groups}
         elif "rank" not in groups and "density" not in groups:
             groups["rank"] = 1 if kind is optimizers.APOLLOMiniAdamW else DEFAULT_RANK
         return kind(param_groups(model, **groups), **options)

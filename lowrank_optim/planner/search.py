@@ -41,6 +41,7 @@ RECIPES = (
     Recipe("AdamW 8-bit", "adamw_8bit", "the precision of moments", {}, in_backward=False, takes_rank=False),
     Recipe("GaLore 8-bit", "galore_8bit", "the gradient outside of a subspace", {}),
     Recipe("Fira 8-bit", "fira", "moments outside of a subspace", {"state_bits": 8, "basis_bits": 16}),
+    Recipe("Alice 8-bit", "alice", "moments outside of a subspace", {"state_bits": 8, "basis_bits": 16}),
     Recipe("Q-GaLore, int8 weights", "qgalore", "that, and the precision of weights", {}, weight_bits=8),
     Recipe("APOLLO-Mini", "apollo_mini", "a rate for each element", {"rank": 1}, takes_rank=False),
     Recipe("LISA, 2 layers", "lisa", "training most layers at a time", {"active_layers": 2}, takes_rank=False),

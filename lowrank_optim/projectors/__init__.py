@@ -6,12 +6,14 @@ from difflib import get_close_matches
 from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, Refresh, StepParams, SubspaceSpec
 from lowrank_optim.projectors.blocks import Blocks
 from lowrank_optim.projectors.coordinate import Coordinate
+from lowrank_optim.projectors.dct import DCT
 from lowrank_optim.projectors.power_iteration import PowerIteration
 from lowrank_optim.projectors.random import Random
 from lowrank_optim.projectors.randomized_svd import RandomizedSVD
 from lowrank_optim.projectors.svd import SVD
 
 __all__ = [
+    "DCT",
     "PROJ_TYPES",
     "SVD",
     "Basis",
@@ -29,10 +31,6 @@ __all__ = [
 ]
 
 
-def _randomized(variant: str) -> Projector:
-    return RandomizedSVD(*map(int, variant.split(","))) if variant else RandomizedSVD()
-
-
 def _svd(variant: str) -> Projector:
     if variant not in ("", "unaligned"):
         raise ValueError(f"the only variant is 'unaligned', not {variant!r}")
@@ -40,12 +38,13 @@ def _svd(variant: str) -> Projector:
 
 
 _BUILDERS: dict[str, Callable[[str], Projector]] = {
-    "randomized_svd": _randomized,
+    "randomized_svd": RandomizedSVD.from_variant,
     "svd": _svd,
     "random": lambda variant: Random(variant) if variant else Random(),
     "coordinate": lambda variant: Coordinate(variant or None),
     "power_iteration": lambda variant: PowerIteration(float(variant)) if variant else PowerIteration(),
     "blocks": lambda variant: Blocks(variant) if variant else Blocks(),
+    "dct": lambda variant: DCT(*([variant] if variant else [])),
 }
 
 

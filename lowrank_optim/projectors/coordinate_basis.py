@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from lowrank_optim import kernels
 from lowrank_optim.projectors.base import GradientTerm, StepParams, row_squares
-from lowrank_optim.projectors.dense_basis import LIFT, _nothing, lifted
+from lowrank_optim.projectors.dense_basis import LIFT, lifted
 from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
 
 
@@ -60,7 +60,7 @@ class _SelectedEntries(ABC):
             # E = G − lift R is 0 on the selected entries and G elsewhere, where nothing has to be subtracted.
             residual = kernels.ResidualTerm(term.grad, self._line_scale(term.scale), term.ok, term.sign)
         if residual is not None or isinstance(write.keep, Tensor) or write.keep != 1.0:
-            left, right = _nothing(weight, dtype)
+            left, right = kernels.no_factors(weight, dtype)
             kernels.apply_(weight, left, right, residual=residual, start=start, **vars(write))
         if core is None or selected is None:
             return

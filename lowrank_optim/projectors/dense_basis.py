@@ -56,12 +56,6 @@ def lifted(
     return core, None if term is None else replace(term, **found)
 
 
-def _nothing(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factors of a zero matrix of the weight's shape: rank 0, no memory."""
-    *batch, rows, cols = weight.shape
-    return weight.new_empty((*batch, rows, 0), dtype=dtype), weight.new_empty((*batch, 0, cols), dtype=dtype)
-
-
 @dataclass(frozen=True)
 class DenseBasis:
     """One basis on one side of the matrix, stored as a (…, d, r) tensor in the compute type; the local part where that is split."""
@@ -103,7 +97,7 @@ class DenseBasis:
     def _factors(self, core: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors whose product is lift(core)."""
         if core is None:
-            return _nothing(like, self.matrix.dtype)
+            return kernels.no_factors(like, self.matrix.dtype)
         return (core, self.matrix.mT) if self.side == "right" else (self.matrix, core.mT)
 
     def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:

@@ -9,14 +9,19 @@ GᵀG from a sketch V of k = r + oversample columns,
 where U_r are the leading r eigenvectors: the Rayleigh-Ritz step orders the vectors by singular value, and it costs no product with
 G of its own. The first refresh of a parameter starts from Gaussian columns, later ones from the old basis. Orthonormal columns come
 from Cholesky-QR, with Householder QR where the columns are (nearly) dependent.
+
+A basis of leading vectors that is refreshed from its own gradients tends to stand still. With `explore` a part of it is drawn: random
+vectors of the complement take the place of all but the first (Alice), or r of the vectors are drawn by their singular values (SARA).
 """
 
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.counter_rng import gaussian
+from lowrank_optim.kernels.counter_rng import derive_key, gaussian, uniform
 from lowrank_optim.projectors.base import Refresh, SubspaceSpec, align_signs
 from lowrank_optim.projectors.stored_projector import StoredProjector, basis_shardings
 from lowrank_optim.sharding.tensor_sharding import UNSHARDED, TensorSharding
@@ -79,6 +84,16 @@ def eigenvectors(gram: Tensor) -> Tensor:
     return (vectors * largest.sign()).to(gram.dtype)
 
 
+def drawn(vectors: Tensor, gram: Tensor, count: int, chances: Tensor) -> Tensor:
+    """`count` eigenvectors of `gram` (…, k, k), drawn without replacement with probabilities ∝ √λ, in the order that they came in.
+
+    The largest of u^(1/√λ) win, with `chances` u (…, k) uniform in (0, 1), float64 (Efraimidis and Spirakis, 2006).
+    """
+    values = (vectors * (gram @ vectors)).sum(-2).double().clamp_min_(0.0).sqrt_()
+    chosen = (chances.log() / values).topk(count).indices.sort().values
+    return vectors.gather(-1, chosen.unsqueeze(-2).expand(*vectors.shape[:-1], count))
+
+
 def range_finder(
     grad: Tensor,
     sketch: Tensor,
@@ -86,10 +101,12 @@ def range_finder(
     iterations: int,
     long: TensorSharding = UNSHARDED,
     short: TensorSharding = UNSHARDED,
+    chances: Tensor | None = None,
 ) -> Tensor:
     """Approximate leading right singular vectors of `grad` (…, m, n) from a sketch (…, n, k), k ≥ rank: (…, n, rank).
 
-    Columns are orthonormal and ordered by singular value. With one iteration the sketch must have orthonormal columns already.
+    Columns are orthonormal and ordered by singular value. With one iteration the sketch must have orthonormal columns already. With
+    `chances` they are `rank` of the k vectors, see `drawn`.
     Cost: 4·m·n·k flops an iteration. Where rows lie on several processes, `long`, a sum of n·k numbers over them, and of k² for each
     orthonormalisation; where columns do, `short`, of m·k.
     """
@@ -101,8 +118,10 @@ def range_finder(
         y = orthonormalize(short.sum(grad @ v, -2).mul_(unit), 1, long)
         v = orthonormalize(long.sum(grad.mT @ y, -2), 1, short)
     y = short.sum(grad @ v, -2).mul_(unit)
-    leading = eigenvectors(long.sum(y.mT @ y, -2))[..., -rank:].flip(-1)
-    return orthonormalize(long.sum(grad.mT @ (y @ leading), -2).mul_(unit), spread=short)
+    gram = long.sum(y.mT @ y, -2)
+    vectors = eigenvectors(gram).flip(-1)
+    chosen = vectors[..., :rank] if chances is None else drawn(vectors, gram, rank, chances)
+    return orthonormalize(long.sum(grad.mT @ (y @ chosen), -2).mul_(unit), spread=short)
 
 
 @dataclass(frozen=True)
@@ -113,13 +132,22 @@ class RandomizedSVD(StoredProjector):
         oversample: extra columns of the sketch.
         power_iterations: rounds of the first refresh, which starts from random columns.
         warm_iterations: rounds of every later one, which starts from the old basis.
+        explore: None takes the leading vectors. "complement" keeps the share `leading` of them and draws the rest of the basis, a
+            uniformly random subspace of what is orthogonal to those (Alice's switching). "sample" draws r of 2r + oversample vectors
+            without replacement, with probabilities ∝ their singular values (SARA).
+        leading: that share, in (0, 1], at least one vector; 40 of 256 as published.
 
-    Memory: 4·d·r bytes for the basis; a refresh works with a few d×(r + oversample) matrices.
+    Memory: 4·d·r bytes for the basis; a refresh works with a few d×(r + oversample) matrices, d×(2r + oversample) with "sample".
+
+    Papers: Gong et al., arXiv:2502.07752 (Alice); Zhang et al., "Breaking the Frozen Subspace: Importance Sampling for Low-Rank
+    Optimization in LLM Pretraining", NeurIPS 2025, arXiv:2502.05790 (SARA).
     """
 
     oversample: int = 8
     power_iterations: int = 2
     warm_iterations: int = 1
+    explore: str | None = None
+    leading: float = 0.15625
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,12 +156,36 @@ class RandomizedSVD(StoredProjector):
         for field in ("power_iterations", "warm_iterations"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
+        if self.explore not in (None, "complement", "sample"):
+            raise ValueError(f"explore is {self.explore!r}; valid values are None, 'complement', 'sample'")
+        if not 0.0 < self.leading <= 1.0:
+            raise ValueError(f"leading is {self.leading!r}; it must be in (0, 1]")
 
     @property
     def name(self) -> str:
         chosen = (self.oversample, self.power_iterations, self.warm_iterations)
         default = (RandomizedSVD.oversample, RandomizedSVD.power_iterations, RandomizedSVD.warm_iterations)
-        return "randomized_svd" if chosen == default else "randomized_svd:" + ",".join(map(str, chosen))
+        words = [] if chosen == default else [*map(str, chosen)]
+        if self.explore is not None or self.leading != RandomizedSVD.leading:
+            words.append(str(self.explore))
+        if self.leading != RandomizedSVD.leading:
+            words.append(repr(self.leading))
+        return ":".join(["randomized_svd", *filter(None, [",".join(words)])])
+
+    @classmethod
+    def from_variant(cls, variant: str) -> "RandomizedSVD":
+        """What the part of a name behind the colon stands for: "8,2,1", "complement", "4,2,1,sample", "complement,0.25"."""
+        words = variant.split(",") if variant else []
+        numbers = [*map(int, takewhile(lambda word: word.lstrip("-").isdigit(), words))]
+        explore, leading, *more = [*words[len(numbers) :], "", ""]
+        if len(numbers) > 3 or any(more):
+            raise ValueError("it has too many parts")
+        given: dict[str, Any] = dict(zip(("oversample", "power_iterations", "warm_iterations"), numbers, strict=False))
+        if explore not in ("", "None"):
+            given["explore"] = explore
+        if leading:
+            given["leading"] = float(leading)
+        return cls(**given)
 
     def compute(self, request: Refresh) -> dict[str, Tensor]:
         grad, space, old, key, first = request.grad, request.space, request.state, request.key, request.first
@@ -155,11 +207,21 @@ class RandomizedSVD(StoredProjector):
         rank, size, long, short = space.rank, space.cols, space.sharding.rows, space.sharding.cols
         if side == "left":
             grad, size, long, short = grad.mT, space.rows, short, long
-        columns = min(rank + self.oversample, space.rows, space.cols)
+        columns = min(rank * (2 if self.explore == "sample" else 1) + self.oversample, space.rows, space.cols)
         fresh = columns if first else columns - rank
+        chances = None
+        if self.explore == "sample":
+            chances = uniform(derive_key(key, 2), (*space.batch, columns), grad.device, torch.float64)
+            chances = space.sharding.sharding_of("chosen", side).part(chances)
         sketch = short.part(gaussian(key, (*space.batch, size, fresh), grad.device, grad.dtype))
         if first:
             sketch = sketch if self.power_iterations > 1 else orthonormalize(sketch, spread=short)
-            return range_finder(grad, sketch, rank, self.power_iterations, long, short)
-        sketch = torch.cat([old, householder(sketch - old @ short.sum(old.mT @ sketch, -2), short)], -1)
-        return align_signs(range_finder(grad, sketch, rank, self.warm_iterations, long, short), old, short)
+        else:
+            sketch = torch.cat([old, householder(sketch - old @ short.sum(old.mT @ sketch, -2), short)], -1)
+        iterations = self.power_iterations if first else self.warm_iterations
+        kept = max(1, round(self.leading * rank)) if self.explore == "complement" else rank
+        found = range_finder(grad, sketch, kept, iterations, long, short, chances)
+        if kept < rank:
+            random = gaussian(derive_key(key, 2), (*space.batch, size, rank - kept), grad.device, grad.dtype)
+            found = orthonormalize(torch.cat([found, short.part(random)], -1), spread=short)
+        return found if first else align_signs(found, old, short)

@@ -52,9 +52,7 @@ def store(bases: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]
 def load(state: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]:
     """The bases that `store` put into the state, in the compute type."""
     names = ("basis", "basis_right") if space.side == "full" else ("basis",)
-    if space.basis_bits == 32:
-        return {name: state[name] for name in names}
-    if space.basis_bits == 16:
+    if space.basis_bits >= 16:
         return {name: state[name].to(space.dtype) for name in names}
     unpacked = {}
     for name in names:

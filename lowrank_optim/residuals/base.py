@@ -7,10 +7,11 @@ With R the projected gradient, N the rule's direction and α the option `scale`,
     sign              C = αN                    φ = ακ, E = sign(G − lift R)  FRUGAL
     error_feedback    C = αN                    E = 0; G − lift R is added to the next gradient    LDAdam
     norm_scaled       C = αN − φ∘R              φ = (‖N_j‖/‖R_j‖)/ℓ, E = G    Fira
+    complement_scaled C = α(N − φ∘R)            φ = α α_c √(d−r)/√p_j / ℓ, E = G  Alice
     gradient_scaled   –                         φ = √α (‖N_j‖/‖R_j‖)/ℓ, E = G APOLLO
 
-j runs over rows (right) or columns (left) of G; ℓ is the norm-growth limiter. No residual forms an m×n matrix: the norm that Fira's
-limiter needs comes from the norms of the rows or columns, ‖g_j − P r_j‖² = ‖g_j‖² − 2‖r_j‖² + ‖P r_j‖².
+j runs over rows (right) or columns (left) of G; ℓ is the norm-growth limiter, p_j a running ‖g_j − P r_j‖². No residual forms an m×n
+matrix: the norms that limiters need come from those of the rows or columns, ‖g_j − P r_j‖² = ‖g_j‖² − 2‖r_j‖² + ‖P r_j‖².
 """
 
 from abc import ABC, abstractmethod
@@ -35,6 +36,7 @@ class ResidualInput:
     correction: the factor of N that is Adam's bias correction; 1 for other rules.
     unit: the learning rate as a multiple of the step size that N is applied with (`Direction.unit`).
     basis: the subspace.
+    space: its shape, and that of the matrix.
     ok: 0-d bool on the device, false where this gradient is to be ignored (R and N are then 0); None means true.
     norms: ‖N_j‖ and ‖R_j‖ of every line, (…, d, 1); None unless `uses_norms`.
     sums: what `Residual.sums` gave, summed over the processes that share the rows of R; None where it gave nothing.
@@ -48,6 +50,7 @@ class ResidualInput:
     correction: float
     unit: float | Tensor
     basis: Basis
+    space: SubspaceSpec
     ok: Tensor | None
     norms: tuple[Tensor, Tensor] | None = None
     sums: Tensor | None = None
@@ -95,8 +98,8 @@ class Residual(ABC):
         """The gradient that the step works with, where `feeds_back`; `state` is modified in place, `ok` as in `ResidualInput`."""
         return grad
 
-    def sums(self, step: ResidualInput, options: Mapping[str, Any]) -> Tensor | None:
-        """The sums over the rows of R that `update` needs, (k, …) in float64; None where it needs none."""
+    def sums(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor | None:
+        """The sums over the rows of R that `update` needs, (k, …) in float64; None where it needs none. Nothing is modified."""
         return None
 
     @abstractmethod

@@ -3,11 +3,21 @@
 from difflib import get_close_matches
 
 from lowrank_optim.residuals.base import Residual
+from lowrank_optim.residuals.complement import ComplementScaled
 from lowrank_optim.residuals.gradient import ErrorFeedback, NoResidual, SGDResidual, SignResidual
 from lowrank_optim.residuals.scaled import GradientScaled, NormScaled
 
 RESIDUALS: dict[str, type[Residual]] = {
-    kind.name: kind for kind in (NoResidual, SGDResidual, SignResidual, ErrorFeedback, NormScaled, GradientScaled)
+    kind.name: kind
+    for kind in (
+        NoResidual,
+        SGDResidual,
+        SignResidual,
+        ErrorFeedback,
+        NormScaled,
+        GradientScaled,
+        ComplementScaled,
+    )
 }
 
 

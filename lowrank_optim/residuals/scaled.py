@@ -1,4 +1,4 @@
-"""What scales the gradient by norms: Fira's residual and APOLLO's gradient, with the norm-growth limiter."""
+"""What scales the gradient by norms: the residuals of Fira and Alice, APOLLO's gradient, and the norm-growth limiter."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from lowrank_optim.residuals.base import Residual, ResidualInput, Update
 
 @dataclass(frozen=True)
 class Limited(Residual):
-    """Scales that follow the ratio of ‖N‖ to ‖R‖, with a limit on how fast the result may grow.
+    """A scaled gradient, with a limit on how fast its norm may grow.
 
     limiter: γ, the largest growth of the scaled gradient's norm from one step to the next; None does not limit.
     """
@@ -48,18 +48,15 @@ class NormScaled(Limited):
         """How much of the gradient in the subspace is taken out."""
         return float(options["scale"]) if options["match_reference"] else 1.0
 
-    def sums(self, step: ResidualInput, options: Mapping[str, Any]) -> Tensor:
-        assert step.squares is not None
-        inside, inner = self._inside(options), row_squares(step.projected)
-        lifted = inner if getattr(step.basis, "splits_rows", False) else step.basis.lifted_squares(step.projected)
-        outside = torch.sub(step.squares, inner, alpha=2.0 * inside).add_(lifted, alpha=inside**2).clamp_min_(0.0)
+    def sums(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+        outside = outside_squares(step, self._inside(options))
         return outside.mul_(_ratio(step, options).square()).double().sum((-2, -1))[None]
 
     def update(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Update:
         assert step.sums is not None
         phi = _ratio(step, options)
         norm = step.sums[0].sqrt().to(phi.dtype)
-        phi = phi / _growth(norm / step.correction, state, options, step.ok)
+        phi = phi / growth_of(norm / step.correction, state, options, step.ok)
         core = step.direction * float(options["scale"])
         core = torch.addcmul(core, phi, step.projected, value=-self._inside(options))
         return Update(core, 1.0, GradientTerm(step.grad, phi, step.ok, by_channel=True))
@@ -84,7 +81,7 @@ class GradientScaled(Limited):
         if not options["scale"] >= 0.0:
             raise ValueError(f"scale is {options['scale']!r}; its square root is taken, so it must be at least 0")
 
-    def sums(self, step: ResidualInput, options: Mapping[str, Any]) -> Tensor:
+    def sums(self, step: ResidualInput, state: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
         assert step.squares is not None
         assert step.norms is not None
         if options["scale_type"] == "channel":
@@ -104,8 +101,16 @@ class GradientScaled(Limited):
             above, below, whole = norms.to(dtype)
             ratio = _quotient(above, below, options)
             phi, norm = ratio[..., None, None], ratio * whole
-        phi = phi / _growth(norm / step.correction, state, options, step.ok)
+        phi = phi / growth_of(norm / step.correction, state, options, step.ok)
         return Update(None, options["scale"] ** 0.5, GradientTerm(step.grad, phi, step.ok, by_channel=by_channel))
+
+
+def outside_squares(step: ResidualInput, inside: float = 1.0) -> Tensor:
+    """‖g_j − κ P r_j‖² of every line, (…, d, 1), κ being `inside`."""
+    assert step.squares is not None
+    inner = row_squares(step.projected)
+    lifted = inner if getattr(step.basis, "splits_rows", False) else step.basis.lifted_squares(step.projected)
+    return torch.sub(step.squares, inner, alpha=2.0 * inside).add_(lifted, alpha=inside**2).clamp_min_(0.0)
 
 
 def _ratio(step: ResidualInput, options: Mapping[str, Any]) -> Tensor:
@@ -123,7 +128,7 @@ def _quotient(above: Tensor, below: Tensor, options: Mapping[str, Any]) -> Tenso
     return torch.where(below > 0, above / below, 0.0)
 
 
-def _growth(norm: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], ok: Tensor | None) -> Tensor:
+def growth_of(norm: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], ok: Tensor | None) -> Tensor:
     """ℓ = max(‖S‖/(γc), 1), c the limited norm of the step before, as (…, 1, 1); c ← ‖S‖/ℓ.
 
     A step without a scaled gradient (zero or ignored) leaves c alone, so that it cannot hold the next ones down.

@@ -15,12 +15,15 @@ from lowrank_optim.rules.base import (
 from lowrank_optim.rules.joint import JointRule, masked_directions
 from lowrank_optim.rules.lion import Lion
 from lowrank_optim.rules.muon import Muon, NorMuon
+from lowrank_optim.rules.normalized import RowNorm, Sinkhorn
 from lowrank_optim.rules.registry import RULES, rule_from_name
 from lowrank_optim.rules.rmsprop import RMSprop
+from lowrank_optim.rules.sage import SAGE
 from lowrank_optim.rules.sgd import SGD
 
 __all__ = [
     "RULES",
+    "SAGE",
     "SGD",
     "Adafactor",
     "Adam",
@@ -34,7 +37,9 @@ __all__ = [
     "Muon",
     "NorMuon",
     "RMSprop",
+    "RowNorm",
     "Rule",
+    "Sinkhorn",
     "TorchAdam",
     "Transport",
     "masked_direction",

@@ -7,10 +7,14 @@ from lowrank_optim.rules.adam import Adam
 from lowrank_optim.rules.base import Rule
 from lowrank_optim.rules.lion import Lion
 from lowrank_optim.rules.muon import Muon, NorMuon
+from lowrank_optim.rules.normalized import RowNorm, Sinkhorn
 from lowrank_optim.rules.rmsprop import RMSprop
+from lowrank_optim.rules.sage import SAGE
 from lowrank_optim.rules.sgd import SGD
 
-RULES: dict[str, type[Rule]] = {kind.name: kind for kind in (Adam, Adafactor, Lion, Muon, NorMuon, RMSprop, SGD)}
+KINDS = (Adam, Adafactor, Lion, Muon, NorMuon, RMSprop, RowNorm, SAGE, SGD, Sinkhorn)
+
+RULES: dict[str, type[Rule]] = {kind.name: kind for kind in KINDS}
 
 
 def rule_from_name(name: str) -> Rule:

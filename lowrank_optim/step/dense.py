@@ -63,11 +63,14 @@ def _dense(step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = Fa
         return
     step.fit_columns(grad, 0, ok)
     context = step.context(step.weight, ok, dense=True)
-    fused = rule.fused_dense(step.weight, grad, step.moments, group, context)
+    weight = step.matrix_weight
+    fused = rule.fused_dense(weight, grad, step.moments, group, context)
     if fused is not None:
         # Copies must not wait with others: together they could be as large as the model.
-        elements = grad.numel() if copied or fused.after is not None else 0
+        elements = grad.numel() if copied or fused.after is not None or step.plan.is_matrix else 0
         yield Launch(fused.op, fused.call(vars(step.write(None, 1.0, ok))), elements)
+        if step.plan.is_matrix:
+            step.put_back(weight)
         if fused.after is not None:
             fused.after()
         return

@@ -68,7 +68,7 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
             step, reduced, step.context(weight, ok, dense=False, norms=residual.uses_norms)
         )
         inputs = _residual_input(step, seen, reduced, squares, direction, ok)
-        if (sums := residual.sums(inputs, group)) is not None:
+        if (sums := residual.sums(inputs, state, group)) is not None:
             if step.plan.sharding.reduced.splits(-2):
                 sums = yield Sum(sums, step.plan.sharding.reduced, step.plan.elements)
             inputs = replace(inputs, sums=sums)
@@ -113,13 +113,23 @@ def _residual_input(
     step: ParamStep, seen: Projected, reduced: Tensor, squares: Tensor | None, direction: Direction, ok: Tensor | None
 ) -> ResidualInput:
     """What the residual sees, in the type that sums are carried out in."""
+    assert step.plan.space is not None
     matrix, norms, wide = direction.matrix, direction.norms, step.plan.sum_dtype
     if wide is not None:
         reduced, matrix, norms = reduced.to(wide), matrix.to(wide), None
     if step.plan.residual.uses_norms and norms is None:
         norms = kernels.row_norms(matrix, reduced)
     return ResidualInput(
-        seen.grad, reduced, squares, matrix, direction.correction, direction.unit, seen.basis, ok, norms
+        seen.grad,
+        reduced,
+        squares,
+        matrix,
+        direction.correction,
+        direction.unit,
+        seen.basis,
+        step.plan.space,
+        ok,
+        norms,
     )
 
 

@@ -152,6 +152,11 @@ class ParamStep:
             key = self.key(int(self.state["step"]), PURPOSE_ROUNDING)
         return StepParams(alpha, keep, ok, key)
 
+    @property
+    def matrix_weight(self) -> Tensor:
+        """What is updated, as the step works on it: the matrix view (a copy where strides allow none), or its own shape."""
+        return self.plan.view(self.weight) if self.plan.is_matrix else self.weight
+
     def put_back(self, matrix: Tensor) -> None:
         """Copy a matrix view into the weights where it is none: a convolution whose strides allow no view."""
         weight = self.weight
@@ -178,10 +183,7 @@ class ParamStep:
 
         Chunks where the rule treats every element for itself and all tensors lie in memory in the same order.
         """
-        weight, first = (
-            self.plan.view(self.weight) if self.plan.is_matrix else self.weight,
-            self.plan.sharding.matrix.start,
-        )
+        weight, first = self.matrix_weight, self.plan.sharding.matrix.start
         moments = {name: tensor for name, tensor in self.moments.items() if tensor.shape == weight.shape}
         parted = elementwise and not hasattr(weight, "codes")  # of a quantised weight, parts would be copies
         if not parted or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):

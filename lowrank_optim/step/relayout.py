@@ -33,7 +33,7 @@ def carry_over(old: ParamStep, new: ParamStep) -> None:
             tensor.copy_(old.state[name])
         return
     if after.space is None:
-        moments = {name: old.moments[name] for name in _moment_names(new)}
+        moments = {name: old.moments[name] for name in _moment_names(new) if name in old.moments}
     else:
         assert before.space is not None
         both = (before.projector, after.projector)
@@ -69,7 +69,7 @@ def _moment_names(step: ParamStep) -> list[str]:
 
 def _keep_counters(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
     """Counters and the residual's tensors, where both have them."""
-    for name in ("step", "last_refresh", "gap", "overlaps", "limiter_norm", "error", "master"):
+    for name in ("step", "last_refresh", "gap", "overlaps", "limiter_norm", "complement_power", "error", "master"):
         if name in old and name in new and old[name].shape == new[name].shape:
             new[name].copy_(old[name])
 
@@ -86,7 +86,8 @@ def _into_new_subspace(old: ParamStep, new: ParamStep, before: SubspaceSpec, aft
     wide_old = _basis({name: _padded(basis, width) for name, basis in bases.items()}, after)
     wide_new = _basis({name: _padded(basis, width) for name, basis in resized.items()}, after)
     full = before.side == "full"
-    moments = {name: _padded(old.moments[name], width, rows=full) for name in _moment_names(new)}
+    kept = [name for name in _moment_names(new) if name in old.moments]
+    moments = {name: _padded(old.moments[name], width, rows=full) for name in kept}
     steps = float(old.state["step"])
     old.plan.rule.transport(
         moments, lambda moment, power: wide_new.transport(moment, wide_old, power), old.group, steps

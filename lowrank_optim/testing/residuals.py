@@ -89,11 +89,11 @@ class _Problem:
         if self.residual.uses_norms:
             reduced, squares = self.basis.project_with_norms(grad)
             norms = kernels.row_norms(direction, reduced)
-        made = ResidualInput(grad, reduced, squares, direction, 1.0, 1.0, self.basis, None, norms)
+        made = ResidualInput(grad, reduced, squares, direction, 1.0, 1.0, self.basis, self.space, None, norms)
         with promised(
             self.residual, "sums takes what a step hands to it (norms and squares only with uses_norms = True)"
         ):
-            return replace(made, sums=self.residual.sums(made, self.options))
+            return replace(made, sums=self.residual.sums(made, self.state(), self.options))
 
     def update(self, inputs: ResidualInput, state: dict[str, Tensor]) -> Tensor:
         """The change of the weights."""

@@ -47,6 +47,8 @@ CASES = [
     ("galore_adafactor", {}),
     ("sumo", {}),
     ("muon_adamw", {"rule": lo.NorMuon(), "state_bits": 8}),
+    ("alice", {"state_bits": 8}),
+    ("galore", {"projector": "dct"}),
 ]
 
 

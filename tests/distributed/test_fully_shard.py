@@ -122,6 +122,12 @@ VARIANTS = [
         {"overlap_threshold": 0.1, "queue_size": 1, "proj_type": "left"},
         {"projector": "power_iteration", "update_proj_gap": 1, "proj_type": "left", "on_refresh": "rotate"},
         {"match_reference": True},
+        {"projector": "randomized_svd:complement"},
+        {"projector": "randomized_svd:complement", "proj_type": "left"},
+        {"projector": "randomized_svd:complement", "proj_type": "full", "eps": 1e-3},
+        {"projector": "randomized_svd:sample"},
+        {"projector": "dct"},
+        {"projector": "dct", "proj_type": "left", "on_refresh": "rotate"},
     )
 ]
 
@@ -131,7 +137,7 @@ def test_every_public_optimizer_is_in_the_matrix():
     public = {kind for kind in public if issubclass(kind, lo.LowRankOptimizer)} - {lo.LowRankOptimizer}
     assert public == set(METHODS.values())
     assert {name for name, _ in EVERY} == set(METHODS)
-    assert len(public) == 15
+    assert len(public) == 18
 
 
 def mean_of_gradients():
@@ -190,7 +196,7 @@ def compare_codes() -> None:
 
 CODED = [
     (name, {"state_bits": 8, "proj_type": side})
-    for name in ("galore_8bit", "fira", "apollo", "ldadam", "frugal", "qgalore")
+    for name in ("galore_8bit", "fira", "alice", "apollo", "ldadam", "frugal", "qgalore")
     for side in ("right", "left")
 ]
 

@@ -65,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "apollo": {"rank": 8, "scale_type": "tensor", "limiter": 1.02, "basis_bits": 32},
     "ldadam": {"rank": 8, "rho": 0.7, "error_feedback": True},
     "qgalore": {"rank": 8, "basis_bits": 4},
+    "alice": {"rank": 8, "betas": (0.7, 0.9), "complement_scale": 0.5, "limiter": 1.02},
 }
 
 

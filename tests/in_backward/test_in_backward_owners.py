@@ -85,6 +85,7 @@ SECOND = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("second", SECOND.values(), ids=SECOND.keys())
 def test_an_optimizer_of_parameters_that_another_one_updates_in_backward_is_refused(second):
     model, optimizer, handle = hooked()
@@ -199,6 +200,7 @@ def rebound(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.O
     return optimizer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("accumulate", [1, 8])
 @pytest.mark.parametrize("other", STEPPING.values(), ids=STEPPING.keys())
 def test_another_optimizer_is_stopped_at_its_first_step(other, accumulate):
@@ -383,6 +385,7 @@ def test_optimizers_of_different_parameters_train_side_by_side():
     assert second.state[other.head.weight]["step"] == STEPS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ["remove", "drop", "drop a cycle"])
 def test_a_handle_that_was_removed_or_whose_optimizer_is_gone_does_not_count(end):
     hooks = step_hooks()

@@ -195,6 +195,7 @@ def test_matrices_of_adam_are_declined_masked_and_empty_each_for_itself(op: str)
         assert [tuple(x.shape) for x in tensors_of(got[3])] == [(0, 5), (0, 1), (0, 1)][: len(tensors_of(got[3]))]
 
 
+@pytest.mark.long
 @built
 def test_large_cases_are_those_of_the_definition(threads):
     threads(2)

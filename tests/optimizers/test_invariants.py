@@ -71,6 +71,7 @@ SIGNED: dict[str, tuple[type[lo.LowRankOptimizer], dict[str, Any]]] = {
     "frugal, kept": (lo.FrugalAdamW, {"projector": "randomized_svd", "on_refresh": "keep"}),
     "frugal lion": (lo.FrugalLion, {"projector": "randomized_svd", "on_refresh": "keep"}),
     "frugal sgd": (lo.FrugalSGD, {"projector": "randomized_svd", "on_refresh": "keep", "momentum": 0.9}),
+    "alice": (lo.AliceAdamW, {"projector": "randomized_svd"}),
     "ldadam": (lo.LDAdamW, {"update_proj_gap": 1}),
     "ldadam, no feedback": (lo.LDAdamW, {"update_proj_gap": 1, "error_feedback": False}),
 }

@@ -181,6 +181,7 @@ def sensing_error(build: Any, steps: int = 300, seed: int = 0) -> float:
     return float((param.detach() - target).norm() / target.norm())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [lo.GaLoreAdamW, lo.FiraAdamW, lo.FrugalAdamW, lo.LDAdamW])
 def test_training_converges_as_well_whatever_the_bits_of_the_basis(kind: type[lo.LowRankOptimizer]) -> None:
     # FRUGAL's signs make chaos of a last bit: one run tells nothing (the ratio of two has a spread of a factor of 2), the mean does.

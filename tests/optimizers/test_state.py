@@ -23,15 +23,18 @@ PROJECTORS = [
     "coordinate:entries",
     "blocks:random",
     "power_iteration",
+    "randomized_svd:complement",
+    "dct",
 ]
-SCALED_BY_NORMS = ("fira", "apollo", "apollo_mini")
-STORED = ("randomized_svd", "svd", "power_iteration")
+SCALED_BY_NORMS = ("fira", "apollo", "apollo_mini", "alice")
+STORED = ("randomized_svd", "randomized_svd:complement", "svd", "power_iteration")
 
 
 def is_refused(name: str, projector: str) -> bool:
     """What construction refuses: single entries and blocks have no rows or columns to scale, a Gaussian basis is not orthonormal."""
     if name in SCALED_BY_NORMS:
-        return projector == "coordinate:entries" or projector.startswith("blocks")
+        refused = projector == "coordinate:entries" or projector.startswith("blocks")
+        return refused or (name == "alice" and projector == "random:gaussian")
     if name == "qgalore":  # has a packed basis, which random subspaces have not
         return projector not in STORED
     return projector == "random:gaussian" and (name.startswith("frugal") or name == "ldadam")

@@ -46,6 +46,9 @@ EVERY = [
     lo.Random(),
     lo.Random("gaussian"),
     *COORDINATE,
+    lo.RandomizedSVD(explore="complement"),
+    lo.RandomizedSVD(4, 3, 2, "sample", 0.25),
+    lo.DCT(),
 ]
 
 
@@ -762,7 +765,10 @@ def test_unknown_names_raise_with_the_nearest_and_all_valid_ones(name, nearest):
 
 @pytest.mark.parametrize(
     "name",
-    ["svd:unalinged", "random:gausian", "coordinate:row", "randomized_svd:8,2,1,5", "randomized_svd:a,b,c"],
+    [
+        *("svd:unalinged", "random:gausian", "coordinate:row", "randomized_svd:8,2,1,5", "randomized_svd:a,b,c"),
+        *("randomized_svd:complement,x", "randomized_svd:sample,0.5,1", "randomized_svd:complement,2.0", "dct:fast"),
+    ],
 )
 def test_unknown_variants_of_known_names_raise_and_show_what_was_given(name):
     with pytest.raises(ValueError, match=name.partition(":")[2].partition(",")[0]):
@@ -793,3 +799,19 @@ def test_the_signs_of_eigenvectors_do_not_turn_with_the_last_bit_of_the_matrix()
         largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
         assert (largest > 0).all()
         torch.testing.assert_close(eigenvectors(gram * (1.0 + 1e-15)), vectors, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"basis_bits": 16}, {"basis_bits": 8}, {"projector": "dct"}, {"proj_type": "full"}], ids=str
+)
+def test_sums_may_be_exact_whatever_the_basis_is_kept_in(options):
+    params = [torch.nn.Parameter(draw(1, 40, 24).float()) for _ in range(2)]
+    usual, exact = (
+        lo.GaLoreAdamW([p], rank=4, eps=1e-3, update_proj_gap=2, exact_sums=wide, **options)
+        for p, wide in zip(params, (False, True), strict=True)
+    )
+    for step in range(3):
+        for param, optimizer in zip(params, (usual, exact), strict=True):
+            param.grad = draw(step, 40, 24).float()
+            optimizer.step()
+    torch.testing.assert_close(params[0], params[1], rtol=1e-4, atol=1e-5)

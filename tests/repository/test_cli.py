@@ -11,6 +11,8 @@ import pytest
 from lowrank_optim.cli import main
 from lowrank_optim.planner import search
 
+pytestmark = pytest.mark.long
+
 FIELDS = {
     "model_type": "llama",
     "vocab_size": 1000,

@@ -17,6 +17,8 @@ from lowrank_optim.cli import main
 from lowrank_optim.kernels import dispatch
 from lowrank_optim.planner import search
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 ENCODINGS = ("ascii", "cp1252", "cp932")  # cp932 has arrows and ×, cp1252 has × and …, both lack ✗
 FIELDS = {

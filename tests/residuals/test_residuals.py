@@ -276,11 +276,12 @@ PROJECTORS = [
     "coordinate:entries",
     "power_iteration",
     "blocks",
+    "dct",
 ]
-RESIDUALS = ["none", "sgd", "sign", "error_feedback", "norm_scaled", "gradient_scaled"]
+RESIDUALS = ["none", "sgd", "sign", "error_feedback", "norm_scaled", "gradient_scaled", "complement_scaled"]
 REFUSED = {
-    *itertools.product(["coordinate:entries", "blocks"], ["norm_scaled", "gradient_scaled"]),
-    *itertools.product(["random:gaussian"], ["sgd", "sign", "error_feedback"]),
+    *itertools.product(["coordinate:entries", "blocks"], ["norm_scaled", "gradient_scaled", "complement_scaled"]),
+    *itertools.product(["random:gaussian"], ["sgd", "sign", "error_feedback", "complement_scaled"]),
 }
 
 
@@ -338,6 +339,13 @@ def test_every_combination_trains_matrix_sensing_or_raises_at_construction(rule,
             "scale_type is 'row'; valid values are 'channel', 'tensor'",
         ),
         ({"residual": "gradient_scaled", "scale": -1.0}, "scale is -1.0; its square root is taken"),
+        ({"residual": lo.ComplementScaled(limiter=0.5)}, "limiter is 0.5; it must be None or at least 1"),
+        ({"residual": lo.ComplementScaled(complement_scale=-1.0)}, "complement_scale is -1.0; it must be at least 0"),
+        (
+            {"residual": lo.ComplementScaled(complement_beta=1.0)},
+            r"complement_beta is 1.0; it must be None or in \[0, 1\)",
+        ),
+        ({"residual": "complement_scaled", "proj_type": "full"}, 'proj_type="full" has no rows or columns'),
         ({"rule": lo.SGD(0.0, True)}, "nesterov is True with momentum 0"),
         ({"rule": lo.SGD(1.0)}, r"momentum is 1.0; it must be in \[0, 1\)"),
         ({"rule": lo.RMSprop(alpha=1.0)}, r"alpha is 1.0; it must be in \[0, 1\)"),
@@ -409,7 +417,7 @@ def test_norms_of_lines_come_from_the_operation_that_makes_the_direction(residua
     monkeypatch.setattr(
         type(residual_from_name(residual)),
         "sums",
-        lambda self, step, options: (steps.append(step), sums(self, step, options))[1],
+        lambda self, step, state, options: (steps.append(step), sums(self, step, state, options))[1],
     )
     for rank in (7, 1):
         weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))

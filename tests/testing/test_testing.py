@@ -36,19 +36,19 @@ class Orthogonal(lo.MomentumRule):
         return lo.Direction(left @ right)
 
 
-def cosines(size: int, dtype: torch.dtype) -> Tensor:
-    """The orthonormal DCT of this size, a vector a column."""
-    place, wave = torch.arange(size, dtype=torch.float64), torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(math.pi / size * (place[:, None] + 0.5) * wave) * math.sqrt(2 / size)
-    matrix[:, 0] /= math.sqrt(2)
-    return matrix.to(dtype)
+def hartley(size: int, dtype: torch.dtype) -> Tensor:
+    """The orthonormal Hartley transform of this size, a vector a column."""
+    turns = torch.arange(size, dtype=torch.float64).outer(torch.arange(size, dtype=torch.float64)) * (
+        2 * math.pi / size
+    )
+    return ((turns.cos() + turns.sin()) / math.sqrt(size)).to(dtype)
 
 
 @dataclass(frozen=True)
-class DCT(lo.Projector):
-    """The vectors of the DCT that hold most of the gradient."""
+class Hartley(lo.Projector):
+    """The vectors of the Hartley transform that hold most of the gradient."""
 
-    name = "dct"
+    name = "hartley"
 
     def init(self, space, key, device):
         return {"waves": torch.arange(space.rank, device=device).expand(*space.batch, -1).clone()}
@@ -58,11 +58,11 @@ class DCT(lo.Projector):
         if not bool(lo.usable(grad).all()):
             return None
         lines = grad if space.side == "right" else grad.mT
-        energy = (lines.to(space.dtype) @ cosines(space.basis_rows, space.dtype)).square().sum(-2)
+        energy = (lines.to(space.dtype) @ hartley(space.basis_rows, space.dtype)).square().sum(-2)
         return {"waves": energy.topk(space.rank).indices.sort().values}
 
     def basis(self, space, state, key, device):
-        chosen = cosines(space.basis_rows, space.dtype).T[state["waves"]].mT.contiguous()
+        chosen = hartley(space.basis_rows, space.dtype).T[state["waves"]].mT.contiguous()
         return lo.DenseBasis(chosen, space.side, sharding=space.sharding)
 
 
@@ -97,7 +97,7 @@ class Breathing(lo.Projector):
         return (*space.reduced_shape[:-1], self.width(space, state))
 
     def init(self, space, key, device):
-        wide = cosines(space.basis_rows, space.dtype)[:, : space.rank].expand(*space.batch, -1, -1)
+        wide = hartley(space.basis_rows, space.dtype)[:, : space.rank].expand(*space.batch, -1, -1)
         return {"period": torch.tensor(0), "vectors": wide.clone().to(device)}
 
     def refresh(self, request):
@@ -127,7 +127,7 @@ class OneIteration(lo.StoredProjector):
         return {"basis": torch.linalg.qr(lines.mT @ lines[..., : space.rank]).Q.contiguous()}
 
 
-SMALL = (Orthogonal(), DCT(), OneIteration(), RowNormalised(), Breathing())
+SMALL = (Orthogonal(), Hartley(), OneIteration(), RowNormalised(), Breathing())
 
 
 def variants() -> Iterator[Any]:
@@ -135,6 +135,7 @@ def variants() -> Iterator[Any]:
     yield from (kind() for kind in RULES.values())
     yield from (kind() for kind in RESIDUALS.values())
     names = {
+        "randomized_svd": ("randomized_svd:complement", "randomized_svd:sample"),
         "svd": ("svd:unaligned",),
         "random": ("random:gaussian",),
         "coordinate": ("coordinate:rows", "coordinate:entries"),
@@ -188,7 +189,7 @@ def test_moments_that_change_shape_do_so_and_resume_whatever_the_state_is_called
 
 
 def test_an_optimizer_with_a_projector_of_ones_own_is_described():
-    lines = lo.describe(Run(DCT()).optimizer).splitlines()
+    lines = lo.describe(Run(Hartley()).optimizer).splitlines()
     (wide,) = (line.split() for line in lines if line.strip().startswith("wide "))
     assert wide[1:6] == ["12x520", "left", "8", "auto", "low-rank"]
 
@@ -277,7 +278,7 @@ class TensorOfAnother(lo.Rule):
 
 
 @dataclass(frozen=True)
-class NotOrthonormal(DCT):
+class NotOrthonormal(Hartley):
     name = "not_orthonormal"
 
     def basis(self, space, state, key, device):
@@ -285,7 +286,7 @@ class NotOrthonormal(DCT):
 
 
 @dataclass(frozen=True)
-class Rolls(DCT):
+class Rolls(Hartley):
     name = "rolls"
 
     def refresh(self, request):
@@ -296,7 +297,7 @@ class Rolls(DCT):
 
 
 @dataclass(frozen=True)
-class TakesZero(DCT):
+class TakesZero(Hartley):
     name = "takes_zero"
 
     def refresh(self, request):
@@ -304,7 +305,7 @@ class TakesZero(DCT):
 
 
 @dataclass(frozen=True)
-class SeesLess(DCT):
+class SeesLess(Hartley):
     name = "sees_less"
 
     def basis(self, space, state, key, device):
@@ -319,7 +320,7 @@ class SilentlyResizes(Breathing):
 
 
 @dataclass(frozen=True)
-class Unnamed(DCT):
+class Unnamed(Hartley):
     name = "unnamed"
     knows_shards = True
 

@@ -83,6 +83,7 @@ def code(question: Question, row: Row) -> list[str]:
         "adamw_8bit": "bitsandbytes.optim.AdamW8bit(model.parameters())",
         "galore_8bit": f"lo.GaLoreAdamW8bit(lo.param_groups(model, rank={rank}){arguments})",
         "fira": f"lo.FiraAdamW(lo.param_groups(model, rank={rank}){arguments})",
+        "alice": f"lo.AliceAdamW(lo.param_groups(model, rank={rank}){arguments})",
         "qgalore": f"lo.QGaLoreAdamW8bit(lo.param_groups(model, rank={rank}){arguments})",
         "apollo_mini": f"lo.APOLLOMiniAdamW(lo.param_groups(model, rank={rank}){arguments})",
         "lisa": f"lo.LISAAdamW(lo.layer_groups(model){arguments})",
