@@ -59,6 +59,11 @@ class ReparametrizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The merged weight; no gradient flows through it."""
+        if any(isinstance(param, DTensor) for param in self._parameters.values()):
+            raise RuntimeError(
+                f"the parameters of this {type(self).__name__} are sharded (DTensor); its weight can be had within its forward, or "
+                "from an unsharded model"
+            )
         with torch.no_grad():
             return self.merged()
 

@@ -40,22 +40,25 @@ class SparseLowRankProduct(torch.autograd.Function):
         ctx.scale, ctx.support, ctx.compute = scale, support, compute
         tokens = _rows(x, compute)
         a, b, v, offset = (None if p is None else p.to(compute) for p in (lora_a, lora_b, values, bias))
+        size = _size(lora_b, support)
+        # Made in its final shape: what a custom function returns as a view cannot be changed in place.
+        out = tokens.new_empty((*x.shape[:-1], size))
+        y = out.view(len(tokens), size)
         if a is not None and b is not None:
             u = (tokens @ a.mT).mul_(_scale(theta, scale, compute))
-            y = u @ b.mT if offset is None else torch.addmm(offset, u, b.mT)
-            size = b.shape[0]
+            if offset is None:
+                torch.mm(u, b.mT, out=y)
+            else:
+                torch.addmm(offset, u, b.mT, out=y)
         else:
-            assert support is not None  # a layer has factors or values
-            size = support.rows
-            y = tokens.new_zeros(len(tokens), size)
-            y = y if offset is None else y.add_(offset)
+            y.zero_() if offset is None else y.copy_(offset)
         if v is not None and support is not None:
             if isinstance(support, ColumnSupport):
                 y.addmm_(tokens[:, support.columns], v.view(size, -1).mT)
             else:
                 for tile in support.tiles(x.device):
                     y[:, tile.rows].addmm_(tokens, _fill(tile, v, support.cols).mT)
-        return y.view(*x.shape[:-1], size).to(result)
+        return out.to(result)
 
     @staticmethod
     @once_differentiable
@@ -127,6 +130,14 @@ def _fill(tile: Tile, values: Tensor, cols: int) -> Tensor:
     rows = tile.rows.stop - tile.rows.start
     matrix = values.new_zeros(rows * cols).scatter_(0, tile.places, values[tile.values])
     return matrix.view(rows, cols)
+
+
+def _size(lora_b: Tensor | None, support: Support | None) -> int:
+    """m."""
+    if lora_b is not None:
+        return lora_b.shape[0]
+    assert support is not None  # a layer has factors or values
+    return support.rows
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -220,6 +220,16 @@ def test_an_input_of_another_type_keeps_it():
     assert layer(torch.randn(4, N)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(N,), (5, N), (2, 3, N)], ids=str)
+def test_the_output_may_be_changed_in_place(shape):
+    layer, x = make_layer(), torch.randn(shape, dtype=torch.float64)
+    F.relu(layer(x), inplace=True).square().sum().backward()
+    found = layer.lora_A.grad.clone()
+    layer.zero_grad()
+    F.relu(F.linear(x, dense_weight(layer), layer.bias)).square().sum().backward()
+    torch.testing.assert_close(found, layer.lora_A.grad, atol=1e-12, rtol=1e-12)
+
+
 def test_a_second_derivative_raises():
     layer, x = make_layer(), torch.randn(3, N, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
@@ -754,3 +764,24 @@ def test_meta_models_are_converted_for_planning():
     convert(model)
     assert model[0].sparse_value.is_meta
     assert model[0].sparse_value.numel() == 96
+
+
+def test_the_planner_takes_a_converted_model():
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(256, 512, bias=False), nn.GELU(), nn.Linear(512, 256, bias=False))
+
+    def planned(model: nn.Module) -> int:
+        made = lo.plan(
+            model,
+            lambda model: lo.GaLoreAdamW(lo.param_groups(model, rank=None), lr=1e-3),
+            example_batch=torch.zeros(4, 256),
+            loss=lambda output: output.sum(),
+        )
+        return made.weights_bytes
+
+    dense = planned(build())
+    ours = planned(lo.nn.sltrain_(build(), rank=8, density=0.03, init="fresh", include=["0", "2"]))
+    numbers = 2 * (8 * (512 + 256) + math.floor(0.03 * 512 * 256))
+    assert dense == 4 * 2 * 512 * 256
+    assert ours == pytest.approx(4 * numbers, rel=0.02)
