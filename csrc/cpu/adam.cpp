@@ -28,7 +28,7 @@ void adam(const AdamArgs& args, int64_t first, int64_t last) {
   float g_buffer[TILE], w_buffer[TILE], direction[TILE];
   const Adam a = args.adam;
   const Lerp lerp(a.weight1);
-  const auto tile = [&](int64_t at, int n) {
+  const auto tile = [&](int64_t at, int n) __attribute__((always_inline)) {  // a call would make the compiler reload `a`
     const f32* g = load(args.grad, at, g_buffer, n);
     f32 *m = args.exp_avg + at, *v = args.exp_avg_sq + at;
     EACH(j, n) {
