@@ -83,7 +83,10 @@ def test_training_follows_float32_moments(name, bits, tolerance):
     tolerance *= 4 if "lion" in name else 1
     for a, b, before in zip(exact, coded, start, strict=True):
         assert (a - b).norm() < tolerance * (a - before).norm()
-    has_moments = not optimizer.state[coded[0]].keys() <= {*STEP_STATE, "basis"}  # SCALE and SinkGD keep none for matrices
+    has_moments = not optimizer.state[coded[0]].keys() <= {
+        *STEP_STATE,
+        "basis",
+    }  # SCALE and SinkGD keep none for matrices
     assert torch.equal(exact[0], coded[0]) is not has_moments
 
 
