@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lowrank_optim.groups.build import select_matrices
 from lowrank_optim.groups.names import Pattern
 from lowrank_optim.groups.parameters import FoundParameter, find_parameters
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
+from lowrank_optim.sharding.dtensor import is_sharded
 
 Patterns = Pattern | Iterable[Pattern] | None
 
@@ -59,7 +59,7 @@ class ReparametrizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The merged weight; no gradient flows through it."""
-        if any(isinstance(param, DTensor) for param in self._parameters.values()):
+        if any(is_sharded(param) for param in self.parameters(recurse=False)):
             raise RuntimeError(
                 f"the parameters of this {type(self).__name__} are sharded (DTensor); its weight can be had within its forward, or "
                 "from an unsharded model"
@@ -199,7 +199,7 @@ def merge_(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no layer that lowrank_optim.nn made")
     for path, module in found:
         own = dict(module.named_parameters(recurse=False))
-        if any(isinstance(param, DTensor) for param in own.values()):
+        if any(map(is_sharded, own.values())):
             raise ValueError(f"{path} is sharded (DTensor); merge the unsharded model, from a full state dict")
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     made: dict[int, nn.Module] = {}
@@ -233,7 +233,7 @@ def _check_layer(path: str, module: nn.Linear, meta: bool) -> None:
     weight = module.weight
     if isinstance(weight, QuantizedWeight):
         raise ValueError(f"{path}.weight is stored in 8 bits; call lowrank_optim.nn.dequantize_weights_ first")
-    if isinstance(weight, DTensor):
+    if is_sharded(weight):
         raise ValueError(
             f"{path}.weight is sharded (DTensor); replace the layers before fully_shard or parallelize_module"
         )
