@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lowrank_optim import kernels
 from lowrank_optim.groups.complete import check_group, complete_group, list_params, take_options
 from lowrank_optim.groups.options import DEFAULTS, plain_options
-from lowrank_optim.groups.parts import Part, PartRegistry
+from lowrank_optim.groups.parts import Part, PartRegistry, check_part
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.change_group import change_group
 from lowrank_optim.optimizers.contracts import Attachment
@@ -107,6 +107,8 @@ class LowRankOptimizer(Optimizer):
         named = (rule, rule if dense_rule is None else dense_rule)
         rule, dense = (part if isinstance(part, Rule) else rule_from_name(part) for part in named)
         residual = residual if isinstance(residual, Residual) else residual_from_name(residual)
+        for kind, part in (("rule", rule), ("rule", dense), ("residual", residual)):
+            check_part(kind, part)
         own = {**dense.options(), **rule.options(), **residual.options()}
         valid = plain_options({**DEFAULTS, **own, **self._group_options, "lr": lr, "weight_decay": weight_decay})
         options, projector = take_options(options, valid, f"{type(self).__name__}(…)")
