@@ -49,7 +49,9 @@ class LiveGroup:
         """
         lr = group["lr"]
         if type(lr) is float and not 0.0 <= lr <= LARGEST:
-            raise ValueError(f"lr is {lr!r} in param group {number}; it must be a number from 0 to {LARGEST:g}. Nothing was changed")
+            raise ValueError(
+                f"lr is {lr!r} in param group {number}; it must be a number from 0 to {LARGEST:g}. Nothing was changed"
+            )
         if len(group) == self._size and self._values(group) == self._seen:
             return
         check_structure(group, self._made_for, self.parts.rule, number)

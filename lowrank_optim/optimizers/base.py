@@ -56,9 +56,10 @@ class LowRankOptimizer(Optimizer):
         dense_rule: the rule of the other groups; None takes `rule`.
         residual: what becomes of the gradient outside the subspace: a `Residual`, or its name: "none", "sgd", "sign",
             "error_feedback", "norm_scaled", "gradient_scaled", "complement_scaled". Its fields become options of the groups.
-        parts: rules, projectors and residuals of your own that a group, or a checkpoint, refers to by name.
+        parts: rules, projectors and residuals of your own that no group holds yet, but `change_group` may name. A checkpoint loads
+            where the groups hold the parts that it names.
         lr, weight_decay: learning rate η and decoupled weight decay λ.
-        **options: see `Options`.
+        **options: rank, density, update_proj_gap, scale, projector, …: all are in `help(lowrank_optim.groups.options.Options)`.
 
     Raises:
         TypeError: an unknown option, or a group key that is nearly an option's name (the message names it).

@@ -20,7 +20,7 @@ SHAPES = ((20, 28), (28, 20), (2, 20, 28))
 def check_residual(residual: Residual) -> None:
     """Try a residual of your own: what it reads and writes, linearity, masks, resume, updates in backward, sharding, names.
 
-    Takes about two seconds. Writes nothing, and starts no process.
+    Takes two or three seconds. Writes nothing, and starts no process.
 
     Args:
         residual: with the hyperparameters to be tried.
@@ -177,7 +177,9 @@ def _check_ignored(problem: _Problem) -> None:
     change = problem.update(ignored, state, ok)
     if found := difference({"the weights": change, **state}, {"the weights": torch.zeros_like(change), **before}):
         promise = "where `step.ok` is false nothing changes"
-        break_promise(residual, promise, found, "lo.GradientTerm(step.grad, φ, step.ok), and torch.where(step.ok, new, old)")
+        break_promise(
+            residual, promise, found, "lo.GradientTerm(step.grad, φ, step.ok), and torch.where(step.ok, new, old)"
+        )
 
 
 def _check_linear(problem: _Problem) -> None:

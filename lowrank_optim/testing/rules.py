@@ -19,7 +19,7 @@ SHAPES = ((24, 8), (2, 20, 8), (33,))
 def check_rule(rule: Rule) -> None:
     """Try a rule of your own: direction, masks, parts, few bits, resume, updates in backward, sharding, names.
 
-    Takes about two seconds. Writes nothing, and starts no process.
+    Takes two or three seconds. Writes nothing, and starts no process.
 
     Args:
         rule: with the hyperparameters to be tried.
@@ -234,4 +234,6 @@ def _check_moments(rule: Rule, options: Mapping[str, Any]) -> None:
     others = [name for name, tensor in state.items() if name not in SIGNED and tensor.shape == SHAPES[0]]
     if others:
         told = f"{type(rule).__name__}: {', '.join(others)} stays in 32 bits whatever state_bits is"
-        warnings.warn(f"{told}; only exp_avg (with a sign) and exp_avg_sq (at least 0) are stored in few bits", stacklevel=3)
+        warnings.warn(
+            f"{told}; only exp_avg (with a sign) and exp_avg_sq (at least 0) are stored in few bits", stacklevel=3
+        )
