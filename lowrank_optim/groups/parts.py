@@ -176,7 +176,7 @@ def package_part(kind: str, name: str) -> Part | None:
         return None
 
 
-def check_part(kind: str, part: Part) -> None:
+def check_part(kind: str, part: object) -> None:
     """Raise TypeError for a part that is no dataclass or has no name, ValueError for one with the name of another of the package."""
     own = type(part)
     if own.__module__.startswith("lowrank_optim."):
@@ -184,7 +184,7 @@ def check_part(kind: str, part: Part) -> None:
     typed = [name for name, value in get_annotations(own).items() if "ClassVar" not in str(value)]
     if not is_dataclass(part) or (typed and "__dataclass_params__" not in vars(own)):
         raise TypeError(f"{own.__name__} is no dataclass: write @dataclass(frozen=True) above the class")
-    name = getattr(part, "name", None)
+    name: Any = getattr(part, "name", None)
     if not isinstance(name, str) or not name:
         raise TypeError(f'{own.__name__} has no name: write name = "…", without a type, in the class')
     taken = package_part(kind, name)

@@ -156,7 +156,7 @@ def other_values(part: Part) -> Iterator[tuple[str, Part]]:
             others = [0.5] if value is None else []
         for other in others:
             try:
-                changed = replace(part, **{each.name: other})
+                changed: Part = replace(part, **{each.name: other})  # type: ignore[type-var]
             except (TypeError, ValueError):
                 continue
             yield each.name, changed

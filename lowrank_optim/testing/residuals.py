@@ -101,8 +101,9 @@ class _Problem:
         weight = torch.zeros(self.space.shape)
         with promised(self.residual, promise):
             update = self.residual.update(inputs, state, self.options)
-        if not isinstance(update, Update):
-            came = type(update).__name__
+        made: object = update
+        if not isinstance(made, Update):
+            came = type(made).__name__
             break_promise(self.residual, "update returns an Update", f"a {came}", "return lo.Update(core, …)")
         if update.term is not None and update.term.by_channel != (update.term.scale.shape[-2] != 1):
             came = f"by_channel = {update.term.by_channel} with φ of {tuple(update.term.scale.shape)}"

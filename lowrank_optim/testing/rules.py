@@ -78,7 +78,7 @@ def _begun(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...]) -> tu
     weight, state = 0.25 * numbers(shape, 3), _init(rule, options, shape)
     for step in (1, 2, 3):
         with promised(rule, f"direction takes a gradient of {shape}"):
-            direction = rule.direction(numbers(shape, step), state, options, _context(weight, step))
+            direction: object = rule.direction(numbers(shape, step), state, options, _context(weight, step))
         if not isinstance(direction, Direction):
             came = type(direction).__name__
             break_promise(rule, "direction returns a Direction", f"a {came}", "return lo.Direction(tensor)")
