@@ -29,6 +29,9 @@ PURPOSE_BLOCKS = 3
 PURPOSE_STATE = 4
 PURPOSE_LAYERS = 5
 PURPOSE_SKETCH = 6
+PURPOSE_SUPPORT = 7
+PURPOSE_FACTOR = 8
+PURPOSE_VALUES = 9
 
 
 @lru_cache(maxsize=1 << 14)
@@ -101,6 +104,20 @@ def random_bits(key: int, positions: Tensor) -> Tensor:
         int64 tensor of the same shape with values in [0, 2**32).
     """
     return random_words(key, positions).to(torch.int64).bitwise_and_(_MASK32)
+
+
+def random_word(key: int, position: int) -> int:
+    """`random_bits` of one position as a Python integer, for decisions of the host."""
+    word = _mix_int((position ^ key) & _MASK32)
+    word ^= (position >> 32) * 0x9E3779B9 & _MASK32
+    return _mix_int(word ^ key >> 32 & _MASK32)
+
+
+def _mix_int(x: int) -> int:
+    """`_mix32_` of one unsigned number."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ x >> shift) * factor & _MASK32
+    return x ^ x >> 16
 
 
 def random_halves(key: int, positions: Tensor) -> Tensor:
@@ -185,3 +202,38 @@ def choose_stratified(key: int, population: int, count: int, device: torch.devic
     offset = (high * 2**31 + (low >> 1)) % population
     turned: Tensor = (indices + offset) % population
     return turned.sort().values
+
+
+class Stratified:
+    """`choose_stratified` in parts: any run of its sorted indices, on any device, without the rest and without a sort.
+
+    Stratum j has index i_j, ascending, and i_j + offset modulo the population is chosen. So the sorted result is the strata from the
+    first that passes the end (number `first`) on, then those before it.
+    """
+
+    def __init__(self, key: int, population: int, count: int) -> None:
+        self.key, self.population, self.count = key, population, count
+        turn = derive_key(key, 1)
+        self.offset = (random_word(turn, 0) * 2**31 + (random_word(turn, 1) >> 1)) % population
+        self.first = self._strata_below(population - self.offset)
+
+    def below(self, bound: int) -> int:
+        """How many of the chosen indices are below `bound`."""
+        passed = self._strata_below(min(self.population, bound + self.population - self.offset)) - self.first
+        return passed + self._strata_below(max(0, bound - self.offset))
+
+    def indices(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Numbers `start` to `stop` of the sorted indices, int64."""
+        strata = torch.arange(start + self.first, stop + self.first, device=device) % max(self.count, 1)
+        edges = strata * self.population // max(self.count, 1)
+        widths = (strata + 1) * self.population // max(self.count, 1) - edges
+        return (edges + random_bits(self.key, strata) * widths // 2**32 + self.offset) % self.population
+
+    def _strata_below(self, bound: int) -> int:
+        """How many strata have an index, before the turn, below `bound`."""
+        last = ((bound + 1) * self.count - 1) // self.population  # the last that begins at or before the bound
+        if last >= self.count or last < 0:
+            return max(0, min(last, self.count))
+        edge, end = last * self.population // self.count, (last + 1) * self.population // self.count
+        index = edge + random_word(self.key, last) * (end - edge) // 2**32
+        return last + (index < bound)

@@ -47,6 +47,8 @@ CASES = [
     ("galore_adafactor", {}),
     ("sumo", {}),
     ("muon_adamw", {"rule": lo.NorMuon(), "state_bits": 8}),
+    ("scale", {"rule": lo.RowNorm(0.9), "state_bits": 8}),
+    ("sinkgd", {"rule": "sinkhorn"}),  # matrices without state
     ("alice", {"state_bits": 8}),
     ("galore", {"projector": "dct"}),
 ]

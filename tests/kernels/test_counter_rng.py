@@ -12,6 +12,7 @@ from lowrank_optim.kernels import counter_rng
 from lowrank_optim.kernels.counter_rng import (
     PURPOSE_BASIS,
     PURPOSE_ROUNDING,
+    Stratified,
     choose,
     choose_stratified,
     consecutive_halves,
@@ -19,6 +20,7 @@ from lowrank_optim.kernels.counter_rng import (
     make_key,
     random_bits,
     random_halves,
+    random_word,
     uniform,
 )
 
@@ -304,3 +306,22 @@ def test_choose_stratified_spreads_evenly_over_a_large_population():
 def test_choose_gives_ties_to_the_smaller_index(monkeypatch):
     monkeypatch.setattr(counter_rng, "random_bits", lambda key, positions: torch.tensor([5, 7, 5, 5, 1]))
     assert choose(0, 5, 3, CPU).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("population", "count"), [(48, 9), (1000, 30), (777, 777), (5, 1), (64, 63), (3000, 7), (1, 1)]
+)
+def test_stratified_gives_any_part_of_the_draw(population, count):
+    for seed in range(20):
+        key = make_key(seed, 1, 2, 3)
+        whole, draw = choose_stratified(key, population, count, CPU), Stratified(key, population, count)
+        assert torch.equal(draw.indices(0, count, CPU), whole)
+        assert torch.equal(draw.indices(count // 3, count, CPU), whole[count // 3 :])
+        assert [draw.below(b) for b in range(population + 1)] == [int((whole < b).sum()) for b in range(population + 1)]
+
+
+def test_a_random_word_of_the_host_is_that_of_a_tensor():
+    positions = [0, 1, 5, 2**31 + 7, 2**32, 2**40 + 3]
+    for seed in range(20):
+        key = make_key(seed, 1, 2, 3)
+        assert [random_word(key, each) for each in positions] == random_bits(key, torch.tensor(positions)).tolist()
