@@ -21,6 +21,8 @@ LAYOUTS = ("auto", "conv", "transposed")
 ON_REFRESH = ("keep", "reset", "rotate")
 ON_NONFINITE = ("skip", "propagate", "raise")
 BITS = (32, 16, 8, 4)
+LARGEST = 3e38
+"""The largest step size: numbers of a step are float32."""
 
 
 class Options(TypedDict, total=False):
@@ -206,6 +208,8 @@ def check_values(options: Mapping[str, Any]) -> None:
         value = options[name]
         if not _is_number(value) or not float(value) >= 0.0:
             raise ValueError(f"{name} is {value!r}; it must be a number of at least 0")
+        if not float(value) <= LARGEST:
+            raise ValueError(f"{name} is {value!r}; it must be at most {LARGEST:g}")
     _check_rank(options["rank"])
     _check_density(options)
     gap = options["update_proj_gap"]

@@ -6,12 +6,14 @@ under its name; other names stand for the package's own parts with their default
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from inspect import get_annotations
 from typing import Any, TypeAlias
 
 from lowrank_optim import projectors
 from lowrank_optim.groups.matrices import is_low_rank
 from lowrank_optim.groups.options import DEFAULTS
+from lowrank_optim.kernels import check_no_class
 from lowrank_optim.projectors import Projector
 from lowrank_optim.residuals import Residual, residual_from_name
 from lowrank_optim.rules import Rule, rule_from_name
@@ -65,6 +67,7 @@ class PartRegistry:
 
     def _keep(self, part: Part) -> None:
         kind = _kind_of(part)
+        check_part(kind, part)
         known = self._known.setdefault((kind, part.name), part)
         # The package's own variants of a rule stand for it: TorchAdam for Adam.
         variant = isinstance(known, type(part)) and type(known).__module__.startswith("lowrank_optim.")
@@ -159,4 +162,34 @@ def _kind_of(part: object) -> str:
     for kind, base in KINDS.items():
         if isinstance(part, base):
             return kind
+        check_no_class(kind, part)
     raise TypeError(f"parts must be rules, projectors or residuals, got {type(part).__name__}")
+
+
+def package_part(kind: str, name: str) -> Part | None:
+    """The package's own part of this kind and name, with its defaults; None where there is none."""
+    try:
+        if kind == "rule":
+            return rule_from_name(name)
+        return projectors.from_name(name) if kind == "projector" else residual_from_name(name)
+    except ValueError:
+        return None
+
+
+def check_part(kind: str, part: object) -> None:
+    """Raise TypeError for a part that is no dataclass or has no name, ValueError for one with the name of another of the package."""
+    own = type(part)
+    if own.__module__.startswith("lowrank_optim."):
+        return
+    typed = [name for name, value in get_annotations(own).items() if "ClassVar" not in str(value)]
+    if not is_dataclass(part) or (typed and "__dataclass_params__" not in vars(own)):
+        raise TypeError(f"{own.__name__} is no dataclass: write @dataclass(frozen=True) above the class")
+    name: Any = getattr(part, "name", None)
+    if not isinstance(name, str) or not name:
+        raise TypeError(f'{own.__name__} has no name: write name = "…", without a type, in the class')
+    taken = package_part(kind, name)
+    if taken is not None and type(taken) is not own:
+        raise ValueError(
+            f"{kind} {name!r} of {own.__name__} has the name of {type(taken).__name__}, a part of the package, for which checkpoints "
+            "would take it; give it another name"
+        )

@@ -44,7 +44,7 @@ from lowrank_optim.kernels.dispatch import (
     norms,
     run_many,
 )
-from lowrank_optim.kernels.host import as_python, cpu_tensor, no_autograd_no_autocast, outside_graph
+from lowrank_optim.kernels.host import as_python, check_no_class, cpu_tensor, no_autograd_no_autocast, outside_graph
 from lowrank_optim.kernels.reference import ResidualTerm, decay_, stochastic_round
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "batches",
     "cache_elements",
     "call",
+    "check_no_class",
     "compute_dtype",
     "cpu_tensor",
     "decay_",

@@ -59,6 +59,12 @@ def cpu_tensor(values: Any, dtype: torch.dtype | None) -> Tensor:
         return torch.tensor(values, dtype=dtype)
 
 
+def check_no_class(what: str, value: object) -> None:
+    """Raise TypeError where a class came in place of an object."""
+    if isinstance(value, type):
+        raise TypeError(f"{what} is the class {value.__name__}; pass an object: {value.__name__}()")
+
+
 def as_python(value: Any, keep_tensors: bool = False) -> Any:
     """Numbers, truth values and strings of numpy and others (0-d arrays and tensors, too) as Python's own, within tuples and lists.
 

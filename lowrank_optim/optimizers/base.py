@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lowrank_optim import kernels
 from lowrank_optim.groups.complete import check_group, complete_group, list_params, take_options
 from lowrank_optim.groups.options import DEFAULTS, plain_options
-from lowrank_optim.groups.parts import Part, PartRegistry
+from lowrank_optim.groups.parts import Part, PartRegistry, check_part
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.change_group import change_group
 from lowrank_optim.optimizers.contracts import Attachment
@@ -56,9 +56,10 @@ class LowRankOptimizer(Optimizer):
         dense_rule: the rule of the other groups; None takes `rule`.
         residual: what becomes of the gradient outside the subspace: a `Residual`, or its name: "none", "sgd", "sign",
             "error_feedback", "norm_scaled", "gradient_scaled", "complement_scaled". Its fields become options of the groups.
-        parts: rules, projectors and residuals of your own that a group, or a checkpoint, refers to by name.
+        parts: rules, projectors and residuals of your own that no group holds yet, but `change_group` may name. A checkpoint loads
+            where the groups hold the parts that it names.
         lr, weight_decay: learning rate η and decoupled weight decay λ.
-        **options: see `Options`.
+        **options: rank, density, update_proj_gap, scale, projector, …: all are in `help(lowrank_optim.groups.options.Options)`.
 
     Raises:
         TypeError: an unknown option, or a group key that is nearly an option's name (the message names it).
@@ -107,6 +108,8 @@ class LowRankOptimizer(Optimizer):
         named = (rule, rule if dense_rule is None else dense_rule)
         rule, dense = (part if isinstance(part, Rule) else rule_from_name(part) for part in named)
         residual = residual if isinstance(residual, Residual) else residual_from_name(residual)
+        for kind, part in (("rule", rule), ("rule", dense), ("residual", residual)):
+            check_part(kind, part)
         own = {**dense.options(), **rule.options(), **residual.options()}
         valid = plain_options({**DEFAULTS, **own, **self._group_options, "lr": lr, "weight_decay": weight_decay})
         options, projector = take_options(options, valid, f"{type(self).__name__}(…)")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from difflib import get_close_matches
 
+from lowrank_optim.kernels import check_no_class
 from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Projector, Refresh, StepParams, SubspaceSpec
 from lowrank_optim.projectors.blocks import Blocks
 from lowrank_optim.projectors.coordinate import Coordinate
@@ -52,8 +53,10 @@ def from_name(name: str) -> Projector:
     """The projector that a name such as "randomized_svd", "random:gaussian" or "coordinate:rows" stands for.
 
     Raises:
+        TypeError: for a class.
         ValueError: for an unknown name; the message names the nearest valid one.
     """
+    check_no_class("projector", name)
     kind, _, variant = str(name).partition(":")
     if kind not in _BUILDERS:
         near = get_close_matches(kind, _BUILDERS, n=1)

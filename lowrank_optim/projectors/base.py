@@ -116,7 +116,7 @@ class Refresh:
     grad: G, the gradient's matrix view (…, m, n), in its own type; of a sharded parameter the local part.
     space: the shape of the low-rank problem.
     state: the projector's tensors, of the subspace before.
-    key: the stream of random numbers of this parameter and step.
+    key: the stream of random numbers of this parameter and step: 64 bits without a sign, for `torch.Generator().manual_seed`.
     first: whether the state holds no basis of a gradient yet.
     momentum: the rule's bias-corrected momentum in the old basis, for projectors that use it (`uses_momentum`); else None.
     """
@@ -170,7 +170,23 @@ class Basis(Protocol):
 
 
 class Projector(ABC):
-    """How a subspace is chosen. Subclasses are frozen dataclasses, shared by all parameters."""
+    """How a subspace is chosen. Subclasses are frozen dataclasses, shared by all parameters.
+
+    Attributes (of the class, without a type in subclasses):
+        name: in groups and checkpoints, which hold no fields: other fields need another name.
+        needs_gradient: False where a refresh does not look at the gradient.
+        sees_all: every NaN of the gradient shows in R; so in any `DenseBasis`.
+        stores_basis: the state holds a basis that was computed from gradients; so in any `StoredProjector`.
+        uses_momentum: `Refresh.momentum` is wanted.
+        orthonormal: the basis vectors are.
+        has_channels: a row of R belongs to a row or a column of the matrix.
+        sides: what can be projected, of "left", "right", "full".
+        writes_entries: single columns, rows or entries of the weights are written.
+        moments_change_shape: R has another shape after a refresh; moments can only be reset.
+        staggers: False where all tensors of a group have to be refreshed on the same step.
+        knows_shards: gradients and bases may be local parts. If False, sharded parameters are refused.
+        state_lies: where each state tensor lies: "host", "basis", "basis_right" or "chosen"; has to name all if `knows_shards`.
+    """
 
     state_lies: ClassVar[Mapping[str, str]] = {}
     """Where each state tensor lies: "host" (read by the host in every step, kept on the CPU), or, if parameters are sharded, "basis"
@@ -258,7 +274,7 @@ class Projector(ABC):
 
     @abstractmethod
     def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
-        """The subspace that the state (or, where nothing is stored, the key) stands for."""
+        """The subspace that the state (or, where nothing is stored, the key of the last refresh) stands for."""
 
 
 def usable(grad: Tensor, spread: TensorSharding = UNSHARDED) -> Tensor:

@@ -30,7 +30,7 @@ class PowerIteration(StoredProjector):
     square_side: str = "right"
     first_basis: str = "randomized_svd"
     uses_momentum: ClassVar[bool] = True
-    sides: ClassVar[tuple[str, ...]] = ("left", "right")
+    knows_shards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

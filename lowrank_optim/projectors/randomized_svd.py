@@ -16,7 +16,7 @@ vectors of the complement take the place of all but the first (Alice), or r of t
 
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -143,6 +143,8 @@ class RandomizedSVD(StoredProjector):
     Optimization in LLM Pretraining", NeurIPS 2025, arXiv:2502.05790 (SARA).
     """
 
+    sides: ClassVar[tuple[str, ...]] = ("left", "right", "full")
+    knows_shards: ClassVar[bool] = True
     oversample: int = 8
     power_iterations: int = 2
     warm_iterations: int = 1

@@ -64,14 +64,12 @@ def load(state: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]:
 class StoredProjector(Projector):
     """A projector whose basis is computed from a gradient and stored: `basis`, and `basis_right` when both sides are projected.
 
-    A subclass is a frozen dataclass with a `name` and `compute`. One that looks at the whole gradient sets `knows_shards = False`,
-    and one that makes no `basis_right` sets `sides = ("left", "right")`.
+    A subclass is a frozen dataclass with a `name` and `compute`. One that makes a `basis_right` for side "full" sets
+    `sides = ("left", "right", "full")`, and one that works on local parts `knows_shards = True`.
     """
 
     state_lies: ClassVar[Mapping[str, str]] = {"basis": "basis", "basis_right": "basis_right"}
     stores_basis: ClassVar[bool] = True
-    sides: ClassVar[tuple[str, ...]] = ("left", "right", "full")
-    knows_shards: ClassVar[bool] = True
 
     def init(self, space: SubspaceSpec, key: int, device: torch.device) -> dict[str, Tensor]:
         spreads = basis_shardings(space)

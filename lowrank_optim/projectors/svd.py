@@ -5,6 +5,7 @@ Slow (seconds for a 4096×4096 matrix on a CPU); it is here for parity with publ
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class SVD(StoredProjector):
     whole gradient, on every process.
     """
 
+    sides: ClassVar[tuple[str, ...]] = ("left", "right", "full")
+    knows_shards: ClassVar[bool] = True
     align: bool = True
 
     @property

@@ -33,7 +33,7 @@ class ResidualInput:
     projected: R.
     squares: ‖g_j‖² of every line, (…, d, 1); None unless asked for.
     direction: N.
-    correction: the factor of N that is Adam's bias correction; 1 for other rules.
+    correction: `Direction.correction`, by which norms that limit growth are divided; 1 for all rules but the released Adam.
     unit: the learning rate as a multiple of the step size that N is applied with (`Direction.unit`).
     basis: the subspace.
     space: its shape, and that of the matrix.
@@ -59,7 +59,7 @@ class ResidualInput:
 
 @dataclass(frozen=True)
 class Update:
-    """W ← keep·W − η·factor·(lift(core) + term)."""
+    """W ← keep·W − η·factor·(lift(core) + term). Nothing else applies α: the factor is `options["scale"]`, or `core` holds it."""
 
     core: Tensor | None
     factor: float = 1.0
@@ -67,7 +67,18 @@ class Update:
 
 
 class Residual(ABC):
-    """A choice of C, φ and E; subclasses are frozen dataclasses whose fields are group options."""
+    """A choice of C, φ and E; subclasses are frozen dataclasses whose fields are group options.
+
+    Attributes (of the class, without a type in subclasses):
+        name: in groups and checkpoints.
+        uses_gradient: `update` reads G; if False, R is all that it needs.
+        uses_norms: `ResidualInput` has `squares` and `norms`, so that the projector needs channels.
+        feeds_back: the step sees `absorb(grad)` in place of the gradient.
+        needs_orthonormal: G − lift R has to be what lies outside of the subspace.
+        linear: the update of a sum is the sum of the updates, so that those of micro-batches may be summed first.
+        knows_shards: sums over the rows of R go through `sums`. If False, sharded parameters are refused.
+        state_lies: where each state tensor lies if parameters are sharded, as in `Rule`; has to name all if `knows_shards`.
+    """
 
     name: ClassVar[str]
     uses_gradient: ClassVar[bool] = True

@@ -25,7 +25,8 @@ class Direction:
     """W ← (1 − decay·λ) W − step·lift(matrix).
 
     step, decay: the learning rate, unless the rule says something else.
-    correction: the factor that bias correction has in `matrix`, 1 for rules without.
+    correction: of the released Adam (`match_reference`), which has bias correction in its step size: that factor, which norms that
+        limit growth leave out. 1 for all other rules.
     norms: of the rows of `matrix` and of the gradient, (…, rows, 1), where the rule's operation has measured them.
     """
 
@@ -104,7 +105,22 @@ class Context:
 
 
 class Rule(ABC):
-    """An update rule; subclasses are frozen dataclasses whose fields are the group options they read."""
+    """An update rule; subclasses are frozen dataclasses whose fields are the group options they read.
+
+    Attributes (of the class, without a type in subclasses):
+        name: in groups and checkpoints.
+        elementwise: every element is treated for itself, so that a large tensor may be given in parts.
+        on_matrices: dense parameters come in their matrix view; vectors go to the optimizer's `dense_rule`, or are refused.
+        masks: `direction` looks at `Context.ok` itself; else that is done around it, with copies of the moments.
+        knows_shards: sums over the gradient go through `Context.sharding`. If False, and not `elementwise`, sharded parameters are
+            refused.
+        rotates_shards: `transport` works on the local parts of moments.
+        state_lies: where each state tensor lies if parameters are sharded: "reduced" (as R; the default), "rows", "columns", "matrix"
+            or "stack".
+        decays_last: with `match_reference`, weights decay after the update, as in the released code.
+
+    State tensors named `exp_avg` (with a sign) and `exp_avg_sq` (at least 0) are stored in `state_bits`; all others stay as they are.
+    """
 
     name: ClassVar[str]
     elementwise: ClassVar[bool] = False
@@ -156,13 +172,16 @@ class Rule(ABC):
     def init(
         self, shape: tuple[int, ...], options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
     ) -> dict[str, Tensor]:
-        """State tensors for a gradient of `shape`, all zero."""
+        """State tensors for a gradient of `shape`, all zero. Few bits know `exp_avg` and `exp_avg_sq`, see the class."""
 
     @abstractmethod
     def direction(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
-        """Update the moments in `state` with `grad`, in place, and return what to apply."""
+        """Update the moments in `state` with `grad`, in place, and return what to apply.
+
+        `state` may hold more than `init` made (`step`, `basis`): touch only those.
+        """
 
     def fused_direction(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
@@ -190,7 +209,10 @@ class Rule(ABC):
         return False
 
     def gradient_share(self, options: Mapping[str, Any]) -> float:
-        """How much of a squared gradient a step adds to the squares whose roots are stored in few bits: v, or else m²."""
+        """How much of a squared gradient a step adds to the squares whose roots are stored in few bits: v, or else m².
+
+        An estimate will do, also where v is a mean of (g−m)²: it sets the scales of columns only. The default overrates the gradient.
+        """
         return 1.0
 
     def memory(self, options: Mapping[str, Any]) -> float:
@@ -205,7 +227,11 @@ class Rule(ABC):
         options: Mapping[str, Any],
         step: float,
     ) -> None:
-        """Express the moments in the coordinates of a new basis; `step` is the number of steps they have seen so far."""
+        """Express the moments in the coordinates of a new basis, in place: `state["exp_avg"].copy_(move(state["exp_avg"], 1))`.
+
+        `move(tensor, power)` returns a moment in the new basis: power 1 for means, 2 for squares. `step` is the number of steps they
+        have seen so far. Called with `on_refresh="rotate"` and by `change_group(rank=…)`, not with "keep".
+        """
 
 
 def masked_direction(

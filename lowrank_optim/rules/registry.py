@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 
+from lowrank_optim.kernels import check_no_class
 from lowrank_optim.rules.adafactor import Adafactor
 from lowrank_optim.rules.adam import Adam
 from lowrank_optim.rules.base import Rule
@@ -21,8 +22,10 @@ def rule_from_name(name: str) -> Rule:
     """The rule with its defaults.
 
     Raises:
+        TypeError: for a class.
         ValueError: for an unknown name; the message names the nearest valid one.
     """
+    check_no_class("rule", name)
     if name not in RULES:
         near = get_close_matches(str(name), RULES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_optim.groups.options import check_structure, structure
+from lowrank_optim.groups.live import LiveGroup
 from lowrank_optim.groups.parts import PartRegistry
-from lowrank_optim.rules import Rule
 from lowrank_optim.step.param_plan import ParamPlan, plan_group
 from lowrank_optim.step.refresh_schedule import stagger_offset, stagger_ordinals
 
@@ -25,9 +24,7 @@ class Plans(dict[Tensor, ParamPlan]):
         super().__init__()
         self.parts = parts
         self.warned: set[str] = set()  # reasons that were logged
-        self._made_for: list[
-            tuple[Rule, tuple[Any, ...]]
-        ] = []  # of each group, its rule and what its state was made for
+        self._live: list[LiveGroup] = []  # each group as it was last seen
         self._groups: list[int] = []  # which they were, by id
         self._ordinals: dict[Tensor, tuple[int, int]] = {}
 
@@ -43,8 +40,7 @@ class Plans(dict[Tensor, ParamPlan]):
     def set_group(self, number: int, group: Group, plans: Mapping[Tensor, ParamPlan]) -> None:
         """Take in the plans of a group that is new, or was changed."""
         self |= plans
-        rule = self.parts.of(group).rule
-        self._made_for[number:] = [(rule, structure(group, rule)), *self._made_for[number + 1 :]]
+        self._live[number:] = [LiveGroup(group, self.parts.of(group)), *self._live[number + 1 :]]
         self._groups[number:] = [id(group), *self._groups[number + 1 :]]
         self._ordinals.clear()
 
@@ -55,15 +51,15 @@ class Plans(dict[Tensor, ParamPlan]):
             fresh.set_group(number, group, fresh.of_group(group, group["params"], number, len(fresh)))
         self.clear()
         self |= fresh
-        self._made_for, self._groups = fresh._made_for, fresh._groups
+        self._live, self._groups = fresh._live, fresh._groups
         self._ordinals.clear()
 
     def check_structure(self, groups: Sequence[Group]) -> None:
-        """Raise ValueError where an option that decides about the state was edited in a live group."""
+        """Raise TypeError or ValueError for what was edited in a live group and cannot be (`LiveGroup.check`)."""
         if self._groups != list(map(id, groups)):  # somebody has sorted them, or taken one out
             self.renew(groups)
-        for number, (group, (rule, made_for)) in enumerate(zip(groups, self._made_for, strict=True)):
-            check_structure(group, made_for, rule, number)
+        for number, (group, live) in enumerate(zip(groups, self._live, strict=True)):
+            live.check(group, number)
 
     def offset(self, param: Tensor, plan: ParamPlan, group: Group) -> int:
         """How many steps before a multiple of its gap a parameter of this plan and group is refreshed."""

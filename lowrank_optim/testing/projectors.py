@@ -19,7 +19,7 @@ KEYS = (11, 12, 13)
 def check_projector(projector: Projector) -> None:
     """Try a projector of your own: bases, zero gradients, declared capabilities, few bits, resume, backward, sharding, names.
 
-    Takes about two seconds. Writes nothing, and starts no process.
+    Takes two or three seconds. Writes nothing, and starts no process.
 
     Args:
         projector: with the fields to be tried.

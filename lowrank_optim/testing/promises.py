@@ -6,18 +6,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from lowrank_optim import projectors
 from lowrank_optim.groups.describe import describe
-from lowrank_optim.groups.parts import Part
+from lowrank_optim.groups.parts import Part, package_part
 from lowrank_optim.in_backward import update_in_backward
 from lowrank_optim.projectors import Projector
-from lowrank_optim.residuals.registry import RESIDUALS
-from lowrank_optim.rules import RULES, Rule
+from lowrank_optim.rules import Rule
 from lowrank_optim.testing.problem import MATRICES, Run, difference, kind_of, one_process_mesh
 
 STEPS = 6
@@ -25,6 +24,8 @@ STEPS = 6
 
 STOP = 4
 """Steps before a run is saved; refreshes come before and after it."""
+
+_ROTATING: dict[str, Any] = {"on_refresh": "rotate"}
 
 CLOSE = 1e-4
 """Relative difference from which two numbers are not the same."""
@@ -43,9 +44,18 @@ def promised(part: Part, promise: str) -> Iterator[None]:
     except AssertionError:
         raise
     except Exception as error:
+        came = f"{type(error).__name__}: {error}"
         raise AssertionError(
-            f"{type(part).__name__}: {promise}. What came: {type(error).__name__}: {error}. What is needed: no error"
+            f"{type(part).__name__}: {promise}. What came: {came}. What is needed: {_remedy(part, error)}"
         ) from error
+
+
+def _remedy(part: Part, error: Exception) -> str:
+    """What to do about an error, where that is known."""
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if isinstance(key, str) and hasattr(type(part), key):
+        return f"a type at the field, {key}: float = …, since fields without a type are no options"
+    return "what the error says; the traceback above this one shows where it was raised"
 
 
 def check_refused(part: Part, promise: str, call: Callable[[], object], name: str) -> None:
@@ -85,6 +95,7 @@ def check_shared(part: Part, *variants: dict[str, Any], bits: tuple[int, ...] = 
     check_class(part)
     check_name(part)
     check_repeat(part)
+    check_options(part)
     check_copies(part)
     for options in ({}, *variants, *({"state_bits": width} for width in bits)):
         check_training(part, options)
@@ -108,9 +119,10 @@ def check_class(part: Part) -> None:
 def check_name(part: Part) -> None:
     """A part has a name of its own, which stands in its groups and in checkpoints, and brings its fields as options."""
     kind = kind_of(part)
-    if not isinstance(part.name, str) or not part.name:
-        break_promise(part, "a part has a name", f"name is {part.name!r}", "a string that is not empty")
-    taken = _package_part(kind, part.name)
+    name = getattr(part, "name", None)
+    if not isinstance(name, str) or not name:
+        break_promise(part, "a part has a name", f"name is {name!r}", 'name = "…" in the class, without a type')
+    taken = package_part(kind, part.name)
     if taken is not None and (taken != part if isinstance(part, Projector) else type(taken) is not type(part)):
         break_promise(
             part,
@@ -118,7 +130,7 @@ def check_name(part: Part) -> None:
             f"{part.name!r} is the name of {taken!r} already",
             "a name that no part of the package has",
         )
-    with promised(part, "an optimizer can be built with the part's defaults, whose names are those of no other option"):
+    with promised(part, "an optimizer can be built with the part"):
         run = Run(part)
     with promised(part, "describe shows an optimizer with the part"):
         describe(run.optimizer)
@@ -130,14 +142,51 @@ def check_name(part: Part) -> None:
         break_promise(part, "a checkpoint holds the name", f"{saved['param_groups'][0][kind]!r}", f"{part.name!r}")
 
 
-def _package_part(kind: str, name: str) -> Part | None:
-    if kind != "projector":
-        found = (RULES if kind == "rule" else RESIDUALS).get(name)
-        return None if found is None else found()
-    try:
-        return projectors.from_name(name)
-    except ValueError:
-        return None
+def other_values(part: Part) -> Iterator[tuple[str, Part]]:
+    """Each field's name, and the part with another value there, if it takes one."""
+    for each in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, each.name)
+        if isinstance(value, bool):
+            others: list[Any] = [not value]
+        elif isinstance(value, (int, float)):
+            others = [value + 1, value - 1, value / 2, value * 2] if value else [1, 0.5]
+        elif isinstance(value, tuple) and all(isinstance(number, float) for number in value):
+            others = [tuple(number / 2 for number in value)]
+        else:
+            others = [0.5] if value is None else []
+        for other in others:
+            try:
+                changed: Part = replace(part, **{each.name: other})  # type: ignore[type-var]
+            except (TypeError, ValueError):
+                continue
+            yield each.name, changed
+            break
+
+
+def check_options(part: Part) -> None:
+    """Hyperparameters of rules and residuals are read from the group, and projectors with other fields have other names."""
+    if isinstance(part, Projector):
+        for name, changed in other_values(part):
+            if changed.name == part.name:
+                value, other = getattr(part, name), getattr(changed, name)
+                break_promise(
+                    part,
+                    "the name tells projectors with other fields apart, for checkpoints hold nothing else of them",
+                    f"{part.name!r} for {name} {value!r} and {other!r}",
+                    f'a property `name` with {name} in it, such as f"{part.name}:{{self.{name}}}"',
+                )
+        return
+    group = part.options()
+    needed = None
+    for name, changed in other_values(part):
+        told = "hyperparameters come from `options`, which schedulers change, and not from `self`"
+        with promised(part, told):
+            needed = needed or Run(part, **_ROTATING).train(range(STOP)).tensors()
+            came = Run(changed, **_ROTATING, **group).train(range(STOP)).tensors()
+        if found := difference(came, needed):
+            value, other = group[name], getattr(changed, name)
+            came_now = f"{found}, where self.{name} is {other!r} and options[{name!r}] is {value!r} as before"
+            break_promise(part, told, came_now, f"options[{name!r}]")
 
 
 def check_copies(part: Part) -> None:

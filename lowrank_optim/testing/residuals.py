@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_optim import kernels
 from lowrank_optim.projectors import SVD, Basis, Coordinate, Projector, Random, StepParams, SubspaceSpec
 from lowrank_optim.projectors.base import Refresh
-from lowrank_optim.residuals import Residual, ResidualInput
+from lowrank_optim.residuals import Residual, ResidualInput, Update
 from lowrank_optim.testing.problem import RANK, Run, difference, numbers
 from lowrank_optim.testing.promises import CLOSE, break_promise, check_in_place, check_refused, check_shared, promised
 
@@ -20,7 +20,7 @@ SHAPES = ((20, 28), (28, 20), (2, 20, 28))
 def check_residual(residual: Residual) -> None:
     """Try a residual of your own: what it reads and writes, linearity, masks, resume, updates in backward, sharding, names.
 
-    Takes about two seconds. Writes nothing, and starts no process.
+    Takes two or three seconds. Writes nothing, and starts no process.
 
     Args:
         residual: with the hyperparameters to be tried.
@@ -39,17 +39,17 @@ def check_residual(residual: Residual) -> None:
         ...     share: float = 0.1
         ...     def update(self, step, state, options):
         ...         phi = torch.full_like(step.projected[..., :1, :1], options["share"]) * step.unit
-        ...         return lo.Update(step.direction, 1.0, lo.GradientTerm(step.grad, phi, step.ok))
+        ...         return lo.Update(step.direction, options["scale"], lo.GradientTerm(step.grad, phi, step.ok))
         >>> check_residual(Whole())
     """
-    with promised(
-        residual, "an optimizer can be built with the residual's defaults, whose names are those of no other option"
-    ):
+    with promised(residual, "an optimizer can be built with the residual"):
         options = Run(residual).optimizer.param_groups[0]
     for shape in SHAPES:
         for projector in (SVD(), Coordinate("columns")):
             problem = _Problem.of(residual, projector, shape, options)
             _check_arguments(problem)
+            _check_sizes(problem)
+            _check_ignored(problem)
             if residual.linear:
                 _check_linear(problem)
     if residual.needs_orthonormal:
@@ -82,26 +82,35 @@ class _Problem:
         with promised(self.residual, f"init makes the state for {self.space.shape}"):
             return self.residual.init(self.space, torch.device("cpu"))
 
-    def inputs(self, grad: Tensor, direction: Tensor) -> ResidualInput:
+    def inputs(self, grad: Tensor, direction: Tensor, unit: float | Tensor = 1.0) -> ResidualInput:
         """What a step hands to the residual."""
         reduced, squares = self.basis.project(grad), None
         norms = None
         if self.residual.uses_norms:
             reduced, squares = self.basis.project_with_norms(grad)
             norms = kernels.row_norms(direction, reduced)
-        made = ResidualInput(grad, reduced, squares, direction, 1.0, 1.0, self.basis, self.space, None, norms)
+        made = ResidualInput(grad, reduced, squares, direction, 1.0, unit, self.basis, self.space, None, norms)
         with promised(
             self.residual, "sums takes what a step hands to it (norms and squares only with uses_norms = True)"
         ):
             return replace(made, sums=self.residual.sums(made, self.state(), self.options))
 
-    def update(self, inputs: ResidualInput, state: dict[str, Tensor]) -> Tensor:
+    def update(self, inputs: ResidualInput, state: dict[str, Tensor], ok: Tensor | None = None) -> Tensor:
         """The change of the weights."""
         promise = "update takes what a step hands to it (norms and squares only with uses_norms = True)"
         weight = torch.zeros(self.space.shape)
         with promised(self.residual, promise):
             update = self.residual.update(inputs, state, self.options)
-            self.basis.apply_(weight, update.core, StepParams(update.factor, 1.0), update.term)
+        made: object = update
+        if not isinstance(made, Update):
+            came = type(made).__name__
+            break_promise(self.residual, "update returns an Update", f"a {came}", "return lo.Update(core, …)")
+        if update.term is not None and update.term.by_channel != (update.term.scale.shape[-2] != 1):
+            came = f"by_channel = {update.term.by_channel} with φ of {tuple(update.term.scale.shape)}"
+            promise_of_term = "by_channel says whether φ has one number for every row of R, which are sharded with it"
+            break_promise(self.residual, promise_of_term, came, "by_channel = True for (…, d, 1), False for (…, 1, 1)")
+        with promised(self.residual, promise):
+            self.basis.apply_(weight, update.core, StepParams(update.factor, 1.0, ok), update.term)
         return weight
 
     def numbers(self, seed: int) -> tuple[Tensor, Tensor]:
@@ -133,6 +142,45 @@ def _check_arguments(problem: _Problem) -> None:
             break_promise(
                 residual, "uses_gradient = False: R is all of the gradient it uses", found, "uses_gradient = True"
             )
+
+
+def _check_sizes(problem: _Problem) -> None:
+    """α counts, and a direction that holds the learning rate gives an update that holds it."""
+    residual, (grad, direction) = problem.residual, problem.numbers(2)
+    changes = []
+    for scale in (1.0, 2.0):
+        scaled = replace(problem, options={**problem.options, "scale": scale})
+        changes.append(scaled.update(scaled.inputs(grad.clone(), direction), scaled.state()))
+    if torch.equal(*changes):
+        promise = "the option `scale` (α) scales the update; nothing else applies it"
+        break_promise(residual, promise, "the same for scale 1 and 2", 'lo.Update(core, options["scale"], …)')
+    scaled = replace(problem, options={**problem.options, "scale": 1.0})
+    made = scaled.inputs(grad.clone(), 0.5 * direction, torch.tensor(0.5))
+    found = difference({"it": scaled.update(made, scaled.state())}, {"it": 0.5 * changes[0]}, CLOSE)
+    if found:
+        promise = "half the direction with `step.unit` ½ (a rule whose direction holds η) gives half the update"
+        break_promise(residual, promise, found, "φ in proportion to the direction, or times step.unit")
+
+
+def _check_ignored(problem: _Problem) -> None:
+    """Where `ok` is false R and N are 0, and the gradient's NaN reaches neither weights nor state."""
+    residual, ok = problem.residual, torch.tensor(False)
+    if residual.feeds_back:
+        return
+    grad, direction = problem.numbers(2)
+    state = problem.state()
+    problem.update(problem.inputs(grad, direction), state)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    nothing = problem.inputs(torch.zeros_like(grad), torch.zeros_like(direction))
+    ignored = replace(nothing, grad=torch.full_like(grad, torch.nan), ok=ok, kept={})
+    if residual.uses_norms:
+        ignored = replace(ignored, sums=residual.sums(ignored, state, problem.options))
+    change = problem.update(ignored, state, ok)
+    if found := difference({"the weights": change, **state}, {"the weights": torch.zeros_like(change), **before}):
+        promise = "where `step.ok` is false nothing changes"
+        break_promise(
+            residual, promise, found, "lo.GradientTerm(step.grad, φ, step.ok), and torch.where(step.ok, new, old)"
+        )
 
 
 def _check_linear(problem: _Problem) -> None:

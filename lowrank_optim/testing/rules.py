@@ -1,13 +1,15 @@
 """What a rule promises."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_optim.rules import Context, JointRule, Rule, masked_direction
+from lowrank_optim.quantization.coded_moments import SIGNED
+from lowrank_optim.rules import Context, Direction, JointRule, Rule, masked_direction
 from lowrank_optim.testing.problem import Run, difference, numbers
 from lowrank_optim.testing.promises import CLOSE, break_promise, check_in_place, check_shared, promised
 
@@ -17,7 +19,7 @@ SHAPES = ((24, 8), (2, 20, 8), (33,))
 def check_rule(rule: Rule) -> None:
     """Try a rule of your own: direction, masks, parts, few bits, resume, updates in backward, sharding, names.
 
-    Takes about two seconds. Writes nothing, and starts no process.
+    Takes two or three seconds. Writes nothing, and starts no process.
 
     Args:
         rule: with the hyperparameters to be tried.
@@ -51,12 +53,14 @@ def check_rule(rule: Rule) -> None:
         if rule.elementwise:
             _check_parts(rule, options, shape)
     _check_transport(rule, options)
-    check_shared(rule, {"on_refresh": "rotate"}, {"on_refresh": "reset"}, {"state_bits": 16})
+    _check_moments(rule, options)
+    rotated_bits = {"on_refresh": "rotate", "state_bits": 16}
+    check_shared(rule, {"on_refresh": "rotate"}, {"on_refresh": "reset"}, rotated_bits)
 
 
 def _options(rule: Rule) -> Mapping[str, Any]:
     """A complete group of the rule."""
-    with promised(rule, "an optimizer can be built with the rule's defaults, whose names are those of no other option"):
+    with promised(rule, "an optimizer can be built with the rule"):
         return Run(rule).optimizer.param_groups[0]
 
 
@@ -74,7 +78,10 @@ def _begun(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...]) -> tu
     weight, state = 0.25 * numbers(shape, 3), _init(rule, options, shape)
     for step in (1, 2, 3):
         with promised(rule, f"direction takes a gradient of {shape}"):
-            rule.direction(numbers(shape, step), state, options, _context(weight, step))
+            direction: object = rule.direction(numbers(shape, step), state, options, _context(weight, step))
+        if not isinstance(direction, Direction):
+            came = type(direction).__name__
+            break_promise(rule, "direction returns a Direction", f"a {came}", "return lo.Direction(tensor)")
     return weight, state
 
 
@@ -179,8 +186,54 @@ def _check_transport(rule: Rule, options: Mapping[str, Any]) -> None:
     """A change to the same basis changes no moments."""
     _, state = _begun(rule, options, SHAPES[0])
     before = _copy(state)
+    needed = 'state["exp_avg"].copy_(move(state["exp_avg"], 1)), with power 2 for squares'
     with promised(rule, "transport expresses the moments in a new basis"):
-        rule.transport(state, lambda moment, power: moment.clone(), options, 3.0)
+        rule.transport(_ReadOnly(state), lambda moment, power: moment.clone(), options, 3.0)
     found = difference(state, before, CLOSE)
     if found:
-        break_promise(rule, "transport into the same basis changes nothing", found, "move(moment, 1 or 2), in place")
+        break_promise(rule, "transport into the same basis changes nothing", found, needed)
+    turn = torch.linalg.qr(numbers((SHAPES[0][-1],) * 2, 4)).Q
+    with promised(rule, "transport expresses the moments in a new basis"):
+        rule.transport(_ReadOnly(state), lambda moment, power: moment @ turn.pow(power), options, 3.0)
+    for name, tensor in state.items():
+        if tensor.shape == SHAPES[0] and bool(tensor.any()) and torch.equal(tensor, before[name]):
+            promise = "transport expresses the moments in a new basis"
+            break_promise(rule, promise, f"{name} is what it was in the old one", needed)
+
+
+class _ReadOnly(Mapping[str, Tensor]):
+    """A state whose tensors can be changed, but not replaced, as with moments in few bits."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        raise TypeError(f"state[{name!r}] = … replaces a tensor; write state[{name!r}].copy_(…)")
+
+
+def _check_moments(rule: Rule, options: Mapping[str, Any]) -> None:
+    """What few bits take the moments for, by their names."""
+    _, state = _begun(rule, options, SHAPES[0])
+    squares = state.get("exp_avg_sq")
+    if squares is not None and bool((squares < 0.0).any()):
+        break_promise(
+            rule,
+            "the moment exp_avg_sq is at least 0: few bits hold its root",
+            "numbers below 0",
+            "the name exp_avg for a moment with a sign, or another name for one that stays in 32 bits",
+        )
+    others = [name for name, tensor in state.items() if name not in SIGNED and tensor.shape == SHAPES[0]]
+    if others:
+        told = f"{type(rule).__name__}: {', '.join(others)} stays in 32 bits whatever state_bits is"
+        warnings.warn(
+            f"{told}; only exp_avg (with a sign) and exp_avg_sq (at least 0) are stored in few bits", stacklevel=3
+        )

@@ -267,6 +267,7 @@ def test_layers_are_drawn_alike_on_all_processes():
 
 
 class NotAware(lo.RandomizedSVD):
+    name = "not_aware"
     knows_shards = False
 
 

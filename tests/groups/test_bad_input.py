@@ -167,11 +167,140 @@ def test_keys_of_torch_schedulers_and_trainers_are_carried_along():
 
 def test_two_projectors_of_one_name_are_refused():
     @dataclass(frozen=True)
+    class One(lo.SVD):
+        name = "one"
+
+    @dataclass(frozen=True)
     class Other(lo.SVD):
+        name = "one"
+
+    with pytest.raises(ValueError, match=r"projector 'one' is .*One\(.*already, and .*Other.* has the same name"):
+        lo.GaLoreAdamW([{"params": [weight()], "rank": 4, "projector": Other()}], projector=One())
+
+
+@pytest.mark.parametrize("kind", ["rule", "projector", "residual"])
+def test_a_part_with_the_name_of_one_of_the_package_is_refused(kind):
+    @dataclass(frozen=True)
+    class Rule(lo.MomentumRule):
+        name = "adam"
+
+        def direction(self, grad, state, options, context):
+            return lo.Direction(grad)
+
+    @dataclass(frozen=True)
+    class Projector(lo.SVD):
         pass
 
-    with pytest.raises(ValueError, match=r"projector 'svd' is SVD\(.*already, and .*Other.* has the same name"):
-        lo.GaLoreAdamW([{"params": [weight()], "rank": 4, "projector": Other()}], projector=lo.SVD())
+    @dataclass(frozen=True)
+    class Residual(lo.NoResidual):
+        name = "sgd"
+
+    part = {"rule": Rule, "projector": Projector, "residual": Residual}[kind]()
+    match = f"{kind} '{part.name}' of {type(part).__name__} has the name of .*, a part of the package.*another name"
+    for options in ({kind: part}, {"parts": [part]}):
+        with pytest.raises(ValueError, match=match):
+            lo.LowRankOptimizer([weight()], **{"rule": "adam", **options})
+    optimizer = lo.GaLoreAdamW([weight()])
+    with pytest.raises(ValueError, match=match):
+        optimizer.add_param_group({"params": [weight()], kind: part})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(("kind", "part"), [("rule", lo.Lion), ("projector", lo.SVD), ("residual", lo.NoResidual)])
+def test_a_class_in_place_of_a_part_is_refused(kind, part):
+    match = rf"is the class {part.__name__}; pass an object: {part.__name__}\(\)"
+    with pytest.raises(TypeError, match=match):
+        lo.LowRankOptimizer([weight()], **{"rule": "adam", kind: part})
+    with pytest.raises(TypeError, match=match):
+        lo.LowRankOptimizer([{"params": [weight()], kind: part}], rule="adam")
+    with pytest.raises(TypeError, match=match):
+        lo.LowRankOptimizer([weight()], rule="adam", parts=[part])
+
+
+def test_a_part_that_is_no_dataclass_or_has_no_name_is_refused():
+    class Undecorated(lo.MomentumRule):
+        name = "undecorated"
+        heavy: float = 0.9
+
+        def direction(self, grad, state, options, context):
+            return lo.Direction(grad)
+
+    @dataclass(frozen=True)
+    class Nameless(Undecorated):
+        name = None
+
+    class Forgotten(lo.Lion):
+        name = "forgotten"
+        heavy: float = 0.9
+
+    for kind in (Undecorated, Forgotten):
+        with pytest.raises(TypeError, match=rf"{kind.__name__} is no dataclass: write @dataclass\(frozen=True\) above"):
+            lo.LowRankOptimizer([weight()], rule=kind())
+    with pytest.raises(TypeError, match='Nameless has no name: write name = "…", without a type'):
+        lo.LowRankOptimizer([weight()], rule=Nameless())
+
+
+# ------------------------------------------------------------------------------------------------------------- live groups
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "match"),
+    [
+        ("bets", (0.9, 0.99), TypeError, "unknown option 'bets' in a param group: did you mean 'betas'"),
+        ("betas", (0.9, 2.0), ValueError, r"betas is \(0.9, 2.0\); it must be .* Param group 0 was edited"),
+        ("update_proj_gap", 0, ValueError, "update_proj_gap is 0; it must be an int of at least 1"),
+        ("lr", 1e39, ValueError, "lr is 1e.39 in param group 0; it must be a number from 0 to 3e.38"),
+        ("lr", -1.0, ValueError, "lr is -1.0 in param group 0"),
+    ],
+)
+def test_a_live_group_is_checked_again_when_it_was_edited(key, value, error, match):
+    param = weight()
+    optimizer = lo.GaLoreAdamW([param], rank=2)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    kept, before = optimizer.param_groups[0].get(key), param.detach().clone()
+    optimizer.param_groups[0][key] = value
+    for _ in range(2):
+        with pytest.raises(error, match=match):
+            optimizer.step()
+    assert torch.equal(param, before)
+    if kept is None:
+        del optimizer.param_groups[0][key]
+    else:
+        optimizer.param_groups[0][key] = kept
+    optimizer.step()
+    assert not torch.equal(param, before)
+
+
+def test_a_live_group_takes_other_values_lists_changed_in_place_and_keys_of_others():
+    param = weight()
+    optimizer = lo.GaLoreAdamW([param], rank=2)
+    (group,) = optimizer.param_groups
+    group.update(betas=[0.5, 0.9], scale=2.0, of_somebody_else=1)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert group["of_somebody_else"] == 1
+    group["betas"][1] = 2.0
+    with pytest.raises(ValueError, match=r"betas is \[0.5, 2.0\]"):
+        optimizer.step()
+
+
+def test_a_learning_rate_that_no_float_holds_is_refused():
+    with pytest.raises(ValueError, match=r"lr is 1e.39; it must be at most 3e.38"):
+        lo.GaLoreAdamW([weight()], lr=1e39)
+
+
+def test_a_group_that_nobody_edits_is_compared_once_and_not_checked(monkeypatch):
+    from lowrank_optim.groups import live
+
+    param = weight()
+    optimizer = lo.GaLoreAdamW([param], rank=2)
+    monkeypatch.setattr(live, "check_group", lambda *_: pytest.fail("a check in the hot path"))
+    monkeypatch.setattr(live, "check_structure", lambda *_: pytest.fail("a check in the hot path"))
+    for step in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        optimizer.step()
 
 
 def test_a_complex_parameter_is_named():

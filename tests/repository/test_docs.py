@@ -30,10 +30,10 @@ def test_the_parts_of_the_page_pass_their_checks_and_train():
 
 def test_each_part_takes_about_ten_lines():
     parts = [code for code in BLOCKS if "class " in code]
-    assert len(parts) == 3
+    assert len(parts) == 4
     for code in parts:
         lines = [line for line in code.splitlines() if line and not line.startswith("check_")]
-        assert len(lines) <= 12
+        assert len(lines) <= (15 if "(lo.Rule)" in code else 12)
 
 
 def test_public_names_of_the_pages_exist():

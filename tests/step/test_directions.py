@@ -5,7 +5,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -242,6 +242,8 @@ def test_inside_backward_nothing_waits(monkeypatch):
 @dataclass(frozen=True)
 class Halved(lo.Adam):
     """A rule of somebody else's, who knows nothing of fused operations."""
+
+    name: ClassVar[str] = "halved"
 
     def direction(self, grad: Tensor, state: Any, options: Any, context: Any) -> Any:
         move = super().direction(grad, state, options, context)
