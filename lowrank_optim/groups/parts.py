@@ -176,6 +176,14 @@ def package_part(kind: str, name: str) -> Part | None:
         return None
 
 
+def as_part(kind: str, part: str | Rule | Residual) -> Any:
+    """A rule or a residual, given as such or by its name, checked."""
+    if not isinstance(part, (Rule, Residual)):
+        return rule_from_name(part) if kind == "rule" else residual_from_name(part)
+    check_part(kind, part)
+    return part
+
+
 def check_part(kind: str, part: object) -> None:
     """Raise TypeError for a part that is no dataclass or has no name, ValueError for one with the name of another of the package."""
     own = type(part)

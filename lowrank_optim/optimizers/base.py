@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 from lowrank_optim import kernels
 from lowrank_optim.groups.complete import check_group, complete_group, list_params, take_options
 from lowrank_optim.groups.options import DEFAULTS, plain_options
-from lowrank_optim.groups.parts import Part, PartRegistry, check_part
+from lowrank_optim.groups.parts import Part, PartRegistry, as_part
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.change_group import change_group
 from lowrank_optim.optimizers.contracts import Attachment
 from lowrank_optim.optimizers.owners import check_free
 from lowrank_optim.optimizers.state_types import follow, followed, state_template
-from lowrank_optim.residuals import Residual, residual_from_name
-from lowrank_optim.rules import Rule, rule_from_name
+from lowrank_optim.residuals import Residual
+from lowrank_optim.rules import Rule
 from lowrank_optim.sharding.agreement import check_agreement
 from lowrank_optim.sharding.dtensor import LocalState
 from lowrank_optim.sharding.param_sharding import LOCAL
@@ -56,8 +56,7 @@ class LowRankOptimizer(Optimizer):
         dense_rule: the rule of the other groups; None takes `rule`.
         residual: what becomes of the gradient outside the subspace: a `Residual`, or its name: "none", "sgd", "sign",
             "error_feedback", "norm_scaled", "gradient_scaled", "complement_scaled". Its fields become options of the groups.
-        parts: rules, projectors and residuals of your own that no group holds yet, but `change_group` may name. A checkpoint loads
-            where the groups hold the parts that it names.
+        parts: rules, projectors and residuals of your own that no group holds yet, but `change_group` may name.
         lr, weight_decay: learning rate η and decoupled weight decay λ.
         **options: rank, density, update_proj_gap, scale, projector, …: all are in `help(lowrank_optim.groups.options.Options)`.
 
@@ -105,16 +104,14 @@ class LowRankOptimizer(Optimizer):
         weight_decay: float = 0.0,
         **options: Any,
     ) -> None:
-        named = (rule, rule if dense_rule is None else dense_rule)
-        rule, dense = (part if isinstance(part, Rule) else rule_from_name(part) for part in named)
-        residual = residual if isinstance(residual, Residual) else residual_from_name(residual)
-        for kind, part in (("rule", rule), ("rule", dense), ("residual", residual)):
-            check_part(kind, part)
-        own = {**dense.options(), **rule.options(), **residual.options()}
+        main: Rule = as_part("rule", rule)
+        dense: Rule = main if dense_rule is None else as_part("rule", dense_rule)
+        rest: Residual = as_part("residual", residual)
+        own = {**dense.options(), **main.options(), **rest.options()}
         valid = plain_options({**DEFAULTS, **own, **self._group_options, "lr": lr, "weight_decay": weight_decay})
         options, projector = take_options(options, valid, f"{type(self).__name__}(…)")
-        self.parts = PartRegistry(rule, dense, projector, residual, parts)
-        defaults = {**valid, **options, "projector": projector.name, "rule": rule.name, "residual": residual.name}
+        self.parts = PartRegistry(main, dense, projector, rest, parts)
+        defaults = {**valid, **options, "projector": projector.name, "rule": main.name, "residual": rest.name}
         self.plans, self._skipped = Plans(self.parts), SkippedUpdates()
         super().__init__(params, defaults)
         check_agreement(self)
