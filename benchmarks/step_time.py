@@ -1,6 +1,7 @@
 """Time of one optimizer step, of every optimizer here and of its peers, on the same tensors in one run.
 
     dense     a 13 M parameter stack of float32 matrices, no low-rank groups: AdamW in float32 and 8 bits
+    small     200 matrices of 64 × 64 at rank 16, float32: what a step costs besides its arithmetic
     matrices  the matrices of LLaMA layers (CPU: one of the 350M model, float32; GPU: eight of the 7B model, bfloat16), every method
 
 Steps between refreshes; the first step, which takes the first basis, is warm-up. APOLLO-Mini runs at rank 1, which is what it is, all
@@ -9,7 +10,7 @@ Peers that are not installed, or fail, are named with the reason. Ratios are to 
 interleaved rounds on the CPU; memory is exact bytes of state, bases that peers keep in objects and the parts of their tensor
 subclasses included.
 
-    python benchmarks/step_time.py [--only dense matrices] [--rounds 9] [--rank 256]
+    python benchmarks/step_time.py [--only dense small matrices] [--rounds 9] [--rank 256]
 """
 
 import argparse
@@ -32,12 +33,15 @@ LAYERS = {
 }
 DENSE = [(1024, 1024)] * 5 + [(2736, 1024)] * 2 + [(1024, 2736)]
 """13.6 million parameters."""
+SMALL = [(64, 64)] * 200
 
 
 def ours(method: type) -> Build:
     def build(params: list[torch.nn.Parameter], rank: int) -> torch.optim.Optimizer:
         rank = 1 if method is lo.APOLLOMiniAdamW else rank
         group: dict[str, Any] = {"params": params, "rank": rank, "update_proj_gap": 10**6}
+        if "rule" in method.matrix_options:  # one of whole matrices
+            group = {"params": params, "rule": method.matrix_options["rule"]}
         if method.__name__.startswith("Frugal"):
             group["projector"] = "randomized_svd"
         return method([group], lr=1e-4)
@@ -162,7 +166,8 @@ def table(title: str, results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=["dense", "matrices"], default=["dense", "matrices"])
+    parts = ["dense", "small", "matrices"]
+    parser.add_argument("--only", nargs="*", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rank", type=int, help="default: 256 on the CPU, 512 on a GPU")
     arguments = parser.parse_args()
@@ -177,6 +182,12 @@ def main() -> None:
         other = results["dense"]["bitsandbytes AdamW8bit"].get("seconds")
         results["bitsandbytes_over_ours"] = other / mine if other else None
         print(f"bitsandbytes over ours, 8 bits: {results['bitsandbytes_over_ours']}")
+    if "small" in arguments.only:
+        few = (lo.GaLoreAdamW, lo.FiraAdamW, lo.APOLLOAdamW)
+        peers = {name: PEERS[name] for name in (FUSED, "galore-torch GaLoreAdamW", "apollo-torch APOLLOAdamW")}
+        candidates = peers | {method.__name__: ours(method) for method in few}
+        results["small"] = measure(candidates, gradients(SMALL, device, torch.float32), 16, arguments.rounds)
+        table("200 matrices of 64 × 64, float32, rank 16, between refreshes", results["small"])
     if "matrices" in arguments.only:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         grads = gradients(LAYERS[device], device, dtype)
@@ -186,7 +197,7 @@ def main() -> None:
         table(f"matrices of LLaMA layers, {dtype}, rank {rank}, between refreshes", results["matrices"])
     print(f"\n{environment()}")
     name = "".join(c if c.isalnum() else "-" for c in environment()["device"].lower()).strip("-")
-    if set(arguments.only) == {"dense", "matrices"}:
+    if set(arguments.only) == set(parts):
         write("step_time" if device == "cpu" else f"step_time-{name}", results)
 
 
