@@ -36,6 +36,8 @@ def transformed(lines: Tensor) -> Tensor:
     The row is taken at its even places forwards, then at its odd ones backwards (Makhoul, 1980).
     """
     size = lines.shape[-1]
+    if lines.numel() == 0:  # a process that holds no row of a matrix, or no matrix of a stack
+        return torch.empty_like(lines)
     mixed = torch.fft.fft(torch.cat([lines[..., ::2], lines[..., 1::2].flip(-1)], -1))
     angle = torch.arange(size, device=lines.device, dtype=torch.float64).mul_(-math.pi / (2 * size))
     length = torch.full_like(angle, math.sqrt(2.0 / size))

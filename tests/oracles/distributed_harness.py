@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,10 @@ def distance(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float
 def _process(rank: int, world: int, store: str, errors: str, function: Callable[..., None], arguments: tuple) -> None:
     torch.set_num_threads(1)
     try:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        late = timedelta(minutes=3)  # a process that has failed must not keep the others waiting for half an hour
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=late
+        )
         function(*arguments)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -187,3 +187,8 @@ def test_what_needs_a_stored_basis_or_both_sides_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             lo.GaLoreAdamW([nn.Parameter(torch.zeros(24, 16))], rank=4, projector="dct", **options)
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (0, 5, 12), (3, 0, 12)])
+def test_a_process_without_rows_transforms_nothing(shape):
+    assert transformed(torch.empty(shape)).shape == shape
