@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lowrank_optim.kernels.api import apply_dense_
 from lowrank_optim.kernels.arguments import pack_key, unpack_key
+from lowrank_optim.kernels.checks import coded_shapes
 from lowrank_optim.kernels.compute import cache_elements, compute_dtype, is_known, row_chunks, row_norms
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.kernels.dispatch import definition
 from lowrank_optim.kernels.nibbles import pack_nibbles, unpack_nibbles
-from lowrank_optim.kernels.schemas import coded_shapes
 
 _ops = torch.ops.lowrank_optim
 

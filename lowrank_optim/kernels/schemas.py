@@ -17,30 +17,38 @@ Matrices are (…, rows, cols); `right` says which side of the gradient the basi
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-NAMESPACE = "lowrank_optim"
+from lowrank_optim.kernels.checks import (
+    COMPUTE,
+    FLOATS,
+    NAMESPACE,
+    check_codes,
+    check_coding,
+    check_col_scale,
+    check_contiguous,
+    check_floating,
+    check_host,
+    check_keep,
+    check_matrix,
+    check_noise,
+    check_rounding,
+    check_same_device,
+    check_shape,
+    check_step_params,
+    coded_shapes,
+    refuse,
+    said,
+)
+
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 Check = Callable[..., Any]
 CHECKS: dict[str, Check] = {}
 """By name of the operation, the function that checks its arguments."""
-
-SCALARS = {
-    "adam_direct_": ("beta1", "beta2", "eps", "step"),
-    "adam_dense_": ("beta1", "beta2", "eps", "step", "alpha", "keep"),
-    "lion_direct_": ("beta1", "beta2"),
-    "sgd_direct_": ("momentum",),
-    "rmsprop_direct_": ("alpha", "eps"),
-    "apply_": ("alpha", "keep"),
-}
-"""What `scalars` holds, in order; the coded forms of an operation take those of the plain one."""
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-COMPUTE = (torch.float64, torch.float32)
 
 
 def operation(schema: str, results: Callable[..., Any] | None = None) -> Callable[[Check], Check]:
@@ -69,134 +77,22 @@ def implement(name: str, function: Callable[..., Any]) -> None:
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
-# ----------------------------------------------------------------------------------------------------------- what is checked
-
-
-def _refuse(op: str, what: str) -> NoReturn:
-    raise ValueError(f"{NAMESPACE}.{op}: {what}")
-
-
-def _said(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-
-
-def _floating(op: str, kinds: tuple[torch.dtype, ...] = FLOATS, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in kinds:
-            _refuse(op, f"{name} is {_said(tensor)}; needed: one of {', '.join(map(str, kinds))}")
-
-
-def _same_device(op: str, **tensors: Tensor | None) -> None:
-    first, device = "", None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if device is None:
-            first, device = name, tensor.device
-        elif tensor.device != device:
-            _refuse(op, f"{name} is on {tensor.device}, {first} on {device}; needed: one device")
-
-
-def _shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...], why: str) -> None:
-    if tensor is not None and tensor.shape != shape:
-        _refuse(op, f"{name} is {_said(tensor)}; needed: {tuple(shape)}, {why}")
-
-
-def _matrix(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.dim() < 2:
-        _refuse(op, f"{name} is {_said(tensor)}; needed: a (…, rows, cols) matrix")
-
-
-def _contiguous(op: str, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            _refuse(op, f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}; needed: a contiguous tensor")
-
-
-def _host(op: str, name: str, tensor: Tensor | None, dtype: torch.dtype, holds: tuple[str, ...]) -> None:
-    if tensor is None:
-        return
-    if tensor.dtype != dtype or tensor.shape != (len(holds),) or not tensor.is_cpu:
-        _refuse(op, f"{name} is {_said(tensor)}; needed: ({len(holds)},) {dtype} on cpu, [{', '.join(holds)}]")
-
-
-def _step_params(
-    op: str, like: str, scalars: Tensor, ok: Tensor | None, rounding: Tensor | None = None, target: Tensor | None = None
-) -> None:
-    """The arguments that say how a step goes, whatever the tensors are; `target` is what `rounding` rounds."""
-    if scalars.dtype != torch.float64 or scalars.shape != (len(SCALARS[like]),) or not scalars.is_cpu:
-        _host(op, "scalars", scalars, torch.float64, SCALARS[like])
-    if ok is not None and (ok.dtype != torch.bool or ok.dim() != 0):
-        _refuse(op, f"ok is {_said(ok)}; needed: a 0-d bool")
-    if rounding is not None and target is not None:
-        _rounding(op, rounding, target)
-
-
-def _rounding(op: str, rounding: Tensor, target: Tensor) -> None:
-    _host(op, "rounding", rounding, torch.int64, ("key", "start"))
-    if target.dtype == torch.float16:
-        _refuse(op, "float16 cannot be rounded stochastically; use bfloat16, or leave rounding out")
-
-
-def _keep(op: str, keep: Tensor, weight: Tensor) -> None:
-    if keep.dim() != 0 or keep.dtype not in COMPUTE or keep.device != weight.device:
-        _refuse(op, f"keep is {_said(keep)}; needed: a 0-d float32 or float64 on {weight.device}")
-
-
-def _noise(op: str, noise: Tensor | None) -> None:
-    _host(op, "noise", noise, torch.int64, ("key", "turn", "start"))
-
-
-def coded_shapes(shape: tuple[int, ...], bits: int, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the codes and of the scales of a (…, cols) matrix."""
-    *rows, cols = shape
-    return (*rows, cols if bits == 8 else (cols + 1) // 2), (*rows, -(-cols // block))
-
-
-def check_coding(bits: int, block: int, name: str = "block") -> None:
-    """Raise ValueError for bits and sizes of blocks (or groups) that no code has."""
-    if bits not in (8, 4):
-        raise ValueError(f"bits is {bits!r}; valid values are 8 and 4")
-    if block < 1:
-        raise ValueError(f"{name} is {block!r}; it must be at least 1")
-
-
-def _check_codes(
-    op: str, name: str, codes: Tensor, scale: Tensor, shape: tuple[int, ...], coding: tuple[int, bool, int]
-) -> None:
-    bits, signed, block = coding
-    expected, kind = coded_shapes(shape, bits, block), torch.int8 if bits == 8 and signed else torch.uint8
-    if (codes.shape, scale.shape) != expected or codes.dtype != kind or scale.dtype != torch.float32:
-        raise ValueError(
-            f"{name}: codes {tuple(codes.shape)} {codes.dtype} and scale {tuple(scale.shape)} {scale.dtype} do not hold {shape[-1]} "
-            f"columns in {bits} bits; expected {expected[0]} {kind} and {expected[1]} {torch.float32}"
-        )
-
-
-def _check_col_scale(op: str, col_scale: Tensor | None, shape: tuple[int, ...]) -> None:
-    if col_scale is None:
-        return
-    if col_scale.shape[-1] != shape[-1] or (col_scale.dim() > 1 and col_scale.shape[-2] != 1):
-        needed = f"({shape[-1]},) or (…, 1, {shape[-1]}), one number for each column"
-        _refuse(op, f"col_scale is {_said(col_scale)}; needed: {needed}")
-
-
 # --------------------------------------------------------------------------------------------------------------- matrix products
 
 
 def _check_product(op: str, grad: Tensor, basis: Tensor, right: bool) -> None:
     if grad.dim() < 2 or basis.dim() < 2 or grad.dtype not in FLOATS or basis.dtype not in COMPUTE:
-        _matrix(op, "grad", grad)
-        _matrix(op, "basis", basis)
-        _floating(op, grad=grad)
-        _floating(op, COMPUTE, basis=basis)
+        check_matrix(op, "grad", grad)
+        check_matrix(op, "basis", basis)
+        check_floating(op, grad=grad)
+        check_floating(op, COMPUTE, basis=basis)
     if grad.device != basis.device:
-        _same_device(op, grad=grad, basis=basis)
+        check_same_device(op, grad=grad, basis=basis)
     *batch, rows, cols = grad.shape
     *stack, contracted, _ = basis.shape
     if contracted != (cols if right else rows) or stack != batch:
         side, needed = ("right", (*batch, cols, "r")) if right else ("left", (*batch, rows, "r"))
-        _refuse(op, f"grad is {_said(grad)} and basis {_said(basis)}; needed on the {side}: a basis of {needed}")
+        refuse(op, f"grad is {said(grad)} and basis {said(basis)}; needed on the {side}: a basis of {needed}")
 
 
 def _projection(grad: Tensor, basis: Tensor, right: bool) -> Tensor:
@@ -240,27 +136,27 @@ def apply_(
     """W ← keep·W − alpha·(left @ right + φ ⊙ E), E = G, sign(G) or sign(G − subtract_left @ subtract_right)."""
     op = "apply_"
     _check_product_on_weight(op, weight, left, right)
-    _step_params(op, op, scalars, ok, rounding, weight)
+    check_step_params(op, op, scalars, ok, rounding, weight)
     if keep is not None:
-        _keep(op, keep, weight)
+        check_keep(op, keep, weight)
     if ok is not None:
-        _same_device(op, weight=weight, ok=ok)
+        check_same_device(op, weight=weight, ok=ok)
     if not (grad is phi is subtract_left is subtract_right):  # all are None
         _check_residual(op, weight, grad, phi, subtract_left, subtract_right)
 
 
 def _check_product_on_weight(op: str, weight: Tensor, left: Tensor, right: Tensor) -> None:
     if weight.dim() < 2 or weight.dtype not in FLOATS or left.dtype not in COMPUTE or right.dtype not in COMPUTE:
-        _matrix(op, "weight", weight)
-        _floating(op, weight=weight)
-        _floating(op, COMPUTE, left=left, right=right)
+        check_matrix(op, "weight", weight)
+        check_floating(op, weight=weight)
+        check_floating(op, COMPUTE, left=left, right=right)
     if weight.device != left.device or weight.device != right.device:
-        _same_device(op, weight=weight, left=left, right=right)
+        check_same_device(op, weight=weight, left=left, right=right)
     *batch, rows, cols = weight.shape
     rank = left.shape[-1]
     if left.shape != (*batch, rows, rank) or right.shape != (*batch, rank, cols):
-        _shape(op, "left", left, (*batch, rows, rank), "the weight's rows × rank")
-        _shape(op, "right", right, (*batch, rank, cols), "rank × the weight's columns")
+        check_shape(op, "left", left, (*batch, rows, rank), "the weight's rows × rank")
+        check_shape(op, "right", right, (*batch, rank, cols), "rank × the weight's columns")
 
 
 def _check_residual(
@@ -271,23 +167,23 @@ def _check_residual(
     subtract_left: Tensor | None,
     subtract_right: Tensor | None,
 ) -> None:
-    _floating(op, grad=grad)
-    _floating(op, COMPUTE, phi=phi, subtract_left=subtract_left, subtract_right=subtract_right)
-    _same_device(op, weight=weight, grad=grad, phi=phi)
+    check_floating(op, grad=grad)
+    check_floating(op, COMPUTE, phi=phi, subtract_left=subtract_left, subtract_right=subtract_right)
+    check_same_device(op, weight=weight, grad=grad, phi=phi)
     *batch, rows, cols = weight.shape
-    _shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
+    check_shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
     if (grad is None) != (phi is None):
-        _refuse(op, "grad and phi belong together: pass both or neither")
+        refuse(op, "grad and phi belong together: pass both or neither")
     if phi is not None:
         fits = phi.dim() == weight.dim() and phi.shape[:-2] == weight.shape[:-2]
         if not fits or tuple(phi.shape[-2:]) not in ((rows, 1), (1, cols), (1, 1)):
-            _refuse(op, f"phi is {_said(phi)}; needed: (…, {rows}, 1), (…, 1, {cols}) or (…, 1, 1)")
+            refuse(op, f"phi is {said(phi)}; needed: (…, {rows}, 1), (…, 1, {cols}) or (…, 1, 1)")
     if (subtract_left is None) != (subtract_right is None) or (subtract_left is not None and grad is None):
-        _refuse(op, "subtract_left and subtract_right belong together, and to a gradient")
+        refuse(op, "subtract_left and subtract_right belong together, and to a gradient")
     if subtract_left is not None and subtract_right is not None:
         inner = subtract_left.shape[-1]
-        _shape(op, "subtract_left", subtract_left, (*batch, rows, inner), "the weight's rows × rank")
-        _shape(op, "subtract_right", subtract_right, (*batch, inner, cols), "rank × the weight's columns")
+        check_shape(op, "subtract_left", subtract_left, (*batch, rows, inner), "the weight's rows × rank")
+        check_shape(op, "subtract_right", subtract_right, (*batch, inner, cols), "rank × the weight's columns")
 
 
 # ----------------------------------------------------------------------------------------------------------- elementwise, in place
@@ -307,44 +203,44 @@ def apply_dense_(
     """W ← keep·W − alpha·N."""
     op = "apply_dense_"
     if weight.dtype not in FLOATS or direction.dtype not in COMPUTE:
-        _floating(op, weight=weight)
-        _floating(op, COMPUTE, direction=direction)
+        check_floating(op, weight=weight)
+        check_floating(op, COMPUTE, direction=direction)
     if ok is not None or weight.device != direction.device:
-        _same_device(op, weight=weight, direction=direction, ok=ok)
+        check_same_device(op, weight=weight, direction=direction, ok=ok)
     if direction.shape != weight.shape:
-        _shape(op, "direction", direction, tuple(weight.shape), "the weight's shape")
-    _step_params(op, "apply_", scalars, ok, rounding, weight)
+        check_shape(op, "direction", direction, tuple(weight.shape), "the weight's shape")
+    check_step_params(op, "apply_", scalars, ok, rounding, weight)
     if keep is not None:
-        _keep(op, keep, weight)
+        check_keep(op, keep, weight)
 
 
 @operation("stochastic_round_(Tensor(a!) target, Tensor value, Tensor? rounding) -> ()")
 def stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) -> None:
     """target ← value, rounded to the target's type; to nearest without `rounding`."""
     op = "stochastic_round_"
-    _floating(op, target=target)
-    _floating(op, COMPUTE, value=value)
-    _same_device(op, target=target, value=value)
-    _shape(op, "value", value, tuple(target.shape), "the target's shape")
+    check_floating(op, target=target)
+    check_floating(op, COMPUTE, value=value)
+    check_same_device(op, target=target, value=value)
+    check_shape(op, "value", value, tuple(target.shape), "the target's shape")
     if rounding is not None:
-        _rounding(op, rounding, target)
+        check_rounding(op, rounding, target)
 
 
 def _check_moment(op: str, grad: Tensor, name: str, moment: Tensor) -> None:
     if moment.device != grad.device:
-        _same_device(op, grad=grad, **{name: moment})
+        check_same_device(op, grad=grad, **{name: moment})
     if moment.shape != grad.shape:
-        _shape(op, name, moment, tuple(grad.shape), "the gradient's shape")
+        check_shape(op, name, moment, tuple(grad.shape), "the gradient's shape")
     if moment.dtype != grad.dtype:
-        _refuse(op, f"{name} is {moment.dtype}, grad {grad.dtype}; needed: one type")
+        refuse(op, f"{name} is {moment.dtype}, grad {grad.dtype}; needed: one type")
 
 
 def _check_direct(op: str, grad: Tensor, scalars: Tensor, like: str, ok: Tensor | None) -> None:
     if grad.dtype not in COMPUTE:
-        _floating(op, COMPUTE, grad=grad)
+        check_floating(op, COMPUTE, grad=grad)
     if ok is not None:
-        _same_device(op, grad=grad, ok=ok)
-    _step_params(op, like, scalars, ok)
+        check_same_device(op, grad=grad, ok=ok)
+    check_step_params(op, like, scalars, ok)
 
 
 def _direction(grad: Tensor, *_: Any) -> Tensor:
@@ -378,7 +274,7 @@ def adam_direct_with_norms_(
 ) -> None:
     """`adam_direct_`, and ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
     op = "adam_direct_with_norms_"
-    _matrix(op, "grad", grad)
+    check_matrix(op, "grad", grad)
     _check_direct(op, grad, scalars, "adam_direct_", ok)
     _check_moment(op, grad, "exp_avg", exp_avg)
     _check_moment(op, grad, "exp_avg_sq", exp_avg_sq)
@@ -428,17 +324,17 @@ def adam_dense_(
     if not (
         weight.dtype in FLOATS and grad.dtype in FLOATS and exp_avg.dtype in COMPUTE and exp_avg_sq.dtype in COMPUTE
     ):
-        _floating(op, weight=weight, grad=grad)
-        _floating(op, COMPUTE, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        check_floating(op, weight=weight, grad=grad)
+        check_floating(op, COMPUTE, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     if ok is not None or not weight.device == grad.device == exp_avg.device == exp_avg_sq.device:
-        _same_device(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ok=ok)
+        check_same_device(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ok=ok)
     if not weight.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape:
         for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-            _shape(op, name, tensor, tuple(weight.shape), "the weight's shape")
+            check_shape(op, name, tensor, tuple(weight.shape), "the weight's shape")
     for tensor in (weight, grad, exp_avg, exp_avg_sq):
         if not tensor.is_contiguous():
-            _contiguous(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    _step_params(op, op, scalars, ok, rounding, weight)
+            check_contiguous(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    check_step_params(op, op, scalars, ok, rounding, weight)
 
 
 def _check_coded(
@@ -453,15 +349,15 @@ def _check_coded(
     ratio, ratio_scale, root, root_scale = codes
     check_coding(bits, block)
     if grad.dim() == 0:
-        _refuse(op, f"grad is {_said(grad)}; needed: at least one dimension")
+        refuse(op, f"grad is {said(grad)}; needed: at least one dimension")
     shape = tuple(grad.shape)
-    _check_codes(op, f"lowrank_optim.{op}: ratio", ratio, ratio_scale, shape, (bits, True, block))
-    _check_codes(op, f"lowrank_optim.{op}: root", root, root_scale, shape, (bits, False, block))
-    _check_col_scale(op, col_scale, shape)
+    check_codes(op, f"lowrank_optim.{op}: ratio", ratio, ratio_scale, shape, (bits, True, block))
+    check_codes(op, f"lowrank_optim.{op}: root", root, root_scale, shape, (bits, False, block))
+    check_col_scale(op, col_scale, shape)
     moments = {"ratio": ratio, "ratio_scale": ratio_scale, "root": root, "root_scale": root_scale}
-    _same_device(op, grad=grad, **moments, col_scale=col_scale)
-    _contiguous(op, **moments)
-    _noise(op, noise)
+    check_same_device(op, grad=grad, **moments, col_scale=col_scale)
+    check_contiguous(op, **moments)
+    check_noise(op, noise)
 
 
 @operation(
@@ -484,9 +380,9 @@ def coded_adam_direct_(
 ) -> None:
     """`adam_direct_` on coded moments (`quantization.adam_codes`): decode, update, N, encode."""
     op = "coded_adam_direct_"
-    _floating(op, COMPUTE, grad=grad)
+    check_floating(op, COMPUTE, grad=grad)
     _check_coded(op, grad, (ratio, ratio_scale, root, root_scale), col_scale, noise, bits, block)
-    _step_params(op, "adam_direct_", scalars, ok)
+    check_step_params(op, "adam_direct_", scalars, ok)
 
 
 @operation(
@@ -497,7 +393,7 @@ def coded_adam_direct_(
 )
 def coded_adam_direct_with_norms_(grad: Tensor, *others: Any) -> None:
     """`coded_adam_direct_`, and ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
-    _matrix("coded_adam_direct_with_norms_", "grad", grad)
+    check_matrix("coded_adam_direct_with_norms_", "grad", grad)
     coded_adam_direct_(grad, *others)
 
 
@@ -523,12 +419,12 @@ def coded_adam_dense_(
 ) -> None:
     """`adam_dense_` on coded moments, one pass over weights, gradient and codes."""
     op = "coded_adam_dense_"
-    _floating(op, weight=weight, grad=grad)
+    check_floating(op, weight=weight, grad=grad)
     _check_coded(op, grad, (ratio, ratio_scale, root, root_scale), col_scale, noise, bits, block)
-    _same_device(op, weight=weight, grad=grad, ok=ok)
-    _shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
-    _contiguous(op, weight=weight, grad=grad)
-    _step_params(op, "adam_dense_", scalars, ok, rounding, weight)
+    check_same_device(op, weight=weight, grad=grad, ok=ok)
+    check_shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
+    check_contiguous(op, weight=weight, grad=grad)
+    check_step_params(op, "adam_dense_", scalars, ok, rounding, weight)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- codes
@@ -545,9 +441,9 @@ def quantize_rows(
     check_coding(bits, block)
     if x.dim() == 0:
         raise ValueError("a 0-d tensor has no rows; keep it in float32")
-    _floating(op, x=x)
-    _check_col_scale(op, col_scale, tuple(x.shape))
-    _noise(op, noise)
+    check_floating(op, x=x)
+    check_col_scale(op, col_scale, tuple(x.shape))
+    check_noise(op, noise)
     codes, scale = coded_shapes(tuple(x.shape), bits, block)
     kind = torch.int8 if bits == 8 and signed else torch.uint8
     return x.new_empty(codes, dtype=kind), x.new_empty(scale, dtype=torch.float32)
@@ -571,8 +467,8 @@ def dequantize_rows(
     op = "dequantize_rows"
     check_coding(bits, block)
     shape = (*codes.shape[:-1], cols)
-    _check_codes(op, "dequantize_rows", codes, scale, shape, (bits, signed, block))
-    _check_col_scale(op, col_scale, shape)
+    check_codes(op, "dequantize_rows", codes, scale, shape, (bits, signed, block))
+    check_col_scale(op, col_scale, shape)
     return codes.new_empty(shape, dtype=dtype)
 
 
@@ -582,7 +478,7 @@ def pack_basis(basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Te
     check_coding(bits, group, "group")
     if basis.dim() < 2:
         raise ValueError(f"a basis is a (…, d, r) matrix; got shape {tuple(basis.shape)}")
-    _floating("pack_basis", basis=basis)
+    check_floating("pack_basis", basis=basis)
     codes, scale = coded_shapes(tuple(basis.shape), bits, group)
     return (
         basis.new_empty(codes, dtype=torch.uint8),
@@ -614,6 +510,6 @@ def unpack_basis(
 @operation("gaussian_(Tensor(a!) out, Tensor key) -> ()")
 def gaussian_(out: Tensor, key: Tensor) -> None:
     """Fill with standard normal numbers, a function of the key and of the positions (`counter_rng.gaussian`)."""
-    _floating("gaussian_", COMPUTE, out=out)
-    _contiguous("gaussian_", out=out)
-    _host("gaussian_", "key", key, torch.int64, ("key",))
+    check_floating("gaussian_", COMPUTE, out=out)
+    check_contiguous("gaussian_", out=out)
+    check_host("gaussian_", "key", key, torch.int64, ("key",))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import arguments
+from lowrank_optim.kernels.checks import coded_shapes
 from lowrank_optim.kernels.counter_rng import make_key
-from lowrank_optim.kernels.schemas import coded_shapes
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 KEY, ROUNDING_KEY = make_key(3, 1, 4, 4), make_key(3, 1, 4, 2)

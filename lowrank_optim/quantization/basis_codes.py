@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.kernels.schemas import check_coding, coded_shapes
+from lowrank_optim.kernels.checks import check_coding, coded_shapes
 
 GROUP = 256
 """Columns that share a scale and a zero point."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.kernels.schemas import check_coding, coded_shapes
+from lowrank_optim.kernels.checks import check_coding, coded_shapes
 
 BLOCK = 256
 """Columns that share a scale."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
+from lowrank_optim.kernels.checks import coded_shapes
 from lowrank_optim.kernels.compute import row_norms
 from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.cuda.library import (
@@ -34,7 +35,6 @@ from lowrank_optim.kernels.cuda.library import (
     UnpackBlock,
 )
 from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
-from lowrank_optim.kernels.schemas import coded_shapes
 
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]
 """ratio, ratio_scale, root, root_scale"""

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.arguments import adam_numbers
+from lowrank_optim.kernels.checks import coded_shapes
 from lowrank_optim.kernels.counter_rng import turn_offset
 from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
-from lowrank_optim.kernels.schemas import coded_shapes
 from lowrank_optim.kernels.triton.coded_kernels import (
     coded_adam_kernel,
     dequantize_kernel,
