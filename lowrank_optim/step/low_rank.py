@@ -75,6 +75,7 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
         update = residual.update(inputs, state, group)
         seen.basis.apply_(weight, update.core, step.write(direction, update.factor, ok), update.term)
         step.put_back(weight)
+        step.shrink(ok)
 
 
 def project(step: ParamStep, norm: Tensor | None) -> Projected:
