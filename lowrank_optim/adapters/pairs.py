@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.adapters.layers import Factors, find_factors
 from lowrank_optim.groups.options import DEFAULTS, check_values, near_option, plain_options
-from lowrank_optim.groups.parameters import ParamGroup, find_parameters
+from lowrank_optim.groups.parameters import FoundParameter, ParamGroup, find_parameters
 from lowrank_optim.rules.pairs import check_pair
 
 _log = logging.getLogger("lowrank_optim")
@@ -190,7 +190,8 @@ def _report(factors: Sequence[Factors]) -> None:
 
 def _others(model: nn.Module, left_out: set[int], decay: Mapping[str, Any]) -> list[ParamGroup]:
     """The groups of all other trainable parameters."""
-    dense, plain = [], []
+    dense: list[FoundParameter] = []
+    plain: list[FoundParameter] = []
     for entry in find_parameters(model):
         if entry.param.requires_grad and id(entry.param) not in left_out:
             (plain if entry.kind == "no_decay" else dense).append(entry)

@@ -106,7 +106,7 @@ def pair_rule(preconditioner: str | PairRule, betas: tuple[float, float], eps: f
 
 
 def _checked_groups(params: Any, optimizer: str) -> list[dict[str, Any]]:
-    groups = [params] if isinstance(params, Tensor) else list(params)
+    groups: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     if not all(isinstance(group, dict) for group in groups) or not any(group.get("pairs") for group in groups):
         raise ValueError(
             f"no group says which parameters are pairs: {optimizer}(lo.lora_pairs(model)) finds those of peft, and "

@@ -23,7 +23,7 @@ from lowrank_optim.rules.adam import TorchAdam, check_betas
 from lowrank_optim.rules.base import Context, Direction
 from lowrank_optim.rules.joint import Answer, JointRule, Unit
 from lowrank_optim.rules.small_matrices import sum_together
-from lowrank_optim.sharding.dtensor import dense_sharding, matrix_sharding
+from lowrank_optim.sharding.dtensor import dense_sharding, local, matrix_sharding
 from lowrank_optim.sharding.param_sharding import LOCAL, MeshParamSharding, ParamSharding
 from lowrank_optim.sharding.tensor_sharding import MeshSharding
 
@@ -224,7 +224,7 @@ class PairRule(JointRule):
         return [direction for direction in directions if direction is not None]
 
     def check_start(self, names: Sequence[str], params: Sequence[Tensor], options: Mapping[str, Any]) -> None:
-        whole = [param.detach().full_tensor() if hasattr(param, "full_tensor") else param.detach() for param in params]
+        whole = [dense_sharding(param).gather(local(param).detach(), *range(-param.dim(), 0)) for param in params]
         forms = [tall(each.reshape(matrix_of(each)), n == 0, options["experts"]) for n, each in enumerate(whole)]
         sizes = [torch.linalg.vector_norm(form.double(), dim=-2) for form in forms]
         threshold = float(options["lr"]) * float(options["lr_factor"]) * float(options["l1"])

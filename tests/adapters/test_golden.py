@@ -23,11 +23,12 @@ def run(
     losses = []
     for _ in range(steps):
         loss = oracle.golden_loss(a, b)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return [*losses, float(oracle.golden_loss(a, b))], (S * b @ a).detach()
+    a, b = a.detach(), b.detach()
+    return [*losses, float(oracle.golden_loss(a, b))], S * b @ a
 
 
 GOLDEN: dict[str, tuple[Callable[..., Any], dict[str, Any], list[float], tuple[float, float]]] = {
