@@ -87,7 +87,9 @@ def _write(model: nn.Module, factors: Factors, keep: Tensor) -> None:
     layer.r[name], layer.lora_alpha[name] = rank, alpha
     config = getattr(model, "peft_config", {}).get(name)
     if config is not None:
-        key = factors.path.removeprefix("base_model.model.")
+        key = factors.path.removeprefix("base_model.model.").replace(".base_layer", "")
+        if hasattr(layer, "parameter_name"):  # of stacks of experts, patterns name the parameter
+            key = f"{key}.{layer.parameter_name}"
         config.rank_pattern = {**(config.rank_pattern or {}), key: rank}
         config.alpha_pattern = {**(config.alpha_pattern or {}), key: alpha}
 
