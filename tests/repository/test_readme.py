@@ -67,6 +67,28 @@ def test_the_lines_that_save_gradients_run():
     assert sum(p.requires_grad for p in model.parameters()) == 2 * 2
 
 
+def test_the_lines_for_adapters_run():
+    (code,) = (block for block in BLOCKS if "lora_pairs(model" in block)
+
+    class Adapted(torch.nn.Module):
+        """As a layer of peft."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scaling = {"default": 2.0}
+            self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(32, 4, bias=False)})
+            self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(4, 24, bias=False)})
+
+    model = Adapted()
+    scope = {"lo": lo, "model": model, "print": lambda text: None}
+    exec(code, scope)
+    before = [p.detach().clone() for p in model.parameters()]
+    x = torch.randn(8, 32)
+    (2.0 * model.lora_B["default"](model.lora_A["default"](x)) - 1.0).square().mean().backward()
+    scope["optimizer"].step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
 def test_every_name_of_the_readme_exists():
     for name in re.findall(r"\blo\.(\w+)", README):
         assert hasattr(lo, name), name
