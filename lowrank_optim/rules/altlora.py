@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.rules.joint import Answer, Unit
-from lowrank_optim.rules.pairs import Pair, PairRule, Side, identity_where
+from lowrank_optim.rules.pairs import Pair, PairRule, Side, across, blend_, grams_after, identity_where, times
 from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse, sum_together, widened
 
 
@@ -47,15 +47,14 @@ class AlternatingLoRA(PairRule):
         turns = [_turn(pair) for pair in pairs]
         duals = [dual for _, dual, _ in turns]
         eps = duals[0].eps
-        found = sum_together([dual.weight.mT @ dual.weight for dual in duals], [dual.spread for dual in duals])
+        found = sum_together([across(dual.weight, dual.weight) for dual in duals], [dual.spread for dual in duals])
         inverses = in_batches(lambda gram: pseudo_inverse(gram, eps), found)
         answers: list[Answer] = []
         for pair, (side, _, count), inverse in zip(pairs, turns, inverses, strict=True):
             assert side.grad is not None
-            beta, ok = float(pair.options["beta1"]), side.ok
+            beta = float(pair.options["beta1"])
             momentum = side.tall(side.state["exp_avg"])
-            moved = momentum.lerp(side.grad @ (inverse / pair.scaling**2).to(momentum.dtype), 1.0 - beta)
-            momentum.copy_(moved if ok is None else torch.where(ok, moved, momentum))
+            blend_(momentum, side.grad, inverse / pair.scaling**2, 1.0 - beta, side.ok)
             move = side.move(momentum / (1.0 - beta**count))
             answers.append(([move, None] if side.is_a else [None, move], side.weight.clone()))
         return answers
@@ -65,18 +64,13 @@ class AlternatingLoRA(PairRule):
         pairs = [Pair.of(unit) for unit, _ in units]
         moved = [side for side, _, _ in map(_turn, pairs)]
         eps = moved[0].eps
-        both = [side.weight.mT @ torch.cat([side.weight, old], -1) for side, (_, old) in zip(moved, units, strict=True)]
-        halves = [each.chunk(2, -1) for each in sum_together(both, [side.spread for side in moved])]
-        changes = in_batches(
-            lambda gram, cross: pseudo_inverse(gram, eps) @ widened(cross),
-            [gram for gram, _ in halves],
-            [cross for _, cross in halves],
-        )
+        after, cross = grams_after(moved, [old for _, old in units])
+        changes = in_batches(lambda gram, both: widened(both).mT @ pseudo_inverse(gram, eps), after, cross)
         for pair, side, change in zip(pairs, moved, changes, strict=True):
             other = pair.b if side.is_a else pair.a
             if other.grad is not None:
                 momentum = other.tall(other.state["exp_avg"])
-                momentum.copy_(momentum @ identity_where(change, side.ok).mT.to(momentum.dtype))
+                momentum.copy_(times(momentum, identity_where(change, side.ok)))
         return [None for _ in units]
 
 

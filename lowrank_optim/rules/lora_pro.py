@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.rules.joint import Answer, Unit
-from lowrank_optim.rules.pairs import ADAM, MOMENTS, GradientPairRule, Pair, check_adam
+from lowrank_optim.rules.pairs import ADAM, MOMENTS, GradientPairRule, Pair, across, check_adam, times
 from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse, sum_together, sylvester, widened
 from lowrank_optim.sharding.param_sharding import LOCAL, MeshParamSharding, ParamSharding
 
@@ -100,10 +100,10 @@ def adjusted(
     products, spreads = [], []
     for pair, (grad_a, grad_b) in zip(pairs, grads, strict=True):
         for side, _ in pair.sides:
-            products.append(side.weight.mT @ side.weight)
+            products.append(across(side.weight, side.weight))
             spreads.append(side.spread)
         for side, grad in ((pair.a, grad_a), (pair.b, grad_b)):  # A g_Aᵀ and Bᵀ g_B
-            products.append(side.weight.mT @ (torch.zeros_like(side.weight) if grad is None else grad))
+            products.append(across(side.weight, torch.zeros_like(side.weight) if grad is None else grad))
             spreads.append(side.spread)
     sums = [widened(each) for each in sum_together(products, spreads)]
     gram_a, gram_b, cross_a, cross_b = (sums[first::4] for first in range(4))
@@ -115,16 +115,16 @@ def adjusted(
     found: list[tuple[Tensor | None, Tensor | None]] = []
     for number, (pair, (grad_a, grad_b)) in enumerate(zip(pairs, grads, strict=True)):
         inv_a, inv_b, s2 = inverse_a[number], inverse_b[number], squares[number]
-        change_a = None if grad_a is None else grad_a @ (inv_b / s2).to(grad_a.dtype)
-        change_b = None if grad_b is None else grad_b @ (inv_a / s2).to(grad_b.dtype)
+        change_a = None if grad_a is None else times(grad_a, inv_b / s2)
+        change_b = None if grad_b is None else times(grad_b, inv_a / s2)
         if both[number]:
             assert change_a is not None
             assert change_b is not None
             inner = inv_b @ cross_b[number] @ inv_a / s2
             if nearest:
                 inner = inner + free[number]
-                change_a = change_a + pair.a.weight @ free[number].mT.to(change_a.dtype)
-            change_b = change_b - pair.b.weight @ inner.to(change_b.dtype)
+                change_a = change_a + times(pair.a.weight, free[number].mT)
+            change_b = change_b - times(pair.b.weight, inner)
         found.append((change_a, change_b))
     return found
 

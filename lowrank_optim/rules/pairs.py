@@ -160,10 +160,48 @@ class Pair:
         return float(self.options["scaling"])
 
 
+def across(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right of tall forms, (E, r, r): what this process holds of the sum over d."""
+    if left.shape[0] == 1:
+        return torch.mm(left[0].mT, right[0]).unsqueeze(0)
+    return torch.bmm(left.mT, right)
+
+
+def times(form: Tensor, small: Tensor) -> Tensor:
+    """A tall form times an r×r matrix for each expert, which may be of a wider type."""
+    small = small.to(form.dtype)
+    if form.shape[0] > 1:
+        return torch.bmm(form, small)
+    # In the order of memory of the factor: A is stored transposed.
+    return (
+        torch.mm(small[0].mT, form[0].mT).mT.unsqueeze(0) if form[0].mT.is_contiguous() else form[0].mm(small[0])[None]
+    )
+
+
+def blend_(target: Tensor, form: Tensor, small: Tensor, share: float, ok: Tensor | None) -> None:
+    """target ← (1 − share)·target + share·(form times small), in place; nothing where `ok` is false."""
+    small = small.to(form.dtype)
+    if ok is not None or target.shape[0] > 1:
+        moved = target.lerp(times(form, small), share)
+        target.copy_(moved if ok is None else torch.where(ok, moved, target))
+    elif target[0].mT.is_contiguous():
+        target[0].mT.addmm_(small[0].mT, form[0].mT, beta=1.0 - share, alpha=share)
+    else:
+        target[0].addmm_(form[0], small[0], beta=1.0 - share, alpha=share)
+
+
 def grams(pairs: Sequence[Pair]) -> list[Tensor]:
     """K = BᵀB and M = AAᵀ of all pairs: [M₁, K₁, M₂, K₂, …], each (E, r, r)."""
     sides = [side for pair in pairs for side, _ in pair.sides]
-    return sum_together([side.weight.mT @ side.weight for side in sides], [side.spread for side in sides])
+    return sum_together([across(side.weight, side.weight) for side in sides], [side.spread for side in sides])
+
+
+def grams_after(sides: Sequence[Side], old: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """X_newᵀX_new and X_newᵀX_old of factors X that were written, given what they were."""
+    new = [side.weight for side in sides]
+    parts = [*map(across, new, new), *map(across, new, old)]
+    sums = sum_together(parts, [side.spread for side in sides] * 2)
+    return sums[: len(sides)], sums[len(sides) :]
 
 
 def identity_where(matrix: Tensor, ok: Tensor | None) -> Tensor:

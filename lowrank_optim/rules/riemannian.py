@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lowrank_optim.rules.pairs import GradientPairRule, Pair, grams
+from lowrank_optim.rules.pairs import GradientPairRule, Pair, grams, times
 from lowrank_optim.rules.small_matrices import damped_inverse, in_batches
 
 
@@ -49,8 +49,8 @@ class Riemannian(GradientPairRule):
         inverses = in_batches(lambda gram: damped_inverse(gram, damping, absolute), grams(pairs))
         return [
             (
-                None if pair.a.grad is None else pair.a.grad @ inverses[2 * number + 1].to(pair.a.grad.dtype),
-                None if pair.b.grad is None else pair.b.grad @ inverses[2 * number].to(pair.b.grad.dtype),
+                None if pair.a.grad is None else times(pair.a.grad, inverses[2 * number + 1]),
+                None if pair.b.grad is None else times(pair.b.grad, inverses[2 * number]),
             )
             for number, pair in enumerate(pairs)
         ]

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from lowrank_optim.rules.base import Direction
 from lowrank_optim.rules.joint import Answer, Unit
-from lowrank_optim.rules.pairs import Pair, PairRule, Side, check_adam, grams, identity_where
+from lowrank_optim.rules.pairs import (
+    Pair,
+    PairRule,
+    Side,
+    across,
+    blend_,
+    check_adam,
+    grams,
+    grams_after,
+    identity_where,
+    times,
+)
 from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse_root, sum_together, widened
 
 
@@ -17,19 +28,20 @@ from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse_root, 
 class Rite(PairRule):
     """LoRA-RITE with its moments moved into the new coordinates at the end of each step.
 
-    For one side with tall gradient g (d×r; g_Aᵀ or g_B), and W = K^(−1/2) of the Gram matrix K of its dual factor X:
+    For one side with weights X, tall gradient g (d×r; g_Aᵀ or g_B), and W = K^(−1/2) of the Gram matrix K = YᵀY of its dual factor Y:
 
-        U = g W                                          the gradient in the orthonormal basis Q = X W
-        V ← β̃₂ V + (1−β̃₂) UᵀU/d,   M ← β̃₁ M + (1−β̃₁) U (V + ρI)^(−1/2),   β̃ = β(1−β^(t−1))/(1−β^t)
-        step:  − η M W
+        U = g W                                   the gradient in the orthonormal basis Q = Y W
+        V ← β̃₂ V + (1−β̃₂) UᵀU/d                  β̃ = β(1−β^(t−1))/(1−β^t)
+        D ← β̃₁ D + (1−β̃₁) U (V + ρI)^(−1/2) W,   X ← X − η D
 
-    and, once the weights are written, with P = W_new X_newᵀ X_old W_old = Q_newᵀ Q_old:
+    and, once the weights are written, D and V are carried into the basis of the new Y, with P = Q_newᵀ Q_old:
 
-        M ← M Pᵀ,   V ← P V Pᵀ
+        D ← D (Y_oldᵀ Y_new) K_new⁺,   V ← P V Pᵀ
 
-    The released code keeps both orthonormal bases and does this at the start of the next step; the numbers are the same. Its QR
-    factors are replaced by polar ones (Q = X K^(−1/2)), which have no sign to choose. (V + ρI)^(−1/2) is Z diag(1/(√(w+ρ) + ε)) Zᵀ,
-    and 0 where w + ρ is below r times the rounding error of the largest: gradients of low rank move the factors too.
+    The released code keeps M, with D = M W, and both orthonormal bases, and does the second part at the start of the next step; the
+    numbers are the same. Its QR factors are replaced by polar ones (Q = Y K^(−1/2)), which have no sign to choose.
+    (V + ρI)^(−1/2) is Z diag(1/(√(w+ρ) + ε)) Zᵀ, and 0 where w + ρ is below r times the rounding error of the largest: gradients of
+    low rank move the factors too.
 
     betas, eps: β₁, β₂, ε.
     escape: ρ grows by what the change of coordinates loses of V: ρ ← β̃₂(ρ + e), e the least of two measures, the largest loss of an
@@ -67,33 +79,27 @@ class Rite(PairRule):
 
     def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
         pairs = [Pair.of(unit) for unit in units]
-        eps = pairs[0].a.eps
-        roots = in_batches(lambda gram: pseudo_inverse_root(gram, eps), grams(pairs))  # of A, of B, of A, …
         sides = [side for pair in pairs for side, _ in pair.sides]
+        options, eps = pairs[0].options, sides[0].eps
+        roots = in_batches(lambda gram: pseudo_inverse_root(gram, eps), grams(pairs))  # of A, of B, of A, …
         duals = [roots[number ^ 1] for number in range(len(sides))]
-        squares = sum_together([_grad(side).mT @ _grad(side) for side in sides], [side.spread for side in sides])
-        options = pairs[0].options
-        for side, root, square in zip(sides, duals, squares, strict=True):
+        squares = sum_together([across(_grad(side), _grad(side)) for side in sides], [side.spread for side in sides])
+        means = in_batches(lambda root, square: root @ widened(square) @ root, duals, squares)
+        for side, mean in zip(sides, means, strict=True):
             share = 1.0 - _decay(float(options["betas"][1]), side.context.step)
-            mean = (root @ widened(square) @ root / side.long).to(square.dtype)
             moment = side.state["exp_avg_gram"]
-            moved = moment.lerp(mean, share)
+            moved = moment.lerp((mean / side.long).to(moment.dtype), share)
             moment.copy_(moved if side.ok is None else torch.where(side.ok, moved, moment))
-        scalers = self._scalers(sides, options)
+        scalers = in_batches(lambda root, scaler: root @ scaler @ root, duals, self._scalers(sides, options))
         moves: list[Direction | None] = []
-        for side, root, scaler in zip(sides, duals, scalers, strict=True):
+        for side, scaler in zip(sides, scalers, strict=True):
             share = 1.0 - _decay(float(options["betas"][0]), side.context.step)
             momentum = side.tall(side.state["exp_avg"])
-            added = _grad(side) @ (root @ scaler).to(momentum.dtype)
-            moved = momentum.lerp(added, share)
-            momentum.copy_(moved if side.ok is None else torch.where(side.ok, moved, momentum))
-            moves.append(side.move(momentum @ root.to(momentum.dtype)))
-        answers: list[Answer] = []
-        for number in range(0, len(sides), 2):
-            # What is known of the old factors: they are about to change.
-            old = [(sides[n].weight.clone(), roots[n]) for n in (number, number + 1)]
-            answers.append((moves[number : number + 2], old))
-        return answers
+            blend_(momentum, _grad(side), scaler, share, side.ok)
+            moves.append(side.move(momentum))
+        # What is known of the factors that are about to change.
+        old = [(side.weight.clone(), root) for side, root in zip(sides, roots, strict=True)]
+        return [(moves[number : number + 2], old[number : number + 2]) for number in range(0, len(sides), 2)]
 
     def _scalers(self, sides: Sequence[Side], options: Mapping[str, Any]) -> list[Tensor]:
         """(V + ρI)^(−1/2) of each side."""
@@ -105,33 +111,24 @@ class Rite(PairRule):
         return in_batches(lambda gram, shift: pseudo_inverse_root(gram, eps, shift, added), grams, shifts)
 
     def finish(self, units: Sequence[tuple[Unit, Any]]) -> Sequence[None]:
-        """M ← M Pᵀ, V ← P V Pᵀ."""
+        """D ← D (Y_oldᵀ Y_new) K_new⁺, V ← P V Pᵀ."""
         pairs = [Pair.of(unit) for unit, _ in units]
         old = [known for _, both in units for known in both]
         sides = [side for pair in pairs for side, _ in pair.sides]
-        spreads = [side.spread for side in sides]
-        both = [
-            side.weight.mT @ torch.cat([side.weight, weight], -1) for side, (weight, _) in zip(sides, old, strict=True)
-        ]
-        products = sum_together(both, spreads)
-        halves = [product.chunk(2, -1) for product in products]
         eps = sides[0].eps
-        roots = in_batches(lambda gram: pseudo_inverse_root(gram, eps), [gram for gram, _ in halves])
-        turns = in_batches(
-            lambda root, cross, before: root @ widened(cross) @ before,
-            roots,
-            [cross for _, cross in halves],
-            [root for _, root in old],
-        )
+        after, cross = grams_after(sides, [weight for weight, _ in old])
+        roots = in_batches(lambda gram: pseudo_inverse_root(gram, eps), after)
+        changes = in_batches(lambda root, both: widened(both).mT @ root @ root, roots, cross)
+        turns = in_batches(lambda root, both, before: root @ widened(both) @ before, roots, cross, [r for _, r in old])
         for number, side in enumerate(sides):
-            turn = identity_where(turns[number ^ 1], side.ok)
-            momentum, moment = side.tall(side.state["exp_avg"]), side.state["exp_avg_gram"]
-            momentum.copy_(momentum @ turn.mT.to(momentum.dtype))
+            momentum = side.tall(side.state["exp_avg"])
+            momentum.copy_(times(momentum, identity_where(changes[number ^ 1], side.ok)))
+            moment, turn = side.state["exp_avg_gram"], identity_where(turns[number ^ 1], side.ok)
             before = widened(moment)
-            after = turn @ before @ turn.mT
+            turned = turn @ before @ turn.mT
             if "escaped" in side.state:
-                self._escape(side, before, after, float(pairs[number // 2].options["betas"][1]))
-            moment.copy_(after)
+                self._escape(side, before, turned, float(pairs[number // 2].options["betas"][1]))
+            moment.copy_(turned)
         return [None for _ in units]
 
     def _escape(self, side: Side, before: Tensor, after: Tensor, beta2: float) -> None:
