@@ -195,6 +195,7 @@ def check_group_names(given: Iterable[str], valid: Iterable[str]) -> None:
 def near_option(name: str, valid: Sequence[str], cutoff: float = 0.8) -> str | None:
     """The name that is one slip away, or else the most alike of those above `cutoff`; None if there is none."""
     slips = [option for option in valid if _is_one_slip(str(name), option)]
+    slips.sort(key=lambda option: option != "lr")  # which is written more often than any other
     return next(iter(slips or get_close_matches(str(name), valid, n=1, cutoff=cutoff)), None)
 
 
