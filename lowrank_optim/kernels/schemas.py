@@ -524,7 +524,7 @@ def gaussian_(out: Tensor, key: Tensor) -> None:
 
 def _check_sparse(op: str, pointers: Tensor, columns: Tensor, **others: Tensor | None) -> None:
     (name, first), *rest = ((name, tensor) for name, tensor in others.items() if tensor is not None)
-    check_floating(op, **{name: first})
+    check_floating(op, FLOATS, **{name: first})
     for other, tensor in rest:
         if tensor.dtype != first.dtype:
             refuse(op, f"{other} is {tensor.dtype}, {name} {first.dtype}; needed: one type")

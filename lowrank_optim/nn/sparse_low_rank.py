@@ -67,8 +67,10 @@ class SparseLowRankLinear(ReparametrizedLinear):
         ValueError: a value out of range; the message says which.
 
     Memory: b·(rank·(m + n) + nnz) bytes at b bytes a number, for weights and for gradients each, and what the support stores. In a
-    pass: 2 or 4 bytes per entry for the columns of a "random" support, and matrices of tokens × features. Without compiled kernels
-    two tiles besides, each of at most a quarter of m×n and about a million elements, and 8 bytes per entry in it.
+    pass: 2 or 4 bytes per entry for the columns of a "random" support, and matrices of tokens × features. The C++ kernels have
+    for each thread 16 tokens × n numbers of float32, or 768 KiB if that is more; Triton's have an integer for 32 elements of W or
+    more. Without compiled kernels there are two tiles, each of at most a quarter of m×n and about a million elements, and 8 bytes
+    per entry in it.
 
     Paper: Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", arXiv:2406.02214.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowrank_optim.kernels import call, low_rank, no_autograd_no_autocast, token_rows
-from lowrank_optim.nn.supports import ColumnSupport, Support
+from lowrank_optim.nn.supports import ColumnSupport, SeededSupport, StoredSupport, Support
 
 
 class SparseLowRankProduct(torch.autograd.Function):
@@ -47,12 +47,12 @@ class SparseLowRankProduct(torch.autograd.Function):
         ctx.save_for_backward(x, lora_a, lora_b, values, bias, theta, u if save_projection else None)
         ctx.scale, ctx.support, ctx.compute = scale, support, compute
         scaled = None if u is None else _times(u, _scale(theta, scale, compute))
-        if v is None or support is None or isinstance(support, ColumnSupport):
-            y = low_rank(tokens, scaled, None if b is None else b.mT, offset, _size(lora_b, support))
-            if v is not None and support is not None:
-                token_rows(y).addmm_(token_rows(tokens)[:, support.columns], v.view(support.rows, -1).mT)
+        if v is not None and isinstance(support, (SeededSupport, StoredSupport)):
+            y: Tensor = call("sltrain_forward", tokens, scaled, b, offset, v, *support.compressed(x.device))
         else:
-            y = call("sltrain_forward", tokens, scaled, b, offset, v, *support.compressed(x.device))
+            y = low_rank(tokens, scaled, None if b is None else b.mT, offset, _size(lora_b, support))
+            if v is not None and isinstance(support, ColumnSupport):
+                token_rows(y).addmm_(token_rows(tokens)[:, support.columns], v.view(support.rows, -1).mT)
         return y.to(result)
 
     @staticmethod
@@ -63,7 +63,9 @@ class SparseLowRankProduct(torch.autograd.Function):
         compute, support = ctx.compute, ctx.support
         need_x, need_a, need_b, need_v, need_bias, need_theta = ctx.needs_input_grad[:6]
         tokens, g = token_rows(x).to(compute), token_rows(grad).to(compute)
-        q = a = grad_a = grad_b = grad_theta = None
+        q: Any = None
+        a: Any = None
+        grad_a = grad_b = grad_theta = None
         if lora_a is not None:
             a, b, s = lora_a.to(compute), lora_b.to(compute), _scale(theta, ctx.scale, compute)
             if need_x or need_a or need_theta:

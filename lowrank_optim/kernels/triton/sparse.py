@@ -106,12 +106,8 @@ def sparse_kernel(
     # Neighbouring programs build the same tiles of S: their entries come from the cache.
     token = (tl.program_id(0) % across).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     number = tl.program_id(0) // across
-    if FORWARD:
-        size: tl.constexpr = ROWS
-        features = rows
-    else:
-        size: tl.constexpr = WIDTH
-        features = cols
+    size: tl.constexpr = ROWS if FORWARD else WIDTH
+    features = rows if FORWARD else cols
     feature = number.to(tl.int64) * size + tl.arange(0, size)
     inside = (token < tokens)[:, None] & (feature < features)[None, :]
     if inner_ptr is not None:
