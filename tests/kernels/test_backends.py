@@ -18,10 +18,6 @@ DECLINED_LAYOUTS = ("transposed", "strided")
 """Layouts that a backend may leave to the definition."""
 
 
-PARTLY = {"torch": ("sltrain_forward", "sltrain_backward_input", "sampled_product")}
-"""Operations that a backend has for some types only."""
-
-
 def device_of(backend: Loaded) -> str:
     """The device to test on: an accelerator where the backend serves it, else the CPU (Triton under its interpreter)."""
     accelerator = "cuda" in backend.devices and torch.cuda.is_available()
@@ -43,7 +39,7 @@ def test_every_operation_gives_what_its_definition_gives(name: str, case: Case):
     backend = LOADED[name]
     device = device_of(backend)
     got = answer(backend.operations[case.op], case, device)
-    if got is None and case.op in PARTLY.get(name, ()):
+    if got is None and case.op in backend.partly:
         return
     if got is None:
         assert any(f"layout={layout}" in case.label for layout in DECLINED_LAYOUTS) or _rarely_used(case), (
@@ -105,7 +101,7 @@ def test_torch_in_place_gives_the_bits_of_the_definition(case: Case, device_wait
         torch.testing.assert_close(got[name], value, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("op", PARTLY["torch"])
+@pytest.mark.parametrize("op", sorted(LOADED["torch"].partly))
 def test_torch_has_sparse_products_in_float32_and_float64(op: str):
     for dtype in (F32, torch.float64):
         options = (dtype,) if op == "sampled_product" else (3, dtype)

@@ -13,6 +13,10 @@ from lowrank_optim.kernels.torch.coded_adam import coded_adam_dense_, coded_adam
 def load() -> Loaded:
     """The backend, which is always there."""
     operations: dict[str, Kernel] = {"coded_adam_direct_": coded_adam_direct_, "coded_adam_dense_": coded_adam_dense_}
-    for product in (sparse.sltrain_forward, sparse.sltrain_backward_input, sparse.sampled_product):
-        operations[product.__name__] = product
-    return Loaded(frozenset({EVERY_DEVICE}), operations, "in place, in buffers that stay in the caches")
+    products: dict[str, Kernel] = {
+        "sltrain_forward": sparse.sltrain_forward,
+        "sltrain_backward_input": sparse.sltrain_backward_input,
+        "sampled_product": sparse.sampled_product,
+    }
+    about = "in place, in buffers that stay in the caches"
+    return Loaded(frozenset({EVERY_DEVICE}), operations | products, about, partly=frozenset(products))
