@@ -238,7 +238,7 @@ def _sparse() -> Iterator[Case]:
         ("sampled_product", made.sampled_product, ()),
     ]:
         for dtype in STORED:
-            for tokens, rows, cols in [((70,), 20, 33), ((1,), 40, 17), ((3, 30), 65, 48), ((5,), 1, 1), ((), 20, 33)]:
+            for tokens, rows, cols in [((70,), 20, 33), ((1,), 40, 17), ((3, 30), 140, 48), ((5,), 1, 1), ((), 20, 33)]:
                 yield case(op, make, tokens, rows, cols, *rank, dtype)
             yield case(op, make, (70,), 20, 33, *rank, dtype, columns=torch.int16)
             yield case(op, make, (130,), 20, 600, *rank, dtype, density=0.9)
