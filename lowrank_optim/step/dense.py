@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.rules import masked_direction
 from lowrank_optim.step.batching import Launch, Request, Step
 from lowrank_optim.step.param_step import ParamStep
@@ -21,7 +22,8 @@ def dense_step(step: ParamStep, norm: Tensor | None = None) -> Step:
         else:
             with step.gathered() as (whole, gradient):
                 ok = yield from _dense(whole, gradient, norm, copied=True)
-        step.shrink(ok)
+        if step.group["l1"]:
+            step.shrink(ok)
 
 
 def _dense(
@@ -36,7 +38,8 @@ def _dense(
     step.state["step"] += 1
     if ok is False:
         return ok
-    step.fit_columns(grad, 0, ok)
+    if type(step.moments) is CodedMoments:
+        step.fit_columns(step.moments, grad, 0, ok)
     context = step.context(step.weight, ok, dense=True)
     weight = step.matrix_weight
     fused = rule.fused_dense(weight, grad, step.moments, group, context)

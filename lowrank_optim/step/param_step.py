@@ -90,7 +90,8 @@ class ParamStep:
 
     def basis(self) -> Basis:
         """The subspace that stands."""
-        return self.basis_of(self.state, int(self.state["last_refresh"]))
+        refreshed = max(int(self.state["last_refresh"]), 0)
+        return self.plan.basis(self.state, param_key(self.group, self.plan, refreshed))
 
     def basis_of(self, state: Mapping[str, Tensor], refreshed: int) -> Basis:
         """The subspace in a state, refreshed last at step `refreshed`."""
@@ -122,10 +123,9 @@ class ParamStep:
         fresh = (steps if self.plan.projector.moments_change_shape else age) == 1
         return Context(steps, age, weight, ok, dense, fresh, self.plan.sharding, norms)
 
-    def fit_columns(self, grad: Tensor, since: int, ok: Tensor | None) -> None:
+    def fit_columns(self, moments: CodedMoments, grad: Tensor, since: int, ok: Tensor | None) -> None:
         """Measure the column scales of coded moments where that is due; `since` is the step of their last change of basis."""
-        moments, steps = self.moments, int(self.state["step"]) - since
-        if type(moments) is not CodedMoments or "col_scale" not in self.state or not scale_is_due(steps):
+        if "col_scale" not in self.state or not scale_is_due(int(self.state["step"]) - since):
             return
         share, spread = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
         rows = spread.sum(moments.row_sums(grad, share), -1)
@@ -134,15 +134,12 @@ class ParamStep:
 
     # ------------------------------------------------------------------------------------------------------------ weights
 
-    @property
-    def lr_ratio(self) -> float:
-        """The learning rate relative to the group's: of the second factor of a pair (`lora_pairs`), its option `lr_ratio`."""
-        return float(self.group["lr_ratio"]) if self.group.get("pairs") and self.plan.position % 2 else 1.0
-
     def write(self, direction: Direction | None, factor: float, ok: Tensor | None) -> StepParams:
         """Step size, what is kept of the weights, and how they are rounded."""
         group = self.group
-        lr = float(group["lr"]) * float(group["lr_factor"]) * self.lr_ratio
+        lr = float(group["lr"]) * float(group["lr_factor"])
+        if self.plan.position % 2 and group.get("pairs"):  # the second factor of a pair
+            lr *= float(group["lr_ratio"])
         size = lr if direction is None or direction.step is None else direction.step
         decay = lr if direction is None or direction.decay is None else direction.decay
         # Rules and residuals are odd functions of the gradient: to ascend is to descend with the sign turned.
@@ -170,7 +167,7 @@ class ParamStep:
 
     def shrink(self, ok: Literal[False] | Tensor | None) -> None:
         """The proximal step of the option `l1`, after the update: p ← sign(p)·max(|p| − ηξ, 0)."""
-        if self.group["l1"] and ok is not False:
+        if ok is not False:
             soft_threshold_(self.weight, abs(self.write(None, 1.0, None).alpha) * float(self.group["l1"]), ok)
 
     @contextmanager
