@@ -90,7 +90,10 @@ class Rite(PairRule):
             moment = side.state["exp_avg_gram"]
             moved = moment.lerp((mean / side.long).to(moment.dtype), share)
             moment.copy_(moved if side.ok is None else torch.where(side.ok, moved, moment))
-        scalers = in_batches(lambda root, scaler: root @ scaler @ root, duals, self._scalers(sides, options))
+        dtype = sides[0].weight.dtype
+        scalers = in_batches(
+            lambda root, scaler: (root @ scaler @ root).to(dtype), duals, self._scalers(sides, options)
+        )
         moves: list[Direction | None] = []
         for side, scaler in zip(sides, scalers, strict=True):
             share = 1.0 - _decay(float(options["betas"][0]), side.context.step)
@@ -118,17 +121,17 @@ class Rite(PairRule):
         eps = sides[0].eps
         after, cross = grams_after(sides, [weight for weight, _ in old])
         roots = in_batches(lambda gram: pseudo_inverse_root(gram, eps), after)
-        changes = in_batches(lambda root, both: widened(both).mT @ root @ root, roots, cross)
+        changes = in_batches(lambda root, both: (widened(both).mT @ root @ root).to(both.dtype), roots, cross)
         turns = in_batches(lambda root, both, before: root @ widened(both) @ before, roots, cross, [r for _, r in old])
-        for number, side in enumerate(sides):
+        turns = [identity_where(turns[number ^ 1], side.ok) for number, side in enumerate(sides)]
+        moments = [side.state["exp_avg_gram"] for side in sides]
+        turned = in_batches(lambda turn, moment: turn @ widened(moment) @ turn.mT, turns, moments)
+        for number, (side, moment, after_turn) in enumerate(zip(sides, moments, turned, strict=True)):
             momentum = side.tall(side.state["exp_avg"])
             momentum.copy_(times(momentum, identity_where(changes[number ^ 1], side.ok)))
-            moment, turn = side.state["exp_avg_gram"], identity_where(turns[number ^ 1], side.ok)
-            before = widened(moment)
-            turned = turn @ before @ turn.mT
             if "escaped" in side.state:
-                self._escape(side, before, turned, float(pairs[number // 2].options["betas"][1]))
-            moment.copy_(turned)
+                self._escape(side, widened(moment), after_turn, float(pairs[number // 2].options["betas"][1]))
+            moment.copy_(after_turn)
         return [None for _ in units]
 
     def _escape(self, side: Side, before: Tensor, after: Tensor, beta2: float) -> None:
