@@ -27,6 +27,7 @@ PARTS = [block.code for block in blocks("docs/extend.md", "python")]
 
 OF_PROCESSES = ("docs/integrations/ddp.md", "docs/integrations/fsdp2.md")
 OF_TRAINERS = "train_dataset=data"
+OF_SOME_SECONDS = ("docs/integrations/transformers.md",)
 STANDS_FOR = {'"llama-7b"': '"llama-60m"'}
 """What the tests run in place of what a page says, for the sake of time."""
 
@@ -45,7 +46,9 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.long] * (page in OF_SOME_SECONDS)) for page in WITH_PYTHON]
+)
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     if page in OF_PROCESSES:
