@@ -22,6 +22,8 @@ from lowrank_optim.planner.simulation.allocator import GIB
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "images" / "memory_7b.svg"
 CARD = 24
+LEAST_NUMBER = 3.0
+"""GiB of the smallest part whose number fits inside of it."""
 ROWS = {
     "AdamW": "AdamW",
     "8-bit AdamW (bitsandbytes, by formula)": "8-bit AdamW\n(bitsandbytes)",
@@ -47,11 +49,12 @@ def draw(rows: Mapping[str, Mapping[str, int]], path: Path) -> None:
             for kind, size in gibibytes(rows[name]).items():
                 label, colour = next((label, colour) for part, label, colour in PARTS if part == kind)
                 axes.barh(place, size, left=left, color=colour, height=0.62, label=label if title == "AdamW" else None)
-                if size > 2.5:
+                if size > LEAST_NUMBER:
                     axes.text(left + size / 2, place, f"{size:.1f}", ha="center", va="center", color="white")
                 left += size
-            axes.text(left + 0.6, place, f"{left:.1f} GiB", va="center", fontweight="bold")
-        axes.axvline(CARD, color="#222222", linestyle="--", linewidth=1.2)
+            label = axes.text(left + 0.6, place, f"{left:.1f} GiB", va="center", fontweight="bold", zorder=3)
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+        axes.axvline(CARD, color="#222222", linestyle="--", linewidth=1.2, zorder=2)
         axes.text(CARD + 0.4, len(ROWS) - 0.55, f"a card of {CARD} GiB", va="bottom")
         axes.set_yticks(range(len(ROWS)), list(reversed(ROWS.values())))
         axes.set_xlim(0, 75)

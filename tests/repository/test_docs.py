@@ -205,7 +205,7 @@ def test_each_part_takes_about_ten_lines():
 
 def test_folders_of_the_picture_exist():
     (picture,) = (block.code for block in blocks("docs/architecture.md", "text") if block.section == "The floors")
-    named = {word for line in picture.splitlines() for word in re.findall(r"\w+", line[:56])}
+    named = {word for line in picture.splitlines() for word in re.findall(r"\w+", line[:31])}
     for folder in (ROOT / "lowrank_optim").iterdir():
         if (folder / "__init__.py").exists():
             assert folder.name in named, folder.name

@@ -33,7 +33,7 @@ def test_the_picture_shows_the_numbers_of_the_json():
         assert sum(parts.values()) == pytest.approx(rows[name]["needed"] / 2**30)
         assert f"{sum(parts.values()):.1f} GiB" in shown
         assert all(line in shown for line in title.split("\n"))
-        assert all(f"{size:.1f}" in shown for size in parts.values() if size > 2.5)
+        assert all(f"{size:.1f}" in shown for size in parts.values() if size > memory_picture.LEAST_NUMBER)
 
 
 def test_the_picture_is_drawn_by_its_script(tmp_path):
