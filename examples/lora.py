@@ -21,17 +21,17 @@ import lowrank_optim as lo
 from lowrank_optim.console import accept_any_text
 
 METHODS: dict[str, tuple[Callable[..., lo.LowRankOptimizer], dict[str, Any], tuple[float, ...]]] = {
-    "AdamW": (lambda groups, lr: lo.LoRAOptimizer(groups, lr=lr), {}, (1e-3, 3e-3, 1e-2, 3e-2)),
-    "LoRA+": (lambda groups, lr: lo.LoRAOptimizer(groups, lr=lr), {"lr_ratio": 16.0}, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "RiemannianAdamW": (lambda groups, lr: lo.RiemannianAdamW(groups, lr=lr), {}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "AdamW": (lambda groups, lr: lo.LoRAOptimizer(groups, lr=lr), {}, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "LoRA+": (lambda groups, lr: lo.LoRAOptimizer(groups, lr=lr), {"lr_ratio": 16.0}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "RiemannianAdamW": (lambda groups, lr: lo.RiemannianAdamW(groups, lr=lr), {}, (3e-3, 1e-2, 3e-2, 1e-1)),
     "LoRARiteAdamW": (lambda groups, lr: lo.LoRARiteAdamW(groups, lr=lr), {}, (1e-3, 3e-3, 1e-2, 3e-2)),
     "LoRAProAdamW, factors": (
         lambda groups, lr: lo.LoRAProAdamW(groups, lr=lr, moments="factors"),
         {},
-        (1e-3, 3e-3, 1e-2, 3e-2),
+        (3e-3, 1e-2, 3e-2, 1e-1),
     ),
-    "LoRAProAdamW, full": (lambda groups, lr: lo.LoRAProAdamW(groups, lr=lr), {}, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "AltLoRA": (lambda groups, lr: lo.AltLoRA(groups, lr=lr), {}, (0.1, 0.3, 1.0, 3.0)),
+    "LoRAProAdamW, full": (lambda groups, lr: lo.LoRAProAdamW(groups, lr=lr), {}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "AltLoRA": (lambda groups, lr: lo.AltLoRA(groups, lr=lr), {}, (0.3, 1.0, 3.0, 10.0)),
 }
 """How each is built, options of its group, and the rates that are tried."""
 
