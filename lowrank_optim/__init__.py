@@ -18,6 +18,7 @@ from lowrank_optim.optimizers import (
     APOLLOMiniAdamW,
     BAdamW,
     FiraAdamW,
+    FOAMAdamW,
     FrugalAdamW,
     FrugalLion,
     FrugalSGD,
@@ -31,11 +32,22 @@ from lowrank_optim.optimizers import (
     QGaLoreAdamW8bit,
     SCALEOptimizer,
     SinkGDAdamW,
+    SubTrackAdamW,
     SUMOAdamW,
     by_name,
     state_bytes,
 )
-from lowrank_optim.projectors import DCT, SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
+from lowrank_optim.projectors import (
+    DCT,
+    SVD,
+    Blocks,
+    Coordinate,
+    GrassmannTracking,
+    PowerIteration,
+    Projector,
+    Random,
+    RandomizedSVD,
+)
 from lowrank_optim.projectors.base import Basis, GradientTerm, Refresh, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
 from lowrank_optim.projectors.stored_projector import StoredProjector
@@ -50,6 +62,7 @@ from lowrank_optim.rules import (
     Adam,
     Context,
     Direction,
+    FoldedAdam,
     JointRule,
     Lion,
     MomentumRule,
@@ -85,7 +98,9 @@ __all__ = [
     "DenseBasis",
     "Direction",
     "ErrorFeedback",
+    "FOAMAdamW",
     "FiraAdamW",
+    "FoldedAdam",
     "FrugalAdamW",
     "FrugalLion",
     "FrugalSGD",
@@ -94,6 +109,7 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GradientScaled",
     "GradientTerm",
+    "GrassmannTracking",
     "JointRule",
     "LDAdamW",
     "LISAAdamW",
@@ -126,6 +142,7 @@ __all__ = [
     "Sinkhorn",
     "StepParams",
     "StoredProjector",
+    "SubTrackAdamW",
     "SubspaceSpec",
     "Update",
     "UpdateInBackward",

@@ -68,6 +68,90 @@ void adam(const AdamArgs& args, int64_t first, int64_t last) {
   }
 }
 
+// Sums of pairs, and each number twice.
+INLINE void halve(const float* __restrict from, float* __restrict to, int n) {
+  EACH(j, n) to[j] = from[2 * j] + from[2 * j + 1];
+}
+
+INLINE void twice(const float* __restrict from, float* __restrict to, int n) {
+  EACH(j, n) {
+    to[2 * j] = from[j];
+    to[2 * j + 1] = from[j];
+  }
+}
+
+// Numbers of blocks for each of their elements: `x` becomes the one of two arrays that holds them, `spare` the other.
+INLINE void unfold(float*& x, float*& spare, int blocks, int64_t fold) {
+  for (; fold > 1; fold /= 2, blocks *= 2) {
+    twice(x, spare, blocks);
+    float* const filled = spare;
+    spare = x;
+    x = filled;
+  }
+}
+
+// A tile of n elements, which begins with a block; all but the last block of a row are whole.
+INLINE void folded_tile(const FoldedAdamArgs& args, int64_t at, int64_t block, int n) {
+  float g_buffer[TILE], w_buffer[TILE], direction[TILE], memory[6][TILE];
+  const int64_t fold = args.fold;
+  const int blocks = int(pieces(n, fold)), whole = int(blocks * fold);
+  const Adam a = args.adam;
+  const Lerp lerp(a.weight1);
+  const f32* g = load(args.grad, at, g_buffer, n);
+  if (whole > n) {  // what is missing counts as zeros
+    if (g != g_buffer) {
+      EACH(j, n) g_buffer[j] = g[j];
+    }
+    for (int j = n; j < whole; ++j) g_buffer[j] = 0.0f;
+    g = g_buffer;
+  }
+  float *mean = memory[0], *square = memory[1], *moment = memory[2], *spare = memory[3], *spare_square = memory[4];
+  EACH(j, whole) {
+    mean[j] = g[j];
+    square[j] = g[j] * g[j];
+  }
+  for (int64_t left = whole; left > blocks;) {
+    left /= 2;
+    halve(mean, spare, int(left));
+    halve(square, spare_square, int(left));
+    float* const halved = spare;
+    spare = mean;
+    mean = halved;
+    float* const halved_square = spare_square;
+    spare_square = square;
+    square = halved_square;
+  }
+  const float share = 1.0f / float(fold);
+  f32 *m = args.exp_avg + block, *v = args.exp_avg_sq + block;
+  EACH(j, blocks) {
+    mean[j] *= share;
+    moment[j] = m[j] = lerp(m[j], mean[j]);
+    square[j] = v[j] = v[j] * a.beta2 + a.weight2 * (square[j] * share);
+  }
+  float* spare_moment = memory[5];
+  unfold(mean, spare, blocks, fold);
+  unfold(square, spare_square, blocks, fold);
+  unfold(moment, spare_moment, blocks, fold);
+  const float residual = args.residual, residual_square = residual * residual;
+  EACH(j, n) {
+    const float rest = g[j] - mean[j];
+    const float root = __builtin_sqrtf(square[j] + residual_square * (rest * rest));
+    direction[j] = adam_direction(moment[j] + residual * rest, root, a);
+  }
+  write(args.weight, at, direction, n, args.write, at, w_buffer);
+}
+
+void folded_adam(const FoldedAdamArgs& args, int64_t first, int64_t last) {
+  const int64_t per_row = pieces(args.cols, TILE), blocks = pieces(args.cols, args.fold);
+  const int64_t width = args.fold > USUAL ? args.fold : USUAL;  // so that all arrays are in the first-level cache
+  for (int64_t index = first; index < last; ++index) {
+    const int64_t row = index / per_row, begin = index % per_row * TILE, end = begin + smaller(TILE, args.cols - begin);
+    for (int64_t col = begin; col < end; col += width) {
+      folded_tile(args, row * args.cols + col, row * blocks + col / args.fold, smaller(width, end - col));
+    }
+  }
+}
+
 void rule(const RuleArgs& args, int64_t first, int64_t last) {
   const f32* __restrict g = args.grad;
   f32 *__restrict m = args.moment, *__restrict out = args.out;
@@ -101,7 +185,7 @@ void rule(const RuleArgs& args, int64_t first, int64_t last) {
 }  // namespace
 
 namespace LOWRANK_LEVEL {
-extern const AdamKernels adam_kernels = {adam, rule};
+extern const AdamKernels adam_kernels = {adam, rule, folded_adam};
 }
 
 }  // namespace lowrank

@@ -7,6 +7,7 @@ from lowrank_optim.optimizers.apollo import APOLLOAdamW, APOLLOMiniAdamW
 from lowrank_optim.optimizers.badam import BAdamW
 from lowrank_optim.optimizers.base import LowRankOptimizer
 from lowrank_optim.optimizers.fira import FiraAdamW
+from lowrank_optim.optimizers.foam import FOAMAdamW
 from lowrank_optim.optimizers.frugal import FrugalAdamW, FrugalLion, FrugalSGD
 from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optimizers.ldadam import LDAdamW
@@ -15,6 +16,7 @@ from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
 from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sizes import state_bytes
+from lowrank_optim.optimizers.subtrack import SubTrackAdamW
 
 __all__ = [
     "LAYERWISE_METHODS",
@@ -23,6 +25,7 @@ __all__ = [
     "APOLLOMiniAdamW",
     "AliceAdamW",
     "BAdamW",
+    "FOAMAdamW",
     "FiraAdamW",
     "FrugalAdamW",
     "FrugalLion",
@@ -38,6 +41,7 @@ __all__ = [
     "SCALEOptimizer",
     "SUMOAdamW",
     "SinkGDAdamW",
+    "SubTrackAdamW",
     "by_name",
     "state_bytes",
 ]
@@ -59,6 +63,8 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "scale": SCALEOptimizer,
     "sinkgd": SinkGDAdamW,
     "alice": AliceAdamW,
+    "foam": FOAMAdamW,
+    "subtrack": SubTrackAdamW,
 }
 """Short names, as command lines and trainers use them."""
 

@@ -12,6 +12,7 @@ from lowrank_optim.rules.base import (
     Transport,
     masked_direction,
 )
+from lowrank_optim.rules.folded_adam import FoldedAdam
 from lowrank_optim.rules.joint import JointRule, masked_directions
 from lowrank_optim.rules.lion import Lion
 from lowrank_optim.rules.muon import Muon, NorMuon
@@ -29,6 +30,7 @@ __all__ = [
     "Adam",
     "Context",
     "Direction",
+    "FoldedAdam",
     "FusedDense",
     "FusedDirection",
     "JointRule",
