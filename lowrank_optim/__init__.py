@@ -11,12 +11,14 @@ from lowrank_optim.groups.layers import layer_groups
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.in_backward import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import (
+    FULL_RANK_METHODS,
     LAYERWISE_METHODS,
     METHODS,
     AliceAdamW,
     APOLLOAdamW,
     APOLLOMiniAdamW,
     BAdamW,
+    CondaAdamW,
     FiraAdamW,
     FOAMAdamW,
     FrugalAdamW,
@@ -43,6 +45,7 @@ from lowrank_optim.projectors import (
     Blocks,
     Coordinate,
     GrassmannTracking,
+    MomentumSVD,
     PowerIteration,
     Projector,
     Random,
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DCT",
+    "FULL_RANK_METHODS",
     "LAYERWISE_METHODS",
     "METHODS",
     "SAGE",
@@ -93,6 +97,7 @@ __all__ = [
     "Basis",
     "Blocks",
     "ComplementScaled",
+    "CondaAdamW",
     "Context",
     "Coordinate",
     "DenseBasis",
@@ -117,6 +122,7 @@ __all__ = [
     "LowRankOptimizer",
     "MemoryPlan",
     "MomentumRule",
+    "MomentumSVD",
     "Muon",
     "MuonAdamW",
     "NoResidual",

@@ -9,6 +9,7 @@ from lowrank_optim.projectors.blocks import Blocks
 from lowrank_optim.projectors.coordinate import Coordinate
 from lowrank_optim.projectors.dct import DCT
 from lowrank_optim.projectors.grassmann import GrassmannTracking
+from lowrank_optim.projectors.momentum_svd import MomentumSVD
 from lowrank_optim.projectors.power_iteration import PowerIteration
 from lowrank_optim.projectors.random import Random
 from lowrank_optim.projectors.randomized_svd import RandomizedSVD
@@ -23,6 +24,7 @@ __all__ = [
     "Coordinate",
     "GradientTerm",
     "GrassmannTracking",
+    "MomentumSVD",
     "PowerIteration",
     "Projector",
     "Random",
@@ -48,6 +50,7 @@ _BUILDERS: dict[str, Callable[[str], Projector]] = {
     "power_iteration": lambda variant: PowerIteration(float(variant)) if variant else PowerIteration(),
     "blocks": lambda variant: Blocks(variant) if variant else Blocks(),
     "grassmann_tracking": lambda variant: GrassmannTracking(*([float(variant)] if variant else [])),
+    "momentum_svd": lambda variant: MomentumSVD(*([float(variant)] if variant else [])),
     "dct": lambda variant: DCT(*([variant] if variant else [])),
 }
 

@@ -1,7 +1,7 @@
 """Update rules on one matrix, small or full."""
 
 from lowrank_optim.rules.adafactor import Adafactor
-from lowrank_optim.rules.adam import Adam, TorchAdam
+from lowrank_optim.rules.adam import Adam, CondaAdam, TorchAdam
 from lowrank_optim.rules.base import (
     Context,
     Direction,
@@ -28,6 +28,7 @@ __all__ = [
     "SGD",
     "Adafactor",
     "Adam",
+    "CondaAdam",
     "Context",
     "Direction",
     "FoldedAdam",
