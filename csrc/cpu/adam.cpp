@@ -90,9 +90,11 @@ INLINE void unfold(float*& x, float*& spare, int blocks, int64_t fold) {
   }
 }
 
-// A tile of n elements, which begins with a block; all but the last block of a row are whole.
-INLINE void folded_tile(const FoldedAdamArgs& args, int64_t at, int64_t block, int n) {
-  float g_buffer[TILE], w_buffer[TILE], direction[TILE], memory[6][TILE];
+// A tile of n elements, which begins with a block; all but the last block of a row are whole. `memory` is nine arrays, `apart`.
+INLINE void folded_tile(const FoldedAdamArgs& args, int64_t at, int64_t block, int n, float* memory, int64_t apart) {
+  float *g_buffer = memory, *w_buffer = memory + apart, *direction = memory + 2 * apart;
+  float *mean = memory + 3 * apart, *square = memory + 4 * apart, *moment = memory + 5 * apart;
+  float *spare = memory + 6 * apart, *spare_square = memory + 7 * apart, *spare_moment = memory + 8 * apart;
   const int64_t fold = args.fold;
   const int blocks = int(pieces(n, fold)), whole = int(blocks * fold);
   const Adam a = args.adam;
@@ -105,7 +107,6 @@ INLINE void folded_tile(const FoldedAdamArgs& args, int64_t at, int64_t block, i
     for (int j = n; j < whole; ++j) g_buffer[j] = 0.0f;
     g = g_buffer;
   }
-  float *mean = memory[0], *square = memory[1], *moment = memory[2], *spare = memory[3], *spare_square = memory[4];
   EACH(j, whole) {
     mean[j] = g[j];
     square[j] = g[j] * g[j];
@@ -128,7 +129,6 @@ INLINE void folded_tile(const FoldedAdamArgs& args, int64_t at, int64_t block, i
     moment[j] = m[j] = lerp(m[j], mean[j]);
     square[j] = v[j] = v[j] * a.beta2 + a.weight2 * (square[j] * share);
   }
-  float* spare_moment = memory[5];
   unfold(mean, spare, blocks, fold);
   unfold(square, spare_square, blocks, fold);
   unfold(moment, spare_moment, blocks, fold);
@@ -143,11 +143,13 @@ INLINE void folded_tile(const FoldedAdamArgs& args, int64_t at, int64_t block, i
 
 void folded_adam(const FoldedAdamArgs& args, int64_t first, int64_t last) {
   const int64_t per_row = pieces(args.cols, TILE), blocks = pieces(args.cols, args.fold);
-  const int64_t width = args.fold > USUAL ? args.fold : USUAL;  // so that all arrays are in the first-level cache
+  // Arrays that stay in the first-level cache, and begin in different sets of it.
+  const int64_t width = args.fold > USUAL ? args.fold : USUAL, apart = width + 16;
+  alignas(64) float memory[9 * (TILE + 16)];
   for (int64_t index = first; index < last; ++index) {
     const int64_t row = index / per_row, begin = index % per_row * TILE, end = begin + smaller(TILE, args.cols - begin);
     for (int64_t col = begin; col < end; col += width) {
-      folded_tile(args, row * args.cols + col, row * blocks + col / args.fold, smaller(width, end - col));
+      folded_tile(args, row * args.cols + col, row * blocks + col / args.fold, smaller(width, end - col), memory, apart);
     }
   }
 }
