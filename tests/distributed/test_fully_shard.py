@@ -131,7 +131,7 @@ VARIANTS = [
         {"projector": "grassmann_tracking", "proj_type": "left", "on_refresh": "rotate"},
         {"projector": "momentum_svd", "proj_type": "left", "on_refresh": "rotate"},
     )
-]
+] + [("conda", {"rank": 1.0}), ("conda", {"rank": 1.0, "proj_type": "left"})]
 
 
 def test_every_public_optimizer_is_in_the_matrix():
