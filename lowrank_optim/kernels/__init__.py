@@ -46,12 +46,20 @@ from lowrank_optim.kernels.dispatch import (
     run_many,
 )
 from lowrank_optim.kernels.folded_reference import fold_means
-from lowrank_optim.kernels.host import as_python, check_no_class, cpu_tensor, no_autograd_no_autocast, outside_graph
+from lowrank_optim.kernels.host import (
+    PlainModes,
+    as_python,
+    check_no_class,
+    cpu_tensor,
+    no_autograd_no_autocast,
+    outside_graph,
+)
 from lowrank_optim.kernels.reference import ResidualTerm, decay_, stochastic_round
 
 __all__ = [
     "AdamNumbers",
     "Loaded",
+    "PlainModes",
     "ResidualTerm",
     "Unavailable",
     "adam_dense_call",

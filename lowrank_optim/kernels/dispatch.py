@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def _ways(name: str, device: str, chosen: Any) -> tuple[Kernel, ...]:
 
 def _changed(tensors: Iterable[Tensor]) -> None:
     """Tell autograd: a tensor that was saved for a backward pass must not be used with other values."""
-    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+    increment_version(list(filterfalse(Tensor.is_inference, tensors)))
 
 
 def is_watched() -> bool:

@@ -107,7 +107,7 @@ class FoldedAdam(Adam):
         matrix = torch.zeros_like(grad, memory_format=torch.contiguous_format)
         fused = self.fused_dense(matrix, grad, state, options, context)
         write = {"alpha": -1.0, "keep": 1.0, "ok": context.ok, "rounding_key": None}
-        kernels.run_many(fused.op, [fused.call(write)])
+        kernels.call(fused.op, *fused.call(write))
         return Direction(matrix)
 
     def fused_dense(
