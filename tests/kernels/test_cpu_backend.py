@@ -121,7 +121,7 @@ LARGE = [
     case("adam_direct_", made.adam_direct, (301, 400)),
     case("adam_dense_", made.adam_dense, (301, 400), BF16, BF16, rounding=True),
     case("folded_adam_dense_", made.folded_adam_dense, (301, 402), BF16, BF16, rounding=True),
-    case("folded_adam_dense_", made.folded_adam_dense, (301, 400), fold=8),
+    case("folded_adam_dense_", made.folded_adam_dense, (301, 400), fold=32),
     case("lion_direct_", made.lion_direct, (301, 400)),
     case("sgd_direct_", made.sgd_direct, (301, 400)),
     case("rmsprop_direct_", made.rmsprop_direct, (301, 400)),
