@@ -112,7 +112,9 @@ INLINE void folded_group(const f32* g, f32* m_at, f32* v_at, f32* to, const Fold
   how.moments(sums[0], squares[0], mean, m, v);
   all.store(m_at, m);
   all.store(v_at, v);
-  (how.weights(to + K * LANES, x[K], repeated<FOLD, K>(mean, Lanes{}), repeated<FOLD, K>(m, Lanes{}), repeated<FOLD, K>(v, Lanes{}), all), ...);
+  (how.weights(to + K * LANES, x[K], repeated<FOLD, K>(mean, Lanes{}), repeated<FOLD, K>(m, Lanes{}),
+               repeated<FOLD, K>(v, Lanes{}), all),
+   ...);
 }
 
 // n elements in blocks of FOLD, of which the last may be cut off: what is missing counts as zeros.
