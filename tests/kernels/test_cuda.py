@@ -31,8 +31,9 @@ def library(tmp_path_factory) -> Library:
     return open_library(str(build_for_host(tmp_path_factory.mktemp("cuda"), flags=("-Werror",))))
 
 
-LEFT = {"project", "project_with_norms", "apply_", "folded_adam_dense_"}
-"""Left to the definitions: products, which call cuBLAS, and folded moments."""
+SPARSE = {"sltrain_forward", "sltrain_backward_input", "sampled_product"}
+LEFT = {"project", "project_with_norms", "apply_", *SPARSE, "folded_adam_dense_"}
+"""Left to the definitions: products, which call cuBLAS, sparse ones, and folded moments."""
 
 
 def test_the_library_does_every_operation_but_those_left_to_definitions(library):
