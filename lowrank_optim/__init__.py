@@ -12,6 +12,7 @@ from lowrank_optim.groups.layers import layer_groups
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.in_backward import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import (
+    FULL_RANK_METHODS,
     LAYERWISE_METHODS,
     METHODS,
     AliceAdamW,
@@ -19,7 +20,9 @@ from lowrank_optim.optimizers import (
     APOLLOAdamW,
     APOLLOMiniAdamW,
     BAdamW,
+    CondaAdamW,
     FiraAdamW,
+    FOAMAdamW,
     FrugalAdamW,
     FrugalLion,
     FrugalSGD,
@@ -37,11 +40,23 @@ from lowrank_optim.optimizers import (
     RiemannianAdamW,
     SCALEOptimizer,
     SinkGDAdamW,
+    SubTrackAdamW,
     SUMOAdamW,
     by_name,
     state_bytes,
 )
-from lowrank_optim.projectors import DCT, SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
+from lowrank_optim.projectors import (
+    DCT,
+    SVD,
+    Blocks,
+    Coordinate,
+    GrassmannTracking,
+    MomentumSVD,
+    PowerIteration,
+    Projector,
+    Random,
+    RandomizedSVD,
+)
 from lowrank_optim.projectors.base import Basis, GradientTerm, Refresh, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
 from lowrank_optim.projectors.stored_projector import StoredProjector
@@ -56,6 +71,7 @@ from lowrank_optim.rules import (
     Adam,
     Context,
     Direction,
+    FoldedAdam,
     JointRule,
     Lion,
     MomentumRule,
@@ -72,6 +88,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DCT",
+    "FULL_RANK_METHODS",
     "LAYERWISE_METHODS",
     "METHODS",
     "SAGE",
@@ -87,12 +104,15 @@ __all__ = [
     "Basis",
     "Blocks",
     "ComplementScaled",
+    "CondaAdamW",
     "Context",
     "Coordinate",
     "DenseBasis",
     "Direction",
     "ErrorFeedback",
+    "FOAMAdamW",
     "FiraAdamW",
+    "FoldedAdam",
     "FrugalAdamW",
     "FrugalLion",
     "FrugalSGD",
@@ -101,6 +121,7 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GradientScaled",
     "GradientTerm",
+    "GrassmannTracking",
     "JointRule",
     "LDAdamW",
     "LISAAdamW",
@@ -111,6 +132,7 @@ __all__ = [
     "LowRankOptimizer",
     "MemoryPlan",
     "MomentumRule",
+    "MomentumSVD",
     "Muon",
     "MuonAdamW",
     "NoResidual",
@@ -137,6 +159,7 @@ __all__ = [
     "Sinkhorn",
     "StepParams",
     "StoredProjector",
+    "SubTrackAdamW",
     "SubspaceSpec",
     "Update",
     "UpdateInBackward",

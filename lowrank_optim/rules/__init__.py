@@ -1,7 +1,7 @@
 """Update rules on one matrix, small or full."""
 
 from lowrank_optim.rules.adafactor import Adafactor
-from lowrank_optim.rules.adam import Adam, TorchAdam
+from lowrank_optim.rules.adam import Adam, CondaAdam, TorchAdam
 from lowrank_optim.rules.altlora import AlternatingLoRA
 from lowrank_optim.rules.base import (
     Context,
@@ -13,6 +13,7 @@ from lowrank_optim.rules.base import (
     Transport,
     masked_direction,
 )
+from lowrank_optim.rules.folded_adam import FoldedAdam
 from lowrank_optim.rules.joint import JointRule, Unit, masked_directions, soft_threshold_
 from lowrank_optim.rules.lion import Lion
 from lowrank_optim.rules.lora_pro import LoRAPro
@@ -34,8 +35,10 @@ __all__ = [
     "Adam",
     "AdamPair",
     "AlternatingLoRA",
+    "CondaAdam",
     "Context",
     "Direction",
+    "FoldedAdam",
     "FusedDense",
     "FusedDirection",
     "JointRule",

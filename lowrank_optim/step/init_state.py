@@ -54,7 +54,7 @@ def init_moments(
     group: Mapping[str, Any], plan: ParamPlan, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """The rule's state for the subspace that `state` describes, as it is stored, all zero; `dtype` is the parameter's."""
-    shape, dtype = plan.moment_shape(state), kernels.compute_dtype(dtype)
+    shape, dtype = plan.gradient_shape(state), kernels.compute_dtype(dtype)
     if isinstance(plan.rule, JointRule):
         options = plan.rule.unit_options(group, plan.position // plan.rule.arity)
         made = plan.rule.init_joint(plan.unit_shapes, options, dtype, device)

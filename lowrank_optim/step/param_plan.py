@@ -57,6 +57,7 @@ class ParamPlan:
     named: whether its name is its own, and not made of positions.
     unit: the parameters that a joint rule steps together, this one among them; empty for other rules.
     unit_shapes: of what this process holds of each of them, as the rule sees them.
+    folded: the shape of its moments on all processes, where that is not the gradient's (`Rule.moment_shape`).
     sum_dtype: the type that sums of the subspace are carried out in, where that is not the compute type (`exact_sums`).
     """
 
@@ -77,6 +78,7 @@ class ParamPlan:
     unit: tuple[Tensor, ...] = ()
     unit_shapes: tuple[tuple[int, ...], ...] = ()
     sum_dtype: torch.dtype | None = None
+    folded: tuple[int, ...] | None = None
 
     @property
     def side(self) -> str | None:
@@ -121,9 +123,14 @@ class ParamPlan:
         return self.space is not None or self.rule.on_matrices
 
     def whole_moment_shape(self, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
-        """The shape of the gradient that the rule sees, on all processes together: now, or, without a state, at its largest."""
+        """The shape of the moments on all processes together: now, or, without a state, at its largest."""
         if self.space is not None:
             return self.projector.reduced_shape(self.space, state)
+        return self.folded or self._dense_shape
+
+    @property
+    def _dense_shape(self) -> tuple[int, ...]:
+        """The shape of the whole gradient that the rule sees, if it is not projected."""
         return (matrix_shape(self.shape, self.layout) or self.shape) if self.rule.on_matrices else self.shape
 
     @cached_property
@@ -134,8 +141,15 @@ class ParamPlan:
         return math.prod(batch) * max(lines, self.space.rows, self.space.cols) * cols
 
     def moment_shape(self, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
-        """The shape of the part of it that this process holds."""
+        """The shape of the part of them that this process holds."""
         return self.sharding.moment_shape(self.whole_moment_shape(state))
+
+    def gradient_shape(self, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
+        """The shape of the gradient of which they are the moments."""
+        if self.folded is None:
+            return self.moment_shape(state)
+        whole = self._dense_shape
+        return whole if self.sharding.whole else self.sharding.matrix.local_shape(whole)
 
     def is_coded(self, bits: int) -> bool:
         """Whether the moments are stored in few bits; decided from the global shape only."""
@@ -202,13 +216,20 @@ def plan_group(
         ):  # density 0: no subspace of any kind
             own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
         rule = parts.rule_for(shape)
-        sharding = make_sharding(param, space, own, group, rule)
+        if space is not None and not rule.in_subspaces:
+            raise ValueError(
+                f"parameter {name} {tuple(param.shape)} is in a group with rank={group['rank']!r}, density={group['density']!r}, and "
+                f"the rule {rule.name!r} works on whole gradients only: leave rank and density out, or give the group another rule"
+            )
+        folded = None if shape is None or space is not None else rule.moment_shape(shape, group)
+        folded = folded if folded != shape else None
+        sharding = make_sharding(param, space, own, group, rule, folded)
         space = None if space is None else replace(space, sharding=sharding)
         plan = ParamPlan(name, index, group["layout"], space, rule, own, parts.residual, param.device, param.dtype)
         plan = replace(
             plan, shape=tuple(param.shape), sharding=sharding, group=number, sum_dtype=wide, position=position
         )
-        plan = replace(plan, named=given is not None)
+        plan = replace(plan, named=given is not None, folded=folded)
         check_sharding(plan, param, group)
         if rule.on_matrices:
             check_matrix(plan, shape, group)
@@ -227,17 +248,22 @@ def name_key(name: str) -> int:
 
 
 def make_sharding(
-    param: Tensor, space: SubspaceSpec | None, projector: Projector, group: Mapping[str, Any], rule: Rule
+    param: Tensor,
+    space: SubspaceSpec | None,
+    projector: Projector,
+    group: Mapping[str, Any],
+    rule: Rule,
+    folded: tuple[int, ...] | None = None,
 ) -> ParamSharding:
-    """Where the parts of a sharded parameter and of its state lie."""
+    """Where the parts of a sharded parameter and of its state lie; `folded` as in the plan."""
     if not is_sharded(param):
         return LOCAL
     bits = group["state_bits"]
     if space is None:
-        coded = bits in (8, 4) and is_coded(bits, param.numel())
+        coded = bits in (8, 4) and is_coded(bits, math.prod(folded or param.shape))
         shape = matrix_shape(param.shape, group["layout"]) if rule.on_matrices else None
         matrix = None if shape is None else matrix_sharding(param, group["layout"], shape)
-        return replace(dense_param_sharding(param, coded, matrix), param=dense_sharding(param))
+        return replace(dense_param_sharding(param, coded, matrix, folded), param=dense_sharding(param))
     reduced = projector.reduced_shape(space)
     coded = bits in (8, 4) and is_coded(bits, torch.Size(reduced).numel())
     matrix = matrix_sharding(param, group["layout"], space.shape)

@@ -128,6 +128,7 @@ class ParamStep:
         if "col_scale" not in self.state or not scale_is_due(int(self.state["step"]) - since):
             return
         share, spread = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
+        grad = self.plan.rule.moment_gradient(grad, self.group)
         rows = spread.sum(moments.row_sums(grad, share), -1)
         columns = spread.sum(moments.column_sums(grad, share, rows), -2)
         moments.rescale_(columns, int(self.state["step"]), ok)

@@ -65,7 +65,7 @@ def _same_kind(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> bool:
 
 def _moment_names(step: ParamStep) -> list[str]:
     """The tensors of the rule."""
-    shape = step.plan.moment_shape(step.state)
+    shape = step.plan.gradient_shape(step.state)
     return list(step.plan.rule.init(shape, step.group, torch.float32, torch.device("meta")))
 
 
