@@ -335,7 +335,7 @@ class UpdateInBackward:
         for param, plan in _parameters(optimizer):
             if param.grad is not None and self._waits(plan):
                 self.restart()
-                check_unit(plan, optimizer.plans)
+                check_unit(plan, optimizer.plans, optimizer.param_groups[plan.group], optimizer.state)
             elif param.grad is not None and plan.place in self._done:
                 raise RuntimeError(
                     f"{plan.name} was updated in backward, but has a gradient again. DistributedDataParallel puts one there after "

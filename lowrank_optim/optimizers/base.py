@@ -5,8 +5,6 @@ each param group. How one parameter is stepped stands in `lowrank_optim.step`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
-from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +28,7 @@ from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Step, alone, together
 from lowrank_optim.step.entrance import check_members, enter, settle_gradient
 from lowrank_optim.step.init_state import init_state
-from lowrank_optim.step.joint import check_start, check_trainable, check_unit, is_last_of_unit, joint_step
+from lowrank_optim.step.joint import check_trainable, check_unit, is_last_of_unit, joint_step
 from lowrank_optim.step.nonfinite import SkippedUpdates, first_norms
 from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.param_step import open_moments
@@ -190,7 +188,7 @@ class LowRankOptimizer(Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         with kernels.PlainModes():
             self.plans.check_structure(self.param_groups)
-            self._enter(list(chain.from_iterable(map(itemgetter("params"), self.param_groups))))
+            self._enter([param for group in self.param_groups for param in group["params"]])
             if self._in_backward is not None:
                 self._in_backward.finish_step()
             else:
@@ -222,7 +220,7 @@ class LowRankOptimizer(Optimizer):
         norms = first_norms(self.param_groups, self.plans)
         for param, plan in self.plans.items():
             if plan.unit and plan.unit[0] is param:
-                self._check_unit(plan)
+                check_unit(plan, self.plans, self.param_groups[plan.group], self.state)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None or not self._admits(param, group):
@@ -233,19 +231,10 @@ class LowRankOptimizer(Optimizer):
                 elif is_last_of_unit(param, plan):
                     yield joint_step(self._members(plan), [norms.get(member) for member in plan.unit])
 
-    def _check_unit(self, plan: ParamPlan) -> None:
-        """Raise where parameters that are stepped together cannot take this step; nothing has changed."""
-        check_unit(plan, self.plans)
-        group = self.param_groups[plan.group]
-        if group["l1"] and not any(int(state["step"]) for p in plan.unit if (state := self.state.get(p))):
-            check_start(plan, self.plans, group)
-
     def _members(self, plan: ParamPlan) -> list[TrainedParam]:
         """The parameters that are stepped together; those without a gradient have no state here."""
-        group = self.param_groups[plan.group]
-        return [
-            self.trained(param, (group, self.plans[param], {}) if param.grad is None else None) for param in plan.unit
-        ]
+        group, plans = self.param_groups[plan.group], self.plans
+        return [self.trained(p, (group, plans[p], {}) if p.grad is None else None) for p in plan.unit]
 
     @kernels.no_autograd_no_autocast
     def step_param(self, param: Tensor, norm: Tensor | None = None) -> None:
@@ -258,10 +247,8 @@ class LowRankOptimizer(Optimizer):
         if param.grad is None or not self._admits(param, self.param_groups[plan.group]):
             return
         if plan.unit:
-            self._check_unit(plan)
-            alone(joint_step(self._members(plan)))
-        else:
-            alone(self.trained(param).begin(norm))
+            check_unit(plan, self.plans, self.param_groups[plan.group], self.state)
+        alone(joint_step(self._members(plan)) if plan.unit else self.trained(param).begin(norm))
 
     def trained(
         self, param: Tensor, changed: tuple[Mapping[str, Any], ParamPlan, dict[str, Tensor]] | None = None
@@ -271,9 +258,8 @@ class LowRankOptimizer(Optimizer):
         `changed`: group, plan and state in place of those that it has.
         """
         if changed is None:
-            plan = self.plans[param]
+            plan, state = self.plans[param], self.state.get(param, {})
             group: Mapping[str, Any] = self.param_groups[plan.group]
-            state: dict[str, Tensor] = self.state.get(param, {})
             if not state:
                 self.state[param] = state = init_state(param, group, plan)
         else:

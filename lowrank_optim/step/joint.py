@@ -55,8 +55,15 @@ def check_trainable(plans: Mapping[Tensor, ParamPlan]) -> None:
             )
 
 
-def check_unit(plan: ParamPlan, plans: Mapping[Tensor, ParamPlan]) -> None:
-    """Raise RuntimeError where some parameters that are stepped together have a gradient and others have none."""
+def check_unit(
+    plan: ParamPlan, plans: Mapping[Tensor, ParamPlan], group: Mapping[str, Any], states: Mapping[Any, Any]
+) -> None:
+    """Raise where parameters that are stepped together cannot take this step; nothing has changed.
+
+    Raises:
+        RuntimeError: some have a gradient and others have none.
+        ValueError: their first step would leave nothing of them (option `l1`).
+    """
     trained = [param for param in plan.unit if param.requires_grad]
     without = [plans[param].name for param in trained if param.grad is None]
     if without and len(without) < len(trained):
@@ -64,13 +71,10 @@ def check_unit(plan: ParamPlan, plans: Mapping[Tensor, ParamPlan]) -> None:
             f"{type(plan.rule).__name__} steps {', '.join(plans[param].name for param in plan.unit)} together, but "
             f"{', '.join(without)} got no gradient, so that none of them was changed. All of them have to take part in the loss"
         )
-
-
-def check_start(plan: ParamPlan, plans: Mapping[Tensor, ParamPlan], group: Mapping[str, Any]) -> None:
-    """Raise ValueError where the option `l1` would leave nothing of parameters that are stepped together for the first time."""
-    assert isinstance(plan.rule, JointRule)
-    options = plan.rule.unit_options(group, plan.position // plan.rule.arity)
-    plan.rule.check_start([plans[param].name for param in plan.unit], plan.unit, options)
+    if group["l1"] and not any(int(state["step"]) for p in plan.unit if (state := states.get(p))):
+        assert isinstance(plan.rule, JointRule)
+        options = plan.rule.unit_options(group, plan.position // plan.rule.arity)
+        plan.rule.check_start([plans[param].name for param in plan.unit], plan.unit, options)
 
 
 def is_last_of_unit(param: Tensor, plan: ParamPlan) -> bool:
