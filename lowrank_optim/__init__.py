@@ -33,6 +33,7 @@ from lowrank_optim.optimizers import (
     SinkGDAdamW,
     SUMOAdamW,
     by_name,
+    full_precision,
     state_bytes,
 )
 from lowrank_optim.projectors import DCT, SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
@@ -134,6 +135,7 @@ __all__ = [
     "describe",
     "describe_layers",
     "distributed",
+    "full_precision",
     "layer_groups",
     "nn",
     "param_groups",

@@ -12,6 +12,7 @@ from lowrank_optim.kernels.api import (
     apply_,
     apply_call,
     apply_dense_,
+    errors,
     lion_direct_,
     no_factors,
     project,
@@ -45,13 +46,15 @@ from lowrank_optim.kernels.dispatch import (
     run_many,
 )
 from lowrank_optim.kernels.host import as_python, check_no_class, cpu_tensor, no_autograd_no_autocast, outside_graph
-from lowrank_optim.kernels.reference import ResidualTerm, decay_, stochastic_round
+from lowrank_optim.kernels.reference import ResidualTerm, decay_
+from lowrank_optim.kernels.rounding import WeightError, joined, stochastic_round
 
 __all__ = [
     "AdamNumbers",
     "Loaded",
     "ResidualTerm",
     "Unavailable",
+    "WeightError",
     "adam_dense_call",
     "adam_direct_",
     "adam_direct_call",
@@ -70,8 +73,10 @@ __all__ = [
     "decode_adam",
     "definition",
     "encode_adam",
+    "errors",
     "is_known",
     "is_watched",
+    "joined",
     "line_sums",
     "lion_direct_",
     "masked_scalar",

@@ -100,7 +100,7 @@ def _dispatcher(name: str) -> Kernel:
             result = run(*args)
             if result is not NotImplemented:
                 if written:
-                    _changed(map(args.__getitem__, written))
+                    _changed(args[i] for i in written if i < len(args))
                 return result
         return define(*args)
 
@@ -113,9 +113,9 @@ def _ways(name: str, device: str, chosen: Any) -> tuple[Kernel, ...]:
     return tuple(backend.operations[name] for backend in _chain(device, chosen) if name in backend.operations)
 
 
-def _changed(tensors: Iterable[Tensor]) -> None:
+def _changed(tensors: Iterable[Tensor | None]) -> None:
     """Tell autograd: a tensor that was saved for a backward pass must not be used with other values."""
-    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+    increment_version([tensor for tensor in tensors if tensor is not None and not tensor.is_inference()])
 
 
 def is_watched() -> bool:
@@ -171,7 +171,8 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
                     schemas.CHECKS[name](*calls[i])
                 for i, result in zip(same, backend.many[name]([calls[i] for i in same]), strict=True):
                     results[i] = result
-                _changed(calls[i][place] for i in same for place in _WRITTEN[name] if results[i] is not NotImplemented)
+                done = [calls[i] for i in same if results[i] is not NotImplemented]
+                _changed(args[place] for args in done for place in _WRITTEN[name] if place < len(args))
                 same = [i for i in same if results[i] is NotImplemented]
         for i in same:
             results[i] = call(name, *calls[i])

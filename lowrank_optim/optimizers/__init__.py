@@ -8,6 +8,7 @@ from lowrank_optim.optimizers.badam import BAdamW
 from lowrank_optim.optimizers.base import LowRankOptimizer
 from lowrank_optim.optimizers.fira import FiraAdamW
 from lowrank_optim.optimizers.frugal import FrugalAdamW, FrugalLion, FrugalSGD
+from lowrank_optim.optimizers.full_precision import full_precision
 from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optimizers.ldadam import LDAdamW
 from lowrank_optim.optimizers.lisa import LISAAdamW
@@ -39,6 +40,7 @@ __all__ = [
     "SUMOAdamW",
     "SinkGDAdamW",
     "by_name",
+    "full_precision",
     "state_bytes",
 ]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from lowrank_optim import kernels
 from lowrank_optim.rules import JointRule, masked_direction, masked_directions
 from lowrank_optim.step.batching import Launch, Step
+from lowrank_optim.step.caution import cautiously_, is_cautious
 from lowrank_optim.step.param_step import ParamStep
 
 
@@ -50,12 +52,18 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
             )
         for member, direction in zip(members, directions, strict=True):
             write = member.write(direction, 1.0, ok)
-            kernels.apply_dense_(member.weight, direction.matrix, start=0, **vars(write))
+            if is_cautious(group):
+                cautiously_(member.weight, direction.matrix, member.local_grad(), write, group, member.plan.sharding.matrix)
+            else:
+                kernels.apply_dense_(member.weight, direction.matrix, start=0, **vars(write))
     yield from ()
 
 
 def _dense(step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = False) -> Step:
-    """One operation where the rule has one; else in chunks where it can: no working copy is as large as an embedding."""
+    """One operation where the rule has one; else in chunks where it can: no working copy is as large as an embedding.
+
+    Cautious updates are neither: they are made as a whole, and looked at, before they are applied.
+    """
     rule, group = step.plan.rule, step.group
     ok = step.finite(grad if norm is None else norm)
     step.state["step"] += 1
@@ -63,8 +71,9 @@ def _dense(step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = Fa
         return
     step.fit_columns(grad, 0, ok)
     context = step.context(step.weight, ok, dense=True)
-    weight = step.matrix_weight
-    fused = rule.fused_dense(weight, grad, step.moments, group, context)
+    weight, error, cautious = step.matrix_weight, step.error, is_cautious(group)
+    alone = cautious or (error is not None and not (weight.is_contiguous() and error.is_contiguous()))
+    fused = None if alone else rule.fused_dense(weight, grad, step.moments, group, context)
     if fused is not None:
         # Copies must not wait with others: together they could be as large as the model.
         elements = grad.numel() if copied or fused.after is not None or step.plan.is_matrix else 0
@@ -75,9 +84,13 @@ def _dense(step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = Fa
             fused.after()
         return
     dtype = kernels.compute_dtype(step.param.dtype)
-    for weight, part, moments, start in step.dense_parts(grad, rule.elementwise):
+    for weight, part, moments, place in step.dense_parts(grad, rule.elementwise and not cautious):
         part = part.to(dtype) if ok is None else torch.where(ok, part.to(dtype), 0.0)
         direction = masked_direction(rule, part, moments, group, context.at(weight))
-        kernels.apply_dense_(weight, direction.matrix, start=start, **vars(step.write(direction, 1.0, ok)))
+        write = replace(step.write(direction, 1.0, ok), error=place.error)
+        if cautious:
+            cautiously_(weight, direction.matrix, grad, write, group, step.plan.sharding.matrix)
+        else:
+            kernels.apply_dense_(weight, direction.matrix, start=place.start, **vars(write))
         if step.plan.is_matrix:
             step.put_back(weight)
