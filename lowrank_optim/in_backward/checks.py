@@ -65,11 +65,11 @@ def check_plans(optimizer: LowRankOptimizer, plans: Mapping[Tensor, ParamPlan], 
 
 
 def check_cautious(groups: Iterable[Mapping[str, Any]], accumulate: int) -> None:
-    """Raise ValueError for cautious groups of which only the part of a gradient in the subspace would be kept."""
+    """Raise ValueError for cautious groups that keep only the part of a gradient in the subspace."""
     if accumulate > 1 and any(group["cautious"] and is_low_rank(group) for group in groups):
         raise ValueError(
-            f"accumulate is {accumulate}, but cautious=True compares updates with the whole gradient of a step, of which only the part "
-            "in the subspace would be kept: use accumulate=1 with a larger batch, cautious=False, or ordinary stepping"
+            f"accumulate is {accumulate}, but cautious=True compares updates with the whole gradient of a step, of which low-rank "
+            "groups keep only the part in the subspace: use accumulate=1 with a larger batch, cautious=False, or ordinary stepping"
         )
 
 

@@ -92,7 +92,9 @@ def check_error(
 ) -> None:
     """What is kept beside bfloat16 weights (`rounding.WeightError`)."""
     if error is None or weight.dtype != torch.bfloat16 or rounding is not None:
-        refuse(op, f"error is for bfloat16 weights without rounding, error_low only beside it; weight is {said(weight)}")
+        refuse(
+            op, f"error is for bfloat16 weights without rounding, error_low only beside it; weight is {said(weight)}"
+        )
     for name, tensor, kind in (("error", error, torch.int8), ("error_low", error_low, torch.uint8)):
         if tensor is not None and (tensor.dtype != kind or tensor.shape != weight.shape):
             refuse(op, f"{name} is {said(tensor)}; needed: {tuple(weight.shape)} {kind}, the weight's shape")

@@ -272,5 +272,5 @@ def coded_adam_dense_(
                 ok=ok,
                 rounding_key=rounding_key,
                 start=first + element,
-                error=rest and rest.at(slice(element, element + w.numel())).map(lambda part, w=w: part.view(w.shape)),
+                error=rest and rest.part(element, w),
             )

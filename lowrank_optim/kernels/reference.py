@@ -12,19 +12,17 @@ Arithmetic is float32 (float64 for float64 parameters) whatever the storage type
 rows, so no operation allocates a float32 copy of a whole large matrix.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.arguments import adam_numbers, unpack_key
-from lowrank_optim.kernels.compute import cache_elements, compute_dtype, masked_scalar, row_chunks, row_norms
+from lowrank_optim.kernels.compute import compute_dtype, masked_scalar, row_chunks, row_norms
 from lowrank_optim.kernels.counter_rng import fill_gaussian_, unsigned_key
 from lowrank_optim.kernels.dispatch import call, definition
-from lowrank_optim.kernels.rounding import WeightError, joined, split_, store_, weight_error
+from lowrank_optim.kernels.rounding import WeightError, in_float32, joined, split_, store_, weight_error
 
 
 @cache
@@ -226,37 +224,6 @@ def apply_(
                 updated.addcmul_(value, scale, value=-alpha)
             if w.dtype != a.dtype:
                 store_(w[chunk], updated, key, start + i * w.numel() + chunk.start * cols)
-
-
-def in_float32(
-    apply: Callable[..., Any],
-    load: Callable[[Tensor, WeightError], Tensor],
-    store: Callable[[Tensor, WeightError, Tensor], None],
-    weight: Tensor,
-    error: WeightError,
-    factors: tuple[Tensor, Tensor],
-    how: tuple[Any, ...],
-    residual: tuple[Any, ...],
-) -> None:
-    """`apply_` on bfloat16 weights with their errors: `apply` on the float32 weights that they stand for, some rows at a time.
-
-    `load` and `store` are `joined` and `split_`, or do the same.
-    """
-    grad, phi, subtract_left, subtract_right, sign = residual
-    rows, cols = weight.shape[-2:]
-
-    def matrices(tensor: Tensor | None) -> list[Any]:
-        return [tensor] if tensor is None or tensor.dim() == 2 else list(tensor)
-
-    stacks = [weight, *error, *factors, grad, phi, subtract_left, subtract_right]
-    count = len(matrices(weight))
-    for w, high, low, a, b, g, scale, c, d in zip(*(matrices(t) * (count if t is None else 1) for t in stacks), strict=True):
-        for chunk in row_chunks(rows, cols, cache_elements(w.device)):
-            own = WeightError(high, low).at(chunk)
-            value = load(w[chunk], own)
-            lines = [t if t is None or t.shape[0] == 1 else t[chunk] for t in (g, scale, c)]
-            apply(value, a[chunk], b, *how, *lines, d, sign)
-            store(w[chunk], own, value)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@
     bits(W) = bits(w)·2¹⁶ + high·2⁸ + low        high in [−128, 127], low in [0, 255]
 
 where w is the nearest bfloat16, ties away from zero (to even, the sum could be 2¹⁵, which the two bytes do not hold). The sum runs
-across exponents; signs are apart. With both bytes W comes back to the bit. With `high` alone, W is rounded to a multiple of 2⁸ first, to nearest and
-ties to even: 16 bits of the fraction of W, the leading one included, so that |error| ≤ 2⁻¹⁶|W| where W is a normal number.
+across exponents; signs are apart. With both bytes W comes back to the bit. With `high` alone, W is rounded to a multiple of 2⁸ first,
+to nearest and ties to even: that is 16 bits of the fraction of W, the leading one included, so that the error is at most 2⁻¹⁶|W|
+where W is a normal number.
 
 Two tensors of bytes, and not one of 16 bits: neither gloo nor NCCL sends those.
 """
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.kernels.compute import cache_elements, row_chunks
 from lowrank_optim.kernels.counter_rng import random_bits
 
 NOT_A_NUMBER = 0x7FC00000
@@ -35,6 +37,10 @@ class WeightError(NamedTuple):
     def at(self, place: Any) -> "WeightError":
         """Those of some rows, or of some elements of flat weights."""
         return self.map(lambda part: part[place])
+
+    def part(self, first: int, like: Tensor) -> "WeightError":
+        """Of flat errors, those from element `first` on, in the shape of `like`."""
+        return self.map(lambda error: error[first : first + like.numel()].view(like.shape))
 
     def is_contiguous(self) -> bool:
         """Whether both tensors are."""
@@ -80,6 +86,39 @@ def split_(weight: Tensor, error: WeightError, value: Tensor) -> None:
     error.high.copy_(rest >> 8)
     if error.low is not None:
         error.low.copy_(rest & 0xFF)
+
+
+def in_float32(
+    apply: Callable[..., Any],
+    load: Callable[[Tensor, WeightError], Tensor],
+    store: Callable[[Tensor, WeightError, Tensor], None],
+    weight: Tensor,
+    error: WeightError,
+    factors: tuple[Tensor, Tensor],
+    how: tuple[Any, ...],
+    residual: tuple[Any, ...],
+) -> None:
+    """`apply_` on bfloat16 weights with their errors: `apply` on the float32 weights that they stand for, some rows at a time.
+
+    `load` and `store` are `joined` and `split_`, or do the same.
+    """
+    grad, phi, subtract_left, subtract_right, sign = residual
+    rows, cols = weight.shape[-2:]
+
+    def matrices(tensor: Tensor | None) -> list[Any]:
+        return [tensor] if tensor is None or tensor.dim() == 2 else list(tensor)
+
+    stacks = [weight, *error, *factors, grad, phi, subtract_left, subtract_right]
+    count = len(matrices(weight))
+    for w, high, low, a, b, g, scale, c, d in zip(
+        *(matrices(t) * (count if t is None else 1) for t in stacks), strict=True
+    ):
+        for chunk in row_chunks(rows, cols, cache_elements(w.device)):
+            own = WeightError(high, low).at(chunk)
+            value = load(w[chunk], own)
+            lines = [t if t is None or t.shape[0] == 1 else t[chunk] for t in (g, scale, c)]
+            apply(value, a[chunk], b, *how, *lines, d, sign)
+            store(w[chunk], own, value)
 
 
 def store_(

@@ -5,7 +5,10 @@ With the update U (the step is W − αU), the gradient G and the decay λ,
     cautious         U ← U ⊙ φ · d/(nnz(φ) + 1),  φ = 1(U ⊙ G > 0), d elements        (Liang et al., 2024, arXiv:2411.16085)
     cautious_decay   W ← W − η λ 1(U ⊙ W ≥ 0) ⊙ W − α U                               (Chen et al., 2025, arXiv:2510.12402)
 
-(The released code of the first divides by max(nnz(φ)/d, 10⁻³), which is the same but where hardly anything agrees.) Both need the whole update of a parameter before any of it is applied: it is made as a matrix of its own, in the compute type.
+The released code of the first divides by max(nnz(φ)/d, 10⁻³), which is the same but where hardly anything agrees.
+
+Both need the whole update of a parameter before any of it is applied. It is made as a tensor of its own, in the compute type, of one
+parameter at a time: fused operations, which apply an update while it is computed, are not used then.
 """
 
 from collections.abc import Mapping

@@ -53,7 +53,9 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
         for member, direction in zip(members, directions, strict=True):
             write = member.write(direction, 1.0, ok)
             if is_cautious(group):
-                cautiously_(member.weight, direction.matrix, member.local_grad(), write, group, member.plan.sharding.matrix)
+                cautiously_(
+                    member.weight, direction.matrix, member.local_grad(), write, group, member.plan.sharding.matrix
+                )
             else:
                 kernels.apply_dense_(member.weight, direction.matrix, start=0, **vars(write))
     yield from ()

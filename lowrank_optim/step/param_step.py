@@ -205,8 +205,8 @@ class ParamStep:
         weight, first, error = self.matrix_weight, self.plan.sharding.matrix.start, self.error
         moments = {name: tensor for name, tensor in self.moments.items() if tensor.shape == weight.shape}
         parted = elementwise and not hasattr(weight, "codes")  # of a quantised weight, parts would be copies
-        tensors = (weight, grad, *moments.values(), *([] if error is None else [error]))
-        if not parted or not all(tensor.is_contiguous() for tensor in tensors):
+        parted = parted and (error is None or error.is_contiguous())
+        if not parted or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):
             yield weight, grad, self.moments, Place(first, error)
             return
         for chunk in kernels.row_chunks(weight.numel(), 1):

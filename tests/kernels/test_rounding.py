@@ -120,4 +120,6 @@ def test_what_was_split_is_split_alike_again():
 def test_errors_of_other_types_are_refused(weight, high, low, key, message):
     error = WeightError(torch.zeros(4, dtype=high), None if low is None else torch.zeros(4, dtype=low))
     with pytest.raises(ValueError, match=message):
-        kernels.apply_dense_(torch.ones(4, dtype=weight), torch.ones(4), alpha=1.0, keep=1.0, rounding_key=key, error=error)
+        kernels.apply_dense_(
+            torch.ones(4, dtype=weight), torch.ones(4), alpha=1.0, keep=1.0, rounding_key=key, error=error
+        )

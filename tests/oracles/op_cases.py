@@ -128,7 +128,13 @@ def _errors() -> Iterator[Case]:
             for sign, subtract in ((False, False), (True, True)):
                 more = {"phi": phi, "sign": sign, "subtract": subtract, **kept}
                 yield case("apply_", made.apply, (2,), 9, 70, 5, BF16, F32, **more)
-        for batch, rows, cols, rank in [((), 20, 33, 3), ((), 1, 1, 1), ((), 300, 1000, 20), ((), 0, 5, 2), ((), 5, 0, 2)]:
+        for batch, rows, cols, rank in [
+            ((), 20, 33, 3),
+            ((), 1, 1, 1),
+            ((), 300, 1000, 20),
+            ((), 0, 5, 2),
+            ((), 5, 0, 2),
+        ]:
             yield case("apply_", made.apply, batch, rows, cols, rank, BF16, **kept)
 
 

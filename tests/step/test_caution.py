@@ -100,7 +100,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_every_update_is_masked_before_it_is_applied(case, monkeypatch):
-    """What the same optimizer without flags does, for the same state and gradient, with decay and without, are the parts of the step."""
+    """The same optimizer without flags, in the same state, shows U without decay, and with it what decays."""
     monkeypatch.setattr(coded, "MIN_CODED", 1)
     monkeypatch.setattr(lo.LowRankOptimizer, "_mask_on_device", case == "on device")
     options = CASES[case]
@@ -180,7 +180,7 @@ def test_what_cannot_be_cautious_is_refused():
     _, optimizer = build(rank=4, cautious=True)
     with pytest.raises(ValueError, match="accumulate is 2, but cautious=True compares updates with the whole gradient"):
         lo.update_in_backward(optimizer, accumulate=2)
-    param, optimizer = build(rank=4)
+    _, optimizer = build(rank=4)
     handle = lo.update_in_backward(optimizer, accumulate=2)
     with pytest.raises(ValueError, match="accumulate is 2, but cautious=True"):
         optimizer.change_group(0, cautious=True)

@@ -1,4 +1,4 @@
-"""bfloat16 weights with error bits: the steps of float32 weights, by every rule, projector and residual; resuming, layouts, refusals."""
+"""bfloat16 weights with error bits: the steps of float32 weights, by every rule, projector and residual."""
 
 import copy
 import math
@@ -249,7 +249,7 @@ def test_what_cannot_be_is_refused_by_name():
         build(BF16, weight_error_bits=4)
     with pytest.raises(ValueError, match="weight_error_bits is 8 and stochastic_rounding True"):
         build(BF16, weight_error_bits=8, stochastic_rounding=True)
-    with pytest.raises(ValueError, match="parameter w .* is float16; weight_error_bits is for bfloat16"):
+    with pytest.raises(ValueError, match=r"parameter w .* is float16; weight_error_bits is for bfloat16"):
         build(torch.float16, weight_error_bits=8)
     layer = [{"params": [("w", nn.Parameter(draw(0)))], "layer": 0, "rank": None}]
     with pytest.raises(ValueError, match="weight_error_bits is 16 and master_weights True"):

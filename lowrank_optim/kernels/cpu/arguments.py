@@ -19,7 +19,7 @@ NO_WRITE = (1.0, 0.0, *NO_NOISE, *NO_ERROR)
 NO_NUMBERS = (0.0, 0.0, 0.0, 0.0, 0.0)
 NO_NORMS = (0, 0)
 NO_PHI = (0, 0, 0)
-"""Of the structures Rows, Noise, WeightError, StepParams and Adam, of the fields `norms` and `grad_norms`, and of φ and its strides."""
+"""Of the structures Rows, Noise, WeightError, StepParams and Adam, of the fields `norms`, `grad_norms`, and of φ and its strides."""
 
 
 def storable(*tensors: Tensor | None) -> bool:

@@ -44,8 +44,7 @@ from lowrank_optim.kernels.cpu.arguments import (
 from lowrank_optim.kernels.cpu.library import Library
 from lowrank_optim.kernels.cpu.structures import packer
 from lowrank_optim.kernels.dispatch import call
-from lowrank_optim.kernels.reference import in_float32
-from lowrank_optim.kernels.rounding import WeightError
+from lowrank_optim.kernels.rounding import WeightError, in_float32
 
 Declined = Any  # NotImplemented
 
@@ -514,9 +513,7 @@ class Operations:
             target_rows, value_rows = (t.data_ptr(), TYPES[t.dtype], t_stride), (v.data_ptr(), 0, v_stride)
             noise = (on, key, start + first, 0)
             high, low = (at and at + t.storage_offset() - target.storage_offset() for at in errors)
-            self.library.call(
-                "store", pack_store(rows, cols, *target_rows, *value_rows, *noise, high, low, *NO_ERROR)
-            )
+            self.library.call("store", pack_store(rows, cols, *target_rows, *value_rows, *noise, high, low, *NO_ERROR))
         return None
 
     # ------------------------------------------------------------------------------------------------------------------- codes

@@ -126,7 +126,7 @@ def coded_adam_dense_(
     for rows in _rows_of(weight, col_scale, block, weight, grad, ratio, ratio_scale, root, root_scale):
         w, g, *codes = rows.tensors
         direction = _direct(g, codes, rows, step)
-        own = rest and rest.at(slice(rows.first, rows.first + w.numel())).map(lambda part, w=w: part.view(w.shape))
+        own = rest and rest.part(rows.first, w)
         write: dict[str, Any] = {"alpha": alpha, "keep": keep, "ok": step.ok, "rounding_key": key, "error": own}
         write_(w, direction.to(compute.compute_dtype(w.dtype)), start=start + rows.first, **write)
         _encode_(codes, rows, step)
