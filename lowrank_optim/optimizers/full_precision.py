@@ -17,8 +17,8 @@ def full_precision(optimizer: LowRankOptimizer, param: Tensor) -> Tensor:
     number rounded to 16 bits of its fraction, within 2⁻¹⁶ of itself. With `master_weights`, the master. Everything else, float32
     parameters among it, has no more than the parameter itself: a copy of that, in float32 (float64 stays).
 
-    What others have written into a parameter since its last step counts; errors of the old weights are then less than half a unit
-    in the last place of the new ones.
+    A layer that sleeps without state has only its bfloat16 weights. What others have written into a parameter since its last step
+    counts; the errors of the old weights are then less than half a unit in the last place of the new ones.
 
     Args:
         optimizer: of this package.
