@@ -12,7 +12,6 @@ from lowrank_optim.kernels.api import (
     apply_,
     apply_call,
     apply_dense_,
-    errors,
     lion_direct_,
     no_factors,
     project,
@@ -45,13 +44,21 @@ from lowrank_optim.kernels.dispatch import (
     norms,
     run_many,
 )
-from lowrank_optim.kernels.host import as_python, check_no_class, cpu_tensor, no_autograd_no_autocast, outside_graph
+from lowrank_optim.kernels.host import (
+    PlainModes,
+    as_python,
+    check_no_class,
+    cpu_tensor,
+    no_autograd_no_autocast,
+    outside_graph,
+)
 from lowrank_optim.kernels.reference import ResidualTerm, decay_
 from lowrank_optim.kernels.rounding import WeightError, joined, stochastic_round
 
 __all__ = [
     "AdamNumbers",
     "Loaded",
+    "PlainModes",
     "ResidualTerm",
     "Unavailable",
     "WeightError",
@@ -73,7 +80,6 @@ __all__ = [
     "decode_adam",
     "definition",
     "encode_adam",
-    "errors",
     "is_known",
     "is_watched",
     "joined",

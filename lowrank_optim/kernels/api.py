@@ -71,7 +71,8 @@ def adam_dense_call(
 ) -> tuple[Any, ...]:
     """The arguments of the operation `adam_dense_`, for `run_many`."""
     scalars = pack_scalars(adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"])
-    return weight, grad, *moments, scalars, write["ok"], pack_key(write["rounding_key"], start), *errors(write)
+    rounding = pack_key(write["rounding_key"], start)
+    return weight, grad, *moments, scalars, write["ok"], rounding, *(write["error"] or ())
 
 
 def lion_direct_(grad: Tensor, exp_avg: Tensor, *, beta1: float, beta2: float, ok: Tensor | None = None) -> Tensor:
@@ -136,14 +137,8 @@ def apply_call(
         subtract_left,
         subtract_right,
         residual is not None and residual.sign,
-        *errors(write),
+        *(write["error"] or ()),
     )
-
-
-def errors(write: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
-    """The last arguments of an operation on weights, from those of a step: what rounding drops, nothing where it is not kept."""
-    error: WeightError | None = write.get("error")
-    return () if error is None else tuple(error)
 
 
 def no_factors(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ Matrices are (…, rows, cols); `right` says which side of the gradient the basi
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,16 +107,16 @@ def _projection_with_squares(grad: Tensor, basis: Tensor, right: bool) -> tuple[
     return _projection(grad, basis, right), basis.new_empty((*grad.shape[:-2], grad.shape[-2 if right else -1], 1))
 
 
-@operation("project(Tensor grad, Tensor basis, bool right) -> Tensor", _projection)
-def project(grad: Tensor, basis: Tensor, right: bool) -> None:
-    """R = G B (right) or Gᵀ B, in the basis' type."""
-    _check_product("project", grad, basis, right)
+project = operation("project(Tensor grad, Tensor basis, bool right) -> Tensor", _projection)(
+    partial(_check_product, "project")
+)
+"""R = G B (right) or Gᵀ B, in the basis' type."""
 
 
-@operation("project_with_norms(Tensor grad, Tensor basis, bool right) -> (Tensor, Tensor)", _projection_with_squares)
-def project_with_norms(grad: Tensor, basis: Tensor, right: bool) -> None:
-    """R, and the squared norm of every row (right) or column of G, (…, lines, 1)."""
-    _check_product("project_with_norms", grad, basis, right)
+project_with_norms = operation(
+    "project_with_norms(Tensor grad, Tensor basis, bool right) -> (Tensor, Tensor)", _projection_with_squares
+)(partial(_check_product, "project_with_norms"))
+"""R, and the squared norm of every row (right) or column of G, (…, rows or columns, 1)."""
 
 
 @operation(
@@ -251,21 +252,19 @@ def stochastic_round_(
         check_floating(op, (torch.float32,), value=value)
 
 
-def _check_moment(op: str, grad: Tensor, name: str, moment: Tensor) -> None:
-    if moment.device != grad.device:
-        check_same_device(op, grad=grad, **{name: moment})
-    if moment.shape != grad.shape:
-        check_shape(op, name, moment, tuple(grad.shape), "the gradient's shape")
-    if moment.dtype != grad.dtype:
-        refuse(op, f"{name} is {moment.dtype}, grad {grad.dtype}; needed: one type")
-
-
-def _check_direct(op: str, grad: Tensor, scalars: Tensor, like: str, ok: Tensor | None) -> None:
+def _check_direct(op: str, like: str, grad: Tensor, scalars: Tensor, ok: Tensor | None, **moments: Tensor) -> None:
     if grad.dtype not in COMPUTE:
         check_floating(op, COMPUTE, grad=grad)
     if ok is not None:
         check_same_device(op, grad=grad, ok=ok)
     check_step_params(op, like, scalars, ok)
+    for name, moment in moments.items():
+        if moment.device != grad.device:
+            check_same_device(op, grad=grad, **{name: moment})
+        if moment.shape != grad.shape:
+            check_shape(op, name, moment, tuple(grad.shape), "the gradient's shape")
+        if moment.dtype != grad.dtype:
+            refuse(op, f"{name} is {moment.dtype}, grad {grad.dtype}; needed: one type")
 
 
 def _direction(grad: Tensor, *_: Any) -> Tensor:
@@ -284,9 +283,7 @@ def _direction_with_norms(grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor
 def adam_direct_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> None:
     """m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g²; N = (m/bc₁) / (√(v/bc₂) + ε)."""
     op = "adam_direct_"
-    _check_direct(op, grad, scalars, op, ok)
-    _check_moment(op, grad, "exp_avg", exp_avg)
-    _check_moment(op, grad, "exp_avg_sq", exp_avg_sq)
+    _check_direct(op, op, grad, scalars, ok, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
 
 @operation(
@@ -300,17 +297,14 @@ def adam_direct_with_norms_(
     """`adam_direct_`, and ‖N_j‖ and ‖g_j‖ of every row, (…, rows, 1)."""
     op = "adam_direct_with_norms_"
     check_matrix(op, "grad", grad)
-    _check_direct(op, grad, scalars, "adam_direct_", ok)
-    _check_moment(op, grad, "exp_avg", exp_avg)
-    _check_moment(op, grad, "exp_avg_sq", exp_avg_sq)
+    _check_direct(op, "adam_direct_", grad, scalars, ok, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
 
 @operation("lion_direct_(Tensor grad, Tensor(a!) exp_avg, Tensor scalars, Tensor? ok) -> Tensor", _direction)
 def lion_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> None:
     """N = sign(β₁m + (1−β₁)g), m ← β₂m + (1−β₂)g."""
     op = "lion_direct_"
-    _check_direct(op, grad, scalars, op, ok)
-    _check_moment(op, grad, "exp_avg", exp_avg)
+    _check_direct(op, op, grad, scalars, ok, exp_avg=exp_avg)
 
 
 @operation(
@@ -319,16 +313,14 @@ def lion_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | No
 def sgd_direct_(grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None, nesterov: bool) -> None:
     """m ← μm + g; N = m, or g + μm (Nesterov)."""
     op = "sgd_direct_"
-    _check_direct(op, grad, scalars, op, ok)
-    _check_moment(op, grad, "exp_avg", exp_avg)
+    _check_direct(op, op, grad, scalars, ok, exp_avg=exp_avg)
 
 
 @operation("rmsprop_direct_(Tensor grad, Tensor(a!) exp_avg_sq, Tensor scalars, Tensor? ok) -> Tensor", _direction)
 def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None) -> None:
     """v ← αv + (1−α)g²; N = g / (√v + ε)."""
     op = "rmsprop_direct_"
-    _check_direct(op, grad, scalars, op, ok)
-    _check_moment(op, grad, "exp_avg_sq", exp_avg_sq)
+    _check_direct(op, op, grad, scalars, ok, exp_avg_sq=exp_avg_sq)
 
 
 @operation(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.rules import JointRule, masked_direction, masked_directions
 from lowrank_optim.step.batching import Launch, Step
 from lowrank_optim.step.caution import cautiously_, is_cautious
@@ -71,7 +72,8 @@ def _dense(step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = Fa
     step.state["step"] += 1
     if ok is False:
         return
-    step.fit_columns(grad, 0, ok)
+    if type(step.moments) is CodedMoments:
+        step.fit_columns(step.moments, grad, 0, ok)
     context = step.context(step.weight, ok, dense=True)
     weight, error, cautious = step.matrix_weight, step.error, is_cautious(group)
     alone = cautious or (error is not None and not (weight.is_contiguous() and error.is_contiguous()))

@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import re
+from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -65,6 +66,11 @@ class Library:
     def call(self, name: str, *args: int | bytes) -> None:
         """Call a function on torch's number of threads."""
         if self.functions[name](*args, torch.get_num_threads()):
+            raise MemoryError(f"lowrank_optim: no memory for the working space of {name}")
+
+    def call_many(self, name: str, structures: Sequence[bytes]) -> None:
+        """Call a function of several structures, where there are any."""
+        if structures and self.functions[name](len(structures), b"".join(structures), torch.get_num_threads()):
             raise MemoryError(f"lowrank_optim: no memory for the working space of {name}")
 
     @property

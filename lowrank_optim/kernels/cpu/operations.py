@@ -5,6 +5,7 @@ are not of unit stride where a copy would be large. `ok` is read on the host: th
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,11 +91,11 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
 def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """Those that take several tensors in one go (`dispatch.run_many`, `dispatch.norms`)."""
     return {
-        "adam_direct_": ops.many_adam_direct_,
-        "adam_direct_with_norms_": ops.many_adam_direct_with_norms_,
+        "adam_direct_": partial(ops.directions, with_norms=False),
+        "adam_direct_with_norms_": partial(ops.directions, with_norms=True),
         "adam_dense_": ops.many_adam_dense_,
-        "coded_adam_direct_": ops.many_coded_adam_direct_,
-        "coded_adam_direct_with_norms_": ops.many_coded_adam_direct_with_norms_,
+        "coded_adam_direct_": partial(ops.coded_directions, with_norms=False),
+        "coded_adam_direct_with_norms_": partial(ops.coded_directions, with_norms=True),
         "coded_adam_dense_": ops.many_coded_adam_dense_,
         "norm": ops.norms,
     }
@@ -129,22 +130,13 @@ class Operations:
     # -------------------------------------------------------------------------------------------------- moments and directions
 
     def adam_direct_(self, *args: Any) -> Tensor | Declined:
-        return self.many_adam_direct_([args])[0]
+        return self.directions([args], False)[0]
 
     def adam_direct_with_norms_(self, *args: Any) -> tuple[Tensor, Tensor, Tensor] | Declined:
-        return self.many_adam_direct_with_norms_([args])[0]
+        return self.directions([args], True)[0]
 
-    def many_adam_direct_(self, calls: Sequence[Sequence[Any]]) -> list[Tensor | Declined]:
-        """`adam_direct_` of several gradients in one go."""
-        return self._directions(calls, False)
-
-    def many_adam_direct_with_norms_(
-        self, calls: Sequence[Sequence[Any]]
-    ) -> list[tuple[Tensor, Tensor, Tensor] | Declined]:
-        """`adam_direct_with_norms_` of several gradients in one go."""
-        return self._directions(calls, True)
-
-    def _directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
+    def directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
+        """`adam_direct_` or `adam_direct_with_norms_` of several gradients in one go."""
         results: list[Any] = []
         rows, copies = [], []
         numbers, last = NO_NUMBERS, None
@@ -181,7 +173,7 @@ class Operations:
                     *(norms_at, grad_norms_at),
                 )
             )
-        self._call_many("adam", rows)
+        self.library.call_many("adam", rows)
         return results
 
     def adam_dense_(self, *args: Any) -> Declined | None:
@@ -219,7 +211,7 @@ class Operations:
                     *NO_NORMS,
                 )
             )
-        self._call_many("adam", rows)
+        self.library.call_many("adam", rows)
         return results
 
     def lion_direct_(self, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor | Declined:
@@ -248,22 +240,13 @@ class Operations:
         return out
 
     def coded_adam_direct_(self, *args: Any) -> Tensor | Declined:
-        return self.many_coded_adam_direct_([args])[0]
+        return self.coded_directions([args], False)[0]
 
     def coded_adam_direct_with_norms_(self, *args: Any) -> tuple[Tensor, Tensor, Tensor] | Declined:
-        return self.many_coded_adam_direct_with_norms_([args])[0]
+        return self.coded_directions([args], True)[0]
 
-    def many_coded_adam_direct_(self, calls: Sequence[Sequence[Any]]) -> list[Tensor | Declined]:
-        """`coded_adam_direct_` of several gradients in one go."""
-        return self._coded_directions(calls, False)
-
-    def many_coded_adam_direct_with_norms_(
-        self, calls: Sequence[Sequence[Any]]
-    ) -> list[tuple[Tensor, Tensor, Tensor] | Declined]:
-        """`coded_adam_direct_with_norms_` of several gradients in one go."""
-        return self._coded_directions(calls, True)
-
-    def _coded_directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
+    def coded_directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
+        """`coded_adam_direct_` or `coded_adam_direct_with_norms_` of several gradients in one go."""
         results: list[Any] = []
         rows, copies = [], []
         numbers, last = NO_NUMBERS, None
@@ -299,7 +282,7 @@ class Operations:
                     *places,
                 )
             )
-        self._call_many("coded_adam", rows)
+        self.library.call_many("coded_adam", rows)
         return results
 
     def coded_adam_dense_(self, *args: Any) -> Declined | None:
@@ -340,19 +323,15 @@ class Operations:
                     *NO_NORMS,
                 )
             )
-        self._call_many("coded_adam", rows)
+        self.library.call_many("coded_adam", rows)
         return results
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """‖x‖ of contiguous tensors, (count,) float32, summed in float32."""
         found = tensors[0].new_empty(len(tensors), dtype=F32)
         to = found.data_ptr()
-        self._call_many("norms", [pack_norm(x.numel(), *flat(x), to + 4 * i) for i, x in enumerate(tensors)])
+        self.library.call_many("norms", [pack_norm(x.numel(), *flat(x), to + 4 * i) for i, x in enumerate(tensors)])
         return found
-
-    def _call_many(self, name: str, rows: Sequence[bytes]) -> None:
-        if rows:
-            self.library.call(name, len(rows), b"".join(rows))
 
     # ----------------------------------------------------------------------------------------------------------------- weights
 
