@@ -54,6 +54,7 @@ from lowrank_optim.kernels.host import (
 )
 from lowrank_optim.kernels.reference import ResidualTerm, decay_
 from lowrank_optim.kernels.rounding import WeightError, joined, stochastic_round
+from lowrank_optim.kernels.sparse_reference import low_rank, token_rows
 
 __all__ = [
     "AdamNumbers",
@@ -85,6 +86,7 @@ __all__ = [
     "joined",
     "line_sums",
     "lion_direct_",
+    "low_rank",
     "masked_scalar",
     "no_autograd_no_autocast",
     "no_factors",
@@ -103,5 +105,6 @@ __all__ = [
     "sgd_direct_",
     "stochastic_round",
     "store_",
+    "token_rows",
     "unpack_key",
 ]
