@@ -43,6 +43,7 @@ from lowrank_optim.optimizers import (
     SubTrackAdamW,
     SUMOAdamW,
     by_name,
+    full_precision,
     state_bytes,
 )
 from lowrank_optim.projectors import (
@@ -168,6 +169,7 @@ __all__ = [
     "describe",
     "describe_layers",
     "distributed",
+    "full_precision",
     "layer_groups",
     "lora_pairs",
     "nn",

@@ -13,7 +13,7 @@ namespace {
 
 // W ← keep W − alpha N for n elements of W.
 INLINE void write(const Rows& weight, int64_t at, const float* direction, int n, const StepParams& w, int64_t first, float* buffer) {
-  const f32* old = load(weight, at, buffer, n);
+  const f32* old = load(weight, w.error, at, buffer, n);
   const float keep = w.keep, step = -w.alpha;
   if (weight.dtype == FLOAT32) {
     f32* to = static_cast<f32*>(weight.data) + at;
@@ -21,7 +21,7 @@ INLINE void write(const Rows& weight, int64_t at, const float* direction, int n,
     return;
   }
   EACH(j, n) buffer[j] = old[j] * keep + step * direction[j];
-  store(weight, at, buffer, n, w.rounding, first);
+  store(weight, w.error, at, buffer, n, w.rounding, first);
 }
 
 void adam(const AdamArgs& args, int64_t first, int64_t last) {

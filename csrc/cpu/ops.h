@@ -55,10 +55,18 @@ struct Adam {
   float weight1, beta2, weight2, root_factor, root_offset;
 };
 
+// What rounding weights to bfloat16 drops (kernels/rounding.py): elements lie as those of the weights do; `low` may be null, and where
+// `high` is, nothing is kept.
+struct WeightError {
+  s8* high;
+  u8* low;
+};
+
 // W ← keep W − alpha N
 struct StepParams {
   float keep, alpha;
   Noise rounding;
+  WeightError error;
 };
 
 // adam_direct_ (out) and adam_dense_ (weight) of `numel` elements: the other is null. With `norms`, which go with `out`, ‖N_j‖ of
@@ -162,12 +170,13 @@ struct UpdateArgs {
   int64_t phi_row, phi_col;  // strides, 0 where it is broadcast
 };
 
-// target ← value, rounded.
+// target ← value, rounded; each with its error, if it has one.
 struct StoreArgs {
   int64_t rows, cols;
   Rows target;
   ConstRows value;
   Noise rounding;
+  WeightError error, value_error;
 };
 
 // Standard normal numbers by Box-Muller (kernels/counter_rng.py, gaussian): out[i] and out[pairs + i] from one pair of uniforms.

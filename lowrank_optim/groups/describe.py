@@ -32,7 +32,10 @@ _GROUP_KEYS = (
     "betas",
     "eps",
     "weight_decay",
+    "weight_error_bits",
 )
+
+_FLAGS = ("cautious", "cautious_decay")
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _summary(group: Mapping[str, Any], differing: Iterable[str]) -> str:
         key for key in _GROUP_KEYS if group.get(key) is not None and (kind == "low-rank" or key not in _GROUP_KEYS[:6])
     ]
     own = [key for key in differing if group.get(key) is not None and (kind == "low-rank" or key == "rule")]
-    return ", ".join([kind, *(f"{key} {group[key]}" for key in [*own, *keys])])
+    return ", ".join([kind, *(f"{key} {group[key]}" for key in [*own, *keys]), *filter(group.get, _FLAGS)])
 
 
 def _percent(part: int, whole: int) -> str:

@@ -42,6 +42,10 @@ class Options(TypedDict, total=False):
         refreshes averages at least this, its gap is multiplied by `gap_factor`. None keeps the gap.
     queue_size, gap_factor: see `overlap_threshold`.
     stochastic_rounding: round bfloat16 weights stochastically.
+    weight_error_bits: keep what rounding drops from bfloat16 weights, 8 or 16 bits for each, as `weight_error` in the state, so that
+        weights of 3 or 4 bytes are trained (see `lowrank_optim.full_precision`); None drops it.
+    cautious: leave out the elements of an update that the gradient disagrees with, and enlarge the others (Liang et al., 2024).
+    cautious_decay: decay only weights that the update makes smaller (Chen et al., 2025).
     maximize: ascend instead of descend.
     seed: of all random choices.
     on_nonfinite: "skip" a parameter's update when its gradient is not finite, "propagate" it, or "raise".
@@ -71,6 +75,9 @@ class Options(TypedDict, total=False):
     queue_size: int
     gap_factor: float
     stochastic_rounding: bool
+    weight_error_bits: int | None
+    cautious: bool
+    cautious_decay: bool
     maximize: bool
     seed: int
     on_nonfinite: str
@@ -102,6 +109,9 @@ DEFAULTS: dict[str, Any] = {
     "queue_size": 5,
     "gap_factor": 2.0,
     "stochastic_rounding": False,
+    "weight_error_bits": None,
+    "cautious": False,
+    "cautious_decay": False,
     "maximize": False,
     "seed": 0,
     "on_nonfinite": "skip",
@@ -116,12 +126,15 @@ DEFAULTS: dict[str, Any] = {
     "exact_sums": False,
 }
 
-_LAID_OUT = ("rule", "residual", "rank", "density", "proj_type", "projector", "layout", "state_bits", "basis_bits")
+_LAID_OUT = (
+    *("rule", "residual", "rank", "density", "proj_type", "projector", "layout"),
+    *("state_bits", "basis_bits", "weight_error_bits"),
+)
 
 STRUCTURAL = (*_LAID_OUT, "layer", "layerwise", "sampling", "sleeping_state", "master_weights")
 """Group keys that decide what the state tensors are and mean; a checkpoint must agree on them."""
 
-_FIXED = (*_LAID_OUT, "seed", "match_reference", "queue_size", "exact_sums")
+_FIXED = (*_LAID_OUT, "seed", "match_reference", "queue_size", "exact_sums", "cautious")
 _fixed_values = itemgetter(*_FIXED)
 
 
@@ -239,13 +252,21 @@ def check_values(options: Mapping[str, Any]) -> None:
     for name in ("lr_factor", "decay_factor", "lr_ratio", "l1"):
         if not _is_number(options[name]) or not 0.0 <= float(options[name]) < float("inf"):
             raise ValueError(f"{name} is {options[name]!r}; it must be a finite number of at least 0")
-    for name in ("stagger", "stochastic_rounding", "maximize", "match_reference", "exact_sums"):
+    for name in (
+        *("stagger", "stochastic_rounding", "maximize", "match_reference", "exact_sums"),
+        *("cautious", "cautious_decay"),
+    ):
         if not isinstance(options[name], bool):
             raise ValueError(f"{name} is {options[name]!r}; it must be True or False")
     for name in ("state_bits", "basis_bits"):
         if options[name] not in BITS:
             raise ValueError(f"{name} is {options[name]!r}; valid values are {', '.join(map(str, BITS))}")
     _check_lazy_refresh(options)
+    _check_weight_error(options)
+    if options["match_reference"] and options["cautious_decay"]:
+        raise ValueError(
+            "match_reference and cautious_decay are both True; released code decays all weights after the update, so choose one"
+        )
     for name in ("differentiable", "amsgrad"):
         if options.get(name):
             raise ValueError(
@@ -292,6 +313,19 @@ def _check_lazy_refresh(options: Mapping[str, Any]) -> None:
         raise ValueError(f"queue_size is {size!r}; it must be an int of at least 1")
     if not _is_number(factor) or not 1.0 <= float(factor) < float("inf"):
         raise ValueError(f"gap_factor is {factor!r}; it must be a finite number of at least 1")
+
+
+def _check_weight_error(options: Mapping[str, Any]) -> None:
+    bits = options["weight_error_bits"]
+    if bits is None:
+        return
+    if bits not in (8, 16):
+        raise ValueError(f"weight_error_bits is {bits!r}; valid values are None, 8 and 16")
+    for name in ("stochastic_rounding", "master_weights"):
+        if options.get(name):
+            raise ValueError(
+                f"weight_error_bits is {bits} and {name} True, two ways to keep small updates of bfloat16 weights; use one of them"
+            )
 
 
 def expand_shorthands(given: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from lowrank_optim import kernels
 from lowrank_optim.in_backward import accumulation
-from lowrank_optim.in_backward.checks import check_kind, check_plans, refuse_step
+from lowrank_optim.in_backward.checks import check_cautious, check_kind, check_plans, refuse_step
 from lowrank_optim.in_backward.clipping import clip_factor, on_device, record_norms, scale_
 from lowrank_optim.kernels.counter_rng import PURPOSE_SKETCH, make_key
 from lowrank_optim.optimizers.base import LowRankOptimizer
@@ -75,7 +75,9 @@ class UpdateInBackward:
 
     def check(self, plans: Mapping[Tensor, ParamPlan], groups: Iterable[Mapping[str, Any]]) -> None:
         """Raise where these parameters, and the options of their groups, cannot be updated in backward by this handle."""
+        groups = list(groups)
         check_plans(self._require_optimizer(), plans, self.accumulate)
+        check_cautious(groups, self.accumulate)
         if self._scaler is not None and any(group["on_nonfinite"] != "skip" for group in groups):
             raise ValueError(
                 'a GradScaler finds its scale by infinities, which only on_nonfinite="skip" leaves out; use it in every group'

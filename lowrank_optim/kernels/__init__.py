@@ -54,7 +54,8 @@ from lowrank_optim.kernels.host import (
     no_autograd_no_autocast,
     outside_graph,
 )
-from lowrank_optim.kernels.reference import ResidualTerm, decay_, stochastic_round
+from lowrank_optim.kernels.reference import ResidualTerm, decay_
+from lowrank_optim.kernels.rounding import WeightError, joined, stochastic_round
 from lowrank_optim.kernels.sparse_reference import low_rank, token_rows
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "PlainModes",
     "ResidualTerm",
     "Unavailable",
+    "WeightError",
     "adam_dense_call",
     "adam_direct_",
     "adam_direct_call",
@@ -85,6 +87,7 @@ __all__ = [
     "folded_adam_dense_call",
     "is_known",
     "is_watched",
+    "joined",
     "line_sums",
     "lion_direct_",
     "low_rank",

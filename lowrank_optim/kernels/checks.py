@@ -91,6 +91,20 @@ def check_rounding(op: str, rounding: Tensor, target: Tensor) -> None:
         refuse(op, "float16 cannot be rounded stochastically; use bfloat16, or leave rounding out")
 
 
+def check_error(
+    op: str, weight: Tensor, error: Tensor | None, error_low: Tensor | None, rounding: Tensor | None
+) -> None:
+    """What is kept beside bfloat16 weights (`rounding.WeightError`)."""
+    if error is None or weight.dtype != torch.bfloat16 or rounding is not None:
+        refuse(
+            op, f"error is for bfloat16 weights without rounding, error_low only beside it; weight is {said(weight)}"
+        )
+    for name, tensor, kind in (("error", error, torch.int8), ("error_low", error_low, torch.uint8)):
+        if tensor is not None and (tensor.dtype != kind or tensor.shape != weight.shape):
+            refuse(op, f"{name} is {said(tensor)}; needed: {tuple(weight.shape)} {kind}, the weight's shape")
+    check_same_device(op, weight=weight, error=error, error_low=error_low)
+
+
 def check_keep(op: str, keep: Tensor, weight: Tensor) -> None:
     if keep.dim() != 0 or keep.dtype not in COMPUTE or keep.device != weight.device:
         refuse(op, f"keep is {said(keep)}; needed: a 0-d float32 or float64 on {weight.device}")

@@ -10,6 +10,7 @@ from lowrank_optim.optimizers.conda import CondaAdamW
 from lowrank_optim.optimizers.fira import FiraAdamW
 from lowrank_optim.optimizers.foam import FOAMAdamW
 from lowrank_optim.optimizers.frugal import FrugalAdamW, FrugalLion, FrugalSGD
+from lowrank_optim.optimizers.full_precision import full_precision
 from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optimizers.ldadam import LDAdamW
 from lowrank_optim.optimizers.lisa import LISAAdamW
@@ -52,6 +53,7 @@ __all__ = [
     "SinkGDAdamW",
     "SubTrackAdamW",
     "by_name",
+    "full_precision",
     "state_bytes",
 ]
 

@@ -1,6 +1,7 @@
 """The step of one parameter that is trained directly: the rule sees its gradient as it is."""
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from lowrank_optim import kernels
 from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.rules import masked_direction
 from lowrank_optim.step.batching import Launch, Request, Step
+from lowrank_optim.step.caution import cautiously_, is_cautious
 from lowrank_optim.step.param_step import ParamStep
 
 
@@ -31,6 +33,8 @@ def _dense(
 ) -> Generator[Request, Any, Literal[False] | Tensor | None]:
     """One operation where the rule has one; else in chunks where it can: no working copy is as large as an embedding.
 
+    Cautious updates are neither: they are made as a whole, and looked at, before they are applied.
+
     Returns whether the gradient was used, as `ParamStep.finite` says it.
     """
     rule, group = step.plan.rule, step.group
@@ -41,8 +45,9 @@ def _dense(
     if type(step.moments) is CodedMoments:
         step.fit_columns(step.moments, grad, 0, ok)
     context = step.context(step.weight, ok, dense=True)
-    weight = step.matrix_weight
-    fused = rule.fused_dense(weight, grad, step.moments, group, context)
+    weight, error, cautious = step.matrix_weight, step.error, is_cautious(group)
+    alone = cautious or (error is not None and not (weight.is_contiguous() and error.is_contiguous()))
+    fused = None if alone else rule.fused_dense(weight, grad, step.moments, group, context)
     if fused is not None:
         # Copies must not wait with others: together they could be as large as the model.
         elements = grad.numel() if copied or fused.after is not None or step.plan.is_matrix else 0
@@ -53,10 +58,14 @@ def _dense(
             fused.after()
         return ok
     dtype = kernels.compute_dtype(step.param.dtype)
-    for weight, part, moments, start in step.dense_parts(grad, rule.elementwise):
+    for weight, part, moments, place in step.dense_parts(grad, rule.elementwise and not cautious):
         part = part.to(dtype) if ok is None else torch.where(ok, part.to(dtype), 0.0)
         direction = masked_direction(rule, part, moments, group, context.at(weight))
-        kernels.apply_dense_(weight, direction.matrix, start=start, **vars(step.write(direction, 1.0, ok)))
+        write = replace(step.write(direction, 1.0, ok), error=place.error)
+        if cautious:
+            cautiously_(weight, direction.matrix, grad, write, group, step.plan.sharding.matrix)
+        else:
+            kernels.apply_dense_(weight, direction.matrix, start=place.start, **vars(write))
         if step.plan.is_matrix:
             step.put_back(weight)
     return ok

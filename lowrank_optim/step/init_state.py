@@ -9,6 +9,7 @@ from torch import Tensor
 from lowrank_optim import kernels
 from lowrank_optim.quantization import coded_moments as coding
 from lowrank_optim.rules import JointRule
+from lowrank_optim.sharding.dtensor import local
 from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.param_step import param_key
 
@@ -33,6 +34,11 @@ def init_state(param: Tensor, group: Mapping[str, Any], plan: ParamPlan) -> dict
     state = _joined(parts)
     if group.get("master_weights") and dtype in (torch.bfloat16, torch.float16):
         state["master"] = param.detach().float()
+    if group["weight_error_bits"] and dtype == torch.bfloat16:
+        shape = local(param).shape
+        state["weight_error"] = torch.zeros(shape, dtype=torch.int8, device=device)
+        if group["weight_error_bits"] == 16:
+            state["weight_error_low"] = torch.zeros(shape, dtype=torch.uint8, device=device)
     return placed(plan, state)
 
 

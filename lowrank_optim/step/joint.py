@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank_optim import kernels
 from lowrank_optim.rules import Context, JointRule, Unit
 from lowrank_optim.step.batching import Shared, Step
+from lowrank_optim.step.caution import cautiously_, is_cautious
 from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.param_step import ParamStep
 
@@ -121,8 +122,11 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
                 continue
             write = member.write(direction, 1.0, ok)
             steps[number] = abs(write.alpha)
-            start = member.plan.sharding.matrix.start
-            kernels.apply_dense_(member.weight, direction.matrix, start=start, **vars(write))
+            spread = member.plan.sharding.matrix
+            if is_cautious(group):
+                cautiously_(member.weight, direction.matrix, member.local_grad(), write, group, spread)
+            else:
+                kernels.apply_dense_(member.weight, direction.matrix, start=spread.start, **vars(write))
         if group["l1"]:
             rule.shrink_(unit, steps, float(group["l1"]))
         if rule.finishes:

@@ -376,3 +376,8 @@ def check_parameter(param: Tensor, name: str, group: Mapping[str, Any], projecto
         )
     if group["stochastic_rounding"] and param.dtype == torch.float16:
         raise ValueError(f"{kind} is float16; stochastic rounding is for bfloat16 weights: use those, or float32")
+    if group["weight_error_bits"] and (param.dtype == torch.float16 or hasattr(param, "codes")):
+        raise ValueError(
+            f"{kind} is {'stored in 8 bits' if hasattr(param, 'codes') else 'float16'}; weight_error_bits is for bfloat16 weights: "
+            "use those, or weight_error_bits=None in a group of its own"
+        )

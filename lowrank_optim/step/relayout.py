@@ -17,11 +17,15 @@ from lowrank_optim.projectors.randomized_svd import householder
 from lowrank_optim.projectors.stored_projector import basis_shardings, load, store
 from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.step.param_step import ParamStep
+from lowrank_optim.step.state_names import WEIGHT_ERROR
 
 
 def carry_over(old: ParamStep, new: ParamStep) -> None:
     """Put into the fresh state of `new` what it can keep of `old`, in place."""
     before, after = old.plan, new.plan
+    for name in ("master", *WEIGHT_ERROR):  # are of the weights, however they are trained
+        if name in old.state and name in new.state:
+            new.state[name].copy_(old.state[name])
     if type(before.rule) is not type(after.rule) or (before.space is None) != (after.space is None):
         return
     same_matrix = (before.layout, before.space and before.space.shape) == (
@@ -71,7 +75,7 @@ def _moment_names(step: ParamStep) -> list[str]:
 
 def _keep_counters(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
     """Counters and the residual's tensors, where both have them."""
-    for name in ("step", "last_refresh", "gap", "overlaps", "limiter_norm", "complement_power", "error", "master"):
+    for name in ("step", "last_refresh", "gap", "overlaps", "limiter_norm", "complement_power", "error"):
         if name in old and name in new and old[name].shape == new[name].shape:
             new[name].copy_(old[name])
 

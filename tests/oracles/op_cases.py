@@ -124,6 +124,41 @@ def _stochastic_round() -> Iterator[Case]:
     yield case(op, make, (3, 257), F32, rounding=True)
 
 
+def _errors() -> Iterator[Case]:
+    """bfloat16 weights with what rounding drops from them."""
+    for bits in (8, 16):
+        kept = {"error_bits": bits}
+        for shape in SHAPES:
+            yield case("apply_dense_", made.apply_dense, shape, BF16, **kept)
+            yield case("adam_dense_", made.adam_dense, shape, BF16, BF16, **kept)
+            yield case("stochastic_round_", made.stochastic_round, shape, rounding=False, **kept)
+            yield case("coded_adam_dense_", made.coded_adam_dense, shape, BF16, BF16, 4 if bits == 16 else 8, **kept)
+        for fill in ("nonfinite", "tiny", "huge", "zeros", "halfway"):
+            yield case("stochastic_round_", made.stochastic_round, (3, 257), rounding=False, fill=fill, **kept)
+        for ok in (True, False):
+            yield case("apply_dense_", made.apply_dense, (3, 257), BF16, ok=ok, **kept)
+            yield case("adam_dense_", made.adam_dense, (3, 257), BF16, F32, ok=ok, **kept)
+            yield case("apply_", made.apply, (), 20, 33, 3, BF16, ok=ok, **kept)
+        yield case("apply_dense_", made.apply_dense, (3, 257), BF16, keep=torch.tensor(0.75), **kept)
+        for layout in LAYOUTS:
+            yield case("apply_dense_", made.apply_dense, (2, 3, 257), BF16, layout=layout, **kept)
+            yield case("stochastic_round_", made.stochastic_round, (2, 3, 257), rounding=False, layout=layout, **kept)
+            yield case("apply_", made.apply, (2,), 9, 70, 5, BF16, BF16, layout=layout, **kept)
+        yield case("adam_dense_", made.adam_dense, (3, 257), BF16, layout="unaligned", **kept)
+        for phi in ("rows", "columns", "matrix"):
+            for sign, subtract in ((False, False), (True, True)):
+                more = {"phi": phi, "sign": sign, "subtract": subtract, **kept}
+                yield case("apply_", made.apply, (2,), 9, 70, 5, BF16, F32, **more)
+        for batch, rows, cols, rank in [
+            ((), 20, 33, 3),
+            ((), 1, 1, 1),
+            ((), 300, 1000, 20),
+            ((), 0, 5, 2),
+            ((), 5, 0, 2),
+        ]:
+            yield case("apply_", made.apply, batch, rows, cols, rank, BF16, **kept)
+
+
 def _direct() -> Iterator[Case]:
     for shape in [(), *SHAPES]:
         yield case("adam_direct_", made.adam_direct, shape)
@@ -282,6 +317,7 @@ MAKERS = (
     _dense,
     _folded,
     _stochastic_round,
+    _errors,
     _direct,
     _direct_with_norms,
     _coded_adam,

@@ -56,6 +56,11 @@ def calls() -> list[Callable[[], object]]:
         add("sgd_direct_", *made.sgd_direct(shape, ok=True, nesterov=nesterov))
     add("rmsprop_direct_", *made.rmsprop_direct(shape, ok=True))
     add("apply_dense_", *made.apply_dense(shape, BF16, rounding=True, layout="transposed"))
+    for kept in (8, 16):
+        add("apply_dense_", *made.apply_dense(shape, BF16, error_bits=kept))
+        add("adam_dense_", *made.adam_dense(shape, BF16, BF16, error_bits=kept))
+        add("coded_adam_dense_", *made.coded_adam_dense(shape, BF16, BF16, error_bits=kept))
+        add("apply_", *made.apply((), 512, 512, 64, BF16, BF16, error_bits=kept))
     add("stochastic_round_", *made.stochastic_round(shape))
     add("gaussian_", *made.gaussian(shape))
     for dtype, columns in ((BF16, torch.int16), (F32, torch.int32)):

@@ -26,8 +26,12 @@ class Adam(Structure):
     _fields_ = tuple((name, c_float) for name in ("weight1", "beta2", "weight2", "root_factor", "root_offset"))
 
 
+class WeightError(Structure):
+    _fields_ = (("high", _P), ("low", _P))
+
+
 class StepParams(Structure):
-    _fields_ = (("keep", c_float), ("alpha", c_float), ("rounding", Noise))
+    _fields_ = (("keep", c_float), ("alpha", c_float), ("rounding", Noise), ("error", WeightError))
 
 
 _WRITTEN = (("out", _P), ("weight", Rows), ("adam", Adam), ("write", StepParams))
@@ -102,7 +106,10 @@ class UpdateArgs(Structure):
 
 
 class StoreArgs(Structure):
-    _fields_ = (("rows", _N), ("cols", _N), ("target", Rows), ("value", Rows), ("rounding", Noise))
+    _fields_ = (
+        *(("rows", _N), ("cols", _N), ("target", Rows), ("value", Rows)),
+        *(("rounding", Noise), ("error", WeightError), ("value_error", WeightError)),
+    )
 
 
 class NormArgs(Structure):
