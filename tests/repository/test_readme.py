@@ -14,11 +14,25 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_complete_loop_runs_and_learns():
-    code = next(block for block in BLOCKS if "manual_seed" in block)
+    code = next(block for block in BLOCKS if "manual_seed" in block and "GaLore" in block)
     scope: dict = {}
     exec(code, scope)
     assert scope["loss"].item() < 0.5
     assert "low-rank" in lo.describe(scope["groups"])
+
+
+def test_the_lines_of_sltrain_convert_train_and_merge():
+    (code,) = (block for block in BLOCKS if "sltrain_(" in block)
+    before, _, merge = code.partition("lo.nn.merge_")
+    scope: dict = {}
+    exec(before, scope)
+    assert scope["loss"].item() < 0.5
+    model, x = scope["model"], scope["x"]
+    assert isinstance(model[0], lo.nn.SparseLowRankLinear)
+    expected = model(x)
+    exec("lo.nn.merge_" + merge, scope)
+    assert [type(module) for module in model] == [torch.nn.Linear, torch.nn.GELU, torch.nn.Linear]
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_one_line_and_the_composed_methods_run():
@@ -52,7 +66,8 @@ def test_the_lines_of_the_ddp_hook_run(tmp_path):
 
 
 def test_the_lines_that_save_gradients_run():
-    in_backward, layers = (block for block in BLOCKS if "update_in_backward(" in block or "layer_groups(" in block)
+    codes = [block for block in BLOCKS if "sltrain_(" not in block]
+    in_backward, layers = (block for block in codes if "update_in_backward(" in block or "layer_groups(" in block)
     model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh()) for _ in range(6)))
     scope = {"lo": lo, "model": model, "optimizer": lo.GaLoreAdamW(lo.param_groups(model, rank=8), lr=1e-2)}
     exec(in_backward, scope)
