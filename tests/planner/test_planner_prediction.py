@@ -17,7 +17,7 @@ from lowrank_optim.planner.simulation.estimate import deep, probe
 from lowrank_optim.planner.simulation.simulate import simulate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from planner_validation import CONFIG, compare
+from planner_validation import CONFIG, cases, compare
 
 pytestmark = pytest.mark.long
 
@@ -41,6 +41,14 @@ def test_prediction_is_within_3_percent_of_what_the_allocator_measured(
 ):
     how = {"in_backward": in_backward, "checkpointing": checkpointing, "dtype": "bfloat16", "weight_bits": weight_bits}
     found = compare({"optimizer": optimizer, "batch": batch, **how})
+    assert abs(found["error"]) < 0.03, found
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in cases(quick=True) if "parametrization" in case], ids=["8-bit", "float32"]
+)
+def test_layers_with_a_parametrization_are_predicted_as_well(case):
+    found = compare(case)
     assert abs(found["error"]) < 0.03, found
 
 
