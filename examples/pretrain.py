@@ -7,6 +7,7 @@
     python examples/pretrain.py --config 7b --budget 24GiB                 # 7B on one card; without a GPU, the plan
     python examples/pretrain.py --config 7b --budget 16GiB --optimizer qgalore
     python examples/pretrain.py --parametrization sltrain --rank 32 --density 0.05       # sparse plus low-rank layers
+    python examples/pretrain.py --config 7b --parametrization sltrain --density 0.05 --budget 24GiB
     python examples/pretrain.py --compare adamw,galore --parametrization none,sltrain --out runs/b
     python examples/pretrain.py --model 60m --dataset allenai/c4 --bpe 32000 --dtype bfloat16 --steps 10000
 
