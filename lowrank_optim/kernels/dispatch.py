@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -53,12 +54,14 @@ class Loaded:
     about: what `lowrank-optim doctor` says of it.
     many: by name of the operation, functions of a list of its arguments, which return what it returns for each, NotImplemented
         where they left it alone (`run_many`); and "norm", of a list of contiguous tensors (`norms`).
+    partly: the operations that it has for some types of tensors and devices only.
     """
 
     devices: frozenset[str]
     operations: Mapping[str, Kernel]
     about: str = ""
     many: Mapping[str, Kernel] = field(default_factory=dict)
+    partly: frozenset[str] = frozenset()
 
     def serves(self, device: str) -> bool:
         """Whether it works on tensors on this type of device."""
@@ -115,7 +118,7 @@ def _ways(name: str, device: str, chosen: Any) -> tuple[Kernel, ...]:
 
 def _changed(tensors: Iterable[Tensor]) -> None:
     """Tell autograd: a tensor that was saved for a backward pass must not be used with other values."""
-    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+    increment_version(list(filterfalse(Tensor.is_inference, tensors)))
 
 
 def is_watched() -> bool:

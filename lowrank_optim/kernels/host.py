@@ -1,12 +1,11 @@
 """What the modes of torch would do to a step, and what the host reads.
 
-no_autograd_no_autocast    arithmetic in the types that are written
+PlainModes, no_autograd_no_autocast    arithmetic in the types that are written
 outside_graph              the step under `torch.compile`
 cpu_tensor, as_python      small tensors of counters, keys and numbers; numbers that come as other types than Python's own
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import wraps
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
@@ -21,19 +20,29 @@ T = TypeVar("T")
 _KINDS = ("cpu", "cuda", "xpu", "mps", "hpu")
 
 
+class PlainModes:
+    """A context without gradients and without autocast: `torch.no_grad` and `torch.autocast(enabled=False)` in two calls."""
+
+    def __enter__(self) -> None:
+        self._graded = torch.is_grad_enabled()
+        self._casting = tuple(filter(torch.is_autocast_enabled, _KINDS))
+        torch._C._set_grad_enabled(False)
+        for kind in self._casting:
+            torch.set_autocast_enabled(kind, False)
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._set_grad_enabled(self._graded)
+        for kind in self._casting:
+            torch.set_autocast_enabled(kind, True)
+
+
 def no_autograd_no_autocast(function: Callable[P, T]) -> Callable[P, T]:
     """The decorated function runs without gradients, and without autocast, which would make matrix products in 16 bits."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        casting = [kind for kind in _KINDS if torch.is_autocast_enabled(kind)]
-        with torch.no_grad():
-            if not casting:
-                return function(*args, **kwargs)
-            with ExitStack() as stack:
-                for kind in casting:
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-                return function(*args, **kwargs)
+        with PlainModes():
+            return function(*args, **kwargs)
 
     return run
 

@@ -5,6 +5,8 @@ each param group. How one parameter is stepped stands in `lowrank_optim.step`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -186,20 +188,17 @@ class LowRankOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             return kernels.outside_graph(LowRankOptimizer.step, self, closure)
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self._step()
+        with kernels.PlainModes():
+            self.plans.check_structure(self.param_groups)
+            self._enter(list(chain.from_iterable(map(itemgetter("params"), self.param_groups))))
+            if self._in_backward is not None:
+                self._in_backward.finish_step()
+            else:
+                self.param_groups[0].pop(MEASURED, None)  # from a checkpoint written with updates in backward
+                together(self._steps())
+            self._skipped.poll()
+            self._end_step()
         return loss
-
-    @kernels.no_autograd_no_autocast
-    def _step(self) -> None:
-        self.plans.check_structure(self.param_groups)
-        self.enter([param for group in self.param_groups for param in group["params"]])
-        if self._in_backward is not None:
-            self._in_backward.finish_step()
-        else:
-            self.param_groups[0].pop(MEASURED, None)  # from a checkpoint written with updates in backward
-            together(self._steps())
-        self._skipped.poll()
-        self._end_step()
 
     @kernels.no_autograd_no_autocast
     def enter(self, params: Iterable[Tensor]) -> None:
@@ -209,7 +208,9 @@ class LowRankOptimizer(Optimizer):
             RuntimeError: a parameter is not one that the optimizer was built with, or has another shape than its state is for.
             ValueError: a parameter that cannot be written to, or a gradient that no step can use.
         """
-        params = list(params)
+        self._enter(list(params))
+
+    def _enter(self, params: list[Tensor]) -> None:
         moved, unsettled = enter(params, self.plans, self.param_groups)
         if moved:
             follow(self, params)

@@ -75,13 +75,14 @@ class DenseBasis:
             return grad.new_empty(
                 (0, grad.shape[-2 if self.side == "right" else -1], self.matrix.shape[-1]), dtype=self.matrix.dtype
             )
-        return self.sharding.collect(kernels.project(grad, self.matrix, self.side))
+        reduced: Tensor = kernels.call("project", grad, self.matrix, self.side == "right")
+        return reduced if self.sharding is LOCAL else self.sharding.collect(reduced)
 
     def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         if grad.shape[0] == 0 and grad.dim() > 2:
             reduced = self.project(grad)
             return reduced, row_squares(reduced)
-        reduced, squares = kernels.project_with_norms(grad, self.matrix, self.side)
+        reduced, squares = kernels.call("project_with_norms", grad, self.matrix, self.side == "right")
         return self.sharding.collect_with(reduced, squares)
 
     def lifted_squares(self, reduced: Tensor) -> Tensor:
@@ -101,14 +102,15 @@ class DenseBasis:
         return (core, self.matrix.mT) if self.side == "right" else (self.matrix, core.mT)
 
     def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:
-        core, term = lifted(self.sharding, core, term)
+        if self.sharding is not LOCAL:
+            core, term = lifted(self.sharding, core, term)
         residual = None
         if term is not None:
             scale = term.scale if self.side == "right" else term.scale.mT
             left, right = (None, None) if term.subtract is None else self._factors(term.subtract, weight)
             residual = kernels.ResidualTerm(term.grad, scale, term.ok, term.sign, left, right)
-        left, right = self._factors(core, weight)
-        kernels.apply_(weight, left, right, residual=residual, start=self.sharding.matrix.start, **vars(write))
+        start = self.sharding.matrix.start
+        kernels.call("apply_", *kernels.apply_call(weight, self._factors(core, weight), residual, start, vars(write)))
 
     def lift_(self, grad: Tensor, reduced: Tensor) -> None:
         self.apply_(grad.zero_(), reduced @ _inverse_gram(self.matrix, self.orthonormal, self._spread), LIFT)

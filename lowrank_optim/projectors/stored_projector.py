@@ -51,6 +51,8 @@ def store(bases: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]
 
 def load(state: Mapping[str, Tensor], space: SubspaceSpec) -> dict[str, Tensor]:
     """The bases that `store` put into the state, in the compute type."""
+    if space.basis_bits == 32 and space.side != "full":
+        return {"basis": state["basis"].to(space.dtype)}
     names = ("basis", "basis_right") if space.side == "full" else ("basis",)
     if space.basis_bits >= 16:
         return {name: state[name].to(space.dtype) for name in names}

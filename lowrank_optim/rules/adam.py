@@ -47,14 +47,9 @@ class Adam(Rule):
     def direction(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
-        return self._fused(grad, state, options, context).run()
+        return Adam.fused_direction(self, grad, state, options, context).run()
 
     def fused_direction(
-        self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
-    ) -> FusedDirection | None:
-        return self._fused(grad, state, options, context)
-
-    def _fused(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> FusedDirection:
         shape, (numbers, correction) = grad.shape, self._numbers(options, context)

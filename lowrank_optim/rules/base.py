@@ -59,7 +59,7 @@ class FusedDirection:
 
     def run(self) -> Direction:
         """The direction, computed now."""
-        return self.direction(*kernels.run_many(self.op, [self.args]))
+        return self.direction(kernels.call(self.op, *self.args))
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ class Launch:
 
     def run(self) -> Any:
         """The answer, now."""
-        (answer,) = kernels.run_many(self.op, [self.args])
-        return answer
+        return kernels.call(self.op, *self.args)
 
     @property
     def waits(self) -> bool:
@@ -119,17 +118,18 @@ def _finish(waiting: list[tuple[Step, Request]]) -> None:
     """Answer all requests, and those that follow, until every step has ended; then raise what the first step raised, if any did."""
     failed: list[BaseException] = []
     while waiting:
-        answers = _answers([request for _, request in waiting])
-        following = []
-        for (step, _), answer in zip(waiting, answers, strict=True):
+        steps, requests = zip(*waiting, strict=True)
+        answers = [requests[0].run()] if len(requests) == 1 else _answers(requests)
+        waiting = []
+        for step, answer in zip(steps, answers, strict=True):
             try:
-                request = _go_on(step, answer)
+                request = step.send(answer)
+            except StopIteration:
+                continue
             except BaseException as error:
                 failed.append(error)
                 continue
-            if request is not None:
-                following.append((step, request))
-        waiting = following
+            waiting.append((step, request))
     if failed:
         try:
             raise failed[0]

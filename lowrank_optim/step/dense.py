@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.rules import JointRule, masked_direction, masked_directions
 from lowrank_optim.step.batching import Launch, Step
 from lowrank_optim.step.param_step import ParamStep
@@ -61,7 +62,8 @@ def _dense(step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = Fa
     step.state["step"] += 1
     if ok is False:
         return
-    step.fit_columns(grad, 0, ok)
+    if type(step.moments) is CodedMoments:
+        step.fit_columns(step.moments, grad, 0, ok)
     context = step.context(step.weight, ok, dense=True)
     weight = step.matrix_weight
     fused = rule.fused_dense(weight, grad, step.moments, group, context)

@@ -16,6 +16,7 @@ from lowrank_optim.projectors import Basis
 from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.residuals.base import ResidualInput
 from lowrank_optim.rules import Context, Direction, masked_direction
+from lowrank_optim.sharding.dtensor import local_grad
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Launch, Step, Sum
 from lowrank_optim.step.param_step import ParamStep
@@ -50,7 +51,8 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
     """
     residual, group, state = step.plan.residual, step.group, step.state
     with step:
-        weight = step.plan.view(step.weight)
+        whole = step.weight
+        weight = step.plan.view(whole)
         if reduced is None:
             seen = project(step, norm)
         else:
@@ -63,7 +65,8 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
         if ok is not None:
             reduced = torch.where(ok, reduced, 0.0)
             squares = None if squares is None else torch.where(ok, squares, 0.0)
-        step.fit_columns(reduced, max(int(state["last_refresh"]), 0), ok)
+        if type(step.moments) is CodedMoments:
+            step.fit_columns(step.moments, reduced, max(int(state["last_refresh"]), 0), ok)
         direction = yield from _direction(
             step, reduced, step.context(weight, ok, dense=False, norms=residual.uses_norms)
         )
@@ -74,13 +77,14 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
             inputs = replace(inputs, sums=sums)
         update = residual.update(inputs, state, group)
         seen.basis.apply_(weight, update.core, step.write(direction, update.factor, ok), update.term)
-        step.put_back(weight)
+        if weight is not whole:
+            step.put_back(weight)
 
 
 def project(step: ParamStep, norm: Tensor | None) -> Projected:
     """The gradient in its subspace, which is a new one where that is due; and whether it may be used."""
     plan, residual = step.plan, step.plan.residual
-    grad = step.local_grad()
+    grad = plan.view(local_grad(step.param))
     norm = None if plan.sharding is LOCAL else norm  # R shows as much as a pass over all of G
     ok: Literal[False] | Tensor | None = None
     if residual.feeds_back:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.sharding.dtensor import local_grad
+from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.param_plan import ParamPlan
 
 POLL_EVERY = 100
@@ -32,7 +33,7 @@ def first_norms(groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, Para
             if param.grad is None or group["on_nonfinite"] == "propagate":
                 continue
             plan = plans[param]
-            sharded = plan.sharding.matrix.splits()
+            sharded = plan.sharding is not LOCAL and plan.sharding.matrix.splits()
             if sharded:
                 found.setdefault((param.device, *plan.sharding.matrix.groups()), []).append(param)
             if sharded or plan.space is None:
@@ -72,7 +73,9 @@ class SkippedUpdates:
         """
         if policy == "propagate":
             return None
-        norm = plan.sharding.matrix.sum(kernels.norm(seen)) if seen.dim() else seen
+        norm = kernels.norm(seen) if seen.dim() else seen
+        if seen.dim() and plan.sharding is not LOCAL:
+            norm = plan.sharding.matrix.sum(norm)
         if policy == "skip" and (norm.device.type != "cpu" or mask_on_device):
             ok = torch.isfinite(norm)
             self.add(plan.name, ~ok)
@@ -104,7 +107,7 @@ class SkippedUpdates:
     def poll(self) -> None:
         """Called once a step: look at accelerators' counters now and then, a copy behind, without waiting."""
         self._steps += 1
-        if self._warned:
+        if self._warned or not self._counts:
             return
         if self._pending is not None and self._pending[1].query():
             skipped, self._pending = int(self._pending[0]), None

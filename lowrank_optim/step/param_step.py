@@ -90,7 +90,8 @@ class ParamStep:
 
     def basis(self) -> Basis:
         """The subspace that stands."""
-        return self.basis_of(self.state, int(self.state["last_refresh"]))
+        refreshed = max(int(self.state["last_refresh"]), 0)
+        return self.plan.basis(self.state, param_key(self.group, self.plan, refreshed))
 
     def basis_of(self, state: Mapping[str, Tensor], refreshed: int) -> Basis:
         """The subspace in a state, refreshed last at step `refreshed`."""
@@ -122,10 +123,9 @@ class ParamStep:
         fresh = (steps if self.plan.projector.moments_change_shape else age) == 1
         return Context(steps, age, weight, ok, dense, fresh, self.plan.sharding, norms)
 
-    def fit_columns(self, grad: Tensor, since: int, ok: Tensor | None) -> None:
+    def fit_columns(self, moments: CodedMoments, grad: Tensor, since: int, ok: Tensor | None) -> None:
         """Measure the column scales of coded moments where that is due; `since` is the step of their last change of basis."""
-        moments, steps = self.moments, int(self.state["step"]) - since
-        if type(moments) is not CodedMoments or "col_scale" not in self.state or not scale_is_due(steps):
+        if "col_scale" not in self.state or not scale_is_due(int(self.state["step"]) - since):
             return
         share, spread = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
         rows = spread.sum(moments.row_sums(grad, share), -1)

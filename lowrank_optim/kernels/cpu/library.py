@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import re
+from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
@@ -43,6 +44,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "gaussian": _ONE,
     "lines": _ONE,
     "store": _ONE,
+    "sparse": _ONE,
+    "sampled": _ONE,
 }
 """Arguments of every function but the last, the number of threads: the bytes of a structure, or of several and before them their
 number."""
@@ -65,6 +68,11 @@ class Library:
     def call(self, name: str, *args: int | bytes) -> None:
         """Call a function on torch's number of threads."""
         if self.functions[name](*args, torch.get_num_threads()):
+            raise MemoryError(f"lowrank_optim: no memory for the working space of {name}")
+
+    def call_many(self, name: str, structures: Sequence[bytes]) -> None:
+        """Call a function of several structures, where there are any."""
+        if structures and self.functions[name](len(structures), b"".join(structures), torch.get_num_threads()):
             raise MemoryError(f"lowrank_optim: no memory for the working space of {name}")
 
     @property

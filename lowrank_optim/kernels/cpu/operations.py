@@ -5,6 +5,7 @@ are not of unit stride where a copy would be large. `ok` is read on the host: th
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +39,12 @@ from lowrank_optim.kernels.cpu.arguments import (
     rounding_of,
     rows_of,
     storable,
+    support_of,
 )
 from lowrank_optim.kernels.cpu.library import Library
 from lowrank_optim.kernels.cpu.structures import packer
 from lowrank_optim.kernels.dispatch import call
+from lowrank_optim.kernels.sparse_reference import low_rank
 
 Declined = Any  # NotImplemented
 
@@ -57,6 +60,8 @@ pack_store = packer(structures.StoreArgs)
 pack_norm = packer(structures.NormArgs)
 pack_lines = packer(structures.LinesArgs)
 pack_gaussian = packer(structures.GaussianArgs)
+pack_sparse = packer(structures.SparseArgs)
+pack_sampled = packer(structures.SampledArgs)
 
 
 def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
@@ -80,6 +85,9 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
         "pack_basis",
         "unpack_basis",
         "gaussian_",
+        "sltrain_forward",
+        "sltrain_backward_input",
+        "sampled_product",
     )
     return {name: getattr(ops, name) for name in names}
 
@@ -87,11 +95,11 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
 def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """Those that take several tensors in one go (`dispatch.run_many`, `dispatch.norms`)."""
     return {
-        "adam_direct_": ops.many_adam_direct_,
-        "adam_direct_with_norms_": ops.many_adam_direct_with_norms_,
+        "adam_direct_": partial(ops.directions, with_norms=False),
+        "adam_direct_with_norms_": partial(ops.directions, with_norms=True),
         "adam_dense_": ops.many_adam_dense_,
-        "coded_adam_direct_": ops.many_coded_adam_direct_,
-        "coded_adam_direct_with_norms_": ops.many_coded_adam_direct_with_norms_,
+        "coded_adam_direct_": partial(ops.coded_directions, with_norms=False),
+        "coded_adam_direct_with_norms_": partial(ops.coded_directions, with_norms=True),
         "coded_adam_dense_": ops.many_coded_adam_dense_,
         "norm": ops.norms,
     }
@@ -123,25 +131,67 @@ class Operations:
             self.library.call("lines", pack_lines(*g.shape, *rows_of(g), right, *product, found.data_ptr()))
         return reduced, squares
 
+    # ----------------------------------------------------------------------------------------------------- sparse plus low rank
+
+    def sltrain_forward(
+        self,
+        x: Tensor,
+        u: Tensor | None,
+        lora_b: Tensor | None,
+        bias: Tensor | None,
+        values: Tensor,
+        pointers: Tensor,
+        columns: Tensor,
+    ) -> Tensor | Declined:
+        if not storable(x):
+            return NotImplemented
+        out = low_rank(x, u, None if lora_b is None else lora_b.mT, bias, pointers.numel() - 1)
+        self._add_sparse(True, out, x, values, support_of(pointers, columns, x.shape[-1]))
+        return out
+
+    def sltrain_backward_input(
+        self,
+        grad: Tensor,
+        q: Tensor | None,
+        lora_a: Tensor | None,
+        values: Tensor,
+        pointers: Tensor,
+        columns: Tensor,
+        cols: int,
+    ) -> Tensor | Declined:
+        if not storable(grad):
+            return NotImplemented
+        out = low_rank(grad, q, lora_a, None, cols)
+        self._add_sparse(False, out, grad, values, support_of(pointers, columns, cols))
+        return out
+
+    def _add_sparse(self, forward: bool, out: Tensor, x: Tensor, values: Tensor, support: tuple[Any, ...]) -> None:
+        values, tokens = values.contiguous(), x.shape[:-1].numel()
+        x, stride = readable(x)
+        lines = (x.data_ptr(), TYPES[x.dtype], stride)
+        there = (out.data_ptr(), TYPES[out.dtype], out.shape[-1])
+        self.library.call("sparse", pack_sparse(*support, forward, tokens, *flat(values), *lines, *there))
+
+    def sampled_product(self, grad: Tensor, x: Tensor, pointers: Tensor, columns: Tensor) -> Tensor | Declined:
+        if not storable(x):
+            return NotImplemented
+        out, tokens = x.new_zeros(columns.numel(), dtype=F32), x.shape[:-1].numel()
+        support = support_of(pointers, columns, x.shape[-1])
+        (grad, grad_stride), (x, stride) = readable(grad), readable(x)
+        lines = (grad.data_ptr(), TYPES[grad.dtype], grad_stride, x.data_ptr(), TYPES[x.dtype], stride)
+        self.library.call("sampled", pack_sampled(*support, tokens, *lines, out.data_ptr()))
+        return out.to(x.dtype)
+
     # -------------------------------------------------------------------------------------------------- moments and directions
 
     def adam_direct_(self, *args: Any) -> Tensor | Declined:
-        return self.many_adam_direct_([args])[0]
+        return self.directions([args], False)[0]
 
     def adam_direct_with_norms_(self, *args: Any) -> tuple[Tensor, Tensor, Tensor] | Declined:
-        return self.many_adam_direct_with_norms_([args])[0]
+        return self.directions([args], True)[0]
 
-    def many_adam_direct_(self, calls: Sequence[Sequence[Any]]) -> list[Tensor | Declined]:
-        """`adam_direct_` of several gradients in one go."""
-        return self._directions(calls, False)
-
-    def many_adam_direct_with_norms_(
-        self, calls: Sequence[Sequence[Any]]
-    ) -> list[tuple[Tensor, Tensor, Tensor] | Declined]:
-        """`adam_direct_with_norms_` of several gradients in one go."""
-        return self._directions(calls, True)
-
-    def _directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
+    def directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
+        """`adam_direct_` or `adam_direct_with_norms_` of several gradients in one go."""
         results: list[Any] = []
         rows, copies = [], []
         numbers, last = NO_NUMBERS, None
@@ -178,7 +228,7 @@ class Operations:
                     *(norms_at, grad_norms_at),
                 )
             )
-        self._call_many("adam", rows)
+        self.library.call_many("adam", rows)
         return results
 
     def adam_dense_(self, *args: Any) -> Declined | None:
@@ -214,7 +264,7 @@ class Operations:
                     *NO_NORMS,
                 )
             )
-        self._call_many("adam", rows)
+        self.library.call_many("adam", rows)
         return results
 
     def lion_direct_(self, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor | Declined:
@@ -243,22 +293,13 @@ class Operations:
         return out
 
     def coded_adam_direct_(self, *args: Any) -> Tensor | Declined:
-        return self.many_coded_adam_direct_([args])[0]
+        return self.coded_directions([args], False)[0]
 
     def coded_adam_direct_with_norms_(self, *args: Any) -> tuple[Tensor, Tensor, Tensor] | Declined:
-        return self.many_coded_adam_direct_with_norms_([args])[0]
+        return self.coded_directions([args], True)[0]
 
-    def many_coded_adam_direct_(self, calls: Sequence[Sequence[Any]]) -> list[Tensor | Declined]:
-        """`coded_adam_direct_` of several gradients in one go."""
-        return self._coded_directions(calls, False)
-
-    def many_coded_adam_direct_with_norms_(
-        self, calls: Sequence[Sequence[Any]]
-    ) -> list[tuple[Tensor, Tensor, Tensor] | Declined]:
-        """`coded_adam_direct_with_norms_` of several gradients in one go."""
-        return self._coded_directions(calls, True)
-
-    def _coded_directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
+    def coded_directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
+        """`coded_adam_direct_` or `coded_adam_direct_with_norms_` of several gradients in one go."""
         results: list[Any] = []
         rows, copies = [], []
         numbers, last = NO_NUMBERS, None
@@ -294,7 +335,7 @@ class Operations:
                     *places,
                 )
             )
-        self._call_many("coded_adam", rows)
+        self.library.call_many("coded_adam", rows)
         return results
 
     def coded_adam_dense_(self, *args: Any) -> Declined | None:
@@ -333,19 +374,15 @@ class Operations:
                     *NO_NORMS,
                 )
             )
-        self._call_many("coded_adam", rows)
+        self.library.call_many("coded_adam", rows)
         return results
 
     def norms(self, tensors: Sequence[Tensor]) -> Tensor:
         """‖x‖ of contiguous tensors, (count,) float32, summed in float32."""
         found = tensors[0].new_empty(len(tensors), dtype=F32)
         to = found.data_ptr()
-        self._call_many("norms", [pack_norm(x.numel(), *flat(x), to + 4 * i) for i, x in enumerate(tensors)])
+        self.library.call_many("norms", [pack_norm(x.numel(), *flat(x), to + 4 * i) for i, x in enumerate(tensors)])
         return found
-
-    def _call_many(self, name: str, rows: Sequence[bytes]) -> None:
-        if rows:
-            self.library.call(name, len(rows), b"".join(rows))
 
     # ----------------------------------------------------------------------------------------------------------------- weights
 
