@@ -52,9 +52,9 @@ class ReleasedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, b, scaled_a, values, index = ctx.saved_tensors
-        grad_x = grad @ ReleasedProduct.weight(b, scaled_a, values, index)
-        grad_weight = grad.mT @ x
-        return grad_x, grad_weight @ scaled_a.mT, b.mT @ grad_weight, grad_weight.view(-1)[index], None
+        weight = ReleasedProduct.weight(b, scaled_a, values, index)
+        grad_weight = grad.mT @ x  # both alive
+        return grad @ weight, grad_weight @ scaled_a.mT, b.mT @ grad_weight, grad_weight.view(-1)[index], None
 
 
 class ReleasedLinear(nn.Module):
