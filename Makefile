@@ -16,7 +16,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(
 # A run in the folder is continued, or with ARGS=--overwrite deleted.
 RESUME := $(if $(filter --overwrite,$(ARGS)),,--resume)
 
-.PHONY: setup check test matrix lint pretrain clean
+.PHONY: setup check test matrix lint docs pretrain clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -41,6 +41,9 @@ lint: $(READY)   ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)   ## the documentation, into build/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 pretrain: $(READY)   ## the main job: a small LLaMA on real text, GaLoreAdamW beside AdamW
 	$(BIN)/python examples/pretrain.py --compare adamw,galore --out runs/pretrain $(RESUME) $(ARGS)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_optim import distributed, nn
 from lowrank_optim._version import __version__
+from lowrank_optim.adapters import lora_pairs, prune_ranks_, update_scalings
 from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.describe import describe
 from lowrank_optim.groups.layer_report import describe_layers
@@ -14,6 +15,7 @@ from lowrank_optim.optimizers import (
     LAYERWISE_METHODS,
     METHODS,
     AliceAdamW,
+    AltLoRA,
     APOLLOAdamW,
     APOLLOMiniAdamW,
     BAdamW,
@@ -26,9 +28,13 @@ from lowrank_optim.optimizers import (
     GaLoreAdamW8bit,
     LDAdamW,
     LISAAdamW,
+    LoRAOptimizer,
+    LoRAProAdamW,
+    LoRARiteAdamW,
     LowRankOptimizer,
     MuonAdamW,
     QGaLoreAdamW8bit,
+    RiemannianAdamW,
     SCALEOptimizer,
     SinkGDAdamW,
     SUMOAdamW,
@@ -76,6 +82,7 @@ __all__ = [
     "Adafactor",
     "Adam",
     "AliceAdamW",
+    "AltLoRA",
     "BAdamW",
     "Basis",
     "Blocks",
@@ -98,6 +105,9 @@ __all__ = [
     "LDAdamW",
     "LISAAdamW",
     "Lion",
+    "LoRAOptimizer",
+    "LoRAProAdamW",
+    "LoRARiteAdamW",
     "LowRankOptimizer",
     "MemoryPlan",
     "MomentumRule",
@@ -115,6 +125,7 @@ __all__ = [
     "Refresh",
     "Residual",
     "ResidualInput",
+    "RiemannianAdamW",
     "Role",
     "RowNorm",
     "Rule",
@@ -135,11 +146,14 @@ __all__ = [
     "describe_layers",
     "distributed",
     "layer_groups",
+    "lora_pairs",
     "nn",
     "param_groups",
     "plan",
+    "prune_ranks_",
     "state_bytes",
     "update_in_backward",
+    "update_scalings",
     "usable",
 ]
 

@@ -11,6 +11,7 @@ from lowrank_optim.optimizers.frugal import FrugalAdamW, FrugalLion, FrugalSGD
 from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optimizers.ldadam import LDAdamW
 from lowrank_optim.optimizers.lisa import LISAAdamW
+from lowrank_optim.optimizers.lora import AltLoRA, LoRAOptimizer, LoRAProAdamW, LoRARiteAdamW, RiemannianAdamW
 from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
 from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
@@ -22,6 +23,7 @@ __all__ = [
     "APOLLOAdamW",
     "APOLLOMiniAdamW",
     "AliceAdamW",
+    "AltLoRA",
     "BAdamW",
     "FiraAdamW",
     "FrugalAdamW",
@@ -32,9 +34,13 @@ __all__ = [
     "GaLoreAdamW8bit",
     "LDAdamW",
     "LISAAdamW",
+    "LoRAOptimizer",
+    "LoRAProAdamW",
+    "LoRARiteAdamW",
     "LowRankOptimizer",
     "MuonAdamW",
     "QGaLoreAdamW8bit",
+    "RiemannianAdamW",
     "SCALEOptimizer",
     "SUMOAdamW",
     "SinkGDAdamW",

@@ -23,7 +23,7 @@ from lowrank_optim.kernels.counter_rng import PURPOSE_BLOCKS, make_key
 from lowrank_optim.projectors import Basis, Coordinate, Projector, Refresh, SubspaceSpec, float64_sums
 from lowrank_optim.quantization.coded_moments import is_coded
 from lowrank_optim.residuals.base import Residual
-from lowrank_optim.rules import JointRule, Rule
+from lowrank_optim.rules import Rule
 from lowrank_optim.sharding.dtensor import (
     check_owner,
     check_placements,
@@ -56,6 +56,7 @@ class ParamPlan:
     position: in its group.
     named: whether its name is its own, and not made of positions.
     unit: the parameters that a joint rule steps together, this one among them; empty for other rules.
+    unit_shapes: of what this process holds of each of them, as the rule sees them.
     sum_dtype: the type that sums of the subspace are carried out in, where that is not the compute type (`exact_sums`).
     """
 
@@ -74,6 +75,7 @@ class ParamPlan:
     position: int = 0
     named: bool = False
     unit: tuple[Tensor, ...] = ()
+    unit_shapes: tuple[tuple[int, ...], ...] = ()
     sum_dtype: torch.dtype | None = None
 
     @property
@@ -211,43 +213,12 @@ def plan_group(
         if rule.on_matrices:
             check_matrix(plan, shape, group)
         plans[param] = plan
-    if isinstance(parts.rule, JointRule):
-        _make_units(plans, parts.rule)
     low_rank = {param: plan.space for param, plan in plans.items() if plan.space is not None}
     key = make_key(group["seed"], first_key, 0, PURPOSE_BLOCKS)
     arranged = projector.arrange(list(low_rank.values()), group["density"], key)
     for param, space in zip(low_rank, arranged, strict=True):
         plans[param] = replace(plans[param], space=space)
     return plans
-
-
-def _make_units(plans: dict[Tensor, ParamPlan], rule: JointRule) -> None:
-    """Tell the parameters of a group which ones are stepped together; modified in place."""
-    params, arity = list(plans), rule.arity
-    if len(params) % arity:
-        raise ValueError(
-            f"{type(rule).__name__} steps {arity} parameters at a time, and its group has {len(params)}: "
-            f"{', '.join(plan.name for plan in plans.values())}; give a multiple of {arity}, in order"
-        )
-    for start in range(0, len(params), arity):
-        unit = tuple(params[start : start + arity])
-        for param in unit:
-            if plans[param].space is not None:
-                raise ValueError(
-                    f"{type(rule).__name__} works on {arity} parameters at once, so that its groups can have no rank or density"
-                )
-            plans[param] = replace(plans[param], unit=unit)
-
-
-def check_trainable(plans: Mapping[Tensor, ParamPlan]) -> None:
-    """Raise ValueError where some parameters that are stepped together are frozen."""
-    for plan in plans.values():
-        frozen = [plans[param].name for param in plan.unit if not param.requires_grad]
-        if frozen:
-            raise ValueError(
-                f"{type(plan.rule).__name__} steps {', '.join(plans[param].name for param in plan.unit)} together, but "
-                f"{', '.join(frozen)} does not require a gradient; train all of them, or give the others another rule"
-            )
 
 
 def name_key(name: str) -> int:
@@ -329,22 +300,29 @@ def shares_elements(tensor: Tensor) -> bool:
     return False
 
 
+def check_proximal(plans: Iterable[ParamPlan], group: Mapping[str, Any]) -> None:
+    """Raise ValueError where the option `l1` meets parameters that it cannot shrink."""
+    if not group["l1"]:
+        return
+    for plan in plans:
+        if group.get("pairs") and not plan.unit:
+            raise ValueError(
+                f"l1 is {group['l1']!r} in a group of pairs, but its rule {plan.rule.name!r} steps the factors one by one; use "
+                'lowrank_optim.LoRAOptimizer(groups, preconditioner="none"), whose l1 shrinks rank-one terms'
+            )
+        if plan.dtype not in (torch.float32, torch.float64) and not group.get("master_weights"):
+            raise ValueError(
+                f"l1 is {group['l1']!r}, but parameter {plan.name} is {plan.dtype}, in which a small threshold is rounded away; keep "
+                "such parameters in float32 (param.float())"
+            )
+
+
 def check_memory(param: Tensor, kind: str) -> None:
     """Raise ValueError for a parameter that cannot be written to as its memory lies; `kind` names it in the message."""
     if param.is_neg() or param._is_zerotensor() or shares_elements(local(param)):
         raise ValueError(
             f"{kind} is a view with a negative bit (of a complex conjugate, say), or its elements share memory (expand); only a copy "
             "of it can be trained: param.data = param.data.contiguous().resolve_neg(), or a new parameter"
-        )
-
-
-def check_unit(plan: ParamPlan, plans: Mapping[Tensor, ParamPlan]) -> None:
-    """Raise RuntimeError where some parameters that are stepped together have a gradient and others have none."""
-    without = [plans[param].name for param in plan.unit if param.grad is None]
-    if without and len(without) < len(plan.unit):
-        raise RuntimeError(
-            f"{type(plan.rule).__name__} steps {', '.join(plans[param].name for param in plan.unit)} together, but "
-            f"{', '.join(without)} got no gradient, so that none of them was changed. All of them have to take part in the loss"
         )
 
 

@@ -32,6 +32,8 @@ def carry_over(old: ParamStep, new: ParamStep) -> None:
         for name, tensor in new.state.items():
             tensor.copy_(old.state[name])
         return
+    if after.unit:
+        return
     if after.space is None:
         moments = {name: old.moments[name] for name in _moment_names(new) if name in old.moments}
     else:

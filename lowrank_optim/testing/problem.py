@@ -27,7 +27,7 @@ MATRICES: dict[str, tuple[int, ...]] = {
 
 DENSE: dict[str, tuple[int, ...]] = {"embedding": (70, 66), "vector": (33,)}
 
-PAIRS: tuple[tuple[int, ...], ...] = ((24, RANK), (RANK, 20))
+PAIRS: tuple[tuple[int, ...], ...] = ((RANK, 20), (24, RANK))
 
 
 @lru_cache(maxsize=256)
