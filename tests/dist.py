@@ -64,7 +64,7 @@ def check_sdist(sdist: Path, names: list[str]) -> None:
 def check_wheel(wheel: Path, library: bool, names: list[str]) -> None:
     """The package and its papers are in the wheel, nothing else, and the library exactly where its name says so."""
     with zipfile.ZipFile(wheel) as archive:
-        held = set(archive.namelist())
+        held = {name for name in archive.namelist() if not name.endswith("/")}
         metadata = {PurePosixPath(name).name: name for name in held if ".dist-info/" in name}
         tags = re.findall(r"^Tag: (.*)$", archive.read(metadata["WHEEL"]).decode(), flags=re.MULTILINE)
         if not wheel.stem.endswith(tuple(tags)):

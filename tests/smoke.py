@@ -29,8 +29,8 @@ def check(holds: bool, otherwise: str) -> None:
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> float:
     loss = torch.zeros(())
-    for step in range(steps):
-        x = torch.randn(64, 64, generator=torch.Generator().manual_seed(step))
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for _ in range(steps):
         loss = (model(x) - x.flip(1)).square().mean()
         loss.backward()
         optimizer.step()
