@@ -115,7 +115,9 @@ class Environment:
         venv.create(folder, symlinks=True)
         self.bin = folder / "bin"
         self.python = self.bin / "python"
-        self.site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+        self.site = Path(
+            sysconfig.get_path("purelib", "posix_prefix", vars={"base": str(folder), "platbase": str(folder)})
+        )
 
     def borrow(self) -> None:
         """See the packages of the environment that runs this file; its .pth files, and so its editable installs, do not count."""
