@@ -16,7 +16,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 7;
+constexpr int ABI_VERSION = 8;
 constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thread
 
 #define LOWRANK_TEXT_(x) #x
@@ -35,9 +35,10 @@ struct Level {
   const AdamKernels& adam;
   const CodeKernels& codes;
   const WeightKernels& weights;
+  const SparseKernels& sparse;
 };
 
-#define LOWRANK_ROW(level) {#level, level::adam_kernels, level::code_kernels, level::weight_kernels}
+#define LOWRANK_ROW(level) {#level, level::adam_kernels, level::code_kernels, level::weight_kernels, level::sparse_kernels}
 #ifdef LOWRANK_X86
 const Level LEVELS[] = {LOWRANK_ROW(avx512), LOWRANK_ROW(avx2), LOWRANK_ROW(baseline)};
 #else
@@ -178,6 +179,20 @@ struct Inverse {
     c.inverse = numbers.get();
   }
 };
+
+typedef std::unique_ptr<float, decltype(&std::free)> Room;
+
+// Room that begins with a cache line; null where there is no memory.
+Room room_for(int64_t floats) { return Room(static_cast<float*>(std::aligned_alloc(64, size_t(floats) * sizeof(float))), &std::free); }
+
+// The widest tiles of tokens with `cols` features that have at most so many elements; few tokens have narrow ones.
+const SparseWidth& width_of(int64_t cols, int64_t tokens, int64_t most) {
+  const SparseWidth* best = chosen->sparse.widths;
+  for (const SparseWidth& width : chosen->sparse.widths) {
+    if (width.tokens * cols <= most && width.tokens < 2 * tokens) best = &width;
+  }
+  return *best;
+}
 
 // ‖N_j‖ and ‖g_j‖ of rows from the sums of the units of each.
 void write_norms(const CodedAdamArgs& args) {
@@ -326,4 +341,41 @@ LOWRANK_API int lowrank_optim_lines(const LinesArgs* args, int threads) {
 
 LOWRANK_API int lowrank_optim_gaussian(const GaussianArgs* args, int threads) {
   return run<GaussianArgs>(chosen->weights.gaussian, *args, pieces(args->numel, 2), 8, limited(threads));  // a pair costs what 8 others do
+}
+
+LOWRANK_API int lowrank_optim_sparse(const SparseArgs* args, int threads) {
+  const Support& s = args->support;
+  const SparseWidth& width = width_of(s.cols, args->tokens, 1 << 16);  // 256 KiB, read again for every row of S
+  const int64_t tiles = pieces(args->tokens, width.tokens), floats = (whole(s.cols) + SIDE) * width.tokens;
+  threads = args->tokens * (s.rows + s.cols) <= ALONE ? 1 : int(std::min<int64_t>(limited(threads), tiles));
+  if (tiles == 0) return 0;
+  const auto scratch = room_for(floats * threads);
+  if (!scratch) return 1;
+  const auto kernel = args->forward ? width.forward : width.backward_input;
+  in_pieces(tiles, 1, threads, [&](int64_t begin, int64_t end, int worker) {
+    for (int64_t tile = begin; tile < end; ++tile) kernel(*args, tile, scratch.get() + worker * floats);
+  });
+  return 0;
+}
+
+LOWRANK_API int lowrank_optim_sampled(const SampledArgs* args, int threads) {
+  const Support& s = args->support;
+  const SparseWidth& width = width_of(s.cols, args->tokens, 3 << 16);  // 768 KiB: a sum over few tokens costs as much as over many
+  const int64_t tiles = pieces(args->tokens, width.tokens), floats = whole(s.cols) * width.tokens;
+  threads = args->tokens * (s.rows + s.cols) <= ALONE ? 1 : limited(threads);
+  if (tiles == 0 || s.cols == 0) return 0;
+  // One tile for each thread at a time: they turn them round together, then share the rows of S, so that each sum has one writer.
+  const int64_t together = std::min<int64_t>(threads, tiles);
+  const auto turned = room_for(floats * together);
+  if (!turned) return 1;
+  for (int64_t first = 0; first < tiles; first += together) {
+    const int64_t count = std::min(together, tiles - first);
+    in_pieces(count, 1, threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t k = begin; k < end; ++k) width.turn(*args, first + k, turned.get() + k * floats);
+    });
+    in_pieces(pieces(s.rows, SIDE), 1, threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t k = begin; k < end; ++k) width.sample(*args, k * SIDE, first, count, turned.get());
+    });
+  }
+  return 0;
 }

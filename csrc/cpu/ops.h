@@ -1,5 +1,5 @@
 // What the operations take (lowrank_optim/kernels/cpu/structures.py has the same structures), and the tables of the kernels that do
-// them, three for each instruction set.
+// them, four for each instruction set.
 //
 // Definitions: lowrank_optim/kernels/reference.py and coded_reference.py. Every float operation here is rounded to float32 once, in
 // the order written there, without fused multiply-adds, so all instruction sets, thread counts and ways of cutting a tensor give the
@@ -13,6 +13,7 @@ namespace lowrank {
 // Tensors may start at any byte.
 typedef float f32 __attribute__((aligned(1), may_alias));
 typedef uint16_t u16 __attribute__((aligned(1), may_alias));
+typedef int32_t s32 __attribute__((aligned(1), may_alias));
 typedef uint8_t u8;
 typedef int8_t s8;
 
@@ -197,6 +198,38 @@ struct LinesArgs {
   f32 *dots, *squares;
 };
 
+// The places of a sparse matrix in compressed sparse rows: row i has entries pointers[i] … pointers[i + 1], in ascending columns, which
+// are of 16 bits if `narrow`, else of 32.
+struct Support {
+  int64_t rows, cols;
+  const s32* pointers;
+  const void* columns;
+  bool narrow;
+};
+
+// sltrain_forward: out (tokens × rows) += x (tokens × cols) Sᵀ. sltrain_backward_input: out (tokens × cols) += x (tokens × rows) S.
+struct SparseArgs {
+  Support support;
+  bool forward;
+  int64_t tokens;
+  ConstRows values, x;
+  Rows out;
+};
+
+// sampled_product: values[k] += Σ_t grad[t][i_k] x[t][j_k].
+struct SampledArgs {
+  Support support;
+  int64_t tokens;
+  ConstRows grad, x;
+  f32* values;
+};
+
+// Of the squares in which tokens × features are turned round.
+constexpr int SIDE = 16;
+
+// Features in whole squares.
+inline int64_t whole(int64_t features) { return (features + SIDE - 1) / SIDE * SIDE; }
+
 // Columns whose sums are taken together.
 constexpr int64_t STRIP = 256;
 
@@ -223,11 +256,25 @@ struct WeightKernels {
   void (*column_sums)(const LinesArgs&, int64_t first, int64_t last);  // strips
 };
 
+// For tiles of `tokens` tokens. `scratch` has (whole(cols) + SIDE) · tokens floats, `turned` whole(cols) · tokens for each tile.
+struct SparseWidth {
+  int tokens;
+  void (*forward)(const SparseArgs&, int64_t tile, float* scratch);
+  void (*backward_input)(const SparseArgs&, int64_t tile, float* scratch);
+  void (*turn)(const SampledArgs&, int64_t tile, float* turned);
+  void (*sample)(const SampledArgs&, int64_t first_row, int64_t first_tile, int64_t tiles, const float* turned);
+};
+
+struct SparseKernels {
+  SparseWidth widths[3];
+};
+
 #define LOWRANK_TABLES(level)                \
   namespace level {                          \
   extern const AdamKernels adam_kernels;     \
   extern const CodeKernels code_kernels;     \
   extern const WeightKernels weight_kernels; \
+  extern const SparseKernels sparse_kernels; \
   }
 LOWRANK_TABLES(baseline)
 #ifdef LOWRANK_X86

@@ -53,6 +53,7 @@ from lowrank_optim.kernels.host import (
     outside_graph,
 )
 from lowrank_optim.kernels.reference import ResidualTerm, decay_, stochastic_round
+from lowrank_optim.kernels.sparse_reference import low_rank, token_rows
 
 __all__ = [
     "AdamNumbers",
@@ -82,6 +83,7 @@ __all__ = [
     "is_watched",
     "line_sums",
     "lion_direct_",
+    "low_rank",
     "masked_scalar",
     "no_autograd_no_autocast",
     "no_factors",
@@ -100,5 +102,6 @@ __all__ = [
     "sgd_direct_",
     "stochastic_round",
     "store_",
+    "token_rows",
     "unpack_key",
 ]

@@ -224,10 +224,18 @@ class Stratified:
 
     def indices(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Numbers `start` to `stop` of the sorted indices, int64."""
-        strata = torch.arange(start + self.first, stop + self.first, device=device) % max(self.count, 1)
-        edges = strata * self.population // max(self.count, 1)
-        widths = (strata + 1) * self.population // max(self.count, 1) - edges
-        return (edges + random_bits(self.key, strata) * widths // 2**32 + self.offset) % self.population
+        first = start + self.first
+        turn = min(max(first, self.count), first + stop - start)  # here the strata begin anew
+        parts = [self._turned(a, b, device) for a, b in ((first, turn), (turn, first + stop - start)) if a < b]
+        return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.int64, device=device), *parts])
+
+    def _turned(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """The indices of strata `start` to `stop`, which are numbered below `count`, or all from there on."""
+        start, stop = (start, stop) if start < self.count else (start - self.count, stop - self.count)
+        edges = torch.arange(start, stop + 1, device=device).mul_(self.population).floor_divide_(self.count)
+        inside = random_bits(self.key, torch.arange(start, stop, device=device)).mul_(edges.diff())
+        index = inside.bitwise_right_shift_(32).add_(edges[:-1]).add_(self.offset)
+        return torch.where(index < self.population, index, index - self.population)
 
     def _strata_below(self, bound: int) -> int:
         """How many strata have an index, before the turn, below `bound`."""

@@ -54,12 +54,14 @@ class Loaded:
     about: what `lowrank-optim doctor` says of it.
     many: by name of the operation, functions of a list of its arguments, which return what it returns for each, NotImplemented
         where they left it alone (`run_many`); and "norm", of a list of contiguous tensors (`norms`).
+    partly: the operations that it has for some types of tensors and devices only.
     """
 
     devices: frozenset[str]
     operations: Mapping[str, Kernel]
     about: str = ""
     many: Mapping[str, Kernel] = field(default_factory=dict)
+    partly: frozenset[str] = frozenset()
 
     def serves(self, device: str) -> bool:
         """Whether it works on tensors on this type of device."""

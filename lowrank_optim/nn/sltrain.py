@@ -22,6 +22,7 @@ def sltrain_(
     support: SupportName = "random",
     rounds: int = 10,
     trainable_scaling: bool = False,
+    save_projection: bool = False,
     seed: int = 0,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -43,10 +44,11 @@ def sltrain_(
             B = 0, for training from scratch. "svd": close to the weights: L ← the best rank-r matrix for W − S, S ← W − L on the
             support, in turn, which makes ‖W − L − S‖ smaller each time; B and A are balanced.
         support: "random" (from the seed: nothing is stored but the seed; rows have nearly equal numbers of entries), "uniform" (every
-            subset equally likely; stored in 4 bytes per entry), "residual" (with init="svd": the entries where W − L is largest,
-            stored), "columns" (whole columns, as LOST: with "svd" those where W − L is largest, else drawn).
+            subset equally likely; stored in 2 bytes per entry, or 4 beyond 32768 columns), "residual" (with init="svd": the entries
+            where W − L is largest, stored), "columns" (whole columns, as LOST: with "svd" those where W − L is largest, else drawn).
         rounds: of init="svd".
         trainable_scaling: s = tanh(θ) is trained, from θ = 1; without alpha.
+        save_projection: x Aᵀ is saved for backward, b·N·rank bytes a layer for N tokens, and not computed again.
         seed: of supports and initial numbers, which are the same on every device and in every process.
         include: patterns of the weights to take, as in `param_groups`; None takes every linear layer but output heads.
         exclude: patterns of weights to leave alone.
@@ -57,9 +59,8 @@ def sltrain_(
             take; a weight that is coded, sharded, tied to something that is no linear layer, or, unless init="fresh" with a "random"
             support, on the meta device.
 
-    Memory: b·(r·(m + n) + nnz) bytes for each layer at b bytes a number. The passes make neither W nor its gradient: their
-    temporaries are two tiles, each of at most a quarter of m×n and about a million elements (four millions on accelerators), and
-    the places of its entries. On a CPU this saves memory, not time. init="svd" needs some dense float64 matrices (float32 on
+    Memory: b·(r·(m + n) + nnz) bytes for each layer at b bytes a number. The passes make neither W nor its gradient, see
+    `SparseLowRankLinear`. init="svd" needs some dense float64 matrices (float32 on
     accelerators) for one layer at a time.
 
     Example:
@@ -90,7 +91,8 @@ def sltrain_(
         if init == "svd" and not bool(torch.isfinite(module.weight).all()):
             raise ValueError(f"{path}.weight is not finite; it has no singular value decomposition")
     options: dict[str, Any] = {"rank": rank, "density": density, "alpha": alpha}
-    options |= {"trainable_scaling": trainable_scaling, "seed": seed, "support": support}
+    options |= {"trainable_scaling": trainable_scaling, "save_projection": save_projection, "seed": seed}
+    options["support"] = support
     shared: dict[int, SparseLowRankLinear] = {}
     made: dict[int, nn.Module] = {}
     for layer in taken:

@@ -26,6 +26,7 @@ from lowrank_optim.nn.supports import (
     Support,
     column_support,
     linear_indices,
+    stored_columns,
     support_from_indices,
     support_from_rows,
     support_key,
@@ -56,16 +57,20 @@ class SparseLowRankLinear(ReparametrizedLinear):
         density: ⌊density·m·n⌋ entries in S, or max(1, round(density·n)) columns; 0 leaves B A alone.
         alpha: s = alpha/rank; None means s = 1.
         support: "random" (one entry from each of equal strata, from the seed, nothing stored), "uniform" (any subset equally likely;
-            int32 columns and row pointers are stored), "columns" (whole columns, drawn at random), or a vector of ascending integers
-            row·n + column in place of `density`.
+            row pointers and columns are stored, in 2 bytes each where in_features ≤ 32768, else in 4), "columns" (whole columns,
+            drawn at random), or a vector of ascending integers row·n + column in place of `density`.
         trainable_scaling: s is trained; `alpha` must be None.
+        save_projection: x Aᵀ is saved for backward, b·N·rank bytes for N tokens, and not computed again: 2·N·rank·n operations less.
         seed, position: of the random numbers; `position` is the layer's number in the model.
 
     Raises:
         ValueError: a value out of range; the message says which.
 
     Memory: b·(rank·(m + n) + nnz) bytes at b bytes a number, for weights and for gradients each, and what the support stores. In a
-    pass: two tiles, each of at most a quarter of m×n and about a million elements, and matrices of tokens × features.
+    pass: 2 or 4 bytes per entry for the columns of a "random" support, and matrices of tokens × features. The C++ kernels have
+    for each thread 16 tokens × n numbers of float32, or 768 KiB if that is more; Triton's have an integer for 32 elements of W or
+    more. Without compiled kernels there are two tiles, each of at most a quarter of m×n and about a million elements, and 8 bytes
+    per entry in it.
 
     Paper: Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", arXiv:2406.02214.
     """
@@ -87,6 +92,7 @@ class SparseLowRankLinear(ReparametrizedLinear):
         bias: bool = True,
         support: SupportName | Tensor = "random",
         trainable_scaling: bool = False,
+        save_projection: bool = False,
         seed: int = 0,
         position: int = 0,
         device: torch.device | str | int | None = None,
@@ -101,8 +107,8 @@ class SparseLowRankLinear(ReparametrizedLinear):
             )
         self.rank, self.seed, self.position, self.alpha = rank, seed, position, alpha
         self._scale = alpha / rank if alpha is not None and rank else 1.0
+        self.save_projection = save_projection
         self._seeded: SeededSupport | None = None
-        self._bounds: dict[int, list[int]] = {}
 
         def add(name: str, *shape: int) -> None:
             there = 0 not in shape
@@ -165,7 +171,7 @@ class SparseLowRankLinear(ReparametrizedLinear):
         pointers, index = buffers["sparse_rows"], buffers["sparse_index"]
         assert pointers is not None  # set_support set both
         assert index is not None
-        return StoredSupport(m, n, pointers, index, self._bounds)
+        return StoredSupport(m, n, pointers, index if index.dim() == 1 else index.view(torch.int16).view(-1))
 
     def set_support(self, support: Support) -> None:
         """Take another support with as many entries; the values stay as they are."""
@@ -174,12 +180,12 @@ class SparseLowRankLinear(ReparametrizedLinear):
             raise ValueError(f"the support has {support.count} entries, the layer {have} values")
         for name in STORED:
             self._buffers.pop(name, None)
-        self._seeded, self._bounds = (support if isinstance(support, SeededSupport) else None), {}
+        self._seeded = support if isinstance(support, SeededSupport) else None
         device = self.sparse_value.device
         if isinstance(support, ColumnSupport):
             self.register_buffer("sparse_columns", support.columns.to(device, torch.int32))
         elif isinstance(support, StoredSupport):
-            self.register_buffer("sparse_index", support.columns.to(device, torch.int32))
+            self.register_buffer("sparse_index", stored_columns(support).to(device))
             self.register_buffer("sparse_rows", support.pointers.to(device, torch.int32))
 
     # The passes --------------------------------------------------------------------------------------------------------------
@@ -214,6 +220,7 @@ class SparseLowRankLinear(ReparametrizedLinear):
             self.scaling if self.lora_A is not None else None,
             self._scale,
             self.entries,
+            self.save_projection,
             compute,
             result,
         )
@@ -299,10 +306,11 @@ class SparseLowRankLinear(ReparametrizedLinear):
             as_index = support_from_indices(1, n, columns)
             found = ColumnSupport(m, n, as_index.columns)
         elif index is not None and rows is not None:
-            found = support_from_rows(m, n, rows, index)
+            found = support_from_rows(m, n, rows, index.view(torch.int16).view(-1) if index.dim() == 2 else index)
+            state[f"{prefix}sparse_index"] = stored_columns(found)
         elif index is not None:  # as the released code stores it: row·n + column
             found = support_from_indices(m, n, index)
-            state[f"{prefix}sparse_index"], state[f"{prefix}sparse_rows"] = found.columns, found.pointers
+            state[f"{prefix}sparse_index"], state[f"{prefix}sparse_rows"] = stored_columns(found), found.pointers
             if (
                 self.scaling is None
                 and self.alpha is None

@@ -1,11 +1,12 @@
-"""y = x Wᵀ + b for W = s·B A + S, forward and backward, in row tiles: neither W nor its gradient is ever made.
+"""y = x Wᵀ + b for W = s·B A + S, forward and backward: neither W nor its gradient is ever made.
 
-With x (N×n), A (r×n), B (m×r), S on a fixed support with values v, u = s·x Aᵀ and q = s·∂y B (both N×r):
+With x (N×n), A (r×n), B (m×r), S on a fixed support with values v, u = x Aᵀ and q = s·∂y B (both N×r):
 
-    y  = u Bᵀ + x Sᵀ + b        ∂x = q A + ∂y S         ∂B = ∂yᵀ u        ∂A = qᵀ x
-    ∂v_k = Σ_t ∂y[t, i_k] x[t, j_k]                     ∂b = Σ_t ∂y_t     ∂s = Σ_t ⟨(∂y B)_t, (x Aᵀ)_t⟩
+    y  = s·u Bᵀ + x Sᵀ + b      ∂x = q A + ∂y S         ∂B = s·∂yᵀ u      ∂A = qᵀ x
+    ∂v_k = Σ_t ∂y[t, i_k] x[t, j_k]                     ∂b = Σ_t ∂y_t     ∂s = Σ_t ⟨(∂y B)_t, u_t⟩
 
-For a slice T of rows, S_T is filled from v, and ∂v is read from Γ_T = (∂y_T)ᵀ x. Saved for backward: x and the parameters.
+y, ∂x and ∂v are operations (`kernels.schemas`): `sltrain_forward`, `sltrain_backward_input`, `sampled_product`. Saved for backward: x
+and the parameters, and u where it is asked for; a support that a seed says is drawn anew.
 """
 
 from typing import Any
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowrank_optim.kernels import no_autograd_no_autocast
-from lowrank_optim.nn.supports import ColumnSupport, Support, Tile
+from lowrank_optim.kernels import call, low_rank, no_autograd_no_autocast, token_rows
+from lowrank_optim.nn.supports import ColumnSupport, SeededSupport, StoredSupport, Support
 
 
 class SparseLowRankProduct(torch.autograd.Function):
-    """apply(x, A, B, v, b, θ, s, support, compute type, result type); A with B, v, b, θ may be None. With a θ, s = tanh θ."""
+    """apply(x, A, B, v, b, θ, s, support, whether to save u, compute type, result type); A with B, v, b, θ may be None.
+
+    With a θ, s = tanh θ.
+    """
 
     @staticmethod
     @no_autograd_no_autocast
@@ -33,103 +37,86 @@ class SparseLowRankProduct(torch.autograd.Function):
         theta: Tensor | None,
         scale: float,
         support: Support | None,
+        save_projection: bool,
         compute: torch.dtype,
         result: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(x, lora_a, lora_b, values, bias, theta)
-        ctx.scale, ctx.support, ctx.compute = scale, support, compute
-        tokens = _rows(x, compute)
+        tokens = x.to(compute)
         a, b, v, offset = (None if p is None else p.to(compute) for p in (lora_a, lora_b, values, bias))
-        size = _size(lora_b, support)
-        # Made in its final shape: what a custom function returns as a view cannot be changed in place.
-        out = tokens.new_empty((*x.shape[:-1], size))
-        y = out.view(len(tokens), size)
-        if a is not None and b is not None:
-            u = (tokens @ a.mT).mul_(_scale(theta, scale, compute))
-            if offset is None:
-                torch.mm(u, b.mT, out=y)
-            else:
-                torch.addmm(offset, u, b.mT, out=y)
+        u = None if a is None else tokens @ a.mT
+        ctx.save_for_backward(x, lora_a, lora_b, values, bias, theta, u if save_projection else None)
+        ctx.scale, ctx.support, ctx.compute = scale, support, compute
+        scaled = None if u is None else _times(u, _scale(theta, scale, compute))
+        if v is not None and isinstance(support, (SeededSupport, StoredSupport)):
+            y: Tensor = call("sltrain_forward", tokens, scaled, b, offset, v, *support.compressed(x.device))
         else:
-            y.zero_() if offset is None else y.copy_(offset)
-        if v is not None and support is not None:
-            if isinstance(support, ColumnSupport):
-                y.addmm_(tokens[:, support.columns], v.view(size, -1).mT)
-            else:
-                for tile in support.tiles(x.device):
-                    y[:, tile.rows].addmm_(tokens, _fill(tile, v, support.cols).mT)
-        return out.to(result)
+            y = low_rank(tokens, scaled, None if b is None else b.mT, offset, _size(lora_b, support))
+            if v is not None and isinstance(support, ColumnSupport):
+                token_rows(y).addmm_(token_rows(tokens)[:, support.columns], v.view(support.rows, -1).mT)
+        return y.to(result)
 
     @staticmethod
     @once_differentiable
     @no_autograd_no_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_a, lora_b, values, bias, theta = ctx.saved_tensors
+        x, lora_a, lora_b, values, bias, theta, u = ctx.saved_tensors
         compute, support = ctx.compute, ctx.support
         need_x, need_a, need_b, need_v, need_bias, need_theta = ctx.needs_input_grad[:6]
-        tokens, g = _rows(x, compute), _rows(grad, compute)
-        grad_x = grad_a = grad_b = grad_v = grad_theta = None
+        tokens, g = token_rows(x).to(compute), token_rows(grad).to(compute)
+        q: Any = None
+        a: Any = None
+        grad_a = grad_b = grad_theta = None
         if lora_a is not None:
             a, b, s = lora_a.to(compute), lora_b.to(compute), _scale(theta, ctx.scale, compute)
             if need_x or need_a or need_theta:
                 q = g @ b
             if need_b or need_theta:
-                u = tokens @ a.mT
+                u = tokens @ a.mT if u is None else token_rows(u)
             if need_theta:  # ∂θ = (1 − s²) ∂s
                 exact = torch.tanh(theta.to(_sums(compute)))
                 inner = (q.to(exact.dtype) * u.to(exact.dtype)).sum()
                 grad_theta = (inner * (1 - exact * exact)).to(theta.dtype)
             if need_b:
-                grad_b = (g.mT @ u.mul_(s)).to(lora_b.dtype)
+                grad_b = (g.mT @ _times(u, s)).to(lora_b.dtype)
             if need_x or need_a:
-                q.mul_(s)
+                q = _times(q, s)
             if need_a:
                 grad_a = (q.mT @ tokens).to(lora_a.dtype)
-            if need_x:
-                grad_x = (q @ a).to(_sums(compute))
-        if need_x and grad_x is None:
-            grad_x = tokens.new_zeros(tokens.shape, dtype=_sums(compute))
-        if values is not None:
-            grad_v = torch.empty_like(values) if need_v else None
-            _sparse_backward(support, values.to(compute), tokens, g, grad_x, grad_v)
+        grad_x, grad_v = _sparse_backward(support, values, tokens, g, q, a, need_x, need_v)
         grad_bias = g.sum(0, dtype=_sums(compute)).to(bias.dtype) if need_bias else None
         if grad_x is not None:
             grad_x = grad_x.view(x.shape).to(x.dtype)
-        return grad_x, grad_a, grad_b, grad_v, grad_bias, grad_theta, None, None, None, None
+        return grad_x, grad_a, grad_b, grad_v, grad_bias, grad_theta, None, None, None, None, None
 
 
 def _sparse_backward(
-    support: Support, values: Tensor, x: Tensor, grad: Tensor, grad_x: Tensor | None, grad_v: Tensor | None
-) -> None:
-    """Adds ∂y S to `grad_x` and writes ∂v to `grad_v`, where they are wanted.
-
-    Many tiles add up in `grad_x`, which is float32 for 16-bit types.
-    """
+    support: Support | None,
+    values: Tensor | None,
+    x: Tensor,
+    grad: Tensor,
+    q: Tensor | None,
+    a: Tensor | None,
+    need_x: bool,
+    need_v: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """∂x and ∂v, where they are wanted."""
+    if values is None or support is None:
+        return (q @ a if need_x and q is not None and a is not None else None), None
+    v = values.to(x.dtype)
+    grad_x = grad_v = None
     if isinstance(support, ColumnSupport):
-        if grad_x is not None:
-            grad_x.index_add_(1, support.columns, (grad @ values.view(support.rows, -1)).to(grad_x.dtype))
-        if grad_v is not None:
-            grad_v.view(support.rows, -1).copy_(grad.mT @ x[:, support.columns])
-        return
-    if grad_x is None and grad_v is None:
-        return
-    for tile in support.tiles(x.device):
-        part = grad[:, tile.rows]
-        if grad_x is not None:
-            matrix = _fill(tile, values, support.cols)
-            if grad_x.dtype == part.dtype:
-                grad_x.addmm_(part, matrix)
-            else:
-                grad_x.add_(part @ matrix)
-        if grad_v is not None:
-            grad_v[tile.values] = (part.mT @ x).view(-1)[tile.places].to(grad_v.dtype)
-
-
-def _fill(tile: Tile, values: Tensor, cols: int) -> Tensor:
-    """S_T, |T|×n."""
-    rows = tile.rows.stop - tile.rows.start
-    matrix = values.new_zeros(rows * cols).scatter_(0, tile.places, values[tile.values])
-    return matrix.view(rows, cols)
+        if need_x:
+            grad_x = x.new_zeros(x.shape) if q is None or a is None else q @ a
+            grad_x.index_add_(1, support.columns, grad @ v.view(support.rows, -1))
+        if need_v:
+            grad_v = (grad.mT @ x[:, support.columns]).view(-1)
+    elif need_x or need_v:
+        compressed = support.compressed(x.device)
+        if need_x:
+            grad_x = call("sltrain_backward_input", grad, q, a, v, *compressed, support.cols)
+        if need_v:
+            grad_v = call("sampled_product", grad, x, *compressed)
+    return grad_x, None if grad_v is None else grad_v.to(values.dtype)
 
 
 def _size(lora_b: Tensor | None, support: Support | None) -> int:
@@ -140,9 +127,8 @@ def _size(lora_b: Tensor | None, support: Support | None) -> int:
     return support.rows
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """N×n, in the compute type."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype)
+def _times(x: Tensor, scale: Tensor | float) -> Tensor:
+    return x if isinstance(scale, float) and scale == 1.0 else x * scale
 
 
 def _scale(theta: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor | float:

@@ -1,41 +1,33 @@
-"""Where a sparse matrix has its entries: fixed supports, read in row tiles.
+"""Where a sparse matrix has its entries: fixed supports, read in compressed sparse rows.
 
-A support is m×n with `count` entries, whose values lie in a vector in row-major order. `tiles` cuts it into slices of rows; each
-tile says which values are its own, and where they stand in it. Nothing of the size of the whole matrix is made.
+A support is m×n with `count` entries, whose values lie in a vector in row-major order. `compressed` says where they stand:
+
+    pointers    (m + 1,) int32, how many entries lie before each row
+    columns     (count,), ascending in each row; int16 where n ≤ 32768, else int32
+
+Nothing of the size of the whole matrix is made.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.counter_rng import PURPOSE_SUPPORT, Stratified, choose, make_key
 
-TILE_ELEMENTS = 1 << 20
-"""Elements of a tile on the CPU; on accelerators four times as many."""
+DRAWN = 1 << 18
+"""Entries of a support that are drawn at a time: 2 MiB for each of a few tensors of int64."""
+
+NARROW = 1 << 15
+"""Columns that int16 can number."""
 
 
-class Tile(NamedTuple):
-    """Some rows of a support: rows `rows` have the values `values`, which stand at `places` in the flattened slice."""
-
-    rows: slice
-    values: slice
-    places: Tensor
-
-
-def tile_rows(rows: int, cols: int, device: torch.device) -> int:
-    """Rows of a tile: at most a quarter of the matrix, and at most `TILE_ELEMENTS` elements."""
-    elements = TILE_ELEMENTS if device.type == "cpu" else 4 * TILE_ELEMENTS
-    return max(1, min(elements // max(cols, 1), -(-rows // 4)))
-
-
-def tile_starts(rows: int, size: int) -> tuple[int, ...]:
-    """The first row of each tile, and the end."""
-    return (*range(0, rows, size), rows)
+def column_type(cols: int) -> torch.dtype:
+    """The type of the columns of an m×n support."""
+    return torch.int16 if cols <= NARROW else torch.int32
 
 
 @dataclass(frozen=True)
@@ -50,56 +42,46 @@ class SeededSupport:
     count: int
     key: int
 
-    def tiles(self, device: torch.device) -> Iterator[Tile]:
-        """The support in slices of rows, from the first to the last."""
-        size = tile_rows(self.rows, self.cols, device)
-        draw, bounds = _stratified(self.key, self.rows, self.cols, self.count, size)
-        starts = tile_starts(self.rows, size)
-        for i, first in enumerate(starts[:-1]):
-            places = draw.indices(bounds[i], bounds[i + 1], device).sub_(first * self.cols)
-            yield Tile(slice(first, starts[i + 1]), slice(bounds[i], bounds[i + 1]), places)
+    def parts(self, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """row·n + column of the entries, int64 and ascending, some at a time."""
+        draw = _stratified(self.key, self.rows * self.cols, self.count)
+        for first in range(0, self.count, DRAWN):
+            part = slice(first, min(first + DRAWN, self.count))
+            yield part, draw.indices(part.start, part.stop, device)
+
+    def compressed(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Pointers and columns."""
+        columns = torch.empty(self.count, dtype=column_type(self.cols), device=device)
+        edges = torch.arange(0, (self.rows + 1) * self.cols, self.cols, device=device)
+        pointers = torch.zeros(self.rows + 1, dtype=torch.int32, device=device)
+        for part, index in self.parts(device):
+            pointers += torch.searchsorted(index, edges, out_int32=True)
+            columns[part] = index.remainder_(self.cols)
+        return pointers, columns
 
 
 @lru_cache(maxsize=1 << 14)
-def _stratified(key: int, rows: int, cols: int, count: int, size: int) -> tuple[Stratified, tuple[int, ...]]:
-    """The draw, and how many entries lie before each tile of `size` rows."""
-    draw = Stratified(key, rows * cols, count)
-    return draw, tuple(draw.below(first * cols) for first in tile_starts(rows, size))
+def _stratified(key: int, population: int, count: int) -> Stratified:
+    return Stratified(key, population, count)
 
 
 @dataclass(frozen=True)
 class StoredSupport:
-    """A support in compressed sparse rows.
-
-    pointers: (m + 1,) int32, how many entries lie before each row.
-    columns: (count,) int32, ascending in each row.
-    bounds: the pointers at the ends of tiles, by the number of rows of a tile; filled once, so that the host need not wait again.
-    """
+    """A support in compressed sparse rows."""
 
     rows: int
     cols: int
     pointers: Tensor
     columns: Tensor
-    bounds: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
         """How many entries there are."""
         return self.columns.numel()
 
-    def tiles(self, device: torch.device) -> Iterator[Tile]:
-        """The support in slices of rows, from the first to the last."""
-        size = tile_rows(self.rows, self.cols, device)
-        starts = tile_starts(self.rows, size)
-        if size not in self.bounds:
-            self.bounds[size] = [int(self.pointers[first]) for first in starts]
-        bounds = self.bounds[size]
-        for i, (first, end) in enumerate(pairwise(starts)):
-            values = slice(bounds[i], bounds[i + 1])
-            lengths = self.pointers[first : end + 1].diff().long()
-            offsets = torch.arange(0, (end - first) * self.cols, self.cols, device=device)
-            places = offsets.repeat_interleave(lengths, output_size=values.stop - values.start)
-            yield Tile(slice(first, end), values, places.add_(self.columns[values]))
+    def compressed(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Pointers and columns."""
+        return self.pointers, self.columns
 
 
 @dataclass(frozen=True)
@@ -146,7 +128,7 @@ def support_from_indices(rows: int, cols: int, indices: Tensor) -> StoredSupport
         raise ValueError(f"indices must be ascending, distinct and in [0, {rows}·{cols})")
     lengths = torch.bincount(indices // cols, minlength=rows)
     pointers = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return StoredSupport(rows, cols, pointers.int(), (indices % cols).int())
+    return StoredSupport(rows, cols, pointers.int(), (indices % cols).to(column_type(cols)))
 
 
 def support_from_rows(rows: int, cols: int, pointers: Tensor, columns: Tensor) -> StoredSupport:
@@ -174,12 +156,21 @@ def support_from_rows(rows: int, cols: int, pointers: Tensor, columns: Tensor) -
     return support_from_indices(rows, cols, offsets.repeat_interleave(lengths) + columns)
 
 
+def stored_columns(support: StoredSupport) -> Tensor:
+    """The columns as a buffer: (count,) int32, or (count, 2) bytes of int16, which process groups cannot send as such."""
+    narrow = support.columns.dtype == torch.int16
+    return support.columns.unsqueeze(1).view(torch.uint8) if narrow else support.columns
+
+
 def linear_indices(support: Support, device: torch.device) -> Tensor:
     """row·n + column of every entry, in the order of the values; int64: 8 bytes for each entry."""
+    if isinstance(support, SeededSupport):
+        return torch.cat([index for _, index in support.parts(device)])
+    first = torch.arange(0, support.rows * support.cols, support.cols, device=device)
     if isinstance(support, ColumnSupport):
-        return (torch.arange(support.rows, device=device).unsqueeze(1) * support.cols + support.columns).view(-1)
-    tiles = [tile.places + tile.rows.start * support.cols for tile in support.tiles(device)]
-    return torch.cat(tiles)
+        return (first.unsqueeze(1) + support.columns).view(-1)
+    rows = first.repeat_interleave(support.pointers.diff(), output_size=support.count)
+    return rows.add_(support.columns)
 
 
 def support_key(seed: int, position: int) -> int:

@@ -18,7 +18,8 @@ ROWS = 8
 def build() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 42), nn.GELU(), nn.Linear(42, 15))
-    return lo.nn.sltrain_(model, rank=3, density=0.1, alpha=10, init="fresh", include=["0", "2"])
+    lo.nn.sltrain_(model, rank=3, density=0.1, alpha=10, init="fresh", include="0")
+    return lo.nn.sltrain_(model, rank=3, density=0.1, alpha=10, init="fresh", support="uniform", include="2")
 
 
 def train(model: nn.Module, rows: slice) -> None:

@@ -106,7 +106,7 @@ def test_structures_lie_in_memory_as_those_of_the_library(tmp_path: Path):
     command = [str(CXX), "-std=c++17", "-fsyntax-only", f"-I{ROOT / 'csrc' / 'cpu'}", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(kinds) == 17
+    assert len(kinds) == 20
 
 
 def test_a_structure_is_packed_with_its_padding_and_without_the_fields_of_the_library():
@@ -136,6 +136,9 @@ LARGE = [
     case("gaussian_", made.gaussian, (301, 401)),
     case("project_with_norms", made.project, (), 301, 1100, 1, True, BF16),
     case("project_with_norms", made.project, (2,), 301, 1100, 1, False, layout="window"),
+    case("sltrain_forward", made.sltrain_forward, (301,), 140, 700, 3, BF16),
+    case("sltrain_backward_input", made.sltrain_backward_input, (301,), 140, 700, 3, columns=torch.int16),
+    case("sampled_product", made.sampled_product, (301,), 140, 700),
 ]
 """More elements than one thread keeps to itself."""
 

@@ -231,6 +231,29 @@ def _gaussian() -> Iterator[Case]:
     yield case("gaussian_", made.gaussian, (300, 257), key=(1 << 64) - 5)
 
 
+def _sparse() -> Iterator[Case]:
+    for op, make, rank in [
+        ("sltrain_forward", made.sltrain_forward, (3,)),
+        ("sltrain_backward_input", made.sltrain_backward_input, (3,)),
+        ("sampled_product", made.sampled_product, ()),
+    ]:
+        for dtype in STORED:
+            for tokens, rows, cols in [((70,), 20, 33), ((1,), 40, 17), ((3, 30), 140, 48), ((5,), 1, 1), ((), 20, 33)]:
+                yield case(op, make, tokens, rows, cols, *rank, dtype)
+            yield case(op, make, (70,), 20, 33, *rank, dtype, columns=torch.int16)
+            yield case(op, make, (130,), 20, 600, *rank, dtype, density=0.9)
+        yield case(op, make, (20,), 20, 4000, *rank, columns=torch.int16)
+        yield case(op, make, (0,), 20, 33, *rank)
+        yield case(op, make, (0, 3), 20, 33, *rank, BF16)
+        yield case(op, make, (9,), 20, 33, *rank, density=0.0)
+        for layout in LAYOUTS:
+            yield case(op, make, (70,), 20, 33, *rank, BF16, layout=layout)
+    for dtype in STORED:
+        yield case("sltrain_forward", made.sltrain_forward, (70,), 20, 33, 0, dtype, bias=False)
+        yield case("sltrain_forward", made.sltrain_forward, (70,), 20, 33, 5, dtype, bias=False)
+        yield case("sltrain_backward_input", made.sltrain_backward_input, (70,), 20, 33, 0, dtype)
+
+
 CASES: dict[str, list[Case]] = {}
 MAKERS = (
     _products,
@@ -243,6 +266,7 @@ MAKERS = (
     _codes,
     _bases,
     _gaussian,
+    _sparse,
 )
 for _cases in MAKERS:
     for _case in _cases():

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lowrank_optim.kernels import arguments
 from lowrank_optim.kernels import selftest as made
-from lowrank_optim.kernels.triton import coded, elementwise, products
+from lowrank_optim.kernels.triton import coded, elementwise, products, sparse
 
 F32, BF16 = torch.float32, torch.bfloat16
 ROWS, COLS, RANK = 4096, 11008, 512
-OPS = elementwise.OPERATIONS | coded.OPERATIONS | products.OPERATIONS
+OPS = elementwise.OPERATIONS | coded.OPERATIONS | products.OPERATIONS | sparse.OPERATIONS
 
 
 def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -56,4 +56,9 @@ def calls() -> list[Callable[[], object]]:
     add("apply_dense_", *made.apply_dense(shape, BF16, rounding=True, layout="transposed"))
     add("stochastic_round_", *made.stochastic_round(shape))
     add("gaussian_", *made.gaussian(shape))
+    for dtype, columns in ((BF16, torch.int16), (F32, torch.int32)):
+        size = (512,), 512, 768
+        add("sltrain_forward", *made.sltrain_forward(*size, 64, dtype, columns=columns))
+        add("sltrain_backward_input", *made.sltrain_backward_input(*size, 64, dtype, columns=columns))
+        add("sampled_product", *made.sampled_product(*size, dtype, columns=columns))
     return found

@@ -36,6 +36,12 @@ def flat(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), TYPES[tensor.dtype], 0
 
 
+def support_of(pointers: Tensor, columns: Tensor, cols: int) -> tuple[int, int, int, int, bool]:
+    """The structure Support of a matrix in compressed sparse rows."""
+    narrow = columns.dtype == torch.int16
+    return pointers.numel() - 1, cols, pointers.data_ptr(), columns.data_ptr(), narrow
+
+
 def phi_of(scale: Tensor | None, first_row: int) -> tuple[int, int, int]:
     """Address and strides of a contiguous φ, from a row on."""
     if scale is None:

@@ -16,7 +16,7 @@ import torch
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
@@ -47,6 +47,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "gaussian": _ONE,
     "lines": _ONE,
     "store": _ONE,
+    "sparse": _ONE,
+    "sampled": _ONE,
 }
 """Arguments of every function but the last, the number of threads: the bytes of a structure, or of several and before them their
 number."""

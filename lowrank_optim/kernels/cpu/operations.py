@@ -39,10 +39,12 @@ from lowrank_optim.kernels.cpu.arguments import (
     rounding_of,
     rows_of,
     storable,
+    support_of,
 )
 from lowrank_optim.kernels.cpu.library import Library
 from lowrank_optim.kernels.cpu.structures import packer
 from lowrank_optim.kernels.dispatch import call
+from lowrank_optim.kernels.sparse_reference import low_rank
 
 Declined = Any  # NotImplemented
 
@@ -58,6 +60,8 @@ pack_store = packer(structures.StoreArgs)
 pack_norm = packer(structures.NormArgs)
 pack_lines = packer(structures.LinesArgs)
 pack_gaussian = packer(structures.GaussianArgs)
+pack_sparse = packer(structures.SparseArgs)
+pack_sampled = packer(structures.SampledArgs)
 
 
 def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
@@ -81,6 +85,9 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
         "pack_basis",
         "unpack_basis",
         "gaussian_",
+        "sltrain_forward",
+        "sltrain_backward_input",
+        "sampled_product",
     )
     return {name: getattr(ops, name) for name in names}
 
@@ -123,6 +130,57 @@ class Operations:
             product = (vector.data_ptr(), dots.data_ptr()) if alone else (0, 0)
             self.library.call("lines", pack_lines(*g.shape, *rows_of(g), right, *product, found.data_ptr()))
         return reduced, squares
+
+    # ----------------------------------------------------------------------------------------------------- sparse plus low rank
+
+    def sltrain_forward(
+        self,
+        x: Tensor,
+        u: Tensor | None,
+        lora_b: Tensor | None,
+        bias: Tensor | None,
+        values: Tensor,
+        pointers: Tensor,
+        columns: Tensor,
+    ) -> Tensor | Declined:
+        if not storable(x):
+            return NotImplemented
+        out = low_rank(x, u, None if lora_b is None else lora_b.mT, bias, pointers.numel() - 1)
+        self._add_sparse(True, out, x, values, support_of(pointers, columns, x.shape[-1]))
+        return out
+
+    def sltrain_backward_input(
+        self,
+        grad: Tensor,
+        q: Tensor | None,
+        lora_a: Tensor | None,
+        values: Tensor,
+        pointers: Tensor,
+        columns: Tensor,
+        cols: int,
+    ) -> Tensor | Declined:
+        if not storable(grad):
+            return NotImplemented
+        out = low_rank(grad, q, lora_a, None, cols)
+        self._add_sparse(False, out, grad, values, support_of(pointers, columns, cols))
+        return out
+
+    def _add_sparse(self, forward: bool, out: Tensor, x: Tensor, values: Tensor, support: tuple[Any, ...]) -> None:
+        values, tokens = values.contiguous(), x.shape[:-1].numel()
+        x, stride = readable(x)
+        lines = (x.data_ptr(), TYPES[x.dtype], stride)
+        there = (out.data_ptr(), TYPES[out.dtype], out.shape[-1])
+        self.library.call("sparse", pack_sparse(*support, forward, tokens, *flat(values), *lines, *there))
+
+    def sampled_product(self, grad: Tensor, x: Tensor, pointers: Tensor, columns: Tensor) -> Tensor | Declined:
+        if not storable(x):
+            return NotImplemented
+        out, tokens = x.new_zeros(columns.numel(), dtype=F32), x.shape[:-1].numel()
+        support = support_of(pointers, columns, x.shape[-1])
+        (grad, grad_stride), (x, stride) = readable(grad), readable(x)
+        lines = (grad.data_ptr(), TYPES[grad.dtype], grad_stride, x.data_ptr(), TYPES[x.dtype], stride)
+        self.library.call("sampled", pack_sampled(*support, tokens, *lines, out.data_ptr()))
+        return out.to(x.dtype)
 
     # -------------------------------------------------------------------------------------------------- moments and directions
 

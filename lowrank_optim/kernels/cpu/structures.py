@@ -108,6 +108,21 @@ class LinesArgs(Structure):
     )
 
 
+class Support(Structure):
+    _fields_ = (("rows", _N), ("cols", _N), ("pointers", _P), ("columns", _P), ("narrow", c_bool))
+
+
+class SparseArgs(Structure):
+    _fields_ = (
+        *(("support", Support), ("forward", c_bool), ("tokens", _N)),
+        *(("values", Rows), ("x", Rows), ("out", Rows)),
+    )
+
+
+class SampledArgs(Structure):
+    _fields_ = (("support", Support), ("tokens", _N), ("grad", Rows), ("x", Rows), ("values", _P))
+
+
 class GaussianArgs(Structure):
     _fields_ = (("out", _P), ("numel", _N), ("key", c_uint64))
 

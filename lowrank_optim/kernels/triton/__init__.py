@@ -11,7 +11,7 @@ import torch
 
 from lowrank_optim.kernels.dispatch import Loaded, Unavailable
 
-MODULES = ("elementwise", "coded", "products")
+MODULES = ("elementwise", "coded", "products", "sparse")
 
 
 def load() -> Loaded:

@@ -135,7 +135,7 @@ def project_kernel(
 
 
 @triton.jit
-def _factor_product(
+def factor_product(
     a_ptr,
     b_ptr,
     a_low_ptr,
@@ -254,7 +254,7 @@ def apply_kernel(
     if left_low_ptr is not None:
         left_low_ptr += batch * left_batch
         right_low_ptr += batch * right_batch
-    lift = _factor_product(
+    lift = factor_product(
         left_ptr + batch * left_batch,
         right_ptr + batch * right_batch,
         left_low_ptr,
@@ -280,7 +280,7 @@ def apply_kernel(
             if from_left_low_ptr is not None:
                 from_left_low_ptr += batch * from_left_batch
                 from_right_low_ptr += batch * from_right_batch
-            e -= _factor_product(
+            e -= factor_product(
                 from_left_ptr + batch * from_left_batch,
                 from_right_ptr + batch * from_right_batch,
                 from_left_low_ptr,
