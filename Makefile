@@ -16,7 +16,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(
 # A run in the folder is continued, or with ARGS=--overwrite deleted.
 RESUME := $(if $(filter --overwrite,$(ARGS)),,--resume)
 
-.PHONY: setup check test matrix lint dist dist-check pretrain clean
+.PHONY: setup check test matrix lint docs dist dist-check pretrain clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -41,6 +41,9 @@ lint: $(READY)   ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)   ## the documentation, into build/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Both wheels are built from the sdist, as an installer would. auditwheel names the oldest glibc that the library runs on: build in a
 # container with an old one (.github/workflows/release.yml) for a wheel that many can use. No CUDA library: GPUs have the Triton kernels.

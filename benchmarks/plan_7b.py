@@ -1,4 +1,4 @@
-"""The planner's numbers for LLaMA-7B (and 13B): the README's table, the targets, the longest sequences. Needs no GPU.
+"""The planner's numbers for LLaMA-7B (and 13B): the tables of README and docs, the targets, the longest sequences. Needs no GPU.
 
 Every row is a simulation of all layers, batch 1 × 2048, bfloat16 weights and arithmetic, rank 1024, for CUDA. The state of the
 reductions is that of a whole step, against AdamW's with bfloat16 moments (26.9 GB).

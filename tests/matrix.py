@@ -1,7 +1,7 @@
 """`make matrix`: a part of the tests on several versions of Python and torch, each pair in an environment of its own.
 
 The part: the files of AREAS without what is marked slow, and of each test as many cases as it takes for each value of each parameter
-to appear once (`--each-value`). The results go to matrix.json beside this file and into the table of the README.
+to appear once (`--each-value`). The results go to matrix.json beside this file and into the table of docs/development.md.
 `make matrix MATRIX="3.12:2.11.0 3.13:2.14.1"` runs these pairs and leaves the results of the others as they are.
 """
 
@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "matrix.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "development.md"
 BEGIN, END = "<!-- written by `make matrix` -->\n", "<!-- end -->\n"
 
 PAIRS = ["3.10:2.8.0", "3.11:2.13.0", "3.12:2.11.0", "3.13:2.14.1", "3.14:2.14.1"]
@@ -120,7 +120,7 @@ def pair_of(result: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The README's table, and a line for what did not run."""
+    """The page's table, and a line for what did not run."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"| {' | '.join(':---' if c != 'passed' else '---:' for c in COLUMNS)} |"]
     lines += [f"| {' | '.join(str(result[c]) for c in COLUMNS)} |" for result in results if "not_run" not in result]
     missing = [f"Python {r['python']} with torch {r['torch']} ({r['not_run']})" for r in results if "not_run" in r]
@@ -128,11 +128,11 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def write(results: list[dict[str, Any]]) -> None:
-    """matrix.json and the README's table."""
+    """matrix.json and the table of the page."""
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(before + BEGIN + table(results) + END + after, encoding="utf-8")
+    PAGE.write_text(before + BEGIN + table(results) + END + after, encoding="utf-8")
 
 
 def main() -> None:

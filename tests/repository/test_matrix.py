@@ -1,4 +1,4 @@
-"""What `make matrix` runs and writes: its files exist, its counts are those of the report, the README shows its results."""
+"""What `make matrix` runs and writes: its files exist, its counts are those of the report, the page shows its results."""
 
 import json
 import os
@@ -53,15 +53,15 @@ def test_a_python_that_is_not_there_is_named():
     assert "Not run: Python 3.1 with torch 2.8.0 (there is no python3.1" in matrix.table([result])
 
 
-def test_the_readme_shows_the_results():
+def test_the_page_shows_the_results():
     results = json.loads(matrix.RESULTS.read_text())
-    assert matrix.BEGIN + matrix.table(results) + matrix.END in matrix.README.read_text(encoding="utf-8")
+    assert matrix.BEGIN + matrix.table(results) + matrix.END in matrix.PAGE.read_text(encoding="utf-8")
 
 
 def test_results_are_replaced_by_pair(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{matrix.BEGIN}old\n{matrix.END}after\n")
-    monkeypatch.setattr(matrix, "README", readme)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{matrix.BEGIN}old\n{matrix.END}after\n")
+    monkeypatch.setattr(matrix, "PAGE", page)
     monkeypatch.setattr(matrix, "RESULTS", tmp_path / "matrix.json")
     monkeypatch.setattr(matrix, "run", lambda python, torch: {"python": python, "torch": torch, "not_run": "no time"})
     monkeypatch.setattr(matrix, "find_python", lambda version: None)
@@ -79,7 +79,7 @@ def test_results_are_replaced_by_pair(tmp_path, monkeypatch):
         ("3.12", "2.10.0"),
         ("3.11.7", "2.13.0+cpu"),
     ]
-    assert readme.read_text() == f"before\n{matrix.BEGIN}{matrix.table(results)}{matrix.END}after\n"
+    assert page.read_text() == f"before\n{matrix.BEGIN}{matrix.table(results)}{matrix.END}after\n"
 
 
 @pytest.mark.long

@@ -1,0 +1,248 @@
+"""The tables of README and docs, from the JSON in results/.
+
+    python benchmarks/tables.py        # writes each table anew, between its marks `<!-- table: NAME -->` and `<!-- end -->`
+
+A benchmark that ran again changes its JSON; this puts the new numbers where people read them. `tests/repository/test_numbers.py`
+compares the pages with the JSON, and so do the sentences that have numbers.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->\n)", flags=re.DOTALL)
+
+FEW = (
+    "AdamW",
+    "8-bit AdamW (bitsandbytes, by formula)",
+    "GaLore 8-bit, in backward",
+    "APOLLO-Mini, in backward",
+    "Q-GaLore, int8 weights, in backward",
+)
+MANY = (
+    "AdamW",
+    "8-bit AdamW (bitsandbytes, by formula)",
+    "GaLore, bfloat16 state",
+    "GaLore 8-bit, in backward",
+    "GaLore 8-bit, 4-bit basis, in backward",
+    "Q-GaLore, int8 weights, in backward",
+    "APOLLO-Mini, in backward",
+    "SinkGD, in backward",
+    "SCALE, in backward",
+    "SCALE, int8 weights, in backward",
+    "LISA, 2 layers, in backward",
+)
+
+
+def results(name: str) -> Any:
+    """What a benchmark has measured."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown: words in the first column, numbers in the others."""
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' + '---:|' * (len(head) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def _memory(names: Iterable[str], kinds: dict[str, str]) -> str:
+    rows = results("plan_7b")["7b"]
+    gib = ([name, *(f"{rows[name][kind] / 2**30:.1f}" for kind in kinds.values())] for name in names)
+    return table(["GiB", *kinds], gib)
+
+
+def memory_7b_short() -> str:
+    """Of the README."""
+    return _memory(FEW, {"gradients": "gradients", "optimizer state": "optimizer_state", "card needs": "needed"})
+
+
+def memory_7b() -> str:
+    """Of docs/memory.md."""
+    kinds = {
+        "state" if kind == "optimizer_state" else kind: kind for kind in ("weights", "gradients", "optimizer_state")
+    }
+    return _memory(
+        MANY,
+        {**kinds, "activations": "activations", "temporaries": "temporaries", "peak": "peak", "card needs": "needed"},
+    )
+
+
+def distributed() -> str:
+    """MiB sent in a step."""
+    heads = {
+        "AdamW, GaLore under DDP": "galore ddp",
+        "GaLore, DDP with the hook": "galore ddp hook",
+        "`fully_shard`, left": "fully_shard left",
+        "`fully_shard`, right": "fully_shard right",
+    }
+    sent = results("distributed")["7B"]["bytes"]
+
+    def mebibytes(size: float) -> str:
+        return f"{size / 2**20:,.0f}" if size > 2**20 else f"{size / 2**20:.3f}"
+
+    rows = ([f"{int(p):,}", *(mebibytes(sent[p][k]["between"]) for k in heads.values())] for p in ("8", "64", "1024"))
+    return table(["processes", *heads], rows)
+
+
+def bytes_in_words(size: float) -> str:
+    """MiB, KiB or bytes, whichever is readable."""
+    if size >= 2**20:
+        return f"{size / 2**20:.2f} MiB"
+    return f"{size / 2**10:.0f} KiB" if size >= 2**10 else f"{size:.0f} bytes"
+
+
+def three_digits(value: float) -> str:
+    """One decimal below 10, none above."""
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def convergence() -> str:
+    """Validation losses of every method."""
+    methods = results("convergence-cpu")["methods"]
+    rows = sorted(methods.values(), key=lambda row: row["val_loss"])
+    return table(
+        ["optimizer", "validation loss", "÷ adamw", "best lr", "state", "÷ adamw"],
+        (
+            [
+                row["method"],
+                f"{row['val_loss']:.4f} ± {row['spread']:.4f}",
+                f"{row['over_adamw']['val_loss']:.3f}",
+                f"{row['lr']:g}",
+                bytes_in_words(row["state_bytes"]),
+                f"{row['over_adamw']['state_bytes']:.2f}",
+            ]
+            for row in rows
+        ),
+    )
+
+
+def _step_time(part: str) -> str:
+    rows = results("step_time")[part]
+    return table(
+        ["optimizer", "÷ fused AdamW", "milliseconds", "state"],
+        (
+            [
+                name,
+                three_digits(row["over_fused_adamw"]),
+                three_digits(1e3 * row["seconds"]),
+                bytes_in_words(row["state_bytes"]),
+            ]
+            for name, row in rows.items()
+        ),
+    )
+
+
+def step_time_dense() -> str:
+    """A step of dense parameters."""
+    return _step_time("dense")
+
+
+def step_time_matrices() -> str:
+    """A step of matrices in subspaces."""
+    return _step_time("matrices")
+
+
+def step_time_small() -> str:
+    """A step of many small matrices."""
+    return _step_time("small")
+
+
+def torch_path() -> str:
+    """A step of dense parameters without a compiler."""
+    rows = results("torch_path")["dense"]["steps"]
+    return table(["optimizer", "÷ fused AdamW"], ([name, three_digits(row["over_base"])] for name, row in rows.items()))
+
+
+def range_finder() -> str:
+    """A refresh beside the exact SVD."""
+    return table(
+        ["matrix", "rank", "first refresh, × faster", "later ones, × faster", "energy, first", "energy, later"],
+        (
+            [
+                row["shape"].replace("x", " × "),
+                str(row["rank"]),
+                *(f"{row[f'speedup_{kind}']:.1f}" for kind in ("cold", "warm")),
+                *(f"{row[f'energy_{kind}']:.2%}" for kind in ("cold", "warm")),
+            ]
+            for row in results("range_finder")
+        ),
+    )
+
+
+def galore_step() -> str:
+    """A steady step beside the products that it cannot avoid."""
+    return table(
+        ["rank", "÷ two products", "the same, with weight decay", "÷ galore-torch, with a refresh every 200 steps"],
+        (
+            [
+                str(row["rank"]),
+                f"{row['steady_over_floor']:.2f}",
+                f"{row['steady_over_floor_with_decay']:.2f}",
+                f"{row['amortised_over_galore_torch']:.2f}",
+            ]
+            for row in results("galore_step")
+        ),
+    )
+
+
+def in_backward() -> str:
+    """Time of steps inside backward."""
+    rows = results("in_backward")["time"]
+    return table(["method", "÷ ordinary steps"], ([row["optimizer"], f"{row['ratio']:.2f}"] for row in rows))
+
+
+def sweep() -> str:
+    """The main job at each learning rate."""
+    return table(
+        ["optimizer", "learning rate", "validation loss"],
+        ([run["optimizer"], f"{run['lr']:g}", f"{run['val_loss']:.3f}"] for run in results("pretrain_sweep")["runs"]),
+    )
+
+
+def rule_step() -> str:
+    """A dense step of each rule."""
+    rows = results("rule_step")["over_fused_adamw"]
+    return table(["rule", "÷ fused AdamW"], ([f"`{name}`", f"{ratio:.2f}"] for name, ratio in rows.items()))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "memory-7b-short": memory_7b_short,
+    "memory-7b": memory_7b,
+    "distributed": distributed,
+    "convergence": convergence,
+    "step-time-dense": step_time_dense,
+    "step-time-matrices": step_time_matrices,
+    "step-time-small": step_time_small,
+    "torch-path": torch_path,
+    "range-finder": range_finder,
+    "galore-step": galore_step,
+    "in-backward": in_backward,
+    "sweep": sweep,
+    "rule-step": rule_step,
+}
+
+
+def pages() -> list[Path]:
+    """README and docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the JSON has them."""
+    return MARK.sub(lambda found: found[1] + TABLES[found[2]]() + found[4], text)
+
+
+def main() -> None:
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
