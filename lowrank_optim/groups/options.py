@@ -174,7 +174,7 @@ SHORTHANDS = ("coordinates", "blocks")
 CARRIED: Collection[str] = {
     *("params", "param_names", "fused", "foreach", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay"),
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"),
-    *("name", "group_name", "layer", "grad_norms"),
+    *("name", "group_name", "layer", "grad_norms", "state_format"),
     *("pairs", "scalings", "experts"),  # of `lora_pairs`
 }
 """Group keys of torch, its schedulers and trainers, kept as they are."""

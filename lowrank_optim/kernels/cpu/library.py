@@ -27,7 +27,10 @@ RECORD = "build.json"
 HERE = Path(__file__).parent
 MAPS = Path("/proc/self/maps")
 """The libraries of this process, on Linux."""
-REBUILD = "install a C++17 compiler and run `pip install --force-reinstall --no-deps` on the package again"
+REBUILD = (
+    "with a C++17 compiler, `pip install --force-reinstall --no-deps --no-binary lowrank-optim lowrank-optim` (in a checkout, `.` in "
+    "place of the last word)"
+)
 
 _ONE, _MANY = (c_char_p,), (c_int64, c_char_p)
 
