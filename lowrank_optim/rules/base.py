@@ -139,6 +139,8 @@ class Rule(ABC):
     """Whether the released code decays the weights after the update (`match_reference`)."""
     masks: ClassVar[bool] = False
     """Whether `direction` sees to `Context.ok` itself; else it is done around it, with copies of the moments."""
+    keeps_errors: ClassVar[bool] = False
+    """Whether the operation of `fused_dense` keeps the errors of bfloat16 weights (`weight_error_bits`); if not, it is not used there."""
     rotates_shards: ClassVar[bool] = True
     """Whether `transport` works on the local parts of moments."""
 

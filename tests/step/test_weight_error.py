@@ -39,6 +39,7 @@ CASES = {
     "rmsprop": {"rule": "rmsprop"},
     "muon": {"rule": "muon"},
     "sage": {"rule": "sage"},
+    "foam": {"rule": "folded_adam"},
     "low-rank": {"rank": 4, "update_proj_gap": 5},
     "low-rank, left": {"rank": 4, "shape": (40, 24)},
     "fira": {"rank": 4, "residual": "norm_scaled"},
