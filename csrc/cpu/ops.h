@@ -73,6 +73,17 @@ struct AdamArgs {
   f32 *norms, *grad_norms;
 };
 
+// folded_adam_dense_: `fold` neighbours of a row share a moment, of which a row has ⌈cols/fold⌉. `fold` is a power of two up to TILE.
+struct FoldedAdamArgs {
+  int64_t rows, cols, fold;
+  ConstRows grad;
+  f32 *exp_avg, *exp_avg_sq;
+  Rows weight;
+  Adam adam;
+  float residual;
+  StepParams write;
+};
+
 // lion_direct_, sgd_direct_ and rmsprop_direct_; flat tensors of float32.
 enum Rule : int32_t { LION = 0, SGD = 1, NESTEROV = 2, RMSPROP = 3 };
 struct RuleArgs {
@@ -237,6 +248,7 @@ constexpr int64_t STRIP = 256;
 struct AdamKernels {
   void (*adam)(const AdamArgs&, int64_t first, int64_t last);  // elements, or rows
   void (*rule)(const RuleArgs&, int64_t first, int64_t last);  // elements
+  void (*folded_adam)(const FoldedAdamArgs&, int64_t first, int64_t last);  // units of TILE
 };
 
 struct CodeKernels {

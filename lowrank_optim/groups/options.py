@@ -51,6 +51,8 @@ class Options(TypedDict, total=False):
     basis_bits: bits of an element of a stored basis: 32, 16 (bfloat16), 8 or 4 (packed codes).
     layout: how a tensor is seen as a matrix: "auto", "conv" (first dimension × the rest) or "transposed" (stored (in, out)).
     lr_factor, decay_factor: of a group, multiply its learning rate and its weight decay.
+    lr_ratio: of a group of pairs (`lora_pairs`), the learning rate of B relative to that of A (LoRA+).
+    l1: ξ of a proximal step after each update, p ← sign(p)·max(|p| − ηξ, 0), of dense parameters; of pairs, on the rank-one terms.
     exact_sums: sums of subspaces in float64, rounded once, so that any number of processes have the same bits; slow, for tests.
     fused, foreach, capturable, differentiable: accepted for the sake of loops written for torch.optim, and without effect.
     """
@@ -78,6 +80,8 @@ class Options(TypedDict, total=False):
     layout: str
     lr_factor: float
     decay_factor: float
+    lr_ratio: float
+    l1: float
     exact_sums: bool
     fused: bool | None
     foreach: bool | None
@@ -107,6 +111,8 @@ DEFAULTS: dict[str, Any] = {
     "layout": "auto",
     "lr_factor": 1.0,
     "decay_factor": 1.0,
+    "lr_ratio": 1.0,
+    "l1": 0.0,
     "exact_sums": False,
 }
 
@@ -156,6 +162,7 @@ CARRIED: Collection[str] = {
     *("params", "param_names", "fused", "foreach", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay"),
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"),
     *("name", "group_name", "layer", "grad_norms", "state_format"),
+    *("pairs", "scalings", "experts"),  # of `lora_pairs`
 }
 """Group keys of torch, its schedulers and trainers, kept as they are."""
 
@@ -188,6 +195,7 @@ def check_group_names(given: Iterable[str], valid: Iterable[str]) -> None:
 def near_option(name: str, valid: Sequence[str], cutoff: float = 0.8) -> str | None:
     """The name that is one slip away, or else the most alike of those above `cutoff`; None if there is none."""
     slips = [option for option in valid if _is_one_slip(str(name), option)]
+    slips.sort(key=lambda option: option != "lr")  # which is written more often than any other
     return next(iter(slips or get_close_matches(str(name), valid, n=1, cutoff=cutoff)), None)
 
 
@@ -228,7 +236,7 @@ def check_values(options: Mapping[str, Any]) -> None:
     ):
         if options[name] not in valid:
             raise ValueError(f"{name} is {options[name]!r}; valid values are {', '.join(map(repr, valid))}")
-    for name in ("lr_factor", "decay_factor"):
+    for name in ("lr_factor", "decay_factor", "lr_ratio", "l1"):
         if not _is_number(options[name]) or not 0.0 <= float(options[name]) < float("inf"):
             raise ValueError(f"{name} is {options[name]!r}; it must be a finite number of at least 0")
     for name in ("stagger", "stochastic_rounding", "maximize", "match_reference", "exact_sums"):

@@ -25,7 +25,8 @@ from lowrank_optim.kernels.counter_rng import PURPOSE_SKETCH, make_key
 from lowrank_optim.optimizers.base import LowRankOptimizer
 from lowrank_optim.optimizers.owners import WAY_OUT, GradientHook, StepHook, check_free, owner
 from lowrank_optim.sharding.dtensor import local, local_grad, wait_for_host_copy
-from lowrank_optim.step.param_plan import ParamPlan, check_unit
+from lowrank_optim.step.joint import check_unit
+from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.state_names import ACCUMULATORS, MEASURED
 from lowrank_optim.step.trained_param import TrainedParam
 
@@ -277,14 +278,15 @@ class UpdateInBackward:
     def _step_unit(self, plan: ParamPlan) -> None:
         """Update parameters whose rule needs all their gradients at once, when the last one is there; they are freed together."""
         optimizer = self._require_optimizer()
-        if all(optimizer.plan_of(param).place in self._done for param in plan.unit):
-            optimizer.step_param(plan.unit[0])
+        trained = [param for param in plan.unit if param.requires_grad]
+        if all(optimizer.plan_of(param).place in self._done for param in trained):
+            optimizer.step_param(trained[0])
             for param in plan.unit:
                 param.grad = None
 
     def _waits(self, plan: ParamPlan) -> bool:
         """Whether a gradient that is complete has to be kept, until those that its rule needs besides are there."""
-        places = {self._require_optimizer().plan_of(param).place for param in plan.unit}
+        places = {self._require_optimizer().plan_of(param).place for param in plan.unit if param.requires_grad}
         return plan.place in self._done and not places <= self._done
 
     def _step_projected(self, trained: TrainedParam, reduced: Tensor, norm: Tensor) -> None:

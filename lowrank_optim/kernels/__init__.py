@@ -12,6 +12,7 @@ from lowrank_optim.kernels.api import (
     apply_,
     apply_call,
     apply_dense_,
+    folded_adam_dense_call,
     lion_direct_,
     no_factors,
     project,
@@ -44,6 +45,7 @@ from lowrank_optim.kernels.dispatch import (
     norms,
     run_many,
 )
+from lowrank_optim.kernels.folded_reference import fold_means
 from lowrank_optim.kernels.host import (
     PlainModes,
     as_python,
@@ -79,6 +81,8 @@ __all__ = [
     "decode_adam",
     "definition",
     "encode_adam",
+    "fold_means",
+    "folded_adam_dense_call",
     "is_known",
     "is_watched",
     "line_sums",

@@ -73,6 +73,23 @@ def adam_dense_call(
     return weight, grad, *moments, scalars, write["ok"], pack_key(write["rounding_key"], start)
 
 
+def folded_adam_dense_call(
+    weight: Tensor,
+    grad: Tensor,
+    moments: tuple[Tensor, Tensor],
+    start: int,
+    write: Mapping[str, Any],
+    *,
+    residual: float,
+    fold: int,
+    **adam: Unpack[AdamNumbers],
+) -> tuple[Any, ...]:
+    """The arguments of the operation `folded_adam_dense_`, for `run_many`; `residual` is κ."""
+    numbers = adam["beta1"], adam["beta2"], adam["eps"], adam["step"], residual
+    scalars = pack_scalars(*numbers, write["alpha"], write["keep"])
+    return weight, grad, *moments, scalars, write["ok"], pack_key(write["rounding_key"], start), fold
+
+
 def lion_direct_(grad: Tensor, exp_avg: Tensor, *, beta1: float, beta2: float, ok: Tensor | None = None) -> Tensor:
     """Lion's direction and momentum, see `reference.lion_direct_`."""
     result: Tensor = call("lion_direct_", grad, exp_avg, pack_scalars(beta1, beta2), ok)

@@ -10,6 +10,7 @@ NAMESPACE = "lowrank_optim"
 SCALARS = {
     "adam_direct_": ("beta1", "beta2", "eps", "step"),
     "adam_dense_": ("beta1", "beta2", "eps", "step", "alpha", "keep"),
+    "folded_adam_dense_": ("beta1", "beta2", "eps", "step", "residual", "alpha", "keep"),
     "lion_direct_": ("beta1", "beta2"),
     "sgd_direct_": ("momentum",),
     "rmsprop_direct_": ("alpha", "eps"),
@@ -19,6 +20,9 @@ SCALARS = {
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPUTE = (torch.float64, torch.float32)
+
+LARGEST_FOLD = 1024
+"""Neighbours that may share a moment: a tile of the compiled kernels (TILE of csrc/cpu/ops.h)."""
 
 
 def refuse(op: str, what: str) -> NoReturn:

@@ -26,6 +26,7 @@ from torch import Tensor
 from lowrank_optim.kernels.checks import (
     COMPUTE,
     FLOATS,
+    LARGEST_FOLD,
     NAMESPACE,
     check_codes,
     check_coding,
@@ -326,6 +327,39 @@ def adam_dense_(
     for tensor in (weight, grad, exp_avg, exp_avg_sq):
         if not tensor.is_contiguous():
             check_contiguous(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    check_step_params(op, op, scalars, ok, rounding, weight)
+
+
+@operation(
+    "folded_adam_dense_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor scalars, Tensor? ok, "
+    "Tensor? rounding, int fold) -> ()"
+)
+def folded_adam_dense_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+    fold: int,
+) -> None:
+    """`adam_dense_` with moments (…, ⌈cols/fold⌉) of the means of `fold` neighbours in a row, and the rest of each element."""
+    op = "folded_adam_dense_"
+    check_floating(op, weight=weight, grad=grad)
+    check_floating(op, COMPUTE, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    check_same_device(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ok=ok)
+    if weight.dim() == 0:
+        refuse(op, f"weight is {said(weight)}; needed: at least one dimension")
+    if not 1 <= fold <= LARGEST_FOLD or fold & (fold - 1):
+        refuse(op, f"fold is {fold}; needed: a power of two from 1 to {LARGEST_FOLD}")
+    check_shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
+    folded = (*weight.shape[:-1], -(-weight.shape[-1] // fold))
+    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        check_shape(op, name, moment, folded, f"one column for each {fold} of the weight's")
+    if exp_avg.dtype != exp_avg_sq.dtype:
+        refuse(op, f"exp_avg is {exp_avg.dtype}, exp_avg_sq {exp_avg_sq.dtype}; needed: one type")
+    check_contiguous(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_step_params(op, op, scalars, ok, rounding, weight)
 
 

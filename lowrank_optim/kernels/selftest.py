@@ -67,7 +67,7 @@ TOLERANCE = {
         ("adam_direct_", "adam_direct_with_norms_", "sgd_direct_", "rmsprop_direct_", "lion_direct_"),
         Tolerance(4e-6, 1e-6),
     ),
-    **dict.fromkeys(("adam_dense_", "apply_dense_"), Tolerance(4e-6, 1e-6, 1e-2)),
+    **dict.fromkeys(("adam_dense_", "apply_dense_", "folded_adam_dense_"), Tolerance(4e-6, 1e-6, 1e-2)),
     "apply_": Tolerance(1e-5, 3e-6, 1e-2),
     **dict.fromkeys(("project", "project_with_norms"), Tolerance(1e-5, 3e-6)),
     "gaussian_": Tolerance(2e-7, 1e-12),
@@ -265,6 +265,26 @@ def adam_dense(
     w, g = as_layout(draw(1, shape, weight), layout), as_layout(spoiled(draw(2, shape, grad), fill), layout)
     scalars = arguments.pack_scalars(0.9, 0.999, 1e-8, 3.0, alpha, keep)
     return w, g, draw(3, shape), draw(4, shape).square_(), scalars, _ok(ok), _words(rounding, start)
+
+
+def folded_adam_dense(
+    shape: Shape,
+    weight: torch.dtype = F32,
+    grad: torch.dtype = F32,
+    fold: int = 4,
+    residual: float = 1.0,
+    ok: bool | None = None,
+    keep: float = 0.9,
+    alpha: float = 0.03,
+    rounding: bool = False,
+    start: int = 0,
+    fill: str = "plain",
+    layout: str = "plain",
+) -> Arguments:
+    w, g = as_layout(draw(1, shape, weight), layout), as_layout(spoiled(draw(2, shape, grad), fill), layout)
+    folded = (*shape[:-1], -(-shape[-1] // fold))
+    scalars = arguments.pack_scalars(0.9, 0.999, 1e-8, 3.0, residual, alpha, keep)
+    return w, g, draw(3, folded), draw(4, folded).square_(), scalars, _ok(ok), _words(rounding, start), fold
 
 
 def lion_direct(shape: Shape, ok: bool | None = None, fill: str = "plain", layout: str = "plain") -> Arguments:
@@ -580,6 +600,7 @@ def quick_cases() -> Iterator[Case]:
     for weight in (F32, BF16):
         yield case("apply_dense_", apply_dense, (5, 300), weight, rounding=weight == BF16)
         yield case("adam_dense_", adam_dense, (5, 300), weight, weight, rounding=weight == BF16)
+        yield case("folded_adam_dense_", folded_adam_dense, (5, 302), weight, weight, rounding=weight == BF16)
     yield case("stochastic_round_", stochastic_round, (5, 300), start=2**32 - 700)
     yield case("stochastic_round_", stochastic_round, (5, 300), F16, rounding=False)
     yield case("adam_direct_", adam_direct, (20, 33))

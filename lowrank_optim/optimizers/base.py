@@ -28,11 +28,11 @@ from lowrank_optim.sharding.agreement import check_agreement
 from lowrank_optim.sharding.dtensor import LocalState
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Step, alone, together
-from lowrank_optim.step.dense import joint_step
 from lowrank_optim.step.entrance import check_members, enter, settle_gradient
 from lowrank_optim.step.init_state import init_state
+from lowrank_optim.step.joint import check_start, check_trainable, check_unit, is_last_of_unit, joint_step
 from lowrank_optim.step.nonfinite import SkippedUpdates, first_norms
-from lowrank_optim.step.param_plan import ParamPlan, check_trainable, check_unit
+from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.param_step import open_moments
 from lowrank_optim.step.plans import Plans
 from lowrank_optim.step.state_names import MEASURED
@@ -220,19 +220,32 @@ class LowRankOptimizer(Optimizer):
     def _steps(self) -> Iterator[Step]:
         """The steps of all parameters that have a gradient."""
         norms = first_norms(self.param_groups, self.plans)
-        for plan in self.plans.values():
-            if plan.unit:
-                check_unit(plan, self.plans)
+        for param, plan in self.plans.items():
+            if plan.unit and plan.unit[0] is param:
+                self._check_unit(plan)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None or not self._admits(param, group):
                     continue
-                trained = self.trained(param)
-                unit = trained.plan.unit
-                if not unit:
-                    yield trained.begin(norms.get(param) if norms else None)
-                elif unit[-1] is param:
-                    yield joint_step([self.trained(member) for member in unit], [norms.get(member) for member in unit])
+                plan = self.plans[param]
+                if not plan.unit:
+                    yield self.trained(param).begin(norms.get(param) if norms else None)
+                elif is_last_of_unit(param, plan):
+                    yield joint_step(self._members(plan), [norms.get(member) for member in plan.unit])
+
+    def _check_unit(self, plan: ParamPlan) -> None:
+        """Raise where parameters that are stepped together cannot take this step; nothing has changed."""
+        check_unit(plan, self.plans)
+        group = self.param_groups[plan.group]
+        if group["l1"] and not any(int(state["step"]) for p in plan.unit if (state := self.state.get(p))):
+            check_start(plan, self.plans, group)
+
+    def _members(self, plan: ParamPlan) -> list[TrainedParam]:
+        """The parameters that are stepped together; those without a gradient have no state here."""
+        group = self.param_groups[plan.group]
+        return [
+            self.trained(param, (group, self.plans[param], {}) if param.grad is None else None) for param in plan.unit
+        ]
 
     @kernels.no_autograd_no_autocast
     def step_param(self, param: Tensor, norm: Tensor | None = None) -> None:
@@ -245,8 +258,8 @@ class LowRankOptimizer(Optimizer):
         if param.grad is None or not self._admits(param, self.param_groups[plan.group]):
             return
         if plan.unit:
-            check_unit(plan, self.plans)
-            alone(joint_step([self.trained(member) for member in plan.unit]))
+            self._check_unit(plan)
+            alone(joint_step(self._members(plan)))
         else:
             alone(self.trained(param).begin(norm))
 

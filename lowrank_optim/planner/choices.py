@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lowrank_optim import optimizers
 from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.layers import layer_groups
-from lowrank_optim.optimizers import LAYERWISE_METHODS, METHODS, LISAAdamW, LowRankOptimizer
+from lowrank_optim.optimizers import FULL_RANK_METHODS, LAYERWISE_METHODS, METHODS, LISAAdamW, LowRankOptimizer
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
 from lowrank_optim.planner.errors import PlanError
 
@@ -71,13 +71,14 @@ class OptimizerChoice:
 
 def names() -> list[str]:
     """The short names of all optimizers."""
-    return ["adamw", "adamw_8bit", "sgd", *METHODS, *LAYERWISE_METHODS]
+    return ["adamw", "adamw_8bit", "sgd", *METHODS, *FULL_RANK_METHODS, *LAYERWISE_METHODS]
 
 
 def _by_name(name: str) -> type[Optimizer]:
-    short: dict[str, type[Optimizer]] = {"adamw_8bit": AdamW8bit, **METHODS, **LAYERWISE_METHODS}
+    short: dict[str, type[Optimizer]] = {"adamw_8bit": AdamW8bit, **METHODS, **FULL_RANK_METHODS, **LAYERWISE_METHODS}
     classes: dict[str, type[Optimizer]] = {
-        cls.__name__: cls for cls in (*METHODS.values(), *LAYERWISE_METHODS.values(), LowRankOptimizer)
+        cls.__name__: cls
+        for cls in (*METHODS.values(), *FULL_RANK_METHODS.values(), *LAYERWISE_METHODS.values(), LowRankOptimizer)
     }
     theirs: dict[str, type[Optimizer]] = {
         key: cls

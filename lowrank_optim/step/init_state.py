@@ -54,9 +54,10 @@ def init_moments(
     group: Mapping[str, Any], plan: ParamPlan, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """The rule's state for the subspace that `state` describes, as it is stored, all zero; `dtype` is the parameter's."""
-    shape, dtype = plan.moment_shape(state), kernels.compute_dtype(dtype)
+    shape, dtype = plan.gradient_shape(state), kernels.compute_dtype(dtype)
     if isinstance(plan.rule, JointRule):
-        made = plan.rule.init_joint([tuple(param.shape) for param in plan.unit], group, dtype, device)
+        options = plan.rule.unit_options(group, plan.position // plan.rule.arity)
+        made = plan.rule.init_joint(plan.unit_shapes, options, dtype, device)
         return made[plan.place_in_unit]
     if not plan.is_coded(group["state_bits"]):
         return plan.rule.init(shape, group, dtype, device)

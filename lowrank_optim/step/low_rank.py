@@ -79,6 +79,8 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
         seen.basis.apply_(weight, update.core, step.write(direction, update.factor, ok), update.term)
         if weight is not whole:
             step.put_back(weight)
+        if group["l1"]:
+            step.shrink(ok)
 
 
 def project(step: ParamStep, norm: Tensor | None) -> Projected:

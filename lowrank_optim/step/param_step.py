@@ -15,7 +15,7 @@ from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, P
 from lowrank_optim.projectors import Basis, StepParams
 from lowrank_optim.quantization import scale_is_due
 from lowrank_optim.quantization.coded_moments import CodedMoments
-from lowrank_optim.rules import Context, Direction
+from lowrank_optim.rules import Context, Direction, soft_threshold_
 from lowrank_optim.sharding.dtensor import local, local_grad
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.nonfinite import SkippedUpdates
@@ -128,6 +128,7 @@ class ParamStep:
         if "col_scale" not in self.state or not scale_is_due(int(self.state["step"]) - since):
             return
         share, spread = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
+        grad = self.plan.rule.moment_gradient(grad, self.group)
         rows = spread.sum(moments.row_sums(grad, share), -1)
         columns = spread.sum(moments.column_sums(grad, share, rows), -2)
         moments.rescale_(columns, int(self.state["step"]), ok)
@@ -138,6 +139,8 @@ class ParamStep:
         """Step size, what is kept of the weights, and how they are rounded."""
         group = self.group
         lr = float(group["lr"]) * float(group["lr_factor"])
+        if self.plan.position % 2 and group.get("pairs"):  # the second factor of a pair
+            lr *= float(group["lr_ratio"])
         size = lr if direction is None or direction.step is None else direction.step
         decay = lr if direction is None or direction.decay is None else direction.decay
         # Rules and residuals are odd functions of the gradient: to ascend is to descend with the sign turned.
@@ -162,6 +165,11 @@ class ParamStep:
         weight = self.weight
         if matrix is not weight and matrix.data_ptr() != weight.data_ptr():
             weight.copy_(matrix.view(weight.shape))
+
+    def shrink(self, ok: Literal[False] | Tensor | None) -> None:
+        """The proximal step of the option `l1`, after the update: p ← sign(p)·max(|p| − ηξ, 0)."""
+        if ok is not False:
+            soft_threshold_(self.weight, abs(self.write(None, 1.0, None).alpha) * float(self.group["l1"]), ok)
 
     @contextmanager
     def gathered(self) -> Iterator[tuple["ParamStep", Tensor]]:

@@ -32,6 +32,8 @@ def carry_over(old: ParamStep, new: ParamStep) -> None:
         for name, tensor in new.state.items():
             tensor.copy_(old.state[name])
         return
+    if after.unit:
+        return
     if after.space is None:
         moments = {name: old.moments[name] for name in _moment_names(new) if name in old.moments}
     else:
@@ -63,7 +65,7 @@ def _same_kind(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> bool:
 
 def _moment_names(step: ParamStep) -> list[str]:
     """The tensors of the rule."""
-    shape = step.plan.moment_shape(step.state)
+    shape = step.plan.gradient_shape(step.state)
     return list(step.plan.rule.init(shape, step.group, torch.float32, torch.device("meta")))
 
 

@@ -86,6 +86,27 @@ def _dense() -> Iterator[Case]:
         yield case("apply_dense_", made.apply_dense, (3, 257), weight, keep=torch.tensor(0.75))
 
 
+def _folded() -> Iterator[Case]:
+    op, make = "folded_adam_dense_", made.folded_adam_dense
+    for weight in STORED:
+        for shape in SHAPES:
+            yield case(op, make, shape, weight, rounding=weight == BF16, start=3)
+        for grad in STORED:
+            yield case(op, make, (3, 258), weight, grad)
+        for ok in (True, False):
+            yield case(op, make, (3, 258), weight, ok=ok)
+        yield case(op, make, (3, 258), weight, ok=False, fill="nonfinite")
+        yield case(op, make, (3, 258), weight, **LARGE)
+        yield case(op, make, (3, 258), weight, rounding=weight == BF16, fill="nonfinite")
+        yield case(op, make, (3, 258), weight, layout="unaligned")
+        yield case(op, make, (3, 258), weight, layout="unaligned", fold=1)
+    for fold in (1, 2, 8, 32, 256, 1024):
+        for shape in [(3, 257), (2, 3, 2048), (2, 2500)]:
+            yield case(op, make, shape, fold=fold, residual=0.5)
+    yield case(op, make, (3, 257), BF16, rounding=True, start=2**32 - 300)
+    yield case(op, make, (4, 256), BF16, rounding=True, start=2**40 + 5)
+
+
 def _stochastic_round() -> Iterator[Case]:
     op, make = "stochastic_round_", made.stochastic_round
     for shape in [(), *SHAPES]:
@@ -259,6 +280,7 @@ MAKERS = (
     _products,
     _apply,
     _dense,
+    _folded,
     _stochastic_round,
     _direct,
     _direct_with_norms,

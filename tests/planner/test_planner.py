@@ -89,6 +89,13 @@ def test_state_of_qgalore_on_llama_7b_has_a_packed_basis():
     assert 1.0 - sum(run.state.values()) / (4 * WEIGHTS) > 0.825  # of AdamW's two moments in bfloat16
 
 
+def test_state_of_foam_on_llama_7b_is_a_quarter_of_adamws_in_the_layers():
+    run, mini = built("foam"), built(("foam", {"level": 8, "state_bits": 8}))
+    layers = LAYERS * sum(rows * cols for rows, cols in SIDES)
+    assert run.state["moments"] == 8 * (layers // 4 + WEIGHTS - layers)
+    assert sum(mini.state.values()) < 0.05 * sum(run.state.values())
+
+
 def test_state_in_16_bits_on_llama_7b_is_65_percent_below_adamw():
     run = built(("galore", {"rank": RANK, "state_bits": 16, "basis_bits": 16}))
     moments = 4 * (LAYERS * sum(max(side) * RANK for side in SIDES) + 2 * VOCABULARY * HIDDEN)

@@ -16,7 +16,7 @@ import torch
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
@@ -37,6 +37,7 @@ _ONE, _MANY = (c_char_p,), (c_int64, c_char_p)
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "adam": _MANY,
     "rule": _ONE,
+    "folded_adam": _ONE,
     "coded_adam": _MANY,
     "norms": _MANY,
     "quantize_rows": _ONE,

@@ -49,6 +49,7 @@ from lowrank_optim.kernels.sparse_reference import low_rank
 Declined = Any  # NotImplemented
 
 pack_adam = packer(structures.AdamArgs)
+pack_folded_adam = packer(structures.FoldedAdamArgs)
 pack_rule = packer(structures.RuleArgs)
 pack_coded_adam = packer(structures.CodedAdamArgs)
 pack_quantize = packer(structures.QuantizeArgs)
@@ -71,6 +72,7 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
         "adam_direct_",
         "adam_direct_with_norms_",
         "adam_dense_",
+        "folded_adam_dense_",
         "lion_direct_",
         "sgd_direct_",
         "rmsprop_direct_",
@@ -266,6 +268,40 @@ class Operations:
             )
         self.library.call_many("adam", rows)
         return results
+
+    def folded_adam_dense_(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        scalars: Tensor,
+        ok: Tensor | None,
+        rounding: Tensor | None,
+        fold: int,
+    ) -> Declined | None:
+        if not storable(weight, grad) or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
+            return NotImplemented
+        cols = weight.shape[-1]
+        if off(ok) or not weight.numel():
+            return None
+        *adam, residual, alpha, keep = scalars.tolist()
+        # Rows of whole blocks are one long row.
+        rows, cols = (weight.numel() // cols, cols) if cols % fold else (1, weight.numel())
+        self.library.call(
+            "folded_adam",
+            pack_folded_adam(
+                *(rows, cols, fold),
+                *flat(grad),
+                *(exp_avg.data_ptr(), exp_avg_sq.data_ptr()),
+                *flat(weight),
+                *adam_numbers(*adam),
+                residual,
+                *(keep, alpha),
+                *rounding_of(rounding),
+            ),
+        )
+        return None
 
     def lion_direct_(self, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor | Declined:
         beta1, beta2 = scalars.tolist()

@@ -43,6 +43,14 @@ class AdamArgs(Structure):
     )
 
 
+class FoldedAdamArgs(Structure):
+    _fields_ = (
+        *(("rows", _N), ("cols", _N), ("fold", _N)),
+        *(("grad", Rows), ("exp_avg", _P), ("exp_avg_sq", _P)),
+        *(("weight", Rows), ("adam", Adam), ("residual", c_float), ("write", StepParams)),
+    )
+
+
 class RuleArgs(Structure):
     _fields_ = (
         *(("rule", c_int32), ("numel", _N), ("grad", _P), ("moment", _P), ("out", _P)),
