@@ -115,6 +115,7 @@ class Rule(ABC):
         masks: `direction` looks at `Context.ok` itself; else that is done around it, with copies of the moments.
         knows_shards: sums over the gradient go through `Context.sharding`. If False, and not `elementwise`, sharded parameters are
             refused.
+        keeps_errors: the operation of `fused_dense` keeps the errors of bfloat16 weights; else it is not used where they are kept.
         rotates_shards: `transport` works on the local parts of moments.
         state_lies: where each state tensor lies if parameters are sharded: "reduced" (as R; the default), "rows", "columns", "matrix"
             or "stack".
@@ -140,7 +141,7 @@ class Rule(ABC):
     masks: ClassVar[bool] = False
     """Whether `direction` sees to `Context.ok` itself; else it is done around it, with copies of the moments."""
     keeps_errors: ClassVar[bool] = False
-    """Whether the operation of `fused_dense` keeps the errors of bfloat16 weights (`weight_error_bits`); if not, it is not used there."""
+    """Whether the operation of `fused_dense` keeps the errors of bfloat16 weights; else it is not used where they are kept."""
     rotates_shards: ClassVar[bool] = True
     """Whether `transport` works on the local parts of moments."""
 
