@@ -138,3 +138,12 @@ class TorchAdam(Adam):
     """Adam for methods whose released code has torch's form of ε and decay, so that `match_reference` changes neither."""
 
     decays_last: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class CondaAdam(Adam):
+    """Adam whose squares stay as they are at a refresh: v of the k-th singular vector is read as that of the new one (Conda)."""
+
+    def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
+        """m ← m C."""
+        state["exp_avg"].copy_(move(state["exp_avg"], 1))

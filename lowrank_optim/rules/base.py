@@ -111,6 +111,7 @@ class Rule(ABC):
         name: in groups and checkpoints.
         elementwise: every element is treated for itself, so that a large tensor may be given in parts.
         on_matrices: dense parameters come in their matrix view; vectors go to the optimizer's `dense_rule`, or are refused.
+        in_subspaces: it works on projected gradients, too. If False, groups with a rank or density are refused.
         masks: `direction` looks at `Context.ok` itself; else that is done around it, with copies of the moments.
         knows_shards: sums over the gradient go through `Context.sharding`. If False, and not `elementwise`, sharded parameters are
             refused.
@@ -127,6 +128,8 @@ class Rule(ABC):
     """Whether every element is treated for itself, so that a large tensor may be given in parts."""
     on_matrices: ClassVar[bool] = False
     """Whether dense parameters come in their matrix view (convolutions as out × the rest), and those that have none are refused."""
+    in_subspaces: ClassVar[bool] = True
+    """Whether it works on projected gradients, too; if not, groups with a rank or density are refused."""
     knows_shards: ClassVar[bool] = False
     """Whether sums over the gradient go through `Context.sharding`; if not, and not `elementwise`, sharded parameters are refused."""
     state_lies: ClassVar[Mapping[str, str]] = {}
@@ -167,6 +170,18 @@ class Rule(ABC):
     def structure(self, options: Mapping[str, Any]) -> tuple[Any, ...]:
         """What in the options decides which state there is; it cannot change in a live group."""
         return ()
+
+    def moment_shape(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape of `exp_avg` and `exp_avg_sq` for a gradient of `shape`.
+
+        Another one than that is for rules that are `on_matrices` and not `in_subspaces`, and may have fewer columns only: a part of
+        the rows of a gradient has that part of the rows of the moments, and `check_matrix` sees to columns that are split.
+        """
+        return shape
+
+    def moment_gradient(self, grad: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """The gradient in that shape, as far as sizes go: the root mean square of the elements that share a moment."""
+        return grad
 
     @abstractmethod
     def init(
