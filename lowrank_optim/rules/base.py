@@ -147,6 +147,8 @@ class Rule(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "fused_dense" in vars(cls) and "keeps_errors" not in vars(cls):
+            cls.keeps_errors = False
         if "direction" in vars(cls):  # fused operations of a parent compute another one
             for name in {"fused_direction", "fused_dense"} - vars(cls).keys():
                 setattr(cls, name, getattr(Rule, name))
