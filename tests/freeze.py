@@ -173,6 +173,17 @@ CASES |= {
         dtype=BF16,
         tolerance=0.1,
     ),
+    "error_bits": Case(
+        "",
+        each=tuple(
+            {"rank": rank, "weight_error_bits": bits, "cautious": rank is None}
+            for bits in (8, 16)
+            for rank in (RANK, None)
+        ),
+        options={"rule": lo.Adam(), "lr": 1e-3},
+        dtype=BF16,
+        tolerance=0.02,
+    ),
     "adapters": Case("", pairs=tuple(PRECONDITIONERS), options={"lr": 1e-3}),
     "masters": Case("badam", options={"period": 3, "master_weights": True}, dtype=BF16, tolerance=0.02),
 }
