@@ -8,16 +8,27 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.rules.joint import Answer, Unit
-from lowrank_optim.rules.pairs import Pair, PairRule, Side, across, blend_, grams_after, identity_where, times
-from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse, sum_together, widened
+from lowrank_optim.rules.pairs import (
+    Pair,
+    PairRule,
+    Side,
+    across,
+    blend_,
+    copy_before,
+    grams_after,
+    identity_where,
+    mean_decay,
+    turn_,
+)
+from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse, sum_together
 
 
 @dataclass(frozen=True)
 class AlternatingLoRA(PairRule):
     """B at odd steps, A at even ones; beside a frozen factor, the other at every step.
 
-        M_B ← βM_B + (1−β) g_B M⁺/s²,   B ← B − η M_B/(1−β^k)        M = AAᵀ, k the turns of B
-        M_A ← βM_A + (1−β) K⁺g_A/s²,   A ← A − η M_A/(1−β^k)        K = BᵀB, k the turns of A
+        M_B ← β̃M_B + (1−β̃) g_B M⁺/s²,   B ← B − η M_B        M = AAᵀ, β̃ = β(1−β^(k−1))/(1−β^k), k the turns of B
+        M_A ← β̃M_A + (1−β̃) K⁺g_A/s²,   A ← A − η M_A        K = BᵀB, k the turns of A
 
     s M_B A is the running mean of gradients of the whole matrix, projected on the rows of A. When A has moved, M_B is carried along
     by the least-squares change of basis, M_B ← M_B (A_old A_newᵀ) M_new⁺, and M_A likewise when B has moved. The product B A does
@@ -52,25 +63,24 @@ class AlternatingLoRA(PairRule):
         answers: list[Answer] = []
         for pair, (side, _, count), inverse in zip(pairs, turns, inverses, strict=True):
             assert side.grad is not None
-            beta = float(pair.options["beta1"])
-            momentum = side.tall(side.state["exp_avg"])
-            blend_(momentum, side.grad, inverse / pair.scaling**2, 1.0 - beta, side.ok)
-            move = side.move(momentum / (1.0 - beta**count))
-            answers.append(([move, None] if side.is_a else [None, move], side.weight.clone()))
+            old, momentum = copy_before(side, pair), side.tall(side.state["exp_avg"])
+            share = 1.0 - mean_decay(float(pair.options["beta1"]), count)
+            blend_(momentum, side.grad, inverse / pair.scaling**2, share, side.ok)
+            move = side.move(momentum.clone() if pair.cautious else momentum)
+            answers.append(([move, None] if side.is_a else [None, move], (pair, old)))
         return answers
 
     def finish(self, units: Sequence[tuple[Unit, Any]]) -> Sequence[None]:
         """The momentum of the factor that did not move follows the one that did."""
-        pairs = [Pair.of(unit) for unit, _ in units]
-        moved = [side for side, _, _ in map(_turn, pairs)]
-        eps = moved[0].eps
-        after, cross = grams_after(moved, [old for _, old in units])
-        changes = in_batches(lambda gram, both: widened(both).mT @ pseudo_inverse(gram, eps), after, cross)
-        for pair, side, change in zip(pairs, moved, changes, strict=True):
-            other = pair.b if side.is_a else pair.a
-            if other.grad is not None:
-                momentum = other.tall(other.state["exp_avg"])
-                momentum.copy_(times(momentum, identity_where(change, side.ok)))
+        turns = [(_turn(pair), old) for _, (pair, old) in units]
+        # Beside a frozen factor there is none.
+        turns = [(turn, old) for turn, old in turns if turn[1].grad is not None]
+        moved, others = [side for (side, _, _), _ in turns], [other for (_, other, _), _ in turns]
+        momenta = [side.tall(side.state["exp_avg"]) for side in moved]
+        after, cross = grams_after(moved, [old for _, old in turns], momenta)
+        changes = in_batches(lambda gram, both: both @ pseudo_inverse(gram, moved[0].eps), after, cross)
+        for side, change in zip(others, changes, strict=True):
+            turn_(side.tall(side.state["exp_avg"]), identity_where(change, side.ok))
         return [None for _ in units]
 
 

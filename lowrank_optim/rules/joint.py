@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from lowrank_optim.rules.base import Context, Direction, Rule, Transport
+from lowrank_optim.rules.base import Context, Direction, FusedDense, Rule, Transport
 from lowrank_optim.sharding.param_sharding import ParamSharding
 
 
@@ -20,15 +20,19 @@ class Unit:
     states: the optimizer's state of each; empty for a frozen one.
     options: of their group, as `JointRule.unit_options` gives them.
     contexts: of each.
+    steps: (α, κ) of each: a direction N without a step of its own makes the weights κW − αN, before rounding.
+    cautious: directions are looked at before they are applied, and modified then; fused steps are not taken.
     """
 
     grads: tuple[Tensor | None, ...]
     states: tuple[Mapping[str, Tensor], ...]
     options: Mapping[str, Any]
     contexts: tuple[Context, ...]
+    steps: tuple[tuple[float, float | Tensor], ...] = ()
+    cautious: bool = True
 
 
-Answer: TypeAlias = tuple[Sequence[Direction | None], Any]
+Answer: TypeAlias = tuple[Sequence[Direction | FusedDense | None], Any]
 """What to apply to each parameter of a unit (None: leave it as it is), and what `JointRule.finish` is to know of this step."""
 
 

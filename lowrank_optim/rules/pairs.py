@@ -11,7 +11,6 @@ are exchanged for parts of the long side and back, an all-to-all of the factor's
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,19 +18,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.rules.adam import TorchAdam, check_betas
+from lowrank_optim.kernels.compute import CACHE_ELEMENTS, compute_dtype
 from lowrank_optim.rules.base import Context, Direction
-from lowrank_optim.rules.joint import Answer, JointRule, Unit
-from lowrank_optim.rules.small_matrices import sum_together
+from lowrank_optim.rules.joint import JointRule, Unit
+from lowrank_optim.rules.small_matrices import sum_together, widened
 from lowrank_optim.sharding.dtensor import dense_sharding, local, matrix_sharding
 from lowrank_optim.sharding.param_sharding import LOCAL, MeshParamSharding, ParamSharding
 from lowrank_optim.sharding.tensor_sharding import MeshSharding
-
-MOMENTS = ("none", "factors", "full")
-
-ADAM = TorchAdam()
-"""The arithmetic of Adam; its numbers come from the group."""
-
 
 def matrix_of(param: Tensor) -> tuple[int, int]:
     """The shape of a factor as a matrix: convolutions are their first dimension × the rest."""
@@ -48,6 +41,7 @@ class Side:
     grad: (E, d, r); None for a frozen factor.
     state: of the parameter, tensors as they lie.
     context: of the parameter.
+    step: `Unit.steps`.
     """
 
     is_a: bool
@@ -56,16 +50,20 @@ class Side:
     grad: Tensor | None
     state: Mapping[str, Tensor]
     context: Context
+    step: tuple[float, float | Tensor]
 
     @staticmethod
     def of(unit: Unit, number: int) -> "Side":
         """The first factor, A, or the second."""
         context, grad, experts = unit.contexts[number], unit.grads[number], unit.options["experts"]
         is_a = number == 0
-        dtype = torch.float64 if context.weight.dtype == torch.float64 else torch.float32
-        weight = _gathered(context.weight.to(dtype), context.sharding, is_a)
         seen = None if grad is None else tall(_gathered(grad, context.sharding, is_a), is_a, experts)
-        return Side(is_a, experts, tall(weight, is_a, experts), seen, unit.states[number], context)
+        step = unit.steps[number] if unit.steps else (0.0, 1.0)
+        return Side(is_a, experts, _weight(context, is_a, experts), seen, unit.states[number], context, step)
+
+    def written(self) -> Tensor:
+        """The weights as they are now that they were written, in the form of `weight`."""
+        return _weight(self.context, self.is_a, self.experts)
 
     @property
     def ok(self) -> Tensor | None:
@@ -118,6 +116,11 @@ class Side:
         return Direction(self.put_back(form if self.ok is None else torch.where(self.ok, form, 0.0)))
 
 
+def _weight(context: Context, is_a: bool, experts: int) -> Tensor:
+    weight = context.weight.to(compute_dtype(context.weight.dtype))
+    return tall(_gathered(weight, context.sharding, is_a), is_a, experts)
+
+
 def tall(matrix: Tensor, is_a: bool, experts: int) -> Tensor:
     """(E, d, r) from the matrix of a factor; a view."""
     rows, cols = matrix.shape
@@ -139,15 +142,24 @@ def _gathered(tensor: Tensor, sharding: ParamSharding, is_a: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both sides of one pair, and the options that hold for it."""
+    """Both sides of one pair, the options that hold for it, and `Unit.cautious`."""
 
     a: Side
     b: Side
     options: Mapping[str, Any]
+    cautious: bool
 
     @staticmethod
     def of(unit: Unit) -> "Pair":
-        return Pair(Side.of(unit, 0), Side.of(unit, 1), unit.options)
+        return Pair(Side.of(unit, 0), Side.of(unit, 1), unit.options, unit.cautious)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a step makes the weights κW − αN, but for rounding in the type of arithmetic, with κ well above 0 (`Side.step`)."""
+        sides = self.a, self.b
+        kinds = all(side.context.weight.dtype == side.weight.dtype for side in sides)
+        keeps = all(isinstance(side.step[1], float) and side.step[1] > 0.5 for side in sides)
+        return kinds and keeps and not self.cautious and not self.options["l1"]
 
     @property
     def sides(self) -> tuple[tuple[Side, Side], tuple[Side, Side]]:
@@ -190,18 +202,61 @@ def blend_(target: Tensor, form: Tensor, small: Tensor, share: float, ok: Tensor
         target[0].addmm_(form[0], small[0], beta=1.0 - share, alpha=share)
 
 
+def turn_(target: Tensor, small: Tensor) -> None:
+    """target ← target times small, in place: through a buffer that stays in the caches, where there is one product."""
+    small = small.to(target.dtype)
+    if target.shape[0] > 1 or not (target[0].is_contiguous() or target[0].mT.is_contiguous()):
+        target.copy_(torch.bmm(target, small))
+        return
+    size, rank = target.shape[1:]
+    length = min(size, max(1, CACHE_ELEMENTS // 2 // rank))
+    buffer = target.new_empty(length * rank)
+    upright = target[0].is_contiguous()
+    for start in range(0, size, length):
+        part = target[0, start : start + length]
+        rows = part.shape[0]
+        if upright:
+            part.copy_(torch.mm(part, small[0], out=buffer[: rows * rank].view(rows, rank)))
+        else:
+            part.mT.copy_(torch.mm(small[0].mT, part.mT, out=buffer[: rows * rank].view(rank, rows)))
+
+
+def mean_decay(beta: float, step: float) -> float:
+    """β̃ = β(1−β^(t−1))/(1−β^t): a mean of t numbers with weights β^age, without bias."""
+    return float(beta * (1.0 - beta ** (step - 1.0)) / (1.0 - beta**step))
+
+
 def grams(pairs: Sequence[Pair]) -> list[Tensor]:
     """K = BᵀB and M = AAᵀ of all pairs: [M₁, K₁, M₂, K₂, …], each (E, r, r)."""
     sides = [side for pair in pairs for side, _ in pair.sides]
     return sum_together([across(side.weight, side.weight) for side in sides], [side.spread for side in sides])
 
 
-def grams_after(sides: Sequence[Side], old: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """X_newᵀX_new and X_newᵀX_old of factors X that were written, given what they were."""
-    new = [side.weight for side in sides]
-    parts = [*map(across, new, new), *map(across, new, old)]
-    sums = sum_together(parts, [side.spread for side in sides] * 2)
-    return sums[: len(sides)], sums[len(sides) :]
+def copy_before(side: Side, pair: Pair) -> Tensor | None:
+    """The weights of a factor that is about to be written; None where they can be told from those after it (`grams_after`)."""
+    if pair.is_linear:
+        return None
+    mine = side.weight.untyped_storage().data_ptr() != side.context.weight.untyped_storage().data_ptr()
+    return side.weight if mine else side.weight.clone()
+
+
+def grams_after(
+    sides: Sequence[Side], old: Sequence[Tensor | None], directions: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """X_newᵀX_new and X_oldᵀX_new of factors X that were written, in the type of small decompositions.
+
+    Where X_old was not kept, X_new = κX_old − αN with the direction N in tall form, so that X_oldᵀX_new = (X_newᵀX_new + αNᵀX_new)/κ.
+    """
+    new = [side.written() for side in sides]
+    other = [n if x is None else x for x, n in zip(old, directions, strict=True)]
+    parts = [part for x, y in zip(new, other, strict=True) for part in (across(x, x), across(y, x))]
+    sums = [widened(each) for each in sum_together(parts, [side.spread for side in sides for _ in range(2)])]
+    after, cross = sums[::2], sums[1::2]
+    for number, (side, known) in enumerate(zip(sides, old, strict=True)):
+        if known is None:
+            alpha, keep = side.step
+            cross[number] = torch.add(after[number], cross[number], alpha=alpha).div_(keep)
+    return after, cross
 
 
 def identity_where(matrix: Tensor, ok: Tensor | None) -> Tensor:
@@ -324,56 +379,3 @@ def _sharding(param: Tensor, is_a: bool) -> ParamSharding:
         )
     moved = matrix.moved({rank + 2: across + 2}, matrix.shape) if matrix.splits(rank) else matrix
     return MeshParamSharding(matrix=matrix, reduced=moved, lines=matrix, param=own)
-
-
-# ------------------------------------------------------------------------------------------- rules that change the gradients
-
-
-def check_adam(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for `betas` or `eps` out of range."""
-    check_betas(options["betas"])
-    if not float(options["eps"]) >= 0.0:
-        raise ValueError(f"eps is {options['eps']!r}; it must be at least 0")
-
-
-@dataclass(frozen=True)
-class GradientPairRule(PairRule):
-    """Plain gradient descent, or Adam, on gradients of the factors that a subclass changes (`precondition`).
-
-    moments: "none" for descent, or "factors" for Adam's m and v of each factor.
-    """
-
-    takes_frozen: ClassVar[bool] = True
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    moments: str = "factors"
-
-    def check(self, options: Mapping[str, Any]) -> None:
-        check_adam(options)
-        if options["moments"] not in MOMENTS[:2]:
-            raise ValueError(f"moments is {options['moments']!r}; valid values are {', '.join(map(repr, MOMENTS[:2]))}")
-
-    def structure(self, options: Mapping[str, Any]) -> tuple[Any, ...]:
-        return (options["moments"],)
-
-    def init_joint(
-        self, shapes: Sequence[tuple[int, ...]], options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
-    ) -> Sequence[dict[str, Tensor]]:
-        return [ADAM.init(shape, options, dtype, device) if options["moments"] == "factors" else {} for shape in shapes]
-
-    @abstractmethod
-    def precondition(self, pairs: Sequence[Pair]) -> Sequence[tuple[Tensor | None, Tensor | None]]:
-        """The changed gradients of A and B of each pair, in tall form; None for a frozen factor."""
-
-    def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
-        pairs = [Pair.of(unit) for unit in units]
-        return [
-            ([self._direction(side, form, pair) for (side, _), form in zip(pair.sides, forms, strict=True)], None)
-            for pair, forms in zip(pairs, self.precondition(pairs), strict=True)
-        ]
-
-    def _direction(self, side: Side, form: Tensor | None, pair: Pair) -> Direction | None:
-        if form is not None and "exp_avg" in side.state:
-            moved = ADAM.direction(side.flat(form).contiguous(), side.state, pair.options, side.context)
-            form = side.tall(moved.matrix)
-        return side.move(form)

@@ -6,7 +6,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lowrank_optim.rules.pairs import GradientPairRule, Pair, grams, times
+from lowrank_optim.rules.base import FusedDense
+from lowrank_optim.rules.joint import Answer, Unit
+from lowrank_optim.rules.pair_gradients import GradientPairRule, fused_adam
+from lowrank_optim.rules.pairs import Pair, grams, matrix_of, times
 from lowrank_optim.rules.small_matrices import damped_inverse, in_batches
 
 
@@ -21,6 +24,23 @@ class AdamPair(GradientPairRule):
 
     def precondition(self, pairs: Sequence[Pair]) -> Sequence[tuple[Tensor | None, Tensor | None]]:
         return [(pair.a.grad, pair.b.grad) for pair in pairs]
+
+    def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
+        """One operation for each factor, without a look at the pair, where that can be."""
+        fused = [self._fused(unit) for unit in units]
+        found = iter(super().directions_of([unit for unit, moves in zip(units, fused, strict=True) if moves is None]))
+        return [next(found) if moves is None else (moves, None) for moves in fused]
+
+    def _fused(self, unit: Unit) -> list[FusedDense | None] | None:
+        moves: list[FusedDense | None] = []
+        for grad, state, context in zip(unit.grads, unit.states, unit.contexts, strict=True):
+            if grad is not None and "exp_avg" not in state:
+                return None
+            flat = None if grad is None else grad.reshape(matrix_of(grad)).contiguous()
+            moves.append(None if flat is None else fused_adam(flat, state, unit.options, context, unit.cautious))
+            if grad is not None and moves[-1] is None:
+                return None
+        return moves
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,9 @@ from torch import Tensor
 
 from lowrank_optim.rules.base import Direction
 from lowrank_optim.rules.joint import Answer, Unit
-from lowrank_optim.rules.pairs import (
-    Pair,
-    PairRule,
-    Side,
-    across,
-    blend_,
-    check_adam,
-    grams,
-    grams_after,
-    identity_where,
-    times,
-)
-from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse_root, sum_together, widened
+from lowrank_optim.rules.pair_gradients import check_adam
+from lowrank_optim.rules.pairs import Pair, PairRule, Side, across, blend_, copy_before, grams, grams_after, mean_decay, turn_
+from lowrank_optim.rules.small_matrices import by_kind, pseudo_inverse_root, sum_together, widened
 
 
 @dataclass(frozen=True)
@@ -79,76 +69,109 @@ class Rite(PairRule):
 
     def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
         pairs = [Pair.of(unit) for unit in units]
-        sides = [side for pair in pairs for side, _ in pair.sides]
-        options, eps = pairs[0].options, sides[0].eps
-        roots = in_batches(lambda gram: pseudo_inverse_root(gram, eps), grams(pairs))  # of A, of B, of A, …
-        duals = [roots[number ^ 1] for number in range(len(sides))]
-        squares = sum_together([across(_grad(side), _grad(side)) for side in sides], [side.spread for side in sides])
-        means = in_batches(lambda root, square: root @ widened(square) @ root, duals, squares)
-        for side, mean in zip(sides, means, strict=True):
-            share = 1.0 - _decay(float(options["betas"][1]), side.context.step)
-            moment = side.state["exp_avg_gram"]
-            moved = moment.lerp((mean / side.long).to(moment.dtype), share)
-            moment.copy_(moved if side.ok is None else torch.where(side.ok, moved, moment))
-        dtype = sides[0].weight.dtype
-        scalers = in_batches(
-            lambda root, scaler: (root @ scaler @ root).to(dtype), duals, self._scalers(sides, options)
-        )
-        moves: list[Direction | None] = []
-        for side, scaler in zip(sides, scalers, strict=True):
-            share = 1.0 - _decay(float(options["betas"][0]), side.context.step)
-            momentum = side.tall(side.state["exp_avg"])
-            blend_(momentum, _grad(side), scaler, share, side.ok)
-            moves.append(side.move(momentum))
-        # What is known of the factors that are about to change.
-        old = [(side.weight.clone(), root) for side, root in zip(sides, roots, strict=True)]
-        return [(moves[number : number + 2], old[number : number + 2]) for number in range(0, len(sides), 2)]
+        return by_kind([_kind(pair) for pair in pairs], lambda numbers: self._directions([pairs[n] for n in numbers]))
 
-    def _scalers(self, sides: Sequence[Side], options: Mapping[str, Any]) -> list[Tensor]:
-        """(V + ρI)^(−1/2) of each side."""
-        eps, added = sides[0].eps, float(options["eps"])
-        grams = [side.state["exp_avg_gram"] for side in sides]
-        if not options["escape"]:
-            return in_batches(lambda gram: pseudo_inverse_root(gram, eps, added=added), grams)
-        shifts = [side.state["escaped"] for side in sides]
-        return in_batches(lambda gram, shift: pseudo_inverse_root(gram, eps, shift, added), grams, shifts)
+    def _directions(self, pairs: Sequence[Pair]) -> list[Answer]:
+        """Of pairs of one kind; their small matrices stand in stacks (pairs, 2, E, r, r), those of A before those of B."""
+        sides = [side for pair in pairs for side, _ in pair.sides]
+        options, eps, dtype = pairs[0].options, sides[0].eps, sides[0].weight.dtype
+        beta1, beta2 = map(float, options["betas"])
+        roots = pseudo_inverse_root(_stacked(grams(pairs)), eps)
+        duals = roots.flip(1)
+        squares = sum_together([across(_grad(side), _grad(side)) for side in sides], [side.spread for side in sides])
+        means = torch._foreach_mul(squares, [1.0 / side.long for side in sides])
+        moments = self._moments(pairs, duals @ widened(_stacked(means)) @ duals, beta2)
+        scalers = pseudo_inverse_root(moments, eps, self._shifts(sides), float(options["eps"]))
+        scalers = (duals @ scalers @ duals).to(dtype)
+        old = [copy_before(side, pair) for pair in pairs for side, _ in pair.sides]
+        moves: list[Direction | None] = []
+        for side, scaler in zip(sides, scalers.flatten(0, 1).unbind(), strict=True):
+            momentum = side.tall(side.state["exp_avg"])
+            blend_(momentum, _grad(side), scaler, 1.0 - mean_decay(beta1, side.context.step), side.ok)
+            moves.append(side.move(momentum.clone() if pairs[0].cautious else momentum))
+        return [
+            (moves[2 * n : 2 * n + 2], (pair, old[2 * n : 2 * n + 2], root))
+            for n, (pair, root) in enumerate(zip(pairs, roots.unbind(), strict=True))
+        ]
+
+    def _moments(self, pairs: Sequence[Pair], means: Tensor, beta2: float) -> Tensor:
+        """V ← β̃₂V + (1−β̃₂)·means in the states, and as a stack."""
+        stored = [side.state["exp_avg_gram"] for pair in pairs for side, _ in pair.sides]
+        before = _stacked(stored)
+        shares = [1.0 - mean_decay(beta2, side.context.step) for side, _ in pairs[0].sides]
+        after = torch.stack(
+            [before[:, k].lerp(means[:, k].to(before.dtype), share) for k, share in enumerate(shares)], 1
+        )
+        after = _where(_oks(pairs), after, before)
+        torch._foreach_copy_(stored, list(after.flatten(0, 1).unbind()))
+        return after
+
+    def _shifts(self, sides: Sequence[Side]) -> Tensor | float:
+        """ρ of each side, as a stack (pairs, 2, E)."""
+        if "escaped" not in sides[0].state:
+            return 0.0
+        return torch.stack([side.state["escaped"] for side in sides]).unflatten(0, (-1, 2))
 
     def finish(self, units: Sequence[tuple[Unit, Any]]) -> Sequence[None]:
         """D ← D (Y_oldᵀ Y_new) K_new⁺, V ← P V Pᵀ."""
-        pairs = [Pair.of(unit) for unit, _ in units]
-        old = [known for _, both in units for known in both]
+        kept = [known for _, known in units]
+        return by_kind([_kind(pair) for pair, _, _ in kept], lambda numbers: self._turn([kept[n] for n in numbers]))
+
+    def _turn(self, kept: Sequence[tuple[Pair, Sequence[Tensor | None], Tensor]]) -> list[None]:
+        """The end of the step of pairs of one kind."""
+        pairs = [pair for pair, _, _ in kept]
         sides = [side for pair in pairs for side, _ in pair.sides]
-        eps = sides[0].eps
-        after, cross = grams_after(sides, [weight for weight, _ in old])
-        roots = in_batches(lambda gram: pseudo_inverse_root(gram, eps), after)
-        changes = in_batches(lambda root, both: (widened(both).mT @ root @ root).to(both.dtype), roots, cross)
-        turns = in_batches(lambda root, both, before: root @ widened(both) @ before, roots, cross, [r for _, r in old])
-        turns = [identity_where(turns[number ^ 1], side.ok) for number, side in enumerate(sides)]
-        moments = [side.state["exp_avg_gram"] for side in sides]
-        turned = in_batches(lambda turn, moment: turn @ widened(moment) @ turn.mT, turns, moments)
-        for number, (side, moment, after_turn) in enumerate(zip(sides, moments, turned, strict=True)):
-            momentum = side.tall(side.state["exp_avg"])
-            momentum.copy_(times(momentum, identity_where(changes[number ^ 1], side.ok)))
-            if "escaped" in side.state:
-                self._escape(side, widened(moment), after_turn, float(pairs[number // 2].options["betas"][1]))
-            moment.copy_(after_turn)
-        return [None for _ in units]
+        eps, dtype = sides[0].eps, sides[0].weight.dtype
+        momenta = [side.tall(side.state["exp_avg"]) for side in sides]
+        found = grams_after(sides, [each for _, both, _ in kept for each in both], momenta)
+        after, cross = map(_stacked, found)
+        roots, oks = pseudo_inverse_root(after, eps), _oks(pairs)
+        same = torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device)
+        changes = _where(oks, (cross @ roots @ roots).flip(1), same).to(dtype)
+        turns = _where(oks, (roots @ cross.mT @ torch.stack([root for _, _, root in kept])).flip(1), same)
+        stored = [side.state["exp_avg_gram"] for side in sides]
+        moments = widened(_stacked(stored))
+        turned = turns @ moments @ turns.mT
+        for momentum, change in zip(momenta, changes.flatten(0, 1).unbind(), strict=True):
+            turn_(momentum, change)
+        if "escaped" in sides[0].state:
+            beta2 = float(pairs[0].options["betas"][1])
+            for side, own, new in zip(sides, moments.flatten(0, 1), turned.flatten(0, 1), strict=True):
+                self._escape(side, own, new, beta2)
+        torch._foreach_copy_(stored, list(turned.flatten(0, 1).unbind()))
+        return [None for _ in kept]
 
     def _escape(self, side: Side, before: Tensor, after: Tensor, beta2: float) -> None:
         """ρ ← β̃₂(ρ + e), for the next step."""
         values = [torch.linalg.eigvalsh((each + each.mT).nan_to_num() / 2.0) for each in (before, after)]
         largest = (values[0] - values[1]).amax(-1).clamp_min(0.0)
         trace = (values[0] - values[1]).sum(-1).clamp_min(0.0)
-        escaped, decay = side.state["escaped"], _decay(beta2, side.context.step + 1.0)
+        escaped, decay = side.state["escaped"], mean_decay(beta2, side.context.step + 1.0)
         grown = (escaped + torch.minimum(largest, trace).to(escaped.dtype)) * decay
         escaped.copy_(grown if side.ok is None else torch.where(side.ok, grown, escaped))
+
+
+def _kind(pair: Pair) -> tuple[Any, ...]:
+    """Pairs of one kind are computed together."""
+    experts, _, rank = pair.a.weight.shape
+    return rank, experts, pair.a.context.step, pair.b.context.step, pair.is_linear, pair.a.ok is None
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """(pairs, 2, E, r, r) from (E, r, r) for A and B of each pair."""
+    return torch.stack(list(parts)).unflatten(0, (-1, 2))
+
+
+def _oks(pairs: Sequence[Pair]) -> Tensor | None:
+    """Which pairs may change, for a stack."""
+    oks = [pair.a.ok for pair in pairs if pair.a.ok is not None]
+    return torch.stack(oks).view(-1, 1, 1, 1, 1) if oks else None
+
+
+def _where(ok: Tensor | None, changed: Tensor, kept: Tensor) -> Tensor:
+    return changed if ok is None else torch.where(ok, changed, kept)
 
 
 def _grad(side: Side) -> Tensor:
     assert side.grad is not None
     return side.grad
-
-
-def _decay(beta: float, step: float) -> float:
-    """β̃ = β(1−β^(t−1))/(1−β^t): a mean of t numbers with weights β^age, without bias."""
-    return float(beta * (1.0 - beta ** (step - 1.0)) / (1.0 - beta**step))

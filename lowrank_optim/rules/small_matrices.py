@@ -5,8 +5,8 @@ wherever the device has it. Eigenvalues up to r·ε times the largest count as 0
 summed; what is not finite counts as 0 too, so that nothing raises in the middle of a step.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,17 +22,26 @@ def widened(matrix: Tensor) -> Tensor:
     return matrix.to(gram_dtype(matrix.dtype, matrix.device))
 
 
+def by_kind(kinds: Sequence[Hashable], function: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
+    """function(positions) for the positions of each kind, one answer for each of them; the answers in the order of `kinds`."""
+    alike: dict[Hashable, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(number)
+    found: list[Any] = [None] * len(kinds)
+    for numbers in alike.values():
+        for number, answer in zip(numbers, function(numbers), strict=True):
+            found[number] = answer
+    return found
+
+
 def in_batches(function: Function, *lists: Sequence[Tensor]) -> list[Tensor]:
     """function(a, b, …) for each position of the lists; positions whose matrices have one size are computed in one call."""
-    found: list[Tensor | None] = [None] * len(lists[0])
-    alike: dict[tuple[torch.Size, ...], list[int]] = {}
-    for number, matrices in enumerate(zip(*lists, strict=True)):
-        alike.setdefault(tuple(matrix.shape[1:] for matrix in matrices), []).append(number)
-    for numbers in alike.values():
-        together = function(*(torch.cat([column[n] for n in numbers]) for column in lists))
-        for number, part in zip(numbers, together.split([lists[0][n].shape[0] for n in numbers]), strict=True):
-            found[number] = part
-    return [matrix for matrix in found if matrix is not None]
+
+    def together(numbers: list[int]) -> Sequence[Tensor]:
+        found: Tensor = function(*(torch.cat([column[n] for n in numbers]) for column in lists))
+        return found.split([lists[0][n].shape[0] for n in numbers])
+
+    return by_kind([tuple(m.shape[1:] for m in matrices) for matrices in zip(*lists, strict=True)], together)
 
 
 def sum_together(parts: Sequence[Tensor], spreads: Sequence[tuple[TensorSharding, int]]) -> list[Tensor]:

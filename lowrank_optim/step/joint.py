@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.rules import Context, JointRule, Unit
-from lowrank_optim.step.batching import Shared, Step
+from lowrank_optim.rules import Context, FusedDense, JointRule, Unit
+from lowrank_optim.step.batching import Launch, Shared, Step
 from lowrank_optim.step.caution import cautiously_, is_cautious
 from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.param_step import ParamStep
@@ -97,7 +97,8 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
             member.state["step"] += 1
         if not usable:
             return
-        options = rule.unit_options(group, plan.position // rule.arity)
+        options, cautious = rule.unit_options(group, plan.position // rule.arity), is_cautious(group)
+        writes = [None if grad is None else member.write(None, 1.0, ok) for member, grad in zip(members, grads, strict=True)]
         unit = Unit(
             tuple(None if grad is None else _wide(grad, ok) for grad in grads),
             tuple(member.state for member in members),
@@ -108,6 +109,8 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
                 else member.context(member.weight, ok, dense=True)
                 for member, grad in zip(members, grads, strict=True)
             ),
+            tuple((0.0, 1.0) if write is None else (write.alpha, write.keep) for write in writes),
+            cautious,
         )
         key = (id(rule), plan.group, plan.device, plan.dtype)
         elements = rule.unit_elements(plan.unit, options)
@@ -120,10 +123,17 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
         for number, (member, direction) in enumerate(zip(members, directions, strict=True)):
             if direction is None or grads[number] is None:
                 continue
+            spread = member.plan.sharding.matrix
+            if isinstance(direction, FusedDense):
+                write = writes[number] or member.write(None, 1.0, ok)
+                yield Launch(direction.op, direction.call(vars(write)))
+                if direction.after is not None:
+                    direction.after()
+                steps[number] = abs(write.alpha)
+                continue
             write = member.write(direction, 1.0, ok)
             steps[number] = abs(write.alpha)
-            spread = member.plan.sharding.matrix
-            if is_cautious(group):
+            if cautious:
                 cautiously_(member.weight, direction.matrix, member.local_grad(), write, group, spread)
             else:
                 kernels.apply_dense_(member.weight, direction.matrix, start=spread.start, **vars(write))
