@@ -18,13 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.compute import CACHE_ELEMENTS, compute_dtype
+from lowrank_optim.kernels.compute import CACHE_ELEMENTS
 from lowrank_optim.rules.base import Context, Direction
 from lowrank_optim.rules.joint import JointRule, Unit
 from lowrank_optim.rules.small_matrices import sum_together, widened
 from lowrank_optim.sharding.dtensor import dense_sharding, local, matrix_sharding
 from lowrank_optim.sharding.param_sharding import LOCAL, MeshParamSharding, ParamSharding
 from lowrank_optim.sharding.tensor_sharding import MeshSharding
+
 
 def matrix_of(param: Tensor) -> tuple[int, int]:
     """The shape of a factor as a matrix: convolutions are their first dimension × the rest."""
@@ -94,6 +95,8 @@ class Side:
     def flat(self, form: Tensor) -> Tensor:
         """The matrix of a tall form."""
         experts, size, rank = form.shape
+        if experts == 1:
+            return form[0].mT if self.is_a else form[0]
         if self.is_a:
             return form.mT.reshape(experts * rank, size)
         return form.permute(1, 2, 0).reshape(size, rank * experts)
@@ -117,12 +120,16 @@ class Side:
 
 
 def _weight(context: Context, is_a: bool, experts: int) -> Tensor:
-    weight = context.weight.to(compute_dtype(context.weight.dtype))
+    weight = context.weight
+    if weight.dtype not in (torch.float32, torch.float64):
+        weight = weight.float()
     return tall(_gathered(weight, context.sharding, is_a), is_a, experts)
 
 
 def tall(matrix: Tensor, is_a: bool, experts: int) -> Tensor:
     """(E, d, r) from the matrix of a factor; a view."""
+    if experts == 1:
+        return (matrix.mT if is_a else matrix)[None]
     rows, cols = matrix.shape
     if is_a:
         return matrix.view(experts, rows // experts, cols).mT
@@ -131,7 +138,7 @@ def tall(matrix: Tensor, is_a: bool, experts: int) -> Tensor:
 
 def _gathered(tensor: Tensor, sharding: ParamSharding, is_a: bool) -> Tensor:
     """A factor, or its gradient, as a matrix in which the ranks are whole."""
-    matrix = tensor.flatten(1)
+    matrix = tensor if tensor.dim() == 2 else tensor.flatten(1)
     if sharding is LOCAL or not sharding.matrix.splits():
         return matrix
     if not sharding.reduced.splits():
@@ -142,24 +149,28 @@ def _gathered(tensor: Tensor, sharding: ParamSharding, is_a: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both sides of one pair, the options that hold for it, and `Unit.cautious`."""
+    """Both sides of one pair, the options that hold for it, and what is known of the step.
+
+    cautious: `Unit.cautious`.
+    linear: the step makes the weights κW − αN, but for rounding in the type of arithmetic, with κ well above 0 (`Side.step`).
+    """
 
     a: Side
     b: Side
     options: Mapping[str, Any]
     cautious: bool
+    linear: bool
 
     @staticmethod
     def of(unit: Unit) -> "Pair":
-        return Pair(Side.of(unit, 0), Side.of(unit, 1), unit.options, unit.cautious)
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether a step makes the weights κW − αN, but for rounding in the type of arithmetic, with κ well above 0 (`Side.step`)."""
-        sides = self.a, self.b
-        kinds = all(side.context.weight.dtype == side.weight.dtype for side in sides)
-        keeps = all(isinstance(side.step[1], float) and side.step[1] > 0.5 for side in sides)
-        return kinds and keeps and not self.cautious and not self.options["l1"]
+        a, b = Side.of(unit, 0), Side.of(unit, 1)
+        linear = not unit.cautious and not unit.options["l1"]
+        for side in (a, b):
+            keep = side.step[1]
+            linear = (
+                linear and side.context.weight.dtype == side.weight.dtype and isinstance(keep, float) and keep > 0.5
+            )
+        return Pair(a, b, unit.options, unit.cautious, linear)
 
     @property
     def sides(self) -> tuple[tuple[Side, Side], tuple[Side, Side]]:
@@ -174,9 +185,7 @@ class Pair:
 
 def across(left: Tensor, right: Tensor) -> Tensor:
     """leftᵀ right of tall forms, (E, r, r): what this process holds of the sum over d."""
-    if left.shape[0] == 1:
-        return torch.mm(left[0].mT, right[0]).unsqueeze(0)
-    return torch.bmm(left.mT, right)
+    return torch.mm(left[0].mT, right[0])[None] if left.shape[0] == 1 else torch.bmm(left.mT, right)
 
 
 def times(form: Tensor, small: Tensor) -> Tensor:
@@ -196,29 +205,26 @@ def blend_(target: Tensor, form: Tensor, small: Tensor, share: float, ok: Tensor
     if ok is not None or target.shape[0] > 1:
         moved = target.lerp(times(form, small), share)
         target.copy_(moved if ok is None else torch.where(ok, moved, target))
-    elif target[0].mT.is_contiguous():
-        target[0].mT.addmm_(small[0].mT, form[0].mT, beta=1.0 - share, alpha=share)
+        return
+    own = target[0]
+    if own.is_contiguous():
+        own.addmm_(form[0], small[0], beta=1.0 - share, alpha=share)
     else:
-        target[0].addmm_(form[0], small[0], beta=1.0 - share, alpha=share)
+        own.mT.addmm_(small[0].mT, form[0].mT, beta=1.0 - share, alpha=share)
 
 
 def turn_(target: Tensor, small: Tensor) -> None:
     """target ← target times small, in place: through a buffer that stays in the caches, where there is one product."""
     small = small.to(target.dtype)
-    if target.shape[0] > 1 or not (target[0].is_contiguous() or target[0].mT.is_contiguous()):
+    if target.shape[0] > 1:
         target.copy_(torch.bmm(target, small))
         return
-    size, rank = target.shape[1:]
-    length = min(size, max(1, CACHE_ELEMENTS // 2 // rank))
-    buffer = target.new_empty(length * rank)
-    upright = target[0].is_contiguous()
-    for start in range(0, size, length):
-        part = target[0, start : start + length]
-        rows = part.shape[0]
+    rank, upright = target.shape[-1], target.stride(-1) == 1
+    for part in target[0].split(max(1, CACHE_ELEMENTS // rank)):
         if upright:
-            part.copy_(torch.mm(part, small[0], out=buffer[: rows * rank].view(rows, rank)))
+            part.copy_(torch.mm(part, small[0]))
         else:
-            part.mT.copy_(torch.mm(small[0].mT, part.mT, out=buffer[: rows * rank].view(rank, rows)))
+            part.mT.copy_(torch.mm(small[0].mT, part.mT))
 
 
 def mean_decay(beta: float, step: float) -> float:
@@ -234,7 +240,7 @@ def grams(pairs: Sequence[Pair]) -> list[Tensor]:
 
 def copy_before(side: Side, pair: Pair) -> Tensor | None:
     """The weights of a factor that is about to be written; None where they can be told from those after it (`grams_after`)."""
-    if pair.is_linear:
+    if pair.linear:
         return None
     mine = side.weight.untyped_storage().data_ptr() != side.context.weight.untyped_storage().data_ptr()
     return side.weight if mine else side.weight.clone()
@@ -250,12 +256,16 @@ def grams_after(
     new = [side.written() for side in sides]
     other = [n if x is None else x for x, n in zip(old, directions, strict=True)]
     parts = [part for x, y in zip(new, other, strict=True) for part in (across(x, x), across(y, x))]
-    sums = [widened(each) for each in sum_together(parts, [side.spread for side in sides for _ in range(2)])]
-    after, cross = sums[::2], sums[1::2]
-    for number, (side, known) in enumerate(zip(sides, old, strict=True)):
-        if known is None:
-            alpha, keep = side.step
-            cross[number] = torch.add(after[number], cross[number], alpha=alpha).div_(keep)
+    sums = sum_together(parts, [side.spread for side in sides for _ in range(2)])
+    after, cross = [widened(each) for each in sums[::2]], [widened(each) for each in sums[1::2]]
+    linear = [number for number, known in enumerate(old) if known is None]
+    if linear:
+        alphas, keeps = zip(*(sides[number].step for number in linear), strict=True)
+        told = torch._foreach_mul([cross[number] for number in linear], alphas)
+        torch._foreach_add_(told, [after[number] for number in linear])
+        torch._foreach_div_(told, keeps)
+        for number, each in zip(linear, told, strict=True):
+            cross[number] = each
     return after, cross
 
 
@@ -314,7 +324,9 @@ class PairRule(JointRule):
     ) -> Sequence[Direction]:
         unit = Unit(tuple(grads), tuple(states), options, tuple(contexts))
         ((directions, _),) = self.directions_of([unit])
-        return [direction for direction in directions if direction is not None]
+        return [
+            direction for direction in directions if isinstance(direction, Direction)
+        ]  # none is fused, outside of a step
 
     def check_start(self, names: Sequence[str], params: Sequence[Tensor], options: Mapping[str, Any]) -> None:
         whole = [dense_sharding(param).gather(local(param).detach(), *range(-param.dim(), 0)) for param in params]

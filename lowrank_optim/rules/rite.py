@@ -10,7 +10,18 @@ from torch import Tensor
 from lowrank_optim.rules.base import Direction
 from lowrank_optim.rules.joint import Answer, Unit
 from lowrank_optim.rules.pair_gradients import check_adam
-from lowrank_optim.rules.pairs import Pair, PairRule, Side, across, blend_, copy_before, grams, grams_after, mean_decay, turn_
+from lowrank_optim.rules.pairs import (
+    Pair,
+    PairRule,
+    Side,
+    across,
+    blend_,
+    copy_before,
+    grams,
+    grams_after,
+    mean_decay,
+    turn_,
+)
 from lowrank_optim.rules.small_matrices import by_kind, pseudo_inverse_root, sum_together, widened
 
 
@@ -110,7 +121,7 @@ class Rite(PairRule):
         """ρ of each side, as a stack (pairs, 2, E)."""
         if "escaped" not in sides[0].state:
             return 0.0
-        return torch.stack([side.state["escaped"] for side in sides]).unflatten(0, (-1, 2))
+        return _stacked([side.state["escaped"] for side in sides])
 
     def finish(self, units: Sequence[tuple[Unit, Any]]) -> Sequence[None]:
         """D ← D (Y_oldᵀ Y_new) K_new⁺, V ← P V Pᵀ."""
@@ -154,12 +165,12 @@ class Rite(PairRule):
 def _kind(pair: Pair) -> tuple[Any, ...]:
     """Pairs of one kind are computed together."""
     experts, _, rank = pair.a.weight.shape
-    return rank, experts, pair.a.context.step, pair.b.context.step, pair.is_linear, pair.a.ok is None
+    return rank, experts, pair.a.context.step, pair.b.context.step, pair.linear, pair.a.ok is None
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """(pairs, 2, E, r, r) from (E, r, r) for A and B of each pair."""
-    return torch.stack(list(parts)).unflatten(0, (-1, 2))
+    """(pairs, 2, E, …) from (E, …) for A and B of each pair."""
+    return torch.stack(list(parts)).view(-1, 2, *parts[0].shape)
 
 
 def _oks(pairs: Sequence[Pair]) -> Tensor | None:

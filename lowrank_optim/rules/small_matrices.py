@@ -19,7 +19,7 @@ Function: TypeAlias = Callable[..., Tensor]
 
 def widened(matrix: Tensor) -> Tensor:
     """The matrix in the type of small decompositions."""
-    return matrix.to(gram_dtype(matrix.dtype, matrix.device))
+    return matrix if matrix.dtype == torch.float64 else matrix.to(gram_dtype(matrix.dtype, matrix.device))
 
 
 def by_kind(kinds: Sequence[Hashable], function: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
@@ -39,7 +39,8 @@ def in_batches(function: Function, *lists: Sequence[Tensor]) -> list[Tensor]:
 
     def together(numbers: list[int]) -> Sequence[Tensor]:
         found: Tensor = function(*(torch.cat([column[n] for n in numbers]) for column in lists))
-        return found.split([lists[0][n].shape[0] for n in numbers])
+        parts: Sequence[Tensor] = found.split([lists[0][n].shape[0] for n in numbers])
+        return parts
 
     return by_kind([tuple(m.shape[1:] for m in matrices) for matrices in zip(*lists, strict=True)], together)
 

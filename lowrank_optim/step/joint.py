@@ -1,8 +1,8 @@
 """Parameters whose rule sees all their gradients at once: which ones they are, and their step."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -89,16 +89,16 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
     assert isinstance(rule, JointRule)
     trained = [member for member in members if member.param.grad is not None]
     grads = [None if member.param.grad is None else member.local_grad() for member in members]
-    with ExitStack() as stack:
-        for member in trained:
-            stack.enter_context(member)
+    with _Entered(trained):
         ok, usable = _finite(members, grads, norms)
         for member in trained:
             member.state["step"] += 1
         if not usable:
             return
         options, cautious = rule.unit_options(group, plan.position // rule.arity), is_cautious(group)
-        writes = [None if grad is None else member.write(None, 1.0, ok) for member, grad in zip(members, grads, strict=True)]
+        writes = [
+            None if grad is None else member.write(None, 1.0, ok) for member, grad in zip(members, grads, strict=True)
+        ]
         unit = Unit(
             tuple(None if grad is None else _wide(grad, ok) for grad in grads),
             tuple(member.state for member in members),
@@ -123,17 +123,15 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
         for number, (member, direction) in enumerate(zip(members, directions, strict=True)):
             if direction is None or grads[number] is None:
                 continue
-            spread = member.plan.sharding.matrix
-            if isinstance(direction, FusedDense):
-                write = writes[number] or member.write(None, 1.0, ok)
+            fused, write, spread = isinstance(direction, FusedDense), writes[number], member.plan.sharding.matrix
+            if write is None or not (fused or direction.step is direction.decay is None):
+                write = member.write(direction, 1.0, ok)
+            steps[number] = abs(write.alpha)
+            if fused:
                 yield Launch(direction.op, direction.call(vars(write)))
                 if direction.after is not None:
                     direction.after()
-                steps[number] = abs(write.alpha)
-                continue
-            write = member.write(direction, 1.0, ok)
-            steps[number] = abs(write.alpha)
-            if cautious:
+            elif cautious:
                 cautiously_(member.weight, direction.matrix, member.local_grad(), write, group, spread)
             else:
                 kernels.apply_dense_(member.weight, direction.matrix, start=spread.start, **vars(write))
@@ -143,9 +141,27 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
             yield Shared(rule.finish, (*key, "finish"), (unit, kept), elements)
 
 
+class _Entered:
+    """Several parameters as one context; `ExitStack` takes as long as the launch of an operation for each."""
+
+    def __init__(self, members: Sequence[ParamStep]) -> None:
+        self.members = members
+
+    def __enter__(self) -> None:
+        for member in self.members:
+            member.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for member in reversed(self.members):
+            member.__exit__(kind, error, trace)
+
+
 def _wide(grad: Tensor, ok: Tensor | None) -> Tensor:
     """A gradient in the compute type, 0 where it is to be ignored."""
-    wide = grad.to(kernels.compute_dtype(grad.dtype))
+    dtype = kernels.compute_dtype(grad.dtype)
+    wide = grad if grad.dtype == dtype else grad.to(dtype)
     return wide if ok is None else torch.where(ok, wide, 0.0)
 
 

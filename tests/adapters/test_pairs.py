@@ -80,6 +80,30 @@ def factor_gradients(s: float) -> oracle.Gradients:
     return gradients
 
 
+def test_caution_masks_what_is_applied_and_leaves_the_momentum_alone():
+    ends = []
+    for cautious in (False, True):
+        a, b = new_pair(24, 17, 4)
+        optimizer = lo.AltLoRA(lo.lora_pairs([(a, b, 2.0)]), lr=0.05, cautious=cautious)
+        train(optimizer, [(a, b, 2.0)], range(1))
+        ends.append((optimizer.state[b]["exp_avg"], b))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert not torch.equal(ends[0][1], ends[1][1])
+
+
+@pytest.mark.parametrize("name", ["rite", "altlora"])
+def test_copies_of_the_factors_and_the_numbers_of_the_step_tell_the_same_change_of_basis(name: str):
+    """A threshold of almost 0 makes the rules keep copies of the factors until they are written."""
+    ends = []
+    for l1 in (0.0, 1e-300):
+        pair = (*new_pair(24, 17, 4), 2.0)
+        optimizer = METHODS[name]([{**lo.lora_pairs([pair])[0], "l1": l1}], weight_decay=0.3)
+        train(optimizer, [pair], range(4))
+        ends.append([p.detach() for p in pair[:2]] + [optimizer.state[p]["exp_avg"] for p in pair[:2]])
+    for one, other in zip(*ends, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
 # -------------------------------------------------------------------------------------------------------- beside the papers
 
 

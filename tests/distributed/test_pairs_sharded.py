@@ -82,7 +82,10 @@ def resume() -> None:
         train(spread, optimizer, range(3))
         held = states(reference, alone)
         for param, kept in states(optimizer, spread).items():
-            assert distance(kept, held[param]) < 1e-9
+            # V has numbers of some hundreds, and follows a basis that a rounding error turns by a million of them.
+            assert distance(kept, held[param]) < 1e-10 * max(
+                100.0, *(each.abs().max() for each in held[param].values())
+            )
         file = io.BytesIO()
         torch.save(reference.state_dict(), file)
         file.seek(0)
