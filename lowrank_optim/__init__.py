@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_optim import distributed, nn
 from lowrank_optim._version import __version__
-from lowrank_optim.adapters import lora_pairs, prune_ranks_, update_scalings
+from lowrank_optim.adapters import lora_pairs, lora_sb_, prune_ranks_, update_scalings
 from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.describe import describe
 from lowrank_optim.groups.layer_report import describe_layers
@@ -34,6 +34,7 @@ from lowrank_optim.optimizers import (
     LoRAOptimizer,
     LoRAProAdamW,
     LoRARiteAdamW,
+    LoRASBAdamW,
     LowRankOptimizer,
     MuonAdamW,
     QGaLoreAdamW8bit,
@@ -130,6 +131,7 @@ __all__ = [
     "LoRAOptimizer",
     "LoRAProAdamW",
     "LoRARiteAdamW",
+    "LoRASBAdamW",
     "LowRankOptimizer",
     "MemoryPlan",
     "MomentumRule",
@@ -172,6 +174,7 @@ __all__ = [
     "full_precision",
     "layer_groups",
     "lora_pairs",
+    "lora_sb_",
     "nn",
     "param_groups",
     "plan",

@@ -15,6 +15,7 @@ from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLore
 from lowrank_optim.optimizers.ldadam import LDAdamW
 from lowrank_optim.optimizers.lisa import LISAAdamW
 from lowrank_optim.optimizers.lora import AltLoRA, LoRAOptimizer, LoRAProAdamW, LoRARiteAdamW, RiemannianAdamW
+from lowrank_optim.optimizers.lora_sb import LoRASBAdamW
 from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
 from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
@@ -44,6 +45,7 @@ __all__ = [
     "LoRAOptimizer",
     "LoRAProAdamW",
     "LoRARiteAdamW",
+    "LoRASBAdamW",
     "LowRankOptimizer",
     "MuonAdamW",
     "QGaLoreAdamW8bit",

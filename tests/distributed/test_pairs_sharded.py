@@ -97,3 +97,22 @@ def resume() -> None:
 
 def test_a_checkpoint_of_one_process_goes_on_sharded():
     spawn(2, resume)
+
+
+def fixed_basis() -> None:
+    """A is frozen, the r×r matrices are whole on every process."""
+    alone, spread = Model(SHAPES, torch.float64), place(Model(SHAPES, torch.float64), "fsdp")
+    optimizers = []
+    for model in (alone, spread):
+        named = list(model.named_parameters())
+        for _, factor in named[::2]:
+            factor.requires_grad_(False)
+        group = {"params": named, "pairs": True, "scalings": [0.7, 1.0, 2.0, 1.5], "experts": EXPERTS}
+        optimizers.append(lo.LoRASBAdamW([group], lr=1e-2))
+        train(model, optimizers[-1], range(4))
+    assert distance(weights(spread), weights(alone)) < 1e-9
+    assert not torch.equal(weights(alone)["b"], weights(Model(SHAPES, torch.float64))["b"])
+
+
+def test_a_fixed_basis_is_split_and_its_core_is_whole():
+    spawn(2, fixed_basis)
