@@ -46,8 +46,8 @@ def lora_sb_(
         B₀ (m×r, float32 or float64) by the parameter B.
 
     Raises:
-        ValueError: no adapters; a layer that is not linear; a gradient that is missing, not finite, of another shape or of a rank below
-            r (zero, say); η out of range. Nothing was changed.
+        ValueError: no adapters; a layer that is not linear; a gradient that is missing, not finite, of another shape or of a rank
+            below r (zero, say); η out of range. Nothing was changed.
 
     Memory: one gradient of a layer's weights and its singular value decomposition at a time, and r(m+n) numbers of each layer.
 

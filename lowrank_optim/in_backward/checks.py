@@ -61,6 +61,11 @@ def check_plans(optimizer: LowRankOptimizer, plans: Mapping[Tensor, ParamPlan], 
         _check_residual(residual, optimizer, accumulate)
     replicated = _replicated()
     for param, plan in plans.items():
+        if param.requires_grad and "lora_E" in plan.name.split("."):
+            raise ValueError(
+                f"{plan.name} is a gate of AdaLoRA, whose update_and_allocate reads gradients after backward; updates in backward "
+                "have freed them by then. Step as usual, without update_in_backward, or take LoRA, whose ranks lo.prune_ranks_ lowers"
+            )
         _check_parallel(param, plan.name, id(param) in replicated)
 
 

@@ -1,5 +1,6 @@
 """Gradients of a pair, scaled by the inverse Gram matrix of the other factor; and none at all: AdamW on pairs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from torch import Tensor
 from lowrank_optim.rules.base import FusedDense
 from lowrank_optim.rules.joint import Answer, Unit
 from lowrank_optim.rules.pair_gradients import GradientPairRule, fused_adam
-from lowrank_optim.rules.pairs import Pair, grams, matrix_of, times
+from lowrank_optim.rules.pairs import Pair, Side, grams, matrix_of, times
 from lowrank_optim.rules.small_matrices import damped_inverse, in_batches
 
 
@@ -17,13 +18,29 @@ from lowrank_optim.rules.small_matrices import damped_inverse, in_batches
 class AdamPair(GradientPairRule):
     """Adam on each factor, as if they were unrelated. What makes them a pair is the option `l1`, which shrinks rank-one terms.
 
-    Memory of a pair: 8r(m+n) bytes.
+    row_scale: η_A of ALLoRA for B: row i of g_B is multiplied by σ_i = (‖(BA)_i‖ + η_A⁻²)^(−1/2), so that outputs which the
+        adapter has hardly changed move faster; 0 leaves it out. A is trained as ever: ALLoRA scales its gradient too, which would
+        need the activations. Meant for s = 1 and descent (`moments="none"`): Adam undoes factors that stay.
+
+    Memory of a pair: 8r(m+n) bytes, nothing with `moments="none"`.
+
+    Paper of ALLoRA: Huang and Balestriero, 2024, arXiv:2410.09692.
     """
 
     name: ClassVar[str] = "adam_pair"
+    row_scale: float = 0.0
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        if not 0.0 <= float(options["row_scale"]) < math.inf:
+            raise ValueError(f"row_scale is {options['row_scale']!r}; it must be a finite number, at least 0")
 
     def precondition(self, pairs: Sequence[Pair]) -> Sequence[tuple[Tensor | None, Tensor | None]]:
-        return [(pair.a.grad, pair.b.grad) for pair in pairs]
+        scale = float(pairs[0].options["row_scale"]) if pairs else 0.0
+        if not scale:
+            return [(pair.a.grad, pair.b.grad) for pair in pairs]
+        found = grams(pairs)[::2]
+        return [(pair.a.grad, _row_scaled(pair.b, gram, scale)) for pair, gram in zip(pairs, found, strict=True)]
 
     def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
         """One operation for each factor, without a look at the pair, where that can be."""
@@ -32,6 +49,8 @@ class AdamPair(GradientPairRule):
         return [next(found) if moves is None else (moves, None) for moves in fused]
 
     def _fused(self, unit: Unit) -> list[FusedDense | None] | None:
+        if unit.options["row_scale"]:
+            return None
         moves: list[FusedDense | None] = []
         for grad, state, context in zip(unit.grads, unit.states, unit.contexts, strict=True):
             if grad is not None and "exp_avg" not in state:
@@ -41,6 +60,14 @@ class AdamPair(GradientPairRule):
             if grad is not None and moves[-1] is None:
                 return None
         return moves
+
+
+def _row_scaled(side: Side, gram: Tensor, scale: float) -> Tensor | None:
+    """diag(σ) g_B, with ‖(BA)_i‖² = b_i (AAᵀ) b_iᵀ."""
+    if side.grad is None:
+        return None
+    squares = (times(side.weight, gram) * side.weight).sum(-1, keepdim=True).clamp_min_(0.0)
+    return side.grad * (squares.sqrt_() + scale**-2).rsqrt_()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_optim as lo
+from lowrank_optim import rules
 from tests.oracles import pairs as oracle
 
 S = 2.0
@@ -85,6 +86,12 @@ GOLDEN: dict[str, tuple[Callable[..., Any], dict[str, Any], list[float], tuple[f
         {},
         [0.2254266297, 0.2158199127, 0.2081335275],
         (0.0090761981, 0.0261900432),
+    ),
+    "allora, descent, b alone": (
+        lambda groups: lo.LoRAOptimizer(groups, rules.AdamPair(moments="none", row_scale=2.0), lr=0.5, **FREE),
+        {},
+        [0.1698877326, 0.1312121614, 0.0895284080],
+        (0.1178104201, -0.0926309162),
     ),
     "rite, far too fast": (
         lambda groups: lo.LoRARiteAdamW(groups, lr=0.05, **FREE),

@@ -290,6 +290,28 @@ def test_adalora_is_trained_with_its_gates_without_decay():
         model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
+    with pytest.raises(
+        ValueError, match=r"fc\.lora_E\.default is a gate of AdaLoRA, whose update_and_allocate reads gradients"
+    ):
+        lo.update_in_backward(optimizer)
+    assert not optimizer.param_groups[0]["params"][0]._post_accumulate_grad_hooks
+
+
+def test_a_model_of_peft_begins_with_the_values_of_lora_sb_and_trains_its_core():
+    model = net(target_modules=["fc", "gpt", "out"])
+    target = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))
+    before = float((model(TOKENS) - target).square().mean().detach())
+    bases = lo.lora_sb_(model, lambda: (model(TOKENS) - target).square().mean(), eta=1e-3)
+    optimizer = lo.LoRASBAdamW(lo.lora_pairs(model, freeze="A"), lr=1e-2, bases=bases)
+    assert len(bases) == 3
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = (model(TOKENS) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < before
+    expected = model(TOKENS).detach()
+    assert torch.allclose(model.merge_and_unload()(TOKENS), expected, atol=1e-5)
 
 
 def test_scales_of_ia3_have_no_decay_and_logits_of_vblora_are_no_stack_of_matrices():
