@@ -142,9 +142,7 @@ def test_automatic_optimization_is_the_plain_loop(tmp_path):
 
 
 def test_accumulation_and_clipping_are_those_of_the_plain_loop(tmp_path):
-    module = fit(
-        Module(), tmp_path, accumulate_grad_batches=2, gradient_clip_val=0.3, enable_checkpointing=False
-    )
+    module = fit(Module(), tmp_path, accumulate_grad_batches=2, gradient_clip_val=0.3, enable_checkpointing=False)
     assert_same(module, plain(accumulate=2, clip=0.3), atol=1e-6)
 
 

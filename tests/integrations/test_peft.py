@@ -54,7 +54,9 @@ def test_the_magnitude_of_dora_is_a_vector_without_decay_and_a_saved_head_is_den
     groups = lo.param_groups(lora(use_dora=True, modules_to_save=["lm_head"]), rank=4, weight_decay=0.1)
     low, dense, no_decay = groups
     assert all(".lora_A." in name or ".lora_B." in name for name in low["param_names"])
-    assert [name.split(".")[-4:] for name in dense["param_names"]] == [["lm_head", "modules_to_save", "default", "weight"]]
+    assert [name.split(".")[-4:] for name in dense["param_names"]] == [
+        ["lm_head", "modules_to_save", "default", "weight"]
+    ]
     assert all("lora_magnitude_vector" in name for name in no_decay["param_names"])
     assert no_decay["weight_decay"] == 0.0
 

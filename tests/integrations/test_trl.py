@@ -107,8 +107,12 @@ def dpo(out, *, factory: bool, **changes):
     # DPOTrainer takes no optimizer_cls_and_kwargs: a built optimizer, or the attribute that the Trainer reads.
     built = (None, None) if factory else (LowRank()(model.to(args.device), args, **LOW_RANK), None)
     trainer = trl.DPOTrainer(
-        model=model, ref_model=chat.model(), args=args, train_dataset=preferences(),
-        processing_class=chat.tokenizer(), optimizers=built
+        model=model,
+        ref_model=chat.model(),
+        args=args,
+        train_dataset=preferences(),
+        processing_class=chat.tokenizer(),
+        optimizers=built,
     )
     if factory:
         trainer.optimizer_cls_and_kwargs = (LowRank, dict(LOW_RANK))
@@ -137,10 +141,18 @@ def test_dpo_in_backward_learns_the_same(tmp_path):
 
 def test_sft_of_a_lora_model_trains_the_adapter_alone(tmp_path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(chat.model(), peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+    model = peft.get_peft_model(
+        chat.model(), peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    )
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     trainer = sft(tmp_path, model=model, options={**LOW_RANK, "rank": 4})
     trainer.train()
     moved = {n for n, value in trainer.model.named_parameters() if not torch.equal(value, before[n])}
     assert moved == {name for name in before if "lora_" in name}
     assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_the_example_for_fine_tuning_learns_and_resumes_by_trl(tmp_path):
+    from tests.integrations.test_finetune import assert_resumes
+
+    assert_resumes(chat.save(tmp_path / "model"), tmp_path / "out", "trl")
