@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import lowrank_optim as lo
 from lowrank_optim.groups.complete import STATE_FORMAT
+from lowrank_optim.optimizers.lora import PRECONDITIONERS
 from lowrank_optim.quantization import coded_moments
 
 FOLDER = Path(__file__).parent / "frozen"
@@ -28,7 +29,7 @@ GAP = 4  # every matrix is refreshed before and after the checkpoint
 RANK = 3
 SHAPES = {"tall": (12, 8), "wide": (8, 12), "table": (9, 8), "vector": (8,)}
 DENSE = ("table", "vector")
-METHODS = lo.METHODS | lo.LAYERWISE_METHODS
+METHODS = lo.METHODS | lo.FULL_RANK_METHODS | lo.LAYERWISE_METHODS
 
 
 def numbers(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -65,7 +66,7 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A run: an optimizer, what its group of matrices says, or what the group of each matrix says, and its options.
+    """A run: an optimizer; what its group of matrices says, or the group of each matrix, or the rule of each pair; and its options.
 
     Few bits are used for matrices of any size. `tolerance`: how far the weights may be off, of the way that they go in AFTER steps.
     """
@@ -73,16 +74,26 @@ class Case:
     method: str
     matrices: Mapping[str, Any] | None = None
     each: tuple[Mapping[str, Any], ...] = ()
+    pairs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     accumulate: int = 1
     tolerance: float = 1e-3
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.pairs:
+            return {
+                f"{side}{i}": shape for i in range(len(self.pairs)) for side, shape in (("A", (3, 8)), ("B", (12, 3)))
+            }
         return {f"m{i}": (12, 8) if i % 2 else (8, 12) for i in range(len(self.each))} if self.each else SHAPES
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         named = list(model.named_parameters())
+        if self.pairs:
+            params = [param for _, param in named]
+            triples = [(a, b, 2.0) for a, b in zip(params[::2], params[1::2], strict=True)]
+            rules = [PRECONDITIONERS[name]() for name in self.pairs]
+            return [{**lo.lora_pairs([pair])[0], "rule": rule} for pair, rule in zip(triples, rules, strict=True)]
         if self.each:
             return [{"params": [pair], **says} for pair, says in zip(named, self.each, strict=True)]
         if self.method in lo.LAYERWISE_METHODS:
@@ -97,7 +108,7 @@ class Case:
     def build(self) -> tuple[Model, lo.LowRankOptimizer, Any]:
         """Model and optimizer as they begin, and the handle of updates in backward."""
         model = Model(self.shapes(), self.dtype)
-        kind = METHODS.get(self.method, lo.LowRankOptimizer)
+        kind = METHODS.get(self.method, lo.LoRAOptimizer if self.pairs else lo.LowRankOptimizer)
         gap = {} if self.method in lo.LAYERWISE_METHODS else {"update_proj_gap": GAP}
         optimizer = kind(self.groups(model), **{"lr": 1e-2, **gap, **self.options})
         handle = lo.update_in_backward(optimizer, accumulate=self.accumulate) if self.accumulate > 1 else None
@@ -162,6 +173,18 @@ CASES |= {
         dtype=BF16,
         tolerance=0.1,
     ),
+    "error_bits": Case(
+        "",
+        each=tuple(
+            {"rank": rank, "weight_error_bits": bits, "cautious": rank is None}
+            for bits in (8, 16)
+            for rank in (RANK, None)
+        ),
+        options={"rule": lo.Adam(), "lr": 1e-3},
+        dtype=BF16,
+        tolerance=0.02,
+    ),
+    "adapters": Case("", pairs=tuple(PRECONDITIONERS), options={"lr": 1e-3}),
     "masters": Case("badam", options={"period": 3, "master_weights": True}, dtype=BF16, tolerance=0.02),
 }
 

@@ -31,6 +31,7 @@ class Adam(Rule):
     name: ClassVar[str] = "adam"
     elementwise: ClassVar[bool] = True
     masks: ClassVar[bool] = True
+    keeps_errors: ClassVar[bool] = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 

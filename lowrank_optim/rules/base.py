@@ -115,6 +115,7 @@ class Rule(ABC):
         masks: `direction` looks at `Context.ok` itself; else that is done around it, with copies of the moments.
         knows_shards: sums over the gradient go through `Context.sharding`. If False, and not `elementwise`, sharded parameters are
             refused.
+        keeps_errors: the operation of `fused_dense` keeps the errors of bfloat16 weights; else it is not used where they are kept.
         rotates_shards: `transport` works on the local parts of moments.
         state_lies: where each state tensor lies if parameters are sharded: "reduced" (as R; the default), "rows", "columns", "matrix"
             or "stack".
@@ -139,11 +140,15 @@ class Rule(ABC):
     """Whether the released code decays the weights after the update (`match_reference`)."""
     masks: ClassVar[bool] = False
     """Whether `direction` sees to `Context.ok` itself; else it is done around it, with copies of the moments."""
+    keeps_errors: ClassVar[bool] = False
+    """Whether the operation of `fused_dense` keeps the errors of bfloat16 weights; else it is not used where they are kept."""
     rotates_shards: ClassVar[bool] = True
     """Whether `transport` works on the local parts of moments."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "fused_dense" in vars(cls) and "keeps_errors" not in vars(cls):
+            cls.keeps_errors = False
         if "direction" in vars(cls):  # fused operations of a parent compute another one
             for name in {"fused_direction", "fused_dense"} - vars(cls).keys():
                 setattr(cls, name, getattr(Rule, name))

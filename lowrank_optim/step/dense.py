@@ -46,7 +46,8 @@ def _dense(
         step.fit_columns(step.moments, grad, 0, ok)
     context = step.context(step.weight, ok, dense=True)
     weight, error, cautious = step.matrix_weight, step.error, is_cautious(group)
-    alone = cautious or (error is not None and not (weight.is_contiguous() and error.is_contiguous()))
+    kept = error is None or (rule.keeps_errors and weight.is_contiguous() and error.is_contiguous())
+    alone = cautious or not kept
     fused = None if alone else rule.fused_dense(weight, grad, step.moments, group, context)
     if fused is not None:
         # Copies must not wait with others: together they could be as large as the model.

@@ -69,7 +69,7 @@ def test_with_sixteen_bits_weights_are_those_of_float32_to_the_bit(case, backend
     assert float((param != exact.to(BF16)).float().mean()) < 1e-3
 
 
-@pytest.mark.parametrize("rule", [lo.Adafactor(), lo.RowNorm(0.9), lo.Sinkhorn(), lo.NorMuon()])
+@pytest.mark.parametrize("rule", [lo.Adafactor(), lo.RowNorm(0.9), lo.Sinkhorn(), lo.NorMuon(), lo.FoldedAdam()])
 def test_rules_that_sum_over_lines_agree_with_float32_to_the_last_bits(rule):
     exact, reference = build(F32, rule=rule)
     param, optimizer = build(BF16, rule=rule, weight_error_bits=16)

@@ -304,6 +304,7 @@ class Operations:
                 residual,
                 *(keep, alpha),
                 *rounding_of(rounding),
+                *NO_ERROR,
             ),
         )
         return None
