@@ -16,6 +16,7 @@ from lowrank_optim.groups.complete import check_group, complete_group, list_para
 from lowrank_optim.groups.options import DEFAULTS, plain_options
 from lowrank_optim.groups.parts import Part, PartRegistry, as_part
 from lowrank_optim.optimizers import checkpoint
+from lowrank_optim.optimizers.adopt import adopt_sharded
 from lowrank_optim.optimizers.change_group import change_group
 from lowrank_optim.optimizers.contracts import Attachment
 from lowrank_optim.optimizers.owners import check_free
@@ -172,8 +173,15 @@ class LowRankOptimizer(Optimizer):
         return self.plans[param]
 
     def check_members(self) -> None:
-        """Raise RuntimeError for a parameter in the groups that is another one, or has another shape, than at construction."""
-        check_members(self.param_groups, self.plans)
+        """Raise RuntimeError for a parameter in the groups that is another one, or has another shape, than at construction.
+
+        Parameters that were sharded before the first step are taken in (`lowrank_optim.optimizers.adopt`).
+        """
+        try:
+            check_members(self.param_groups, self.plans)
+        except RuntimeError:
+            if not adopt_sharded(self):
+                raise
 
     # --------------------------------------------------------------------------------------------------------------- step
 
@@ -209,7 +217,12 @@ class LowRankOptimizer(Optimizer):
         self._enter(list(params))
 
     def _enter(self, params: list[Tensor]) -> None:
-        moved, unsettled = enter(params, self.plans, self.param_groups)
+        try:
+            moved, unsettled = enter(params, self.plans, self.param_groups)
+        except RuntimeError:
+            if not adopt_sharded(self):
+                raise
+            moved, unsettled = enter(params, self.plans, self.param_groups)
         if moved:
             follow(self, params)
         for param in unsettled:

@@ -124,10 +124,29 @@ def resumed(folder: str) -> None:
         assert torch.equal(p, q)
 
 
-def together() -> None:
+def prepared_together(in_backward: bool) -> None:
+    """Accelerate replaces the parameters in the optimizer; before the first step, it takes them in."""
+    from torch.distributed.tensor import DTensor
+
     with_fsdp = accelerator(sharded=True)
     model = network()
     model, optimizer = with_fsdp.prepare(model, optimizer_for(model))
+    if in_backward:
+        lo.update_in_backward(optimizer.optimizer)
+    train(with_fsdp, model, optimizer)
+    assert set(optimizer.optimizer.state) == set(model.parameters())
+    assert isinstance(next(iter(optimizer.optimizer.state.values()))["exp_avg"], DTensor)
+    assert_close(model, alone())
+
+
+def prepared_too_late() -> None:
+    with_fsdp = accelerator(sharded=True)
+    model = network()
+    optimizer = optimizer_for(model)
+    loss_of(model, batch(0, 0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model, optimizer = with_fsdp.prepare(model, optimizer)
     with pytest.raises(RuntimeError, match=r"was replaced by a parameter .* build the optimizer when the model has"):
         train(with_fsdp, model, optimizer)
 
@@ -145,5 +164,10 @@ def test_fsdp2_resumes_to_the_bit(tmp_path: Path):
     spawn(WORLD, resumed, str(tmp_path / "saved"))
 
 
-def test_an_optimizer_that_is_prepared_with_the_model_for_fsdp2_is_refused_and_says_what_to_do():
-    spawn(WORLD, together)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_model_and_optimizer_may_be_prepared_for_fsdp2_together(in_backward):
+    spawn(WORLD, prepared_together, in_backward)
+
+
+def test_an_optimizer_with_a_history_is_refused_and_says_what_to_do():
+    spawn(WORLD, prepared_too_late)
