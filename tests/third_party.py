@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,12 +26,16 @@ BEGIN, END = "<!-- written by `make integrations` -->\n", "<!-- end -->\n"
 
 @dataclass(frozen=True)
 class Project:
-    """Somebody else's package: its name in the table and in the registry, its files of tests, and what they do."""
+    """Somebody else's package: its name in the table and in the registry, its files of tests, and what they do.
+
+    page: of docs/integrations, the code of which is run, too.
+    """
 
     name: str
     package: str
     files: tuple[str, ...]
     what: str
+    page: str = ""
 
 
 PROJECTS = (
@@ -39,17 +44,23 @@ PROJECTS = (
         "transformers",
         ("test_transformers_integration", "test_in_backward_trainer", "test_model_families", "test_compat"),
         "Trainer: factory, callback, resume; LLaMA, GPT-2, Qwen3, Mixtral, T5, ViT; flags of galore_torch and apollo_torch",
+        "transformers",
     ),
-    Project("TRL", "trl", ("test_trl",), "SFTTrainer, DPOTrainer, in backward, LoRA, `examples/finetune.py`"),
-    Project("peft", "peft", ("test_peft_models",), "LoRA, DoRA, modules_to_save, in backward, resume, LoRA+"),
+    Project("TRL", "trl", ("test_trl",), "SFTTrainer, DPOTrainer, in backward, LoRA, `examples/finetune.py`", "trl"),
+    Project("peft", "peft", ("test_peft_models",), "LoRA, DoRA, modules_to_save, in backward, resume, LoRA+", "peft"),
     Project(
         "Lightning",
         "lightning",
         ("test_lightning",),
         "automatic and manual optimization, accumulation, clipping, checkpoint, in backward",
+        "lightning",
     ),
     Project(
-        "Accelerate", "accelerate", ("test_accelerate",), "DDP and FSDP2 on two gloo processes, in backward, resume"
+        "Accelerate",
+        "accelerate",
+        ("test_accelerate",),
+        "DDP and FSDP2 on two gloo processes, with the Trainer too; in backward, resume",
+        "accelerate",
     ),
     Project("torchtitan", "torchtitan", ("test_torchtitan",), "container of optimizers, resume; not its trainer"),
     Project("LLaMA-Factory", "llamafactory", ("test_llama_factory",), "registry of optimizers; not its trainer"),
@@ -77,13 +88,21 @@ def files() -> list[str]:
     return found
 
 
+def pages() -> list[str]:
+    """The tests that run the code of the pages."""
+    test = "tests/repository/test_docs.py::test_code_of_the_page_runs"
+    return [f"{test}[docs/integrations/{project.page}.md]" for project in PROJECTS if project.page]
+
+
 def count(report: Path) -> dict[str, dict[str, int]]:
-    """Passed, failed and skipped tests of each file in a JUnit report."""
+    """Passed, failed and skipped tests of each file in a JUnit report; of pages, by their names."""
     outcomes: dict[str, dict[str, int]] = defaultdict(lambda: {"passed": 0, "failed": 0, "skipped": 0})
     for case in ElementTree.parse(report).iter("testcase"):
         # A file that is skipped or broken as a whole is named where the others have the name of a test.
         where = case.get("classname") or case.get("name") or ""
         file = next(part for part in reversed(where.split(".")) if part.startswith("test_"))
+        page = re.search(r"\[docs/integrations/(\w+)\.md\]", case.get("name") or "")
+        file = page[1] if page else file
         if case.find("failure") is not None or case.find("error") is not None:
             outcomes[file]["failed"] += 1
         elif case.find("skipped") is not None:
@@ -101,7 +120,7 @@ def results_of(counts: dict[str, dict[str, int]], date: str) -> dict[str, Any]:
             "project": project.name,
             "version": version(project.package),
             "what": project.what,
-            **{key: sum(counts.get(file, empty)[key] for file in project.files) for key in empty},
+            **{key: sum(counts.get(file, empty)[key] for file in (*project.files, project.page)) for key in empty},
             "date": date,
         }
         for project in PROJECTS
@@ -130,7 +149,7 @@ def main() -> None:
     """Runs all; exit status 1 if a test failed or was skipped, since here nothing is missing."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files(), *sys.argv[1:]]
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files(), *pages(), *sys.argv[1:]]
         subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False)
         if not report.exists():
             sys.exit("pytest ended without a report")
