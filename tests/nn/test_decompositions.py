@@ -266,10 +266,10 @@ def test_masked_positions_do_not_count_and_rows_can_be_limited():
 
 def test_collecting_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)).train()
-    model[1].eval()
+    model[2].eval()
     x = draw(50, 8).float()
     found = lo.nn.collect_statistics(model, [x], include=["0", "2"], side="input")
-    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert [module.training for module in model.modules()] == [True, True, True, False]
     assert not any(module._forward_hooks for module in model)
     torch.testing.assert_close(found["2"].mean, model[0](x).mean(0).double(), atol=1e-6, rtol=1e-6)  # without dropout
 
@@ -456,6 +456,22 @@ def test_ranks_fall_with_the_reduction_and_do_not_depend_on_the_scale(normalize,
     assert before["layer2"] < before["layer1"] < 24
 
 
+@pytest.mark.parametrize("min_ratio", [0.0, 0.7, 0.85])
+def test_low_rank_components_are_those_of_which_enough_is_cut(min_ratio):
+    model = decaying()
+    spectra = {name: torch.linalg.svdvals(layer.weight.detach()) for name, layer in model.items()}
+    relative = {name: (s - s[-1]) / (s[0] - s[-1]) for name, s in spectra.items()}
+    level = torch.cat(list(relative.values())).sort().values[36 - 1]  # the 36th of 72
+    kept = {name: int((values > level).sum()) for name, values in relative.items()}
+    expected = {}
+    for name, rank in kept.items():
+        m, n = model[name].weight.shape
+        if rank * (m + n) < m * n and (24 - rank) / 24 >= min_ratio:
+            expected[name] = rank
+    assert lo.nn.select_ranks(model, reduction=0.5, min_ratio=min_ratio) == expected
+    assert len(expected) == {0.0: 2, 0.7: 1, 0.85: 0}[min_ratio]
+
+
 def test_a_flat_spectrum_has_nothing_to_cut():
     model = decaying()
     with torch.no_grad():
@@ -573,6 +589,8 @@ def test_layers_that_would_not_get_smaller_are_left_alone_and_listed():
     assert type(model[2]) is nn.Linear
     with pytest.raises(ValueError, match="no layer gets smaller"):
         lo.nn.factorize_(network(), rank=30, include=["0", "2"])
+    with pytest.raises(ValueError, match="no layer gets smaller"):
+        lo.nn.factorize_(network(), energy=1.0, include=["0", "2"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- bad input

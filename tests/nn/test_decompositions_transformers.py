@@ -104,7 +104,9 @@ def test_a_pair_beside_each_layer(make, layers):
             weight = poor.get_submodule(name).weight
             weight.copy_((weight * 5).round() / 5)
     before = (poor(**batch).logits - exact).norm()
+    by_name = lo.nn.compensate_(copy.deepcopy(poor), model.state_dict(), rank=12, statistics=statistics)
     lo.nn.compensate_(poor, model, rank=12, statistics=statistics, freeze_rest=True)
+    assert torch.equal(by_name(**batch).logits, poor(**batch).logits)
     assert count(poor, CompensatedLinear) == layers
     assert (poor(**batch).logits - exact).norm() < 0.7 * before
     assert sum(param.requires_grad for param in poor.parameters()) == 2 * layers
