@@ -518,6 +518,21 @@ def test_tied_layers_share_their_factors():
     assert model["a"].weight is model["b"].weight
 
 
+def test_copies_and_pickles_of_the_layers():
+    model = network().double()
+    lo.nn.factorize_(model, ranks={"0": 4})
+    model = lo.nn.compensate_(model, network().double(), rank=3, statistics={"0": moments(32), "2": moments(48)})
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    x = draw(5, 32)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), model(x))
+        assert other[0].lora_A is not model[0].lora_A
+        assert [type(layer) for layer in lo.nn.merge_(other)] == [nn.Linear, nn.GELU, nn.Linear, nn.Linear]
+        torch.testing.assert_close(other(x), model(x))
+
+
 def test_a_checkpoint_goes_into_a_model_without_numbers():
     model = network()
     x = draw(200, 32).float()

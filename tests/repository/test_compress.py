@@ -19,6 +19,7 @@ import compress  # noqa: E402
 SMALL = ["--text", argparse.__file__, "--length", "32", "--batch", "4", "--calibration", "2"]
 
 
+@pytest.mark.long
 def test_it_trains_compresses_draws_and_loads_its_model_again(tmp_path, capsys):
     small = [*SMALL, "--shares", "0.3,0.8", "--pairs", "4"]
     points = compress.main([*small, "--steps", "12", "--out", str(tmp_path)])
