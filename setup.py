@@ -3,6 +3,7 @@
 The library is no Python extension (it is loaded through ctypes), so one file serves every Python and torch. The kernels
 are compiled once for each instruction set. CXX, CXXFLAGS and LDFLAGS are those of the environment. Where there is no compiler, or it
 fails, the package installs without the library; build.json in its place says why, and `lowrank-optim doctor` repeats it.
+LOWRANK_OPTIM_BUILD_CPU=0 leaves the library out: the wheel is then pure, for every platform.
 """
 
 import json
@@ -68,6 +69,8 @@ def run(command: list[str]) -> None:
 
 def build(target: Path) -> list[str]:
     """Compile and link the library to `target`, which appears whole or not at all; returns compiler and flags."""
+    if os.environ.get("LOWRANK_OPTIM_BUILD_CPU", "1") == "0":
+        raise NotBuilt("this package is for every platform, and has none (LOWRANK_OPTIM_BUILD_CPU=0).")
     compiler = find_compiler()
     flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     levels = LEVELS if X86 else {"baseline": []}

@@ -10,7 +10,8 @@ quarter of the rate for the matrices of the layers (adamw_split), `torch.optim.M
 quarter of their short side as rank (`SETTINGS` names the exceptions); weight decay, betas, clipping, warm-up and schedule are the
 same. GaLore, Fira and FRUGAL scale the update of the matrices by α = 1/4, and APOLLO's is smaller than Adam's, so that embeddings,
 head and norms learn faster than matrices; adamw_split gives AdamW that advantage too, which is large in a short training of a small
-model.
+model. low_rank and sltrain are layers of another form, W = s·B A and W = s·B A + S at the same rank (S has 3 % of the entries), which
+Adam trains from the first step on; what they save of weights and gradients is not in the table.
 
 The learning rate of each method is chosen by one rule (`next_rungs`): rates are a factor of 2 apart; begin at the method's starting
 rate with seed 0, and extend towards the better side until the best rate has a worse or diverged neighbour on both sides, or the
@@ -70,6 +71,7 @@ from convergence_study import (
 from pretraining.baselines import BASELINES
 from pretraining.data import DataError, FileBatches
 from pretraining.folder import FolderError, only_process, write_atomically
+from pretraining.layers import PARAMETRIZATIONS
 from pretraining.report import console
 from pretraining.run import Config, DivergedError, Run, RunError, read_metrics
 from rich.console import Console
@@ -152,8 +154,12 @@ SETTINGS = {
     "frugal_sgd": Setting(0.256, None, {"density": 0.25, "momentum": 0.9}, weight_decay=0.0),
     "ldadam": Setting(2e-3, refreshes=False),  # a new subspace at every step
     "qgalore": Setting(1.6e-2),
+    "low_rank": Setting(8e-3, refreshes=False),
+    "sltrain": Setting(8e-3, refreshes=False),
 }
-"""Methods that are not here take `Setting()`. Starting rates decide how many rates are tried, hardly which one is found."""
+LAYERS = tuple(name for name in PARAMETRIZATIONS if name != "none")
+METHODS = (*BASELINES, *lo.METHODS, *LAYERS)
+"""Methods that are not in `SETTINGS` take `Setting()`. Starting rates decide how many rates are tried, hardly which one is found."""
 
 
 # Runs in worker processes -------------------------------------------------------------------------------------------------------
@@ -214,7 +220,7 @@ def train(config: Config, folder: Path, rung: int) -> Row:
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # of 80 finished runs they would fill a disk
     val_loss = result.val_loss if result.val_loss is not None and math.isfinite(result.val_loss) else None
     return Row(
-        method=config.optimizer,
+        method=config.label,
         lr=config.lr,
         rung=rung,
         seed=config.seed,
@@ -325,14 +331,14 @@ def as_json(args: argparse.Namespace, preset: Preset, configs: Mapping[str, Conf
     """Everything that was run and how, diverged runs too."""
     summaries = [summarise(study) for study in studies]
     ratios = over_adamw(summaries)
-    own = ("rank", "options", "weight_decay")
+    own = ("rank", "options", "weight_decay", "parametrization")
     settings = {name: config.comparable() for name, config in configs.items()}
     varying = ("optimizer", "lr", "seed", *own)
     shared = {key: value for key, value in settings[studies[0].method].items() if key not in varying}
     methods = {
         s.method: asdict(s)
         | {"over_adamw": ratios[s.method], "rates": len(study.ladder), "start": study.setting.lr}
-        | {key: settings[s.method][key] for key in own}
+        | {key: settings[s.method][key] for key in own if key in settings[s.method]}
         for s, study in zip(summaries, studies, strict=True)
     }
     return {
@@ -373,7 +379,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    names = ",".join([*BASELINES, *lo.METHODS])
+    names = ",".join(METHODS)
     parser.add_argument("--preset", default="cpu", choices=PRESETS, help="model and budget (default cpu)")
     parser.add_argument("--methods", metavar="A,B,…", help=f"some of {names} (default: all)")
     parser.add_argument("--steps", type=int, help="updates (default: by preset)")
@@ -384,6 +390,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 FIXED = ("lr", "seed", "optimizer", "compare", "sweep", "rank", "scale", "option", "resume", "overwrite", "model")
+FIXED += ("parametrization", "density", "alpha")
 """Arguments of examples/pretrain.py that the benchmark sets itself."""
 
 
@@ -419,13 +426,14 @@ def configuration(args: argparse.Namespace, method: str) -> Config:
     options = dict(setting.options)
     if setting.refreshes:
         options.setdefault("update_proj_gap", args.update_proj_gap)
-    config = pretrain.configuration(args, "adamw")
+    optimizer, layers = ("adamw", method) if method in LAYERS else (method, "none")
+    config = replace(pretrain.configuration(args, "adamw"), optimizer=optimizer, parametrization=layers)
     decay = config.weight_decay if setting.weight_decay is None else setting.weight_decay
-    return replace(config, optimizer=method, lr=setting.lr, rank=setting.rank, options=options, weight_decay=decay)
+    return replace(config, lr=setting.lr, rank=setting.rank, options=options, weight_decay=decay)
 
 
 def chosen_methods(text: str | None) -> list[str]:
-    valid = [*BASELINES, *lo.METHODS]
+    valid = list(METHODS)
     names = text.split(",") if text else valid
     if wrong := [name for name in names if name not in valid]:
         raise RunError(f"there is no method {wrong[0]!r}; valid names are {', '.join(valid)}")

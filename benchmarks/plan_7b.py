@@ -42,7 +42,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "SCALE, in backward": {"optimizer": "scale", **IN_BACKWARD},
     "SCALE, int8 weights, in backward": {"optimizer": "scale", "weight_bits": 8, **IN_BACKWARD},
     "LISA, 2 layers, in backward": {"optimizer": "lisa", **IN_BACKWARD},
+    "SLTrain 8-bit, in backward": {
+        "optimizer": ("LowRankOptimizer", {"rule": "adam", "state_bits": 8}),
+        "parametrization": ("sltrain", {"rank": 1024, "density": 0.05}),
+        **IN_BACKWARD,
+    },
 }
+SHORT = ("AdamW", "AdamW, one tensor at a time", "GaLore 8-bit, in backward", "SLTrain 8-bit, in backward")
+"""Rows that are planned with 1 × 256 tokens, too: the batch of the published measurement of SLTrain."""
 
 
 def row(model: str, checkpointing: bool = True, length: int = 2048, **how: Any) -> dict[str, Any]:
@@ -82,6 +89,17 @@ def main() -> None:
         results["7b"][name] = row("llama-7b", **how)
         adamw_state = adamw_state or results["7b"][name]["whole_state"]
         say(name, results["7b"][name], adamw_state)
+    results["7b, 256 tokens"] = {}
+    for name in SHORT:
+        found = results["7b, 256 tokens"][name] = row("llama-7b", length=256, **ROWS[name])
+        say(f"{name}, 256 tokens", found, adamw_state)
+    results["peak_of_sltrain"] = {
+        f"over {name}, {tokens} tokens": results[part]["SLTrain 8-bit, in backward"]["peak"]
+        / results[part][name]["peak"]
+        for part, tokens in (("7b", 2048), ("7b, 256 tokens", 256))
+        for name in SHORT[:-1]
+    }
+    print(results["peak_of_sltrain"])
     for name in ("GaLore 8-bit, in backward", "GaLore 8-bit, 4-bit basis, in backward"):
         found = results["7b"][f"{name}, no checkpointing"] = row("llama-7b", checkpointing=False, **ROWS[name])
         say(f"{name}, no checkpointing", found, adamw_state)

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 import lowrank_optim as lo
 from lowrank_optim.planner.choices import resolve_optimizer
 from lowrank_optim.planner.models import resolve_model
+from lowrank_optim.planner.parametrizations import resolve_parametrization
 from lowrank_optim.planner.simulation.simulate import checkpoint_activations
 
 CONFIG = {
@@ -38,10 +39,18 @@ LIMIT = 0.03
 
 
 def measure(
-    optimizer: Any, batch: tuple[int, int], in_backward: bool, checkpointing: bool, dtype: torch.dtype, weight_bits: int
+    optimizer: Any,
+    batch: tuple[int, int],
+    in_backward: bool,
+    checkpointing: bool,
+    dtype: torch.dtype,
+    weight_bits: int,
+    parametrization: Any = None,
 ) -> int:
     """Bytes that were allocated at once, at most, by building a model and its optimizer and taking three steps."""
     bare = resolve_model(CONFIG).build(dtype, None)
+    if (layers := resolve_parametrization(parametrization)) is not None:
+        bare = layers.convert(bare)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         model = bare.to_empty(device="cpu")
         initialize(model)
@@ -68,15 +77,16 @@ def measure(
 def initialize(model: torch.nn.Module) -> None:
     """Numbers that train: the model was made without any."""
     torch.manual_seed(0)
-    for param in model.parameters():
-        torch.nn.init.normal_(param, std=1.0 / math.sqrt(256)) if param.dim() > 1 else torch.nn.init.ones_(param)
+    for name, param in model.named_parameters():
+        matrix = param.dim() > 1 or name.endswith("sparse_value")
+        torch.nn.init.normal_(param, std=1.0 / math.sqrt(256)) if matrix else torch.nn.init.ones_(param)
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq"):
             buffer.fill_(0.1)
 
 
 def cases(quick: bool) -> list[dict[str, Any]]:
-    """Every optimizer, both batches, with and without updates in backward and checkpointing; and int8 weights, and bfloat16."""
+    """Every optimizer, both batches, with and without updates in backward and checkpointing; int8 weights, bfloat16, SLTrain."""
     found = []
     for optimizer in OPTIMIZERS[3:5] if quick else OPTIMIZERS:
         ours = resolve_optimizer(optimizer).updates_in_backward
@@ -88,6 +98,10 @@ def cases(quick: bool) -> list[dict[str, Any]]:
     last = {"batch": "short", "in_backward": True, "checkpointing": True}
     found.append({"optimizer": ("qgalore", {"rank": 64}), **last, "dtype": "bfloat16", "weight_bits": 8})
     found.append({"optimizer": ("galore_8bit", {"rank": 64}), **last, "dtype": "bfloat16", "weight_bits": 16})
+    sltrain = {"optimizer": ("LowRankOptimizer", {"rule": "adam", "state_bits": 8}), "weight_bits": 16}
+    sltrain["parametrization"] = ("sltrain", {"rank": 64, "density": 0.05})
+    found.append(sltrain | last | {"dtype": "bfloat16"})
+    found.append(sltrain | {"batch": "long", "in_backward": False, "checkpointing": False, "dtype": "float32"})
     return found
 
 
@@ -103,6 +117,7 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
         in_backward=case["in_backward"],
         activation_checkpointing=case["checkpointing"],
         weight_bits=case["weight_bits"],
+        parametrization=case.get("parametrization"),
         device="cpu",
     )
     measured = measure(
@@ -112,6 +127,7 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
         case["checkpointing"],
         getattr(torch, case["dtype"]),
         case["weight_bits"],
+        case.get("parametrization"),
     )
     error = predicted.peak_bytes / measured - 1.0
     return case | {

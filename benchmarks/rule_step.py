@@ -17,6 +17,8 @@ RULES: dict[str, lo.Rule] = {
     "row_norm": lo.RowNorm(),
     "row_norm, columns": lo.RowNorm(axis="columns"),
     "row_norm, momentum": lo.RowNorm(momentum=0.9),
+    "folded_adam": lo.FoldedAdam(),
+    "folded_adam, level 8": lo.FoldedAdam(level=8),
     "sinkhorn": lo.Sinkhorn(),
     "sage": lo.SAGE(),
     "lion": lo.Lion(),

@@ -6,6 +6,9 @@
     python examples/pretrain.py --sweep adamw,galore --out runs/sweep      # a learning-rate grid for each
     python examples/pretrain.py --config 7b --budget 24GiB                 # 7B on one card; without a GPU, the plan
     python examples/pretrain.py --config 7b --budget 16GiB --optimizer qgalore
+    python examples/pretrain.py --parametrization sltrain --rank 32 --density 0.05       # sparse plus low-rank layers
+    python examples/pretrain.py --config 7b --parametrization sltrain --density 0.05 --budget 24GiB
+    python examples/pretrain.py --compare adamw,galore --parametrization none,sltrain --out runs/b
     python examples/pretrain.py --model 60m --dataset allenai/c4 --bpe 32000 --dtype bfloat16 --steps 10000
 
 The default text is the source code of Python's standard library, which is on every machine. A run writes metrics.jsonl,
@@ -51,7 +54,8 @@ from pretraining.data import (
     text_files,
 )
 from pretraining.folder import FolderError, check_folder, delete_runs, only_process
-from pretraining.run import Config, DivergedError, Result, Run, RunError, attach, make_optimizer
+from pretraining.layers import PARAMETRIZATIONS
+from pretraining.run import Config, DivergedError, Result, Run, RunError, attach, change_layers, make_optimizer
 
 import lowrank_optim as lo
 from lowrank_optim.console import accept_any_text
@@ -96,7 +100,17 @@ def arguments() -> argparse.ArgumentParser:
         help="a size as it is trained on one card: galore_8bit (or another --optimizer; qgalore with int8 weights) in backward, "
         "checkpointing, bfloat16, 1 × 2048 tokens of a vocabulary of 32,000; other arguments override",
     )
-    what.add_argument("--optimizer", default="galore", help=f"one of {methods} (default galore)")
+    what.add_argument("--optimizer", help=f"one of {methods} (default galore)")
+    kinds = "; ".join(f"{name}: {meaning}" for name, meaning in PARAMETRIZATIONS.items())
+    what.add_argument(
+        "--parametrization",
+        default="none",
+        metavar="A,B,…",
+        help=f"the linear layers ({kinds}); `none` is trained with --optimizer, --compare or --sweep, each of the others with AdamW, "
+        "as one more run (default none)",
+    )
+    what.add_argument("--density", type=float, help="of S in sltrain (default 0.03)")
+    what.add_argument("--alpha", type=float, help="s = alpha/rank (default: s = 1)")
     what.add_argument("--compare", metavar="A,B,…", help="train with several optimizers, write one table and one plot")
     what.add_argument("--sweep", metavar="A,B,…", help="train with four learning rates for each optimizer")
     text = parser.add_argument_group("text")
@@ -142,7 +156,8 @@ def arguments() -> argparse.ArgumentParser:
     low.add_argument(
         "--rank",
         type=number,
-        help="an int, or a fraction of the short side (default 0.25; apollo_mini: 1; lisa, badam: dense)",
+        help="an int, or a fraction of the short side (default 0.25; apollo_mini: 1; lisa, badam: dense); that of the layers with "
+        "a --parametrization, too",
     )
     low.add_argument("--update-proj-gap", type=int, help="steps between refreshes (default 50; ldadam: 1)")
     low.add_argument("--scale", type=float, help="multiplies the low-rank update (default: by optimizer)")
@@ -185,9 +200,38 @@ def option(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def check(args: argparse.Namespace) -> list[str]:
-    """Raise RunError for arguments that cannot work; returns the optimizers to run."""
-    names = (args.compare or args.sweep or args.optimizer).split(",")
+def layers_to_train(args: argparse.Namespace) -> list[str]:
+    """The names in --parametrization.
+
+    Raises:
+        RunError: there is none of that name, or it cannot go with the other arguments.
+    """
+    kinds = str(args.parametrization).split(",")
+    for kind in kinds:
+        if kind not in PARAMETRIZATIONS:
+            near = get_close_matches(kind, PARAMETRIZATIONS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise RunError(f"there is no parametrization {kind!r}: {hint}valid names are {', '.join(PARAMETRIZATIONS)}")
+    if len(set(kinds)) < len(kinds):
+        raise RunError(f"--parametrization {args.parametrization} names one twice")
+    asked = args.compare or args.sweep or args.optimizer
+    if "none" not in kinds and asked not in (None, "adamw"):
+        raise RunError(
+            f"--parametrization {args.parametrization} is trained with AdamW; for dense layers with {asked} beside it write "
+            f"--parametrization none,{args.parametrization}"
+        )
+    for name, needed in (("density", {"sltrain"}), ("alpha", {"sltrain", "low_rank"})):
+        if getattr(args, name) is not None and not needed & set(kinds):
+            raise RunError(f"--{name} needs --parametrization {' or '.join(sorted(needed))}")
+    if args.weight_bits == 8 and kinds != ["none"]:
+        raise RunError("--weight-bits 8 and --parametrization exclude each other: factors are not stored in int8")
+    return kinds
+
+
+def check(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Raise RunError for arguments that cannot work; returns (optimizer, parametrization) of each run."""
+    kinds = layers_to_train(args)
+    names = (args.compare or args.sweep or args.optimizer or "galore").split(",") if "none" in kinds else []
     valid = ["adamw", *lo.METHODS, *lo.LAYERWISE_METHODS]
     for name in names:
         if name not in valid:
@@ -211,26 +255,34 @@ def check(args: argparse.Namespace) -> list[str]:
         raise RunError("--resume continues a run and --overwrite deletes it; choose one")
     if args.lr is not None and args.sweep:
         raise RunError("--lr and --sweep cannot be combined; a sweep chooses the learning rates")
-    if args.lr is not None and len(names) > 1:
+    runs = [(name, "none") for name in names] + [("adamw", kind) for kind in kinds if kind != "none"]
+    if args.lr is not None and len(runs) > 1:
         raise RunError("--lr with several optimizers would be unfair to some; leave it out, or run them one by one")
-    if args.in_backward and names == ["adamw"]:
+    if len(runs) > 1 and not args.compare and not args.sweep:
+        raise RunError(
+            f"--parametrization {args.parametrization} is more than one run: add --compare {','.join(names) or 'adamw'}"
+        )
+    if args.in_backward and runs == [("adamw", "none")]:
         raise RunError("--in-backward: adamw is torch's, which cannot; try --optimizer galore")
-    if args.option and names == ["adamw"]:
+    if args.option and runs == [("adamw", "none")]:
         raise RunError(f"--option {args.option[0]}: adamw has no further options")
-    return names
+    return runs
 
 
-def configuration(args: argparse.Namespace, name: str) -> Config:
+def configuration(args: argparse.Namespace, name: str, layers: str = "none") -> Config:
     options: dict[str, Any] = {}
-    if name != "adamw":
+    if layers != "none":
+        options = dict(map(option, args.option))
+    elif name != "adamw":
         options = {} if name in OWN_GAP else {"update_proj_gap": 50}
         options |= {key: getattr(args, key) for key in LOW_RANK_OPTIONS if getattr(args, key) is not None}
         options |= dict(map(option, args.option))
+    label, theirs = (name if layers == "none" else layers), name == "adamw" and layers == "none"
     warmup = args.warmup if args.warmup is not None else max(1, args.steps // 10)
     return Config(
         model=args.model,
         optimizer=name,
-        lr=args.lr if args.lr is not None else LEARNING_RATES.get(name, ANY_LEARNING_RATE),
+        lr=args.lr if args.lr is not None else LEARNING_RATES.get(label, ANY_LEARNING_RATE),
         steps=args.steps,
         warmup=warmup,
         batch=args.batch,
@@ -244,12 +296,15 @@ def configuration(args: argparse.Namespace, name: str) -> Config:
         corpus=args.dataset or (" ".join(map(str, args.text)) if args.text else "standard library"),
         text_digest=None,
         bpe=args.bpe,
-        rank=args.rank if name != "adamw" else None,
+        rank=None if theirs else args.rank,
         validate_every=args.validate_every,
         validation_batches=args.validation_batches,
         grad_checkpointing=args.grad_checkpointing,
-        in_backward=args.in_backward and name != "adamw",
+        in_backward=args.in_backward and not theirs,
         weight_bits=args.weight_bits,
+        parametrization=layers,
+        density=args.density if layers == "sltrain" else None,
+        alpha=args.alpha if layers != "none" else None,
         options=options,
     )
 
@@ -258,6 +313,8 @@ def check_optimizer(config: Config) -> None:
     """Raise RunError for options that the optimizer refuses, now and not after an hour of another optimizer's run."""
     meta = torch.device("meta")  # shapes without numbers: no memory, no time
     model = build_model(config.model, BYTE_VOCABULARY, config.length, meta, torch.float32, False, config.seed)
+    if config.parametrization != "none":
+        model = change_layers(config, model)
     attach(config, make_optimizer(config, model))
 
 
@@ -338,9 +395,9 @@ def train(args: argparse.Namespace, run: Run) -> Result:
     """One run, or its result if it is finished."""
     config = run.config
     if (result := run.finished()) is not None:
-        console.print(f"{config.optimizer}, lr {config.lr:g}: finished before")
+        console.print(f"{config.label}, lr {config.lr:g}: finished before")
         return result
-    label = f"{config.optimizer}, lr {config.lr:g}" if args.sweep else config.optimizer
+    label = f"{config.label}, lr {config.lr:g}" if args.sweep else config.label
     try:
         with Reporter(label, config.steps, args.log_every) as reporter:
             return run.train(args.save_every, reporter)
@@ -351,31 +408,31 @@ def train(args: argparse.Namespace, run: Run) -> Result:
         return run.diverged()
 
 
-def train_parallel(args: argparse.Namespace, names: list[str]) -> None:
+def train_parallel(args: argparse.Namespace, runs: list[tuple[str, str]]) -> None:
     """One run on the processes that torchrun has started."""
     from pretraining import parallel
 
     if args.fsdp and args.ddp:
         raise RunError("--fsdp and --ddp exclude each other")
-    if len(names) > 1 or args.sweep:
-        raise RunError("--fsdp and --ddp train with one --optimizer at a time")
-    config, how = configuration(args, names[0]), "fsdp" if args.fsdp else "ddp"
+    if len(runs) > 1 or args.sweep:
+        raise RunError("--fsdp and --ddp train with one --optimizer and --parametrization at a time")
+    config, how = configuration(args, *runs[0]), "fsdp" if args.fsdp else "ddp"
     args.out.mkdir(parents=True, exist_ok=True)
     parallel.train(config, how, Source(args), args.out, args.save_every, args.log_every, args.resume)
 
 
 def train_all(args: argparse.Namespace) -> list[tuple[Result, Path]]:
     """Every run that was asked for, with its folder; whatever can be refused is refused before the first one starts."""
-    names = check(args)
+    runs = check(args)
     if args.fsdp or args.ddp:
-        train_parallel(args, names)
+        train_parallel(args, runs)
         return []
     device = choose_device(args)
     # With --budget, without a GPU and without --device, the plan for a GPU is all there is to do: it needs no folder.
     dry = args.budget is not None and args.device is None and device.type == "cpu"
     if not dry:
         check_folder(args.out, args.resume, args.overwrite)
-    configs = [configuration(args, name) for name in names]
+    configs = [configuration(args, *run) for run in runs]
     for config in configs:
         check_optimizer(config)
     if args.budget is not None:
@@ -385,13 +442,16 @@ def train_all(args: argparse.Namespace) -> list[tuple[Result, Path]]:
     source = Source(args)
     configs = [replace(config, text_digest=source.digest) for config in configs]
     if args.sweep:
-        grid = {name: [SWEEP_FROM.get(name, ANY_SWEEP_FROM) * factor for factor in SWEEP_FACTORS] for name in names}
-        configs = [replace(config, lr=lr) for config in configs for lr in grid[config.optimizer]]
+        configs = [
+            replace(config, lr=SWEEP_FROM.get(config.label, ANY_SWEEP_FROM) * factor)
+            for config in configs
+            for factor in SWEEP_FACTORS
+        ]
     folders = [args.out]
     if args.sweep:
-        folders = [args.out / f"{config.optimizer}-{config.lr:g}" for config in configs]
+        folders = [args.out / f"{config.label}-{config.lr:g}" for config in configs]
     elif args.compare:
-        folders = [args.out / config.optimizer for config in configs]
+        folders = [args.out / config.label for config in configs]
     with only_process(args.out):
         if not args.overwrite:
             for config, folder in zip(configs, folders, strict=True):
@@ -434,7 +494,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.config is not None:  # its settings are defaults, which arguments override
         named = None if args.optimizer == parser.get_default("optimizer") else args.optimizer
-        parser.set_defaults(**preset(args.config, named))
+        parser.set_defaults(**preset(args.config, named, args.parametrization))
         args = parser.parse_args(argv)
 
     def refuse(message: object) -> NoReturn:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_optim import distributed, nn
 from lowrank_optim._version import __version__
+from lowrank_optim.adapters import lora_pairs, prune_ranks_, update_scalings
 from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.describe import describe
 from lowrank_optim.groups.layer_report import describe_layers
@@ -11,13 +12,17 @@ from lowrank_optim.groups.layers import layer_groups
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.in_backward import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import (
+    FULL_RANK_METHODS,
     LAYERWISE_METHODS,
     METHODS,
     AliceAdamW,
+    AltLoRA,
     APOLLOAdamW,
     APOLLOMiniAdamW,
     BAdamW,
+    CondaAdamW,
     FiraAdamW,
+    FOAMAdamW,
     FrugalAdamW,
     FrugalLion,
     FrugalSGD,
@@ -26,16 +31,33 @@ from lowrank_optim.optimizers import (
     GaLoreAdamW8bit,
     LDAdamW,
     LISAAdamW,
+    LoRAOptimizer,
+    LoRAProAdamW,
+    LoRARiteAdamW,
     LowRankOptimizer,
     MuonAdamW,
     QGaLoreAdamW8bit,
+    RiemannianAdamW,
     SCALEOptimizer,
     SinkGDAdamW,
+    SubTrackAdamW,
     SUMOAdamW,
     by_name,
+    full_precision,
     state_bytes,
 )
-from lowrank_optim.projectors import DCT, SVD, Blocks, Coordinate, PowerIteration, Projector, Random, RandomizedSVD
+from lowrank_optim.projectors import (
+    DCT,
+    SVD,
+    Blocks,
+    Coordinate,
+    GrassmannTracking,
+    MomentumSVD,
+    PowerIteration,
+    Projector,
+    Random,
+    RandomizedSVD,
+)
 from lowrank_optim.projectors.base import Basis, GradientTerm, Refresh, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
 from lowrank_optim.projectors.stored_projector import StoredProjector
@@ -50,6 +72,7 @@ from lowrank_optim.rules import (
     Adam,
     Context,
     Direction,
+    FoldedAdam,
     JointRule,
     Lion,
     MomentumRule,
@@ -66,6 +89,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DCT",
+    "FULL_RANK_METHODS",
     "LAYERWISE_METHODS",
     "METHODS",
     "SAGE",
@@ -76,16 +100,20 @@ __all__ = [
     "Adafactor",
     "Adam",
     "AliceAdamW",
+    "AltLoRA",
     "BAdamW",
     "Basis",
     "Blocks",
     "ComplementScaled",
+    "CondaAdamW",
     "Context",
     "Coordinate",
     "DenseBasis",
     "Direction",
     "ErrorFeedback",
+    "FOAMAdamW",
     "FiraAdamW",
+    "FoldedAdam",
     "FrugalAdamW",
     "FrugalLion",
     "FrugalSGD",
@@ -94,13 +122,18 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GradientScaled",
     "GradientTerm",
+    "GrassmannTracking",
     "JointRule",
     "LDAdamW",
     "LISAAdamW",
     "Lion",
+    "LoRAOptimizer",
+    "LoRAProAdamW",
+    "LoRARiteAdamW",
     "LowRankOptimizer",
     "MemoryPlan",
     "MomentumRule",
+    "MomentumSVD",
     "Muon",
     "MuonAdamW",
     "NoResidual",
@@ -115,6 +148,7 @@ __all__ = [
     "Refresh",
     "Residual",
     "ResidualInput",
+    "RiemannianAdamW",
     "Role",
     "RowNorm",
     "Rule",
@@ -126,6 +160,7 @@ __all__ = [
     "Sinkhorn",
     "StepParams",
     "StoredProjector",
+    "SubTrackAdamW",
     "SubspaceSpec",
     "Update",
     "UpdateInBackward",
@@ -134,12 +169,16 @@ __all__ = [
     "describe",
     "describe_layers",
     "distributed",
+    "full_precision",
     "layer_groups",
+    "lora_pairs",
     "nn",
     "param_groups",
     "plan",
+    "prune_ranks_",
     "state_bytes",
     "update_in_backward",
+    "update_scalings",
     "usable",
 ]
 

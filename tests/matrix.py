@@ -30,7 +30,7 @@ AREAS = {
     "steps, against references": (
         "test_step test_galore_reference test_apollo_reference test_frugal test_ldadam test_lisa test_badam test_directions"
     ),
-    "resuming and checkpoints": "test_state",
+    "resuming and checkpoints": "test_state test_migrations",
     "state of few bits": "test_coded_state test_quantization",
     "updates in backward": "test_in_backward",
     "quantized weights": "test_quantized_weights test_qgalore",

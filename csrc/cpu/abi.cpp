@@ -16,7 +16,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 8;
+constexpr int ABI_VERSION = 10;
 constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thread
 
 #define LOWRANK_TEXT_(x) #x
@@ -264,6 +264,10 @@ LOWRANK_API int lowrank_optim_adam(int64_t count, const AdamArgs* calls, int thr
 
 LOWRANK_API int lowrank_optim_rule(const RuleArgs* args, int threads) {
   return run<RuleArgs>(chosen->adam.rule, *args, args->numel, 1, limited(threads));
+}
+
+LOWRANK_API int lowrank_optim_folded_adam(const FoldedAdamArgs* args, int threads) {
+  return run_tiles(chosen->adam.folded_adam, *args, threads);
 }
 
 // `count` matrices at once.

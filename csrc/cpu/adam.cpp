@@ -13,7 +13,7 @@ namespace {
 
 // W ← keep W − alpha N for n elements of W.
 INLINE void write(const Rows& weight, int64_t at, const float* direction, int n, const StepParams& w, int64_t first, float* buffer) {
-  const f32* old = load(weight, at, buffer, n);
+  const f32* old = load(weight, w.error, at, buffer, n);
   const float keep = w.keep, step = -w.alpha;
   if (weight.dtype == FLOAT32) {
     f32* to = static_cast<f32*>(weight.data) + at;
@@ -21,7 +21,7 @@ INLINE void write(const Rows& weight, int64_t at, const float* direction, int n,
     return;
   }
   EACH(j, n) buffer[j] = old[j] * keep + step * direction[j];
-  store(weight, at, buffer, n, w.rounding, first);
+  store(weight, w.error, at, buffer, n, w.rounding, first);
 }
 
 void adam(const AdamArgs& args, int64_t first, int64_t last) {
@@ -68,6 +68,120 @@ void adam(const AdamArgs& args, int64_t first, int64_t last) {
   }
 }
 
+// Of a step of Adam with folded moments.
+struct Folded {
+  Adam adam;
+  Lerp lerp;
+  float share, residual, keep, step;
+
+  explicit Folded(const FoldedAdamArgs& args)
+      : adam(args.adam),
+        lerp(args.adam.weight1),
+        share(1.0f / float(args.fold)),
+        residual(args.residual),
+        keep(args.write.keep),
+        step(-args.write.alpha) {}
+
+  template <class T>  // a float, or a vector of them: sums of a block's elements and of their squares become its moments
+  INLINE void moments(T sum, T squares, T& mean, T& m, T& v) const {
+    mean = sum * share;
+    m = lerp(m, mean);
+    v = v * adam.beta2 + adam.weight2 * (squares * share);
+  }
+
+  template <class Part>  // how vectors come from memory and go there
+  INLINE void weights(f32* to, Floats g, Floats mean, Floats m, Floats v, Part part) const {
+    const Floats rest = g - mean, root = square_root(v + (residual * residual) * (rest * rest));
+    part.store(to, part.load(to) * keep + step * adam_direction(m + residual * rest, root, adam));
+  }
+};
+
+// FOLD vectors of elements, whose blocks of FOLD elements have one vector of moments: FOLD is 1, 2, 4 or 8.
+template <int FOLD, int... K>
+INLINE void folded_group(const f32* g, f32* m_at, f32* v_at, f32* to, const Folded& how, Numbers<K...>) {
+  constexpr All all;
+  const Floats x[FOLD] = {all.load(g + K * LANES)...};
+  Floats sums[FOLD] = {x[K]...}, squares[FOLD] = {(x[K] * x[K])...};
+  for (int left = FOLD / 2; left > 0; left /= 2) {
+    for (int k = 0; k < left; ++k) {
+      sums[k] = sums_of_pairs(sums[2 * k], sums[2 * k + 1], Lanes{});
+      squares[k] = sums_of_pairs(squares[2 * k], squares[2 * k + 1], Lanes{});
+    }
+  }
+  Floats mean, m = all.load(m_at), v = all.load(v_at);
+  how.moments(sums[0], squares[0], mean, m, v);
+  all.store(m_at, m);
+  all.store(v_at, v);
+  (how.weights(to + K * LANES, x[K], repeated<FOLD, K>(mean, Lanes{}), repeated<FOLD, K>(m, Lanes{}),
+               repeated<FOLD, K>(v, Lanes{}), all),
+   ...);
+}
+
+// n elements in blocks of FOLD, of which the last may be cut off: what is missing counts as zeros.
+template <int FOLD>
+INLINE void folded_blocks(const f32* g, f32* m, f32* v, f32* to, int n, const Folded& how) {
+  constexpr int GROUP = FOLD * LANES;
+  const auto group = [&](const f32* g, f32* m, f32* v, f32* to) __attribute__((always_inline)) {
+    folded_group<FOLD>(g, m, v, to, how, UpTo<FOLD>{});
+  };
+  int j = 0;
+  for (; j + GROUP <= n; j += GROUP) group(g + j, m + j / FOLD, v + j / FOLD, to + j);
+  if (j == n) return;
+  float last_g[GROUP] = {}, last_to[GROUP] = {}, last_m[LANES] = {}, last_v[LANES] = {};
+  const int left = n - j, blocks = (left + FOLD - 1) / FOLD;
+  EACH(k, left) last_g[k] = g[j + k];
+  EACH(k, left) last_to[k] = to[j + k];
+  EACH(k, blocks) last_m[k] = m[j / FOLD + k];
+  EACH(k, blocks) last_v[k] = v[j / FOLD + k];
+  group(last_g, last_m, last_v, last_to);
+  EACH(k, left) to[j + k] = last_to[k];
+  EACH(k, blocks) m[j / FOLD + k] = last_m[k];
+  EACH(k, blocks) v[j / FOLD + k] = last_v[k];
+}
+
+// A block of n elements: n is `fold` or, at the end of a row, less.
+INLINE void folded_block(const f32* g, f32& m_at, f32& v_at, f32* to, int n, const Folded& how) {
+  constexpr int PARTS = 16 / LANES;  // sums of 16 parts, whatever the instruction set
+  Floats sums[PARTS] = {}, squares[PARTS] = {};
+  over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
+    const Floats x = part.load(g + j);
+    sums[j / LANES % PARTS] += x;
+    squares[j / LANES % PARTS] += x * x;
+  });
+  float mean, m = m_at, v = v_at;
+  how.moments(float(total_of<1>(sums)), float(total_of<1>(squares)), mean, m, v);
+  m_at = m;
+  v_at = v;
+  const Floats none = {};
+  over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
+    how.weights(to + j, part.load(g + j), none + mean, none + m, none + v, part);
+  });
+}
+
+void folded_adam(const FoldedAdamArgs& args, int64_t first, int64_t last) {
+  float g_buffer[TILE], w_buffer[TILE];
+  const int64_t per_row = pieces(args.cols, TILE), blocks = pieces(args.cols, args.fold);
+  const Folded how(args);
+  const bool in_place = args.weight.dtype == FLOAT32;
+  for (int64_t index = first; index < last; ++index) {
+    const int64_t row = index / per_row, col = index % per_row * TILE, at = row * args.cols + col;
+    const int n = smaller(TILE, args.cols - col);
+    const f32* g = load(args.grad, at, g_buffer, n);
+    f32 *m = args.exp_avg + row * blocks + col / args.fold, *v = args.exp_avg_sq + row * blocks + col / args.fold;
+    f32* to = in_place ? static_cast<f32*>(args.weight.data) + at : w_buffer;
+    if (!in_place) load(args.weight, at, w_buffer, n);
+    switch (args.fold) {
+      case 1: folded_blocks<1>(g, m, v, to, n, how); break;
+      case 2: folded_blocks<2>(g, m, v, to, n, how); break;
+      case 4: folded_blocks<4>(g, m, v, to, n, how); break;
+      case 8: folded_blocks<8>(g, m, v, to, n, how); break;
+      default:
+        for (int j = 0, size = int(args.fold); j < n; j += size) folded_block(g + j, *m++, *v++, to + j, smaller(size, n - j), how);
+    }
+    if (!in_place) store(args.weight, at, w_buffer, n, args.write.rounding, at);
+  }
+}
+
 void rule(const RuleArgs& args, int64_t first, int64_t last) {
   const f32* __restrict g = args.grad;
   f32 *__restrict m = args.moment, *__restrict out = args.out;
@@ -101,7 +215,7 @@ void rule(const RuleArgs& args, int64_t first, int64_t last) {
 }  // namespace
 
 namespace LOWRANK_LEVEL {
-extern const AdamKernels adam_kernels = {adam, rule};
+extern const AdamKernels adam_kernels = {adam, rule, folded_adam};
 }
 
 }  // namespace lowrank

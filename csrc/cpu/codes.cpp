@@ -179,7 +179,7 @@ INLINE Coded coded_block(const CodedAdamArgs& args, const Work& work, int64_t el
   const float ratio_scale = args.ratio_scale[index], root_scale = args.root_scale[index];
   const f32* g = load(args.grad, element, work.grad, n);
   const bool direct = args.out, in_place = !direct && args.weight.dtype == FLOAT32;
-  if (!direct && !in_place) load(args.weight, element, work.weight, n);
+  if (!direct && !in_place) load(args.weight, args.write.error, element, work.weight, n);
   f32* to = direct ? args.out + element : in_place ? static_cast<f32*>(args.weight.data) + element : work.weight;
   const Ahead grads(args.grad.data, args.grad.dtype, element + n);
   const Ahead weights(direct ? args.out : args.weight.data, direct ? FLOAT32 : args.weight.dtype, element + n);
@@ -220,7 +220,7 @@ INLINE Coded coded_block(const CodedAdamArgs& args, const Work& work, int64_t el
   }
   args.ratio_scale[index] = scale_of(largest(most_ratio));
   args.root_scale[index] = scale_of(largest(most_root));
-  if (!direct && !in_place) store(args.weight, element, work.weight, n, args.write.rounding, element);
+  if (!direct && !in_place) store(args.weight, args.write.error, element, work.weight, n, args.write.rounding, element);
   const u16* random = args.noise.on ? draw(args.noise, element, n, work.random) : nullptr;
   return {n, work.ratio, work.root, args.ratio_scale[index], args.root_scale[index], random, ratio_code, root_code};
 }

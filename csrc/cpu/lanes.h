@@ -8,6 +8,8 @@
 #include <immintrin.h>  // intrinsics alone, which are inlined always
 #endif
 
+#include <utility>  // types alone
+
 #include "numbers.h"
 
 namespace lowrank {
@@ -156,6 +158,35 @@ INLINE void over(int begin, int end, const Body& body) {
   int j = begin;
   for (; j + LANES <= end; j += LANES) body(j, All{});
   if (j < end) body(j, First{end - j});
+}
+
+// Numbers that are known when this is compiled: templates have them as parameters.
+template <int... I>
+using Numbers = std::integer_sequence<int, I...>;
+template <int COUNT>
+using UpTo = std::make_integer_sequence<int, COUNT>;
+using Lanes = UpTo<LANES>;
+
+// The lanes number I… of two vectors, those of the second after those of the first.
+template <int... I>
+INLINE Floats lanes_of(Floats a, Floats b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, Ints{I...});
+#endif
+}
+
+// The sums of neighbours, of one vector and then of another.
+template <int... I>
+INLINE Floats sums_of_pairs(Floats a, Floats b, Numbers<I...>) {
+  return lanes_of<(2 * I)...>(a, b) + lanes_of<(2 * I + 1)...>(a, b);
+}
+
+// Every lane TIMES times: vector number K of the TIMES that this makes.
+template <int TIMES, int K, int... I>
+INLINE Floats repeated(Floats x, Numbers<I...>) {
+  return lanes_of<((K * LANES + I) / TIMES)...>(x, x);
 }
 
 // The sum of 16 · COUNT parts.

@@ -77,6 +77,31 @@ INLINE const f32* load(const Rows& x, int64_t at, float* buffer, int n) {
   return load(ConstRows{x.data, x.dtype, x.stride}, at, buffer, n);
 }
 
+// ------------------------------------------------------------------------------------------------- what rounding drops, kept beside
+
+INLINE float joined(uint16_t upper, int32_t rest) {
+  const int32_t bits = (int32_t(upper & 0x7FFF) << 16) + rest;
+  return float_of(uint32_t(bits < 0 ? 0 : bits) | uint32_t(upper & 0x8000) << 16);
+}
+
+// n weights as float32, with what was dropped from them.
+INLINE const f32* load(const ConstRows& x, const WeightError& error, int64_t at, float* buffer, int n) {
+  if (!error.high) return load(x, at, buffer, n);
+  const u16* from = static_cast<const u16*>(x.data) + at;
+  const s8* high = error.high + at;
+  if (error.low) {
+    const u8* low = error.low + at;
+    EACH(j, n) buffer[j] = joined(from[j], int32_t(high[j]) * 256 + low[j]);
+  } else {
+    EACH(j, n) buffer[j] = joined(from[j], int32_t(high[j]) * 256);
+  }
+  return buffer;
+}
+
+INLINE const f32* load(const Rows& x, const WeightError& error, int64_t at, float* buffer, int n) {
+  return load(ConstRows{x.data, x.dtype, x.stride}, error, at, buffer, n);
+}
+
 // ------------------------------------------------------------------------------------------------------------- random bits
 
 template <class T>  // uint32_t, or a vector of them
@@ -137,6 +162,33 @@ INLINE void store(const Rows& x, int64_t at, const float* __restrict value, int 
       first += random.left;
       value += random.left;
       to += random.left;
+    }
+  }
+}
+
+// The same, with what is dropped kept in `error`.
+INLINE void store(const Rows& x, const WeightError& error, int64_t at, const float* __restrict value, int n, const Noise& noise,
+                  int64_t first) {
+  if (!error.high) return store(x, at, value, n, noise, first);
+  u16* __restrict to = static_cast<u16*>(x.data) + at;
+  s8* __restrict high = error.high + at;
+  u8* __restrict low = error.low ? error.low + at : nullptr;
+  const auto number = [](float y, bool whole) __attribute__((always_inline)) {
+    const uint32_t u = bits_of(y), bits = whole ? u : (u + 0x7F + ((u >> 8) & 1)) & 0xFFFFFF00u;
+    return (u & MAGNITUDE) > INFINITE ? 0x7FC00000u : bits;
+  };
+  if (low) {
+    EACH(j, n) {
+      const uint32_t bits = number(value[j], true), upper = (bits + 0x8000) >> 16, rest = bits - (upper << 16);
+      to[j] = u16(upper);
+      high[j] = s8(u8(rest >> 8));
+      low[j] = u8(rest);
+    }
+  } else {
+    EACH(j, n) {
+      const uint32_t bits = number(value[j], false), upper = (bits + 0x8000) >> 16;
+      to[j] = u16(upper);
+      high[j] = s8(u8((bits - (upper << 16)) >> 8));
     }
   }
 }

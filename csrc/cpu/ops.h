@@ -55,10 +55,18 @@ struct Adam {
   float weight1, beta2, weight2, root_factor, root_offset;
 };
 
+// What rounding weights to bfloat16 drops (kernels/rounding.py): elements lie as those of the weights do; `low` may be null, and where
+// `high` is, nothing is kept.
+struct WeightError {
+  s8* high;
+  u8* low;
+};
+
 // W ← keep W − alpha N
 struct StepParams {
   float keep, alpha;
   Noise rounding;
+  WeightError error;
 };
 
 // adam_direct_ (out) and adam_dense_ (weight) of `numel` elements: the other is null. With `norms`, which go with `out`, ‖N_j‖ of
@@ -71,6 +79,17 @@ struct AdamArgs {
   Adam adam;
   StepParams write;
   f32 *norms, *grad_norms;
+};
+
+// folded_adam_dense_: `fold` neighbours of a row share a moment, of which a row has ⌈cols/fold⌉. `fold` is a power of two up to TILE.
+struct FoldedAdamArgs {
+  int64_t rows, cols, fold;
+  ConstRows grad;
+  f32 *exp_avg, *exp_avg_sq;
+  Rows weight;
+  Adam adam;
+  float residual;
+  StepParams write;
 };
 
 // lion_direct_, sgd_direct_ and rmsprop_direct_; flat tensors of float32.
@@ -151,12 +170,13 @@ struct UpdateArgs {
   int64_t phi_row, phi_col;  // strides, 0 where it is broadcast
 };
 
-// target ← value, rounded.
+// target ← value, rounded; each with its error, if it has one.
 struct StoreArgs {
   int64_t rows, cols;
   Rows target;
   ConstRows value;
   Noise rounding;
+  WeightError error, value_error;
 };
 
 // Standard normal numbers by Box-Muller (kernels/counter_rng.py, gaussian): out[i] and out[pairs + i] from one pair of uniforms.
@@ -237,6 +257,7 @@ constexpr int64_t STRIP = 256;
 struct AdamKernels {
   void (*adam)(const AdamArgs&, int64_t first, int64_t last);  // elements, or rows
   void (*rule)(const RuleArgs&, int64_t first, int64_t last);  // elements
+  void (*folded_adam)(const FoldedAdamArgs&, int64_t first, int64_t last);  // units of TILE
 };
 
 struct CodeKernels {

@@ -59,7 +59,7 @@ void update(const UpdateArgs& args, int64_t first, int64_t last) {
       return x.data ? load(x, row * x.stride + col, buffer, n) : nullptr;
     };
     Tile tile;
-    tile.weight = load(args.weight, at, w_buffer, n);
+    tile.weight = load(args.weight, args.write.error, at, w_buffer, n);
     tile.product = part(args.product, p_buffer);
     tile.grad = part(args.grad, g_buffer);
     tile.subtract = part(args.subtract, s_buffer);
@@ -71,7 +71,7 @@ void update(const UpdateArgs& args, int64_t first, int64_t last) {
     tile.sign = args.sign;
     tile.by_column = args.phi_col != 0;
     tile.run();
-    if (!direct) store(args.weight, at, w_buffer, n, args.write.rounding, row * args.cols + col);
+    if (!direct) store(args.weight, args.write.error, at, w_buffer, n, args.write.rounding, row * args.cols + col);
   }
 }
 
@@ -81,9 +81,9 @@ void store_rows(const StoreArgs& args, int64_t first, int64_t last) {
   for (int64_t index = first; index < last; ++index) {
     const int64_t row = index / per_row, col = index % per_row * TILE;
     const int n = smaller(TILE, args.cols - col);
-    const f32* from = load(args.value, row * args.value.stride + col, value, n);
+    const f32* from = load(args.value, args.value_error, row * args.value.stride + col, value, n);
     EACH(j, n) value[j] = from[j];
-    store(args.target, row * args.target.stride + col, value, n, args.rounding, row * args.cols + col);
+    store(args.target, args.error, row * args.target.stride + col, value, n, args.rounding, row * args.cols + col);
   }
 }
 

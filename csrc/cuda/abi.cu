@@ -10,7 +10,7 @@ using namespace lowrank;
 
 namespace {
 
-constexpr int ABI_VERSION = 3;
+constexpr int ABI_VERSION = 4;
 
 template <class Op, class Run, class Units>
 int run_many(const Op* ops, int64_t count, const Units& units_of, const Run& run) {

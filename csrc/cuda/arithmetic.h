@@ -216,10 +216,39 @@ struct Adam {
   float weight1, beta2, weight2, root_factor, root_offset;
 };
 
+// What rounding weights to bfloat16 drops (kernels/rounding.py), which lies as the weights do: `low` may be null, and where `high` is,
+// nothing is kept.
+struct WeightError {
+  int8_t* high;
+  uint8_t* low;
+};
+
 // w ← keep·w − alpha·N
 struct StepParams {
   float alpha, keep;
+  WeightError error;
 };
+
+// A weight as float32, with what was dropped from it.
+LOWRANK_HD float load(const void* data, int32_t dtype, const WeightError& error, int64_t at) {
+  if (!error.high) return load(data, dtype, at);
+  const uint32_t upper = static_cast<const uint16_t*>(data)[at];
+  const int32_t rest = error.high[at] * 256 + (error.low ? error.low[at] : 0);
+  const int32_t size = static_cast<int32_t>((upper & 0x7FFF) << 16) + rest;
+  return float_of(static_cast<uint32_t>(size < 0 ? 0 : size) | (upper & 0x8000) << 16);
+}
+
+LOWRANK_HD void store(void* data, int32_t dtype, const WeightError& error, int64_t at, float x, const Noise& noise, int64_t position) {
+  if (!error.high) return store(data, dtype, at, x, noise, position);
+  uint32_t bits = bits_of(x);
+  const bool number = (bits & MAGNITUDE) <= INFINITE;
+  if (!error.low) bits = (bits + 0x7Fu + ((bits >> 8) & 1)) & 0xFFFFFF00u;
+  if (!number) bits = NOT_A_NUMBER;
+  const uint32_t upper = (bits + 0x8000u) >> 16, rest = bits - (upper << 16);
+  static_cast<uint16_t*>(data)[at] = static_cast<uint16_t>(upper);
+  error.high[at] = static_cast<int8_t>(static_cast<uint8_t>(rest >> 8));
+  if (error.low) error.low[at] = static_cast<uint8_t>(rest);
+}
 
 struct Moments {
   float m, v, direction;

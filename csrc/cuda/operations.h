@@ -30,8 +30,8 @@ struct AdamElement {
     if (out) {
       out[i] = now.direction;
     } else {
-      const float w = load(weight, weight_dtype, i) * write.keep - now.direction * write.alpha;
-      store(weight, weight_dtype, i, w, rounding, i);
+      const float w = load(weight, weight_dtype, write.error, i) * write.keep - now.direction * write.alpha;
+      store(weight, weight_dtype, write.error, i, w, rounding, i);
     }
   }
 };
@@ -116,9 +116,9 @@ struct StoreElement {
         factor = keep_is_double ? static_cast<float>(*static_cast<const double*>(keep)) : *static_cast<const float*>(keep);
       }
       if (ok && !*ok) factor = 1.0f;
-      x = load(target, target_dtype, at) * factor - x * write.alpha;
+      x = load(target, target_dtype, write.error, at) * factor - x * write.alpha;
     }
-    store(target, target_dtype, at, x, rounding, i);
+    store(target, target_dtype, write.error, at, x, rounding, i);
   }
 };
 
@@ -355,8 +355,8 @@ struct CodedAdamBlock {
       if (out) {
         out[i] = now.direction;
       } else {
-        const float w = load(weight, weight_dtype, i) * write.keep - now.direction * write.alpha;
-        lowrank::store(weight, weight_dtype, i, w, rounding, i);
+        const float w = load(weight, weight_dtype, write.error, i) * write.keep - now.direction * write.alpha;
+        lowrank::store(weight, weight_dtype, write.error, i, w, rounding, i);
       }
       const Coded x = coded(now, c);
       const uint32_t a = bits_of(x.root) & MAGNITUDE, q = bits_of(x.ratio) & MAGNITUDE;

@@ -13,6 +13,7 @@ from lowrank_optim.planner.search import Question, what_fits
 from lowrank_optim.planner.simulation.allocator import CUDA_CONTEXT
 from pretraining.baselines import BASELINES
 from pretraining.configs import SIZES
+from pretraining.layers import density_of, parametrize
 from pretraining.run import Config, RunError, make_optimizer
 
 VOCABULARY = 32_000
@@ -32,11 +33,15 @@ class Budget:
         torch.cuda.set_per_process_memory_fraction((self.size - CUDA_CONTEXT) / total, device)
 
 
-def preset(size: str, optimizer: str | None) -> dict[str, Any]:
+def preset(size: str, optimizer: str | None, parametrization: str = "none") -> dict[str, Any]:
     """What `--config SIZE` stands for, as defaults of other arguments: one card, updates in backward, sequences of 2048.
 
-    With "qgalore", weights in int8. The rank is a quarter of the hidden size where the method takes one.
+    With "qgalore", weights in int8. The rank is a quarter of the hidden size where the method takes one. Layers with a
+    parametrization have that rank, and 8-bit state.
     """
+    if parametrization != "none":
+        others = {"rank": max(1, SIZES[size].hidden // 4), "in_backward": True, "option": ["state_bits=8"]}
+        return preset(size, "adamw") | others
     optimizer = optimizer or "galore_8bit"
     ranked = optimizer in lo.METHODS and optimizer != "apollo_mini" and not lo.METHODS[optimizer].matrix_options
     return {
@@ -88,11 +93,15 @@ def plan_run(config: Config, vocabulary: int, device: torch.device) -> MemoryPla
             activation_checkpointing=config.grad_checkpointing,
             accumulate=config.accumulate,
             weight_bits=config.weight_bits,
+            parametrization=None if config.parametrization == "none" else lambda model: parametrize(config, model),
             device=device,
         )
     except PlanError as error:
         raise RunError(f"--budget: {error}") from error
     found.setting.update(model=f"LLaMA {config.model}", optimizer=config.optimizer, options={"rank": config.rank})
+    if config.parametrization != "none":
+        layers = {"name": config.parametrization, "rank": config.rank, "density": density_of(config)}
+        found.setting.update(options={}, parametrization=layers)
     return found
 
 

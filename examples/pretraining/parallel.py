@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import lowrank_optim as lo
 
 from .configs import build_model
-from .run import DTYPES, Config, RunError, attach, make_optimizer, schedule
+from .run import DTYPES, Config, RunError, attach, change_layers, make_optimizer, schedule
 
 
 def start() -> torch.device:
@@ -51,6 +51,7 @@ def train(config: Config, how: str, source: Any, folder: Path, save_every: int, 
     model = build_model(
         config.model, vocabulary, config.length, device, DTYPES[config.dtype], config.grad_checkpointing, config.seed
     )
+    model = change_layers(config, model)
     called: nn.Module = model
     if how == "fsdp":
         from torch.distributed.fsdp import FSDPModule, fully_shard

@@ -109,12 +109,14 @@ def best_of_each(results: list[Result]) -> dict[str, Result]:
 
 
 def results_rows(results: list[Result]) -> list[list[str]]:
-    """The header, then one row a run; percentages are relative to the best run of AdamW."""
+    """The header, then one row a run; percentages are relative to the best run of AdamW. Weights only where runs differ in them."""
     reference = best_of_each(results).get("adamw")
     on_cuda = all(CUDA_PEAK in r.peak for r in results)
+    weights = [size(r.bytes.get("weights", 0)) for r in results]
+    differ = len(set(weights)) > 1
     rows = [["optimizer", "lr", "validation loss", "train loss", "optimizer state", "ms/step"]]
-    rows[0] += ["peak GPU memory"] if on_cuda else []
-    for r in results:
+    rows[0] += ["weights"] * differ + ["peak GPU memory"] * on_cuda
+    for r, weight in zip(results, weights, strict=True):
         compared = reference is not None and r.optimizer != "adamw"
         loss = "diverged" if r.val_loss is None else f"{r.val_loss:.4f}"
         if compared and r.val_loss is not None:
@@ -123,7 +125,9 @@ def results_rows(results: list[Result]) -> list[list[str]]:
         train = "" if r.train_loss is None else f"{r.train_loss:.4f}"
         pace = f"{1000 * r.seconds / r.steps:.0f}" if r.steps else ""
         rows.append(
-            [r.optimizer, f"{r.lr:g}", loss, train, state, pace] + ([size(r.peak[CUDA_PEAK])] if on_cuda else [])
+            [r.optimizer, f"{r.lr:g}", loss, train, state, pace]
+            + [weight] * differ
+            + ([size(r.peak[CUDA_PEAK])] if on_cuda else [])
         )
     return rows
 

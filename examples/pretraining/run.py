@@ -24,6 +24,7 @@ from pretraining.baselines import BASELINES
 from pretraining.configs import build_model
 from pretraining.data import FileBatches, StreamedBatches
 from pretraining.folder import write_atomically
+from pretraining.layers import parametrize
 
 Batches = FileBatches | StreamedBatches
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
@@ -63,12 +64,20 @@ class Config:
     grad_checkpointing: bool = False
     in_backward: bool = False
     weight_bits: int = 16
+    parametrization: str = "none"
+    density: float | None = None  # of the parametrization
+    alpha: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What a run is called: the parametrization, or the optimizer of dense layers."""
+        return self.optimizer if self.parametrization == "none" else self.parametrization
 
     def comparable(self) -> dict[str, Any]:
         """As JSON reads it back; without what is off and what runs of earlier versions do not know."""
         content = json.loads(json.dumps(asdict(self)))
-        off = {"in_backward": False, "weight_bits": 16}
+        off = {"in_backward": False, "weight_bits": 16, "parametrization": "none", "density": None, "alpha": None}
         return {key: value for key, value in content.items() if key not in off or value != off[key]}
 
 
@@ -76,7 +85,7 @@ class Config:
 class Result:
     """What a finished run reports; a run that diverged has no losses."""
 
-    optimizer: str
+    optimizer: str  # the label of its configuration
     lr: float
     steps: int
     tokens: int
@@ -90,12 +99,17 @@ class Result:
 def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
     """A baseline of torch, or a low-rank optimizer by its short name; matrices of the layers are low-rank, the rest is dense.
 
-    The betas of the configuration go to methods that have some, unless its options name others (Lion's are not Adam's).
+    The betas of the configuration go to methods that have some, unless its options name others (Lion's are not Adam's). Layers with a
+    parametrization are trained by Adam as they are, whose groups know that factors decay half as much.
 
     Raises:
         RunError: the optimizer refuses an option, or needs a newer torch.
     """
     try:
+        if config.parametrization != "none":
+            groups = lo.param_groups(model, rank=None, weight_decay=config.weight_decay)
+            rule = {"rule": "adam", "betas": config.betas} | config.options
+            return lo.LowRankOptimizer(groups, lr=config.lr, weight_decay=config.weight_decay, seed=config.seed, **rule)
         if config.optimizer in BASELINES:
             return BASELINES[config.optimizer](model, config.lr, config.betas, config.weight_decay)
         method = lo.by_name(config.optimizer)
@@ -114,6 +128,19 @@ def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
         return method(groups, lr=config.lr, weight_decay=config.weight_decay, seed=config.seed, **options)
     except (RuntimeError, TypeError, ValueError) as error:
         raise RunError(str(error)) from error
+
+
+def change_layers(config: Config, model: nn.Module) -> nn.Module:
+    """The model with the layers and the weights that its run has, before there is an optimizer.
+
+    Raises:
+        RunError: a layer cannot have them, and why.
+    """
+    try:
+        model = parametrize(config, model)
+    except ValueError as error:
+        raise RunError(f"--parametrization {config.parametrization}: {error}") from error
+    return lo.nn.quantize_weights_(model) if config.weight_bits == 8 else model
 
 
 def attach(config: Config, optimizer: Optimizer) -> lo.UpdateInBackward | None:
@@ -228,8 +255,7 @@ class Run:
             config.grad_checkpointing,
             config.seed,
         )
-        if config.weight_bits == 8:
-            model = lo.nn.quantize_weights_(model)
+        model = change_layers(config, model)
         optimizer = make_optimizer(config, model)
         in_backward = attach(config, optimizer)
         scheduler = LambdaLR(optimizer, schedule(config))
@@ -280,7 +306,7 @@ class Run:
     def _finish(self, train_loss: float | None, val_loss: float | None) -> Result:
         config = self.config
         result = Result(
-            config.optimizer,
+            config.label,
             config.lr,
             self.step,
             self.tokens,

@@ -39,8 +39,9 @@ def param_groups(
     | weight of `nn.Linear`; GPT-2 style `Conv1D` (stored transposed); in-projection of `nn.MultiheadAttention` | low-rank |
     | weight of a convolution, transposed ones too (matrix: first dimension × all others) | low-rank |
     | 3-D stack of matrices (experts, m, n) held directly by a module, such as `experts.gate_up_proj` | low-rank |
+    | factors `lora_A` and `lora_B` of adapters (AdaLoRA keeps them in dictionaries) | low-rank; see `lora_pairs` for pairs |
     | embeddings, output heads, every weight tied to one of them, other tensors of two or more dimensions | dense |
-    | 0-D and 1-D parameters, biases and norms of any dimension | dense, weight decay 0 |
+    | 0-D and 1-D parameters, biases and norms of any dimension, gates of adapters (`lora_E`, `ia3_l`) | dense, weight decay 0 |
     | frozen (`requires_grad=False`) | left out |
 
     An output head is what `get_output_embeddings()` of the model or a submodule returns, or a module named as in `HEAD_NAMES`

@@ -19,6 +19,12 @@ from lowrank_optim.groups.options import (
 from lowrank_optim.groups.parts import PartRegistry, Parts, check_option_names
 from lowrank_optim.projectors import Projector
 
+STATE_FORMAT = 1
+"""Format of the state in this version. `lowrank_optim.optimizers.migrations` says when it is raised, and reads older ones."""
+
+FORMAT_KEY = "state_format"
+"""Key of a param group, and so of every checkpoint."""
+
 
 def take_options(given: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Projector]:
     """The options that an optimizer was given, without shorthands, and the projector that they name.
@@ -50,7 +56,7 @@ def complete_group(
     parts = registry.of(group)
     check_option_names(parts, reserved)
     check_group_names(given, (*defaults, *parts.rule.options(), *parts.residual.options(), *SHORTHANDS))
-    return group
+    return {**group, FORMAT_KEY: STATE_FORMAT}
 
 
 def list_params(group: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -32,7 +32,10 @@ _GROUP_KEYS = (
     "betas",
     "eps",
     "weight_decay",
+    "weight_error_bits",
 )
+
+_FLAGS = ("cautious", "cautious_decay")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
 
     Tensors of one shape whose names differ in layer numbers only share a row (`model.layers.*.mlp.up_proj.weight x8`). `side` is the
     side of the matrix that is projected, `rank` the rank that it gets; a matrix whose short side is smaller than the rank is shown as
-    dense. Percentages are of all parameters in the groups.
+    dense. Percentages are of all parameters in the groups. Factors of pairs (`lora_pairs`) are shown with their rank and scaling s.
 
     Args:
         groups: the result of `param_groups`, an optimizer or its `param_groups`, or groups written by hand, with or without names.
@@ -95,8 +98,8 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
             f"group {index}: {_summary(group, differing)}", LINE_WIDTH, subsequent_indent=" " * len(f"group {index}: ")
         )
         rows: dict[tuple[str, _Row], list[tuple[str, int]]] = {}
-        for name, tensor in members:
-            row = _row(group, tuple(tensor.shape), registry)
+        for place, (name, tensor) in enumerate(members):
+            row = _row_of_pair(group, tensor, place) or _row(group, tuple(tensor.shape), registry)
             rows.setdefault((star_numbers(name), row), []).append((name, tensor.numel()))
             kind = row.treatment.partition(" (")[0]
             count, size = sums.get(kind, (0, 0))
@@ -111,6 +114,16 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
     sums["all"] = sum(count for count, _ in sums.values()), total
     totals = [(kind, f"{count:,} tensor{'s' * (count != 1)}", size) for kind, (count, size) in sums.items()]
     return _render(lines, [(kind, count, f"{size:,}", _percent(size, total)) for kind, count, size in totals])
+
+
+def _row_of_pair(group: Mapping[str, Any], tensor: Tensor, place: int) -> _Row | None:
+    """A factor of a pair, with its rank and scaling; None for all other tensors."""
+    if not group.get("pairs"):
+        return None
+    experts, scaling = group["experts"][place // 2], group["scalings"][place // 2]
+    rank = tensor.shape[place % 2] // experts
+    kind = f"pair (s {scaling:g})" if experts == 1 else f"pair (s {scaling:g}, {experts} experts)"
+    return _Row(tuple(tensor.shape), "BA"[place % 2 == 0], str(rank), "-", kind)
 
 
 def _row(group: Mapping[str, Any], shape: tuple[int, ...], registry: PartRegistry | None) -> _Row:
@@ -149,12 +162,12 @@ def _named_tensors(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _summary(group: Mapping[str, Any], differing: Iterable[str]) -> str:
-    kind = "low-rank" if is_low_rank(group) else "dense"
+    kind = "low-rank" if is_low_rank(group) else "pairs" if group.get("pairs") else "dense"
     keys = [
         key for key in _GROUP_KEYS if group.get(key) is not None and (kind == "low-rank" or key not in _GROUP_KEYS[:6])
     ]
     own = [key for key in differing if group.get(key) is not None and (kind == "low-rank" or key == "rule")]
-    return ", ".join([kind, *(f"{key} {group[key]}" for key in [*own, *keys])])
+    return ", ".join([kind, *(f"{key} {group[key]}" for key in [*own, *keys]), *filter(group.get, _FLAGS)])
 
 
 def _percent(part: int, whole: int) -> str:

@@ -42,6 +42,10 @@ class Options(TypedDict, total=False):
         refreshes averages at least this, its gap is multiplied by `gap_factor`. None keeps the gap.
     queue_size, gap_factor: see `overlap_threshold`.
     stochastic_rounding: round bfloat16 weights stochastically.
+    weight_error_bits: keep what rounding drops from bfloat16 weights, 8 or 16 bits for each, as `weight_error` in the state, so that
+        weights of 3 or 4 bytes are trained (see `lowrank_optim.full_precision`); None drops it.
+    cautious: leave out the elements of an update that the gradient disagrees with, and enlarge the others (Liang et al., 2024).
+    cautious_decay: decay only weights that the update makes smaller (Chen et al., 2025).
     maximize: ascend instead of descend.
     seed: of all random choices.
     on_nonfinite: "skip" a parameter's update when its gradient is not finite, "propagate" it, or "raise".
@@ -51,6 +55,8 @@ class Options(TypedDict, total=False):
     basis_bits: bits of an element of a stored basis: 32, 16 (bfloat16), 8 or 4 (packed codes).
     layout: how a tensor is seen as a matrix: "auto", "conv" (first dimension × the rest) or "transposed" (stored (in, out)).
     lr_factor, decay_factor: of a group, multiply its learning rate and its weight decay.
+    lr_ratio: of a group of pairs (`lora_pairs`), the learning rate of B relative to that of A (LoRA+).
+    l1: ξ of a proximal step after each update, p ← sign(p)·max(|p| − ηξ, 0), of dense parameters; of pairs, on the rank-one terms.
     exact_sums: sums of subspaces in float64, rounded once, so that any number of processes have the same bits; slow, for tests.
     fused, foreach, capturable, differentiable: accepted for the sake of loops written for torch.optim, and without effect.
     """
@@ -69,6 +75,9 @@ class Options(TypedDict, total=False):
     queue_size: int
     gap_factor: float
     stochastic_rounding: bool
+    weight_error_bits: int | None
+    cautious: bool
+    cautious_decay: bool
     maximize: bool
     seed: int
     on_nonfinite: str
@@ -78,6 +87,8 @@ class Options(TypedDict, total=False):
     layout: str
     lr_factor: float
     decay_factor: float
+    lr_ratio: float
+    l1: float
     exact_sums: bool
     fused: bool | None
     foreach: bool | None
@@ -98,6 +109,9 @@ DEFAULTS: dict[str, Any] = {
     "queue_size": 5,
     "gap_factor": 2.0,
     "stochastic_rounding": False,
+    "weight_error_bits": None,
+    "cautious": False,
+    "cautious_decay": False,
     "maximize": False,
     "seed": 0,
     "on_nonfinite": "skip",
@@ -107,15 +121,20 @@ DEFAULTS: dict[str, Any] = {
     "layout": "auto",
     "lr_factor": 1.0,
     "decay_factor": 1.0,
+    "lr_ratio": 1.0,
+    "l1": 0.0,
     "exact_sums": False,
 }
 
-_LAID_OUT = ("rule", "residual", "rank", "density", "proj_type", "projector", "layout", "state_bits", "basis_bits")
+_LAID_OUT = (
+    *("rule", "residual", "rank", "density", "proj_type", "projector", "layout"),
+    *("state_bits", "basis_bits", "weight_error_bits"),
+)
 
 STRUCTURAL = (*_LAID_OUT, "layer", "layerwise", "sampling", "sleeping_state", "master_weights")
 """Group keys that decide what the state tensors are and mean; a checkpoint must agree on them."""
 
-_FIXED = (*_LAID_OUT, "seed", "match_reference", "queue_size", "exact_sums")
+_FIXED = (*_LAID_OUT, "seed", "match_reference", "queue_size", "exact_sums", "cautious")
 _fixed_values = itemgetter(*_FIXED)
 
 
@@ -155,7 +174,8 @@ SHORTHANDS = ("coordinates", "blocks")
 CARRIED: Collection[str] = {
     *("params", "param_names", "fused", "foreach", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay"),
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"),
-    *("name", "group_name", "layer", "grad_norms"),
+    *("name", "group_name", "layer", "grad_norms", "state_format"),
+    *("pairs", "scalings", "experts"),  # of `lora_pairs`
 }
 """Group keys of torch, its schedulers and trainers, kept as they are."""
 
@@ -188,6 +208,7 @@ def check_group_names(given: Iterable[str], valid: Iterable[str]) -> None:
 def near_option(name: str, valid: Sequence[str], cutoff: float = 0.8) -> str | None:
     """The name that is one slip away, or else the most alike of those above `cutoff`; None if there is none."""
     slips = [option for option in valid if _is_one_slip(str(name), option)]
+    slips.sort(key=lambda option: option != "lr")  # which is written more often than any other
     return next(iter(slips or get_close_matches(str(name), valid, n=1, cutoff=cutoff)), None)
 
 
@@ -228,16 +249,24 @@ def check_values(options: Mapping[str, Any]) -> None:
     ):
         if options[name] not in valid:
             raise ValueError(f"{name} is {options[name]!r}; valid values are {', '.join(map(repr, valid))}")
-    for name in ("lr_factor", "decay_factor"):
+    for name in ("lr_factor", "decay_factor", "lr_ratio", "l1"):
         if not _is_number(options[name]) or not 0.0 <= float(options[name]) < float("inf"):
             raise ValueError(f"{name} is {options[name]!r}; it must be a finite number of at least 0")
-    for name in ("stagger", "stochastic_rounding", "maximize", "match_reference", "exact_sums"):
+    for name in (
+        *("stagger", "stochastic_rounding", "maximize", "match_reference", "exact_sums"),
+        *("cautious", "cautious_decay"),
+    ):
         if not isinstance(options[name], bool):
             raise ValueError(f"{name} is {options[name]!r}; it must be True or False")
     for name in ("state_bits", "basis_bits"):
         if options[name] not in BITS:
             raise ValueError(f"{name} is {options[name]!r}; valid values are {', '.join(map(str, BITS))}")
     _check_lazy_refresh(options)
+    _check_weight_error(options)
+    if options["match_reference"] and options["cautious_decay"]:
+        raise ValueError(
+            "match_reference and cautious_decay are both True; released code decays all weights after the update, so choose one"
+        )
     for name in ("differentiable", "amsgrad"):
         if options.get(name):
             raise ValueError(
@@ -284,6 +313,19 @@ def _check_lazy_refresh(options: Mapping[str, Any]) -> None:
         raise ValueError(f"queue_size is {size!r}; it must be an int of at least 1")
     if not _is_number(factor) or not 1.0 <= float(factor) < float("inf"):
         raise ValueError(f"gap_factor is {factor!r}; it must be a finite number of at least 1")
+
+
+def _check_weight_error(options: Mapping[str, Any]) -> None:
+    bits = options["weight_error_bits"]
+    if bits is None:
+        return
+    if bits not in (8, 16):
+        raise ValueError(f"weight_error_bits is {bits!r}; valid values are None, 8 and 16")
+    for name in ("stochastic_rounding", "master_weights"):
+        if options.get(name):
+            raise ValueError(
+                f"weight_error_bits is {bits} and {name} True, two ways to keep small updates of bfloat16 weights; use one of them"
+            )
 
 
 def expand_shorthands(given: dict[str, Any]) -> dict[str, Any]:

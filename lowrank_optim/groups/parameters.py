@@ -60,6 +60,8 @@ def find_parameters(model: nn.Module) -> list[FoundParameter]:
             if isinstance(param, UninitializedParameter):
                 raise ValueError(f"parameter {full_name} has no shape yet (lazy module): run one forward pass first")
             kind, layout = _classify(module, name, param)
+            if isinstance(module, nn.ParameterDict) and param.ndim > 1:
+                kind = ADAPTER_ENTRIES.get(path.rpartition(".")[2], kind)
             role = roles.get(name, Role())
             kind = role.kind if name in roles else kind
             if kind == "matrix" and id(param) in heads:
@@ -98,6 +100,14 @@ def _classify(module: nn.Module, name: str, param: nn.Parameter) -> tuple[Kind, 
         # transformers marks expert modules whose matrices are stored as (in, out) with this flag (GPT-OSS).
         return "matrix", "transposed" if getattr(module, "is_transposed", False) is True else "auto"
     return "dense", "auto"
+
+
+ADAPTER_ENTRIES: dict[str, Kind] = {
+    **dict.fromkeys(("lora_A", "lora_B"), "matrix"),
+    **dict.fromkeys(("lora_E", "lora_diag", "ia3_l"), "no_decay"),
+    **dict.fromkeys(("vblora_logits_A", "vblora_logits_B"), "dense"),
+}
+"""What tensors of two and more dimensions are that adapters keep in an `nn.ParameterDict` of this name: factors, gates, logits."""
 
 
 def head_weights(model: nn.Module) -> set[int]:

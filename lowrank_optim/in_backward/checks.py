@@ -6,12 +6,14 @@ The steps of other optimizers on the same parameters are refused, too.
 import gc
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from lowrank_optim.groups.matrices import is_low_rank
 from lowrank_optim.in_backward.clipping import CLIPS
 from lowrank_optim.optimizers.base import LowRankOptimizer
 from lowrank_optim.optimizers.contracts import Attachment
@@ -60,6 +62,15 @@ def check_plans(optimizer: LowRankOptimizer, plans: Mapping[Tensor, ParamPlan], 
     replicated = _replicated()
     for param, plan in plans.items():
         _check_parallel(param, plan.name, id(param) in replicated)
+
+
+def check_cautious(groups: Iterable[Mapping[str, Any]], accumulate: int) -> None:
+    """Raise ValueError for cautious groups that keep only the part of a gradient in the subspace."""
+    if accumulate > 1 and any(group["cautious"] and is_low_rank(group) for group in groups):
+        raise ValueError(
+            f"accumulate is {accumulate}, but cautious=True compares updates with the whole gradient of a step, of which low-rank "
+            "groups keep only the part in the subspace: use accumulate=1 with a larger batch, cautious=False, or ordinary stepping"
+        )
 
 
 def _check_residual(residual: Residual, optimizer: LowRankOptimizer, accumulate: int) -> None:

@@ -19,13 +19,14 @@ from typing_extensions import Self
 
 from lowrank_optim import kernels
 from lowrank_optim.in_backward import accumulation
-from lowrank_optim.in_backward.checks import check_kind, check_plans, refuse_step
+from lowrank_optim.in_backward.checks import check_cautious, check_kind, check_plans, refuse_step
 from lowrank_optim.in_backward.clipping import clip_factor, on_device, record_norms, scale_
 from lowrank_optim.kernels.counter_rng import PURPOSE_SKETCH, make_key
 from lowrank_optim.optimizers.base import LowRankOptimizer
 from lowrank_optim.optimizers.owners import WAY_OUT, GradientHook, StepHook, check_free, owner
 from lowrank_optim.sharding.dtensor import local, local_grad, wait_for_host_copy
-from lowrank_optim.step.param_plan import ParamPlan, check_unit
+from lowrank_optim.step.joint import check_unit
+from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.state_names import ACCUMULATORS, MEASURED
 from lowrank_optim.step.trained_param import TrainedParam
 
@@ -74,7 +75,9 @@ class UpdateInBackward:
 
     def check(self, plans: Mapping[Tensor, ParamPlan], groups: Iterable[Mapping[str, Any]]) -> None:
         """Raise where these parameters, and the options of their groups, cannot be updated in backward by this handle."""
+        groups = list(groups)
         check_plans(self._require_optimizer(), plans, self.accumulate)
+        check_cautious(groups, self.accumulate)
         if self._scaler is not None and any(group["on_nonfinite"] != "skip" for group in groups):
             raise ValueError(
                 'a GradScaler finds its scale by infinities, which only on_nonfinite="skip" leaves out; use it in every group'
@@ -277,14 +280,15 @@ class UpdateInBackward:
     def _step_unit(self, plan: ParamPlan) -> None:
         """Update parameters whose rule needs all their gradients at once, when the last one is there; they are freed together."""
         optimizer = self._require_optimizer()
-        if all(optimizer.plan_of(param).place in self._done for param in plan.unit):
-            optimizer.step_param(plan.unit[0])
+        trained = [param for param in plan.unit if param.requires_grad]
+        if all(optimizer.plan_of(param).place in self._done for param in trained):
+            optimizer.step_param(trained[0])
             for param in plan.unit:
                 param.grad = None
 
     def _waits(self, plan: ParamPlan) -> bool:
         """Whether a gradient that is complete has to be kept, until those that its rule needs besides are there."""
-        places = {self._require_optimizer().plan_of(param).place for param in plan.unit}
+        places = {self._require_optimizer().plan_of(param).place for param in plan.unit if param.requires_grad}
         return plan.place in self._done and not places <= self._done
 
     def _step_projected(self, trained: TrainedParam, reduced: Tensor, norm: Tensor) -> None:
@@ -333,7 +337,7 @@ class UpdateInBackward:
         for param, plan in _parameters(optimizer):
             if param.grad is not None and self._waits(plan):
                 self.restart()
-                check_unit(plan, optimizer.plans)
+                check_unit(plan, optimizer.plans, optimizer.param_groups[plan.group], optimizer.state)
             elif param.grad is not None and plan.place in self._done:
                 raise RuntimeError(
                     f"{plan.name} was updated in backward, but has a gradient again. DistributedDataParallel puts one there after "

@@ -1,5 +1,5 @@
 """Thin adapters to training frameworks, `lowrank_optim.integrations.<name>`. None of them imports its framework."""
 
-from lowrank_optim.integrations import transformers
+from lowrank_optim.integrations import compat, transformers
 
-__all__ = ["transformers"]
+__all__ = ["compat", "transformers"]

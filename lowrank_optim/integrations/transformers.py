@@ -79,8 +79,8 @@ class LowRank:
             model: the model that is trained.
             training_args: TrainingArguments. May stand among the kwargs given to the Trainer; not given, those of the Trainer that
                 makes this call are used.
-            method: short name (`lowrank_optim.METHODS`, `lowrank_optim.LAYERWISE_METHODS`) or class of the optimizer.
-            rank: see `lowrank_optim.param_groups`; so for `density`. MuonAdamW, SCALEOptimizer and SinkGDAdamW need neither.
+            method: short name (of `lowrank_optim.METHODS`, `FULL_RANK_METHODS`, `LAYERWISE_METHODS`) or class of the optimizer.
+            rank: see `lowrank_optim.param_groups`; so for `density`. MuonAdamW, SCALEOptimizer, SinkGDAdamW, FOAMAdamW need none.
             include: which matrices are low-rank, see `lowrank_optim.param_groups`.
             exclude: which are not.
             **options: options of the optimizer; for "lisa" and "badam" also `layers`, `always_on` and `as_layers`, see

@@ -12,6 +12,7 @@ from lowrank_optim.kernels.api import (
     apply_,
     apply_call,
     apply_dense_,
+    folded_adam_dense_call,
     lion_direct_,
     no_factors,
     project,
@@ -44,6 +45,7 @@ from lowrank_optim.kernels.dispatch import (
     norms,
     run_many,
 )
+from lowrank_optim.kernels.folded_reference import fold_means
 from lowrank_optim.kernels.host import (
     PlainModes,
     as_python,
@@ -52,7 +54,8 @@ from lowrank_optim.kernels.host import (
     no_autograd_no_autocast,
     outside_graph,
 )
-from lowrank_optim.kernels.reference import ResidualTerm, decay_, stochastic_round
+from lowrank_optim.kernels.reference import ResidualTerm, decay_
+from lowrank_optim.kernels.rounding import WeightError, joined, stochastic_round
 from lowrank_optim.kernels.sparse_reference import low_rank, token_rows
 
 __all__ = [
@@ -61,6 +64,7 @@ __all__ = [
     "PlainModes",
     "ResidualTerm",
     "Unavailable",
+    "WeightError",
     "adam_dense_call",
     "adam_direct_",
     "adam_direct_call",
@@ -79,8 +83,11 @@ __all__ = [
     "decode_adam",
     "definition",
     "encode_adam",
+    "fold_means",
+    "folded_adam_dense_call",
     "is_known",
     "is_watched",
+    "joined",
     "line_sums",
     "lion_direct_",
     "low_rank",

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from lowrank_optim.kernels.arguments import pack_key, pack_scalars
 from lowrank_optim.kernels.dispatch import call
 from lowrank_optim.kernels.reference import ResidualTerm
+from lowrank_optim.kernels.rounding import WeightError
 
 
 class AdamNumbers(TypedDict):
@@ -70,7 +71,25 @@ def adam_dense_call(
 ) -> tuple[Any, ...]:
     """The arguments of the operation `adam_dense_`, for `run_many`."""
     scalars = pack_scalars(adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"])
-    return weight, grad, *moments, scalars, write["ok"], pack_key(write["rounding_key"], start)
+    rounding = pack_key(write["rounding_key"], start)
+    return weight, grad, *moments, scalars, write["ok"], rounding, *(write["error"] or ())
+
+
+def folded_adam_dense_call(
+    weight: Tensor,
+    grad: Tensor,
+    moments: tuple[Tensor, Tensor],
+    start: int,
+    write: Mapping[str, Any],
+    *,
+    residual: float,
+    fold: int,
+    **adam: Unpack[AdamNumbers],
+) -> tuple[Any, ...]:
+    """The arguments of the operation `folded_adam_dense_`, for `run_many`; `residual` is κ."""
+    numbers = adam["beta1"], adam["beta2"], adam["eps"], adam["step"], residual
+    scalars = pack_scalars(*numbers, write["alpha"], write["keep"])
+    return weight, grad, *moments, scalars, write["ok"], pack_key(write["rounding_key"], start), fold
 
 
 def lion_direct_(grad: Tensor, exp_avg: Tensor, *, beta1: float, beta2: float, ok: Tensor | None = None) -> Tensor:
@@ -104,9 +123,10 @@ def apply_(
     rounding_key: int | None = None,
     start: int = 0,
     residual: ResidualTerm | None = None,
+    error: WeightError | None = None,
 ) -> None:
     """W ← keep·W − α·(left @ right + φ ⊙ E), see `reference.apply_`."""
-    write = {"alpha": alpha, "keep": keep, "ok": ok, "rounding_key": rounding_key}
+    write = {"alpha": alpha, "keep": keep, "ok": ok, "rounding_key": rounding_key, "error": error}
     call("apply_", *apply_call(weight, (left, right), residual, start, write))
 
 
@@ -134,6 +154,7 @@ def apply_call(
         subtract_left,
         subtract_right,
         residual is not None and residual.sign,
+        *(write["error"] or ()),
     )
 
 
@@ -152,12 +173,16 @@ def apply_dense_(
     ok: Tensor | None = None,
     rounding_key: int | None = None,
     start: int = 0,
+    error: WeightError | None = None,
 ) -> None:
     """W ← keep·W − α·N for a direction of the weight's own shape."""
     number, factor = (1.0, keep) if isinstance(keep, Tensor) else (keep, None)
-    call("apply_dense_", weight, direction, pack_scalars(alpha, number), factor, ok, pack_key(rounding_key, start))
+    scalars, rounding = pack_scalars(alpha, number), pack_key(rounding_key, start)
+    call("apply_dense_", weight, direction, scalars, factor, ok, rounding, *(error or ()))
 
 
-def store_(target: Tensor, value: Tensor, rounding_key: int | None, start: int = 0) -> None:
-    """target ← value, rounded to the target's type: to nearest, or stochastically with a key."""
-    call("stochastic_round_", target, value, pack_key(rounding_key, start))
+def store_(
+    target: Tensor, value: Tensor, rounding_key: int | None, start: int = 0, error: WeightError | None = None
+) -> None:
+    """target ← value, rounded to the target's type: to nearest, stochastically with a key, or with what that drops in `error`."""
+    call("stochastic_round_", target, value, pack_key(rounding_key, start), *(error or ()))

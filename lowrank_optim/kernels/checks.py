@@ -10,6 +10,7 @@ NAMESPACE = "lowrank_optim"
 SCALARS = {
     "adam_direct_": ("beta1", "beta2", "eps", "step"),
     "adam_dense_": ("beta1", "beta2", "eps", "step", "alpha", "keep"),
+    "folded_adam_dense_": ("beta1", "beta2", "eps", "step", "residual", "alpha", "keep"),
     "lion_direct_": ("beta1", "beta2"),
     "sgd_direct_": ("momentum",),
     "rmsprop_direct_": ("alpha", "eps"),
@@ -19,6 +20,9 @@ SCALARS = {
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 COMPUTE = (torch.float64, torch.float32)
+
+LARGEST_FOLD = 1024
+"""Neighbours that may share a moment: a tile of the compiled kernels (TILE of csrc/cpu/ops.h)."""
 
 
 def refuse(op: str, what: str) -> NoReturn:
@@ -85,6 +89,20 @@ def check_rounding(op: str, rounding: Tensor, target: Tensor) -> None:
     check_host(op, "rounding", rounding, torch.int64, ("key", "start"))
     if target.dtype == torch.float16:
         refuse(op, "float16 cannot be rounded stochastically; use bfloat16, or leave rounding out")
+
+
+def check_error(
+    op: str, weight: Tensor, error: Tensor | None, error_low: Tensor | None, rounding: Tensor | None
+) -> None:
+    """What is kept beside bfloat16 weights (`rounding.WeightError`)."""
+    if error is None or weight.dtype != torch.bfloat16 or rounding is not None:
+        refuse(
+            op, f"error is for bfloat16 weights without rounding, error_low only beside it; weight is {said(weight)}"
+        )
+    for name, tensor, kind in (("error", error, torch.int8), ("error_low", error_low, torch.uint8)):
+        if tensor is not None and (tensor.dtype != kind or tensor.shape != weight.shape):
+            refuse(op, f"{name} is {said(tensor)}; needed: {tuple(weight.shape)} {kind}, the weight's shape")
+    check_same_device(op, weight=weight, error=error, error_low=error_low)
 
 
 def check_keep(op: str, keep: Tensor, weight: Tensor) -> None:

@@ -17,6 +17,8 @@ from lowrank_optim.kernels.compute import cache_elements, compute_dtype, is_know
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.kernels.dispatch import definition
 from lowrank_optim.kernels.nibbles import pack_nibbles, unpack_nibbles
+from lowrank_optim.kernels.reference import flat_error
+from lowrank_optim.kernels.rounding import weight_error
 
 _ops = torch.ops.lowrank_optim
 
@@ -242,9 +244,12 @@ def coded_adam_dense_(
     rounding: Tensor | None,
     bits: int,
     block: int,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> None:
     if weight.numel() == 0:
         return
+    rest = flat_error(weight_error(error, error_low))
     *_, alpha, keep = scalars.tolist()
     key, (turn, start) = unpack_key(noise)
     rounding_key, (first, *_) = unpack_key(rounding)
@@ -267,4 +272,5 @@ def coded_adam_dense_(
                 ok=ok,
                 rounding_key=rounding_key,
                 start=first + element,
+                error=rest and rest.part(element, w),
             )

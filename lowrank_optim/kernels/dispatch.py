@@ -18,8 +18,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from itertools import filterfalse
+from operator import is_not
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class Loaded:
 _DEFINITIONS: dict[str, Kernel] = {}
 _OPERATIONS: dict[str, Any] = {}
 _KERNELS: dict[str, Kernel] = {}
-_WRITTEN: dict[str, list[int]] = {}
+_WRITTEN: dict[str, dict[int, list[int]]] = {}  # by how many arguments there are
+_IS_THERE: Any = partial(is_not, None)
 # Every operation asks for the variable, and `os.environ` decodes it anew each time, in three calls of Python.
 _environment: Callable[[Any], Any] = os.environ._data.get  # type: ignore[attr-defined]
 _KEY = os.environ.encodekey(VARIABLE)
@@ -95,7 +97,7 @@ def _dispatcher(name: str) -> Kernel:
     _OPERATIONS[name] = getattr(torch.ops.lowrank_optim, name).default
     arguments = _OPERATIONS[name]._schema.arguments
     written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
-    _WRITTEN[name] = written
+    _WRITTEN[name] = places = {n: [i for i in written if i < n] for n in range(len(arguments) + 1)}
 
     def kernel(*args: Any) -> Any:
         check(*args)
@@ -103,7 +105,7 @@ def _dispatcher(name: str) -> Kernel:
             result = run(*args)
             if result is not NotImplemented:
                 if written:
-                    _changed(map(args.__getitem__, written))
+                    _changed(map(args.__getitem__, places[len(args)]))
                 return result
         return define(*args)
 
@@ -116,9 +118,9 @@ def _ways(name: str, device: str, chosen: Any) -> tuple[Kernel, ...]:
     return tuple(backend.operations[name] for backend in _chain(device, chosen) if name in backend.operations)
 
 
-def _changed(tensors: Iterable[Tensor]) -> None:
+def _changed(tensors: Iterable[Tensor | None]) -> None:
     """Tell autograd: a tensor that was saved for a backward pass must not be used with other values."""
-    increment_version(list(filterfalse(Tensor.is_inference, tensors)))
+    increment_version(list(filterfalse(Tensor.is_inference, filter(_IS_THERE, tensors))))
 
 
 def is_watched() -> bool:
@@ -174,7 +176,8 @@ def run_many(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
                     schemas.CHECKS[name](*calls[i])
                 for i, result in zip(same, backend.many[name]([calls[i] for i in same]), strict=True):
                     results[i] = result
-                _changed(calls[i][place] for i in same for place in _WRITTEN[name] if results[i] is not NotImplemented)
+                done = [calls[i] for i in same if results[i] is not NotImplemented]
+                _changed(args[place] for args in done for place in _WRITTEN[name][len(args)])
                 same = [i for i in same if results[i] is NotImplemented]
         for i in same:
             results[i] = call(name, *calls[i])

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lowrank_optim.kernels.arguments import adam_numbers, unpack_key
 from lowrank_optim.kernels.compute import compute_dtype, masked_scalar, row_chunks, row_norms
-from lowrank_optim.kernels.counter_rng import fill_gaussian_, random_bits, unsigned_key
+from lowrank_optim.kernels.counter_rng import fill_gaussian_, unsigned_key
 from lowrank_optim.kernels.dispatch import call, definition
+from lowrank_optim.kernels.rounding import WeightError, in_float32, joined, split_, store_, weight_error
 
 
 @cache
@@ -111,16 +112,20 @@ def adam_dense_(
     scalars: Tensor,
     ok: Tensor | None,
     rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> None:
     """As `adam_direct_` and `apply_dense_`: W ← keep·W − α·N, all contiguous and modified in place but the gradient."""
     *_, alpha, keep = scalars.tolist()
     key, (start, *_) = unpack_key(rounding)
     flat = [tensor.view(-1) for tensor in (weight, grad, exp_avg, exp_avg_sq)]
+    rest = flat_error(weight_error(error, error_low))
     for chunk in row_chunks(weight.numel(), 1):
         w, g, m, v = (tensor[chunk] for tensor in flat)
         g = g.to(m.dtype) if ok is None else torch.where(ok, g.to(m.dtype), 0.0)
         direction = adam_direct_(g, m, v, scalars[:4], ok)
-        write_(w, direction, alpha=alpha, keep=keep, ok=ok, rounding_key=key, start=start + chunk.start)
+        own = rest and rest.at(chunk)
+        write_(w, direction, alpha=alpha, keep=keep, ok=ok, rounding_key=key, start=start + chunk.start, error=own)
 
 
 @definition("lion_direct_")
@@ -169,6 +174,8 @@ def apply_(
     subtract_left: Tensor | None,
     subtract_right: Tensor | None,
     sign: bool,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> None:
     """W ← keep·W − α·(left @ right + φ ⊙ E), one pass over W and one over the gradient that E is made of.
 
@@ -182,7 +189,13 @@ def apply_(
         rounding: key and row-major index of the first element in the whole parameter, so that the noise does not depend on shards;
             None rounds to nearest.
         grad, phi, subtract_left, subtract_right, sign: φ ⊙ E, see `ResidualTerm`; None leaves it out.
+        error, error_low: of bfloat16 weights, see `rounding`: the operation is then that on float32 weights, some rows at a time.
     """
+    rest = weight_error(error, error_low)
+    if rest is not None:
+        terms = (grad, phi, subtract_left, subtract_right, sign)
+        in_float32(apply_, joined, split_, weight, rest, (left, right), (scalars, keep, ok, None), terms)
+        return
     alpha, number = scalars.tolist()
     key, (start, *_) = unpack_key(rounding)
     residual = None
@@ -292,12 +305,14 @@ def apply_dense_(
     keep: Tensor | None,
     ok: Tensor | None,
     rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> None:
     """W ← keep·W − α·N for a direction of the weight's own shape; the arguments are those of `apply_`."""
     alpha, number = scalars.tolist()
     key, (start, *_) = unpack_key(rounding)
-    factor = number if keep is None else keep
-    write_(weight, direction, alpha=alpha, keep=factor, ok=ok, rounding_key=key, start=start)
+    factor, rest = number if keep is None else keep, weight_error(error, error_low)
+    write_(weight, direction, alpha=alpha, keep=factor, ok=ok, rounding_key=key, start=start, error=rest)
 
 
 def write_(
@@ -309,6 +324,7 @@ def write_(
     ok: Tensor | None,
     rounding_key: int | None,
     start: int,
+    error: WeightError | None = None,
 ) -> None:
     """`apply_dense_` with plain numbers, for chunks: `start` is the index of the first element."""
     if ok is not None:
@@ -318,53 +334,32 @@ def write_(
         weight.add_(direction, alpha=-alpha)
         return
     flat = weight.reshape(-1)  # a copy where the weight is not contiguous
-    change = direction.reshape(-1)
+    change, rest = direction.reshape(-1), flat_error(error)
     for chunk in row_chunks(flat.numel(), 1):
-        updated = flat[chunk].to(change.dtype).mul_(keep).add_(change[chunk], alpha=-alpha)
-        store_(flat[chunk], updated, rounding_key, start + chunk.start)
-    if flat.data_ptr() != weight.data_ptr():
-        weight.copy_(flat.view(weight.shape))
+        own = rest and rest.at(chunk)
+        updated = joined(flat[chunk], own).to(change.dtype).mul_(keep).add_(change[chunk], alpha=-alpha)
+        store_(flat[chunk], updated, rounding_key, start + chunk.start, own)
+    for tensor, copy in zip((weight, *(error or ())), (flat, *(rest or ())), strict=True):
+        if tensor is not None and tensor.data_ptr() != copy.data_ptr():
+            tensor.copy_(copy.view(tensor.shape))
+
+
+def flat_error(error: WeightError | None) -> WeightError | None:
+    """The errors of flattened weights: copies where they are not contiguous."""
+    return error and error.map(lambda part: part.reshape(-1))
 
 
 @definition("stochastic_round_")
-def stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) -> None:
+def stochastic_round_(
+    target: Tensor,
+    value: Tensor,
+    rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
+) -> None:
     """target ← value, rounded as in `store_`."""
     key, (start, *_) = unpack_key(rounding)
-    store_(target, value, key, start)
-
-
-def store_(target: Tensor, value: Tensor, rounding_key: int | None, start: int) -> None:
-    """target ← value, rounded to the target's type: to nearest, or stochastically with a key.
-
-    Args:
-        target: modified in place; for stochastic rounding, bfloat16.
-        value: float32, same shape.
-        rounding_key: from `counter_rng.make_key`; None rounds to nearest.
-        start: global index of the first element, so that the noise does not depend on chunks or shards.
-    """
-    if rounding_key is not None:
-        positions = torch.arange(start, start + value.numel(), device=value.device).view(value.shape)
-        value = stochastic_round(value, rounding_key, positions)
-    target.copy_(value)
-
-
-def stochastic_round(value: Tensor, key: int, positions: Tensor) -> Tensor:
-    """float32 values on the bfloat16 grid, each rounded up with a probability equal to its distance from the lower neighbour.
-
-    A bfloat16 is the upper half of a float32:
-
-        | s | eeeeeeee | mmmmmmm | xxxxxxxxxxxxxxxx |
-        |<--- kept: bfloat16 --->|<--- dropped ---->|
-
-    Adding a uniform 16-bit integer to the dropped half carries into the kept half with probability x / 2**16. The sum is an integer
-    addition on the bits, so it works across exponents and for both signs (away from or towards zero in magnitude). Expectation over
-    keys is the value itself. Infinities and NaNs are left alone; finite values within one step of the largest bfloat16 can become
-    infinite, as in rounding to nearest.
-    """
-    noise = random_bits(key, positions).bitwise_and_(0xFFFF).to(torch.int32)
-    bits = value.contiguous().view(torch.int32)
-    rounded = (bits + noise).bitwise_and_(-65536).view(torch.float32)
-    return torch.where(torch.isfinite(value), rounded, value)
+    store_(target, value, key, start, weight_error(error, error_low))
 
 
 @definition("gaussian_")

@@ -8,7 +8,9 @@ a compiled graph never specialises on them:
 
     scalars    float64, the numbers that the operation names, in its order
     noise      int64 [key, turn, start] or None: rounding of codes, see `quantization.row_codes`; None rounds to nearest
-    rounding   int64 [key, start] or None: stochastic rounding of bfloat16 weights, see `reference.stochastic_round`
+    rounding   int64 [key, start] or None: stochastic rounding of bfloat16 weights, see `rounding.stochastic_round`
+    error      int8, and error_low uint8, of the weight's shape, or None: what rounding to bfloat16 drops, see `rounding`; they are
+               modified with the weight, which is then not rounded stochastically
     keep       0-d tensor on the device or None: the factor of the weights, in place of the number of that name
     ok         0-d bool on the device or None: where false, moments and weights stay and a direction is 0 (what `apply_` and
                `apply_dense_` are given must then be 0, as the operations before them return it)
@@ -26,11 +28,13 @@ from torch import Tensor
 from lowrank_optim.kernels.checks import (
     COMPUTE,
     FLOATS,
+    LARGEST_FOLD,
     NAMESPACE,
     check_codes,
     check_coding,
     check_col_scale,
     check_contiguous,
+    check_error,
     check_floating,
     check_host,
     check_keep,
@@ -118,7 +122,8 @@ project_with_norms = operation(
 
 @operation(
     "apply_(Tensor(a!) weight, Tensor left, Tensor right, Tensor scalars, Tensor? keep, Tensor? ok, Tensor? rounding, "
-    "Tensor? grad, Tensor? phi, Tensor? subtract_left, Tensor? subtract_right, bool sign) -> ()"
+    "Tensor? grad, Tensor? phi, Tensor? subtract_left, Tensor? subtract_right, bool sign, "
+    "Tensor(y!)? error=None, Tensor(z!)? error_low=None) -> ()"
 )
 def apply_(
     weight: Tensor,
@@ -133,6 +138,8 @@ def apply_(
     subtract_left: Tensor | None,
     subtract_right: Tensor | None,
     sign: bool,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> None:
     """W ← keep·W − alpha·(left @ right + φ ⊙ E), E = G, sign(G) or sign(G − subtract_left @ subtract_right)."""
     op = "apply_"
@@ -142,6 +149,8 @@ def apply_(
         check_keep(op, keep, weight)
     if ok is not None:
         check_same_device(op, weight=weight, ok=ok)
+    if error is not None or error_low is not None:
+        check_error(op, weight, error, error_low, rounding)
     if not (grad is phi is subtract_left is subtract_right):  # all are None
         _check_residual(op, weight, grad, phi, subtract_left, subtract_right)
 
@@ -191,7 +200,8 @@ def _check_residual(
 
 
 @operation(
-    "apply_dense_(Tensor(a!) weight, Tensor direction, Tensor scalars, Tensor? keep, Tensor? ok, Tensor? rounding) -> ()"
+    "apply_dense_(Tensor(a!) weight, Tensor direction, Tensor scalars, Tensor? keep, Tensor? ok, Tensor? rounding, "
+    "Tensor(y!)? error=None, Tensor(z!)? error_low=None) -> ()"
 )
 def apply_dense_(
     weight: Tensor,
@@ -200,6 +210,8 @@ def apply_dense_(
     keep: Tensor | None,
     ok: Tensor | None,
     rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> None:
     """W ← keep·W − alpha·N."""
     op = "apply_dense_"
@@ -211,12 +223,23 @@ def apply_dense_(
     if direction.shape != weight.shape:
         check_shape(op, "direction", direction, tuple(weight.shape), "the weight's shape")
     check_step_params(op, "apply_", scalars, ok, rounding, weight)
+    if error is not None or error_low is not None:
+        check_error(op, weight, error, error_low, rounding)
     if keep is not None:
         check_keep(op, keep, weight)
 
 
-@operation("stochastic_round_(Tensor(a!) target, Tensor value, Tensor? rounding) -> ()")
-def stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) -> None:
+@operation(
+    "stochastic_round_(Tensor(a!) target, Tensor value, Tensor? rounding, Tensor(y!)? error=None, "
+    "Tensor(z!)? error_low=None) -> ()"
+)
+def stochastic_round_(
+    target: Tensor,
+    value: Tensor,
+    rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
+) -> None:
     """target ← value, rounded to the target's type; to nearest without `rounding`."""
     op = "stochastic_round_"
     check_floating(op, target=target)
@@ -225,6 +248,9 @@ def stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) ->
     check_shape(op, "value", value, tuple(target.shape), "the target's shape")
     if rounding is not None:
         check_rounding(op, rounding, target)
+    if error is not None or error_low is not None:
+        check_error(op, target, error, error_low, rounding)
+        check_floating(op, (torch.float32,), value=value)
 
 
 def _check_direct(op: str, like: str, grad: Tensor, scalars: Tensor, ok: Tensor | None, **moments: Tensor) -> None:
@@ -300,7 +326,7 @@ def rmsprop_direct_(grad: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tenso
 
 @operation(
     "adam_dense_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor scalars, Tensor? ok, "
-    "Tensor? rounding) -> ()"
+    "Tensor? rounding, Tensor(y!)? error=None, Tensor(z!)? error_low=None) -> ()"
 )
 def adam_dense_(
     weight: Tensor,
@@ -310,6 +336,8 @@ def adam_dense_(
     scalars: Tensor,
     ok: Tensor | None,
     rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> None:
     """`adam_direct_` and `apply_dense_` in one pass: W ← keep·W − alpha·N."""
     op = "adam_dense_"
@@ -326,6 +354,42 @@ def adam_dense_(
     for tensor in (weight, grad, exp_avg, exp_avg_sq):
         if not tensor.is_contiguous():
             check_contiguous(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    check_step_params(op, op, scalars, ok, rounding, weight)
+    if error is not None or error_low is not None:
+        check_error(op, weight, error, error_low, rounding)
+        check_contiguous(op, error=error, error_low=error_low)
+
+
+@operation(
+    "folded_adam_dense_(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor scalars, Tensor? ok, "
+    "Tensor? rounding, int fold) -> ()"
+)
+def folded_adam_dense_(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    ok: Tensor | None,
+    rounding: Tensor | None,
+    fold: int,
+) -> None:
+    """`adam_dense_` with moments (…, ⌈cols/fold⌉) of the means of `fold` neighbours in a row, and the rest of each element."""
+    op = "folded_adam_dense_"
+    check_floating(op, weight=weight, grad=grad)
+    check_floating(op, COMPUTE, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    check_same_device(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ok=ok)
+    if weight.dim() == 0:
+        refuse(op, f"weight is {said(weight)}; needed: at least one dimension")
+    if not 1 <= fold <= LARGEST_FOLD or fold & (fold - 1):
+        refuse(op, f"fold is {fold}; needed: a power of two from 1 to {LARGEST_FOLD}")
+    check_shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
+    folded = (*weight.shape[:-1], -(-weight.shape[-1] // fold))
+    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        check_shape(op, name, moment, folded, f"one column for each {fold} of the weight's")
+    if exp_avg.dtype != exp_avg_sq.dtype:
+        refuse(op, f"exp_avg is {exp_avg.dtype}, exp_avg_sq {exp_avg_sq.dtype}; needed: one type")
+    check_contiguous(op, weight=weight, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_step_params(op, op, scalars, ok, rounding, weight)
 
 
@@ -391,8 +455,8 @@ def coded_adam_direct_with_norms_(grad: Tensor, *others: Any) -> None:
 
 @operation(
     "coded_adam_dense_(Tensor(a!) weight, Tensor grad, Tensor(b!) ratio, Tensor(c!) ratio_scale, Tensor(d!) root, "
-    "Tensor(e!) root_scale, Tensor? col_scale, Tensor scalars, Tensor? noise, Tensor? ok, Tensor? rounding, int bits, int block) "
-    "-> ()"
+    "Tensor(e!) root_scale, Tensor? col_scale, Tensor scalars, Tensor? noise, Tensor? ok, Tensor? rounding, int bits, int block, "
+    "Tensor(y!)? error=None, Tensor(z!)? error_low=None) -> ()"
 )
 def coded_adam_dense_(
     weight: Tensor,
@@ -408,6 +472,8 @@ def coded_adam_dense_(
     rounding: Tensor | None,
     bits: int,
     block: int,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> None:
     """`adam_dense_` on coded moments, one pass over weights, gradient and codes."""
     op = "coded_adam_dense_"
@@ -417,6 +483,9 @@ def coded_adam_dense_(
     check_shape(op, "grad", grad, tuple(weight.shape), "the weight's shape")
     check_contiguous(op, weight=weight, grad=grad)
     check_step_params(op, "adam_dense_", scalars, ok, rounding, weight)
+    if error is not None or error_low is not None:
+        check_error(op, weight, error, error_low, rounding)
+        check_contiguous(op, error=error, error_low=error_low)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- codes

@@ -220,13 +220,13 @@ def by_rows(func: Any, weight: CodedMatrix, *args: Any) -> None:
     that its rows are views.
     """
     schema = func._schema.arguments[1:]
-    rounding = next(value for value, argument in zip(args, schema, strict=True) if argument.name == "rounding")
+    rounding = next(value for value, argument in zip(args, schema, strict=False) if argument.name == "rounding")
     key, (start, *_) = kernels.unpack_key(rounding)
     rows, cols = weight.shape
     for chunk in kernels.row_chunks(rows, cols):
         first = chunk.start * cols
         parts = []
-        for value, argument in zip(args, schema, strict=True):
+        for value, argument in zip(args, schema, strict=False):  # without what rounding drops: nothing is kept of it
             if argument.name == "rounding":
                 value = None  # nothing is rounded before it is coded
             elif argument.name == "noise" and value is not None:

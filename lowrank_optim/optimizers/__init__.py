@@ -6,23 +6,32 @@ from lowrank_optim.optimizers.alice import AliceAdamW
 from lowrank_optim.optimizers.apollo import APOLLOAdamW, APOLLOMiniAdamW
 from lowrank_optim.optimizers.badam import BAdamW
 from lowrank_optim.optimizers.base import LowRankOptimizer
+from lowrank_optim.optimizers.conda import CondaAdamW
 from lowrank_optim.optimizers.fira import FiraAdamW
+from lowrank_optim.optimizers.foam import FOAMAdamW
 from lowrank_optim.optimizers.frugal import FrugalAdamW, FrugalLion, FrugalSGD
+from lowrank_optim.optimizers.full_precision import full_precision
 from lowrank_optim.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_optim.optimizers.ldadam import LDAdamW
 from lowrank_optim.optimizers.lisa import LISAAdamW
+from lowrank_optim.optimizers.lora import AltLoRA, LoRAOptimizer, LoRAProAdamW, LoRARiteAdamW, RiemannianAdamW
 from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
 from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sizes import state_bytes
+from lowrank_optim.optimizers.subtrack import SubTrackAdamW
 
 __all__ = [
+    "FULL_RANK_METHODS",
     "LAYERWISE_METHODS",
     "METHODS",
     "APOLLOAdamW",
     "APOLLOMiniAdamW",
     "AliceAdamW",
+    "AltLoRA",
     "BAdamW",
+    "CondaAdamW",
+    "FOAMAdamW",
     "FiraAdamW",
     "FrugalAdamW",
     "FrugalLion",
@@ -32,13 +41,19 @@ __all__ = [
     "GaLoreAdamW8bit",
     "LDAdamW",
     "LISAAdamW",
+    "LoRAOptimizer",
+    "LoRAProAdamW",
+    "LoRARiteAdamW",
     "LowRankOptimizer",
     "MuonAdamW",
     "QGaLoreAdamW8bit",
+    "RiemannianAdamW",
     "SCALEOptimizer",
     "SUMOAdamW",
     "SinkGDAdamW",
+    "SubTrackAdamW",
     "by_name",
+    "full_precision",
     "state_bytes",
 ]
 
@@ -59,8 +74,13 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "scale": SCALEOptimizer,
     "sinkgd": SinkGDAdamW,
     "alice": AliceAdamW,
+    "subtrack": SubTrackAdamW,
+    "conda": CondaAdamW,
 }
 """Short names, as command lines and trainers use them."""
+
+FULL_RANK_METHODS: dict[str, type[LowRankOptimizer]] = {"foam": FOAMAdamW}
+"""Short names of those whose groups can have no rank or density."""
 
 LAYERWISE_METHODS: dict[str, type[LowRankOptimizer]] = {"lisa": LISAAdamW, "badam": BAdamW}
 """Short names of those that are built from `layer_groups`."""
@@ -72,7 +92,7 @@ def by_name(name: str) -> type[LowRankOptimizer]:
     Raises:
         ValueError: for an unknown name; the message names the nearest and all valid ones.
     """
-    methods = METHODS | LAYERWISE_METHODS
+    methods = METHODS | FULL_RANK_METHODS | LAYERWISE_METHODS
     if name not in methods:
         near = get_close_matches(name, methods, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -5,8 +5,6 @@ each param group. How one parameter is stepped stands in `lowrank_optim.step`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
-from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -28,11 +26,11 @@ from lowrank_optim.sharding.agreement import check_agreement
 from lowrank_optim.sharding.dtensor import LocalState
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Step, alone, together
-from lowrank_optim.step.dense import joint_step
 from lowrank_optim.step.entrance import check_members, enter, settle_gradient
 from lowrank_optim.step.init_state import init_state
+from lowrank_optim.step.joint import check_trainable, check_unit, is_last_of_unit, joint_step
 from lowrank_optim.step.nonfinite import SkippedUpdates, first_norms
-from lowrank_optim.step.param_plan import ParamPlan, check_trainable, check_unit
+from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.param_step import open_moments
 from lowrank_optim.step.plans import Plans
 from lowrank_optim.step.state_names import MEASURED
@@ -190,7 +188,7 @@ class LowRankOptimizer(Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         with kernels.PlainModes():
             self.plans.check_structure(self.param_groups)
-            self._enter(list(chain.from_iterable(map(itemgetter("params"), self.param_groups))))
+            self._enter([param for group in self.param_groups for param in group["params"]])
             if self._in_backward is not None:
                 self._in_backward.finish_step()
             else:
@@ -220,19 +218,23 @@ class LowRankOptimizer(Optimizer):
     def _steps(self) -> Iterator[Step]:
         """The steps of all parameters that have a gradient."""
         norms = first_norms(self.param_groups, self.plans)
-        for plan in self.plans.values():
-            if plan.unit:
-                check_unit(plan, self.plans)
+        for param, plan in self.plans.items():
+            if plan.unit and plan.unit[0] is param:
+                check_unit(plan, self.plans, self.param_groups[plan.group], self.state)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None or not self._admits(param, group):
                     continue
-                trained = self.trained(param)
-                unit = trained.plan.unit
-                if not unit:
-                    yield trained.begin(norms.get(param) if norms else None)
-                elif unit[-1] is param:
-                    yield joint_step([self.trained(member) for member in unit], [norms.get(member) for member in unit])
+                plan = self.plans[param]
+                if not plan.unit:
+                    yield self.trained(param).begin(norms.get(param) if norms else None)
+                elif is_last_of_unit(param, plan):
+                    yield joint_step(self._members(plan), [norms.get(member) for member in plan.unit])
+
+    def _members(self, plan: ParamPlan) -> list[TrainedParam]:
+        """The parameters that are stepped together; those without a gradient have no state here."""
+        group, plans = self.param_groups[plan.group], self.plans
+        return [self.trained(p, (group, plans[p], {}) if p.grad is None else None) for p in plan.unit]
 
     @kernels.no_autograd_no_autocast
     def step_param(self, param: Tensor, norm: Tensor | None = None) -> None:
@@ -245,10 +247,8 @@ class LowRankOptimizer(Optimizer):
         if param.grad is None or not self._admits(param, self.param_groups[plan.group]):
             return
         if plan.unit:
-            check_unit(plan, self.plans)
-            alone(joint_step([self.trained(member) for member in plan.unit]))
-        else:
-            alone(self.trained(param).begin(norm))
+            check_unit(plan, self.plans, self.param_groups[plan.group], self.state)
+        alone(joint_step(self._members(plan)) if plan.unit else self.trained(param).begin(norm))
 
     def trained(
         self, param: Tensor, changed: tuple[Mapping[str, Any], ParamPlan, dict[str, Tensor]] | None = None
@@ -258,9 +258,8 @@ class LowRankOptimizer(Optimizer):
         `changed`: group, plan and state in place of those that it has.
         """
         if changed is None:
-            plan = self.plans[param]
+            plan, state = self.plans[param], self.state.get(param, {})
             group: Mapping[str, Any] = self.param_groups[plan.group]
-            state: dict[str, Tensor] = self.state.get(param, {})
             if not state:
                 self.state[param] = state = init_state(param, group, plan)
         else:

@@ -7,7 +7,7 @@ from lowrank_optim.groups.options import DEFAULTS, SHORTHANDS, check_names, expa
 from lowrank_optim.groups.parts import check_option_names
 from lowrank_optim.optimizers.contracts import HasState
 from lowrank_optim.step.init_state import init_state
-from lowrank_optim.step.param_plan import check_trainable
+from lowrank_optim.step.joint import check_trainable
 from lowrank_optim.step.relayout import carry_over
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lowrank_optim.groups.names import plain_name
 from lowrank_optim.groups.options import STRUCTURAL, plain_options
+from lowrank_optim.optimizers.migrations import migrate
 from lowrank_optim.sharding.dtensor import as_tensor, like
 from lowrank_optim.step.init_state import init_state
 from lowrank_optim.step.state_names import MEASURED
@@ -24,6 +25,7 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     state_dict = state_dict.copy()
     for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         state_dict = hook(optimizer, state_dict) or state_dict
+    state_dict = migrate(state_dict)
 
     problems = list(_differences(optimizer, state_dict))
     if problems:

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from lowrank_optim import optimizers
 from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.layers import layer_groups
-from lowrank_optim.optimizers import LAYERWISE_METHODS, METHODS, LISAAdamW, LowRankOptimizer
+from lowrank_optim.nn import ReparametrizedLinear
+from lowrank_optim.optimizers import FULL_RANK_METHODS, LAYERWISE_METHODS, METHODS, LISAAdamW, LowRankOptimizer
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
 from lowrank_optim.planner.errors import PlanError
 
@@ -20,7 +21,7 @@ GROUP_OPTIONS = ("rank", "density", "include", "exclude", "head", "embeddings")
 """Options that decide which parameters are low-rank: they go to `param_groups`."""
 
 DEFAULT_RANK = 0.25
-"""Rank of a low-rank optimizer for which none is given: a quarter of the short side."""
+"""Rank of a low-rank optimizer for which none is given: a quarter of the short side (none for reparametrised layers)."""
 
 
 class AdamW8bit(Optimizer):
@@ -71,13 +72,14 @@ class OptimizerChoice:
 
 def names() -> list[str]:
     """The short names of all optimizers."""
-    return ["adamw", "adamw_8bit", "sgd", *METHODS, *LAYERWISE_METHODS]
+    return ["adamw", "adamw_8bit", "sgd", *METHODS, *FULL_RANK_METHODS, *LAYERWISE_METHODS]
 
 
 def _by_name(name: str) -> type[Optimizer]:
-    short: dict[str, type[Optimizer]] = {"adamw_8bit": AdamW8bit, **METHODS, **LAYERWISE_METHODS}
+    short: dict[str, type[Optimizer]] = {"adamw_8bit": AdamW8bit, **METHODS, **FULL_RANK_METHODS, **LAYERWISE_METHODS}
     classes: dict[str, type[Optimizer]] = {
-        cls.__name__: cls for cls in (*METHODS.values(), *LAYERWISE_METHODS.values(), LowRankOptimizer)
+        cls.__name__: cls
+        for cls in (*METHODS.values(), *FULL_RANK_METHODS.values(), *LAYERWISE_METHODS.values(), LowRankOptimizer)
     }
     theirs: dict[str, type[Optimizer]] = {
         key: cls
@@ -135,10 +137,16 @@ def _build(kind: type[Optimizer], model: nn.Module, options: dict[str, Any]) -> 
         if "rank" not in groups and "density" not in groups and kind.matrix_options:
             groups = {**kind.matrix_options, **groups}
         elif "rank" not in groups and "density" not in groups:
-            groups["rank"] = 1 if kind is optimizers.APOLLOMiniAdamW else DEFAULT_RANK
+            groups["rank"] = 1 if kind is optimizers.APOLLOMiniAdamW else _default_rank(model)
         return kind(param_groups(model, **groups), **options)
     except (TypeError, ValueError) as error:
         raise PlanError(f"{kind.__name__}: {error}") from error
+
+
+def _default_rank(model: nn.Module) -> float | None:
+    """None, which trains every parameter by the rule itself, where the layers are factors already."""
+    factored = any(isinstance(module, ReparametrizedLinear) for module in model.modules())
+    return None if factored else DEFAULT_RANK
 
 
 def _build_layerwise(

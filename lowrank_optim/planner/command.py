@@ -11,6 +11,7 @@ from lowrank_optim.planner.choices import names, resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.memory_plan import MemoryPlan, describe_plan, title
 from lowrank_optim.planner.models import resolve_model
+from lowrank_optim.planner.parametrizations import PARAMETRIZATIONS
 from lowrank_optim.planner.planning import DTYPES, check_sizes, plan
 from lowrank_optim.planner.report import budget_table as show
 from lowrank_optim.planner.report import picture
@@ -24,6 +25,7 @@ examples:
   lowrank-optim plan --model llama-7b --budget 24GiB --plot plan.png
   lowrank-optim plan --model my/config.json --budget 16GiB --sequence-length 512
   lowrank-optim plan --model llama-7b --optimizer galore_8bit --rank 1024 --in-backward --per-layer
+  lowrank-optim plan --model llama-7b --parametrization sltrain --rank 1024 --density 0.05 --option state_bits=8 --in-backward
 """
 
 
@@ -42,7 +44,17 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--budget", help="memory of the card, such as 24GiB (default with a table: 24GiB)")
     parser.add_argument("--optimizer", help=f"plan this one only: {', '.join(names())}, or one of torch.optim")
-    parser.add_argument("--rank", type=_rank, help="of low-rank optimizers (default: a quarter of the hidden size)")
+    parser.add_argument(
+        "--parametrization",
+        choices=tuple(PARAMETRIZATIONS),
+        help="plan layers of this kind in the place of plain ones, with Adam unless --optimizer says another",
+    )
+    parser.add_argument(
+        "--rank",
+        type=_rank,
+        help="of low-rank optimizers (default: a quarter of the hidden size), or of the layers of --parametrization",
+    )
+    parser.add_argument("--density", type=float, help="with --parametrization: of the sparse part (default 0.03)")
     parser.add_argument(
         "--in-backward", action="store_true", help="with --optimizer: update each parameter inside backward"
     )
@@ -73,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     """Plan and print; returns 0 if it fits (or no budget was named), 1 if not, 2 for input that means nothing."""
     try:
         check_sizes(batch_size=args.batch_size, sequence_length=args.sequence_length, world_size=args.world_size)
-        return _one(args) if args.optimizer else _table(args)
+        return _one(args) if args.optimizer or args.parametrization else _table(args)
     except (PlanError, ValueError) as error:
         sys.stderr.write(f"lowrank-optim plan: {error}\n")
         return 2
@@ -84,7 +96,10 @@ def _rank(text: str) -> int | float:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {} if args.rank is None else {"rank": args.rank}
+    """Of the optimizer."""
+    options: dict[str, Any] = {} if args.rank is None or args.parametrization else {"rank": args.rank}
+    if not args.optimizer:
+        options["rule"] = "adam"
     for text in args.option:
         key, equals, value = text.partition("=")
         if not equals:
@@ -96,10 +111,29 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _plan(args: argparse.Namespace, optimizer: Any, in_backward: bool, weight_bits: int, report: Report) -> MemoryPlan:
+def _layers(args: argparse.Namespace) -> tuple[str, dict[str, Any]] | None:
+    """The parametrization and its options."""
+    if args.parametrization is None:
+        if args.density is not None:
+            raise PlanError("--density needs --parametrization; for an optimizer write --option density=…")
+        return None
+    given = {"rank": args.rank, "density": args.density}
+    return args.parametrization, {name: value for name, value in given.items() if value is not None}
+
+
+def _plan(
+    args: argparse.Namespace,
+    in_backward: bool,
+    weight_bits: int,
+    report: Report,
+    *,
+    optimizer: Any,
+    parametrization: Any = None,
+) -> MemoryPlan:
     return plan(
         args.model,
         optimizer,
+        parametrization=parametrization,
         batch_size=args.batch_size,
         sequence_length=args.sequence_length,
         dtype=args.dtype,
@@ -118,8 +152,10 @@ def _one(args: argparse.Namespace) -> int:
     """One optimizer, with all layers."""
     budget = parse_bytes(args.budget) if args.budget else None
     with progress() as report:
-        result = _plan(args, (args.optimizer, _options(args)), args.in_backward, args.weight_bits, report)
-        baseline = None if args.plot is None else _plan(args, "adamw", False, 16, report)
+        optimizer = (args.optimizer or "LowRankOptimizer", _options(args))
+        how = {"optimizer": optimizer, "parametrization": _layers(args)}
+        result = _plan(args, args.in_backward, args.weight_bits, report, **how)
+        baseline = None if args.plot is None else _plan(args, False, 16, report, optimizer="adamw")
     if args.json:
         sys.stdout.write(json.dumps(result.to_dict() | {"budget": budget}, indent=2) + "\n")
     else:
@@ -135,7 +171,7 @@ def _one(args: argparse.Namespace) -> int:
 
 def _changes(args: argparse.Namespace) -> list[str]:
     """What would take less memory than this set-up."""
-    ours = resolve_optimizer(args.optimizer).updates_in_backward
+    ours = not args.optimizer or resolve_optimizer(args.optimizer).updates_in_backward
     return [
         *([] if args.in_backward or not ours else ["--in-backward: one gradient at a time"]),
         *([] if ours else ["a low-rank optimizer, such as --optimizer galore_8bit --in-backward"]),
@@ -148,6 +184,7 @@ def _changes(args: argparse.Namespace) -> list[str]:
 
 def _table(args: argparse.Namespace) -> int:
     """Every recipe, and the winner confirmed with all layers."""
+    _layers(args)
     ignored = [("--in-backward", args.in_backward), ("--option", args.option), ("--per-layer", args.per_layer)]
     if given := [name for name, value in [*ignored, ("--weight-bits", args.weight_bits == 8)] if value]:
         raise PlanError(f"{', '.join(given)} needs --optimizer; without one, a table of all recipes is made")
@@ -199,9 +236,8 @@ def confirm(
         if not row.fits:
             break
         recipe = next(recipe for recipe in RECIPES if recipe.title == row.title)
-        options = dict(recipe.options) | ({"rank": row.rank} if recipe.takes_rank else {})
         report(f"{row.title} with all layers")
-        result = _plan(args, (recipe.optimizer, options), recipe.in_backward, recipe.weight_bits, report)
+        result = _plan(args, recipe.in_backward, recipe.weight_bits, report, **recipe.at_rank(row.rank))
         if result.fits(question.budget):
             return [row, *(other for other in rows if other is not row)], result
     return rows, None

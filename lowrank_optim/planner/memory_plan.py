@@ -117,6 +117,8 @@ def title(setting: Mapping[str, Any]) -> str:
     )
     words = [f"{setting['model']} with {setting['optimizer']}"]
     words += [f"{name} {value}" for name, value in setting["options"].items() if name in ("rank", "density")]
+    if (layers := setting.get("parametrization")) is not None:
+        words.append(" ".join([layers["name"], *(f"{k} {layers[k]}" for k in ("rank", "density") if k in layers)]))
     words += [size, setting["dtype"]]
     words += ["int8 weights"] if setting["weight_bits"] == 8 else []
     words += ["updates in backward"] if setting["in_backward"] else []

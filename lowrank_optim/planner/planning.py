@@ -11,6 +11,7 @@ from lowrank_optim.planner.choices import OptimizerChoice, resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.memory_plan import MemoryPlan
 from lowrank_optim.planner.models import ModelChoice, resolve_model
+from lowrank_optim.planner.parametrizations import ParametrizationChoice, resolve_parametrization
 from lowrank_optim.planner.simulation import sharding
 from lowrank_optim.planner.simulation.allocator import reserved_peak, rules_for
 from lowrank_optim.planner.simulation.pretend import bare
@@ -33,6 +34,7 @@ def plan(
     world_size: int = 1,
     fsdp: bool = False,
     weight_bits: int = 16,
+    parametrization: Any = None,
     example_batch: Any = None,
     loss: Callable[[Any], Tensor] | None = None,
     per_layer: bool = False,
@@ -57,6 +59,9 @@ def plan(
         accumulate: micro-batches in a step.
         world_size, fsdp: processes; FSDP2 if `fsdp`, else DDP. The numbers are those of one process (`planner.sharding`).
         weight_bits: 8 for int8 weights (`lowrank_optim.nn.quantize_weights_`).
+        parametrization: "sltrain", or ("sltrain", {"rank": 1024, "density": 0.05}): `lowrank_optim.nn.sltrain_` changes the model
+            first; or a function that changes a model and returns it. Optimizers of this package then project nothing unless `rank`
+            is given to them, too.
         example_batch: for any other module: a dict (keyword arguments), tuple (positional ones) or tensor that it is called with.
         loss: the loss from the model's output; default: its `loss`, or the mean of the (first) tensor.
         per_layer: also list the bytes of each layer.
@@ -80,11 +85,14 @@ def plan(
         (132352, 41584, 41584)
     """
     chosen_model, chosen_optimizer = resolve_model(model), resolve_optimizer(optimizer)
+    layers = resolve_parametrization(parametrization)
     check_sizes(batch_size=batch_size, sequence_length=sequence_length, accumulate=accumulate, world_size=world_size)
     if weight_bits not in (8, 16):
         raise PlanError(f"weight_bits is {weight_bits!r}; it must be 16 (weights as they are) or 8 (int8)")
     if fsdp and weight_bits == 8:
         raise PlanError("fsdp and weight_bits=8 do not go together: int8 weights are not sharded by this version")
+    if layers is not None and weight_bits == 8:
+        raise PlanError(f"{layers.name} and weight_bits=8 do not go together: its factors are not stored in int8")
     chosen_dtype = resolve_dtype(dtype, model)
     device = torch.device(device)
     length = sequence_length or (None if chosen_model.batch is None else 2048)
@@ -99,14 +107,13 @@ def plan(
         activation_checkpointing=activation_checkpointing,
         accumulate=min(accumulate, 2),  # a third micro-batch finds what the second found
         weight_bits=weight_bits,
+        parametrization=layers,
     )
     run = _simulate(setting, example_batch, progress or (lambda step: None))
     described = {
         "model": chosen_model.name,
         "optimizer": chosen_optimizer.name,
-        "options": {
-            k: v for k, v in chosen_optimizer.options.items() if isinstance(v, (int, float, str, bool, type(None)))
-        },
+        "options": _plain(chosen_optimizer.options),
         "batch_size": batch_size,
         "sequence_length": None if example_batch is not None else length,
         "dtype": "own" if chosen_dtype is None else str(chosen_dtype).removeprefix("torch."),
@@ -117,6 +124,7 @@ def plan(
         "world_size": world_size,
         "fsdp": fsdp,
         "weight_bits": weight_bits,
+        "parametrization": None if layers is None else {"name": layers.name} | _plain(layers.options),
     }
     return summarize(run, described, per_layer)
 
@@ -131,12 +139,15 @@ def make_setting(
     loss: Callable[[Any], Tensor] | None = None,
     layers: int | None = None,
     weight_bits: int = 16,
+    parametrization: ParametrizationChoice | None = None,
     **how: Any,
 ) -> Setting:
     """The simulation's setting; `layers` asks a transformers config for another number of layers."""
 
     def build() -> nn.Module:
         built = model.build(dtype, layers)
+        if parametrization is not None:
+            built = parametrization.convert(built)
         return quantize_weights_(built) if weight_bits == 8 else built
 
     return Setting(build, optimizer.build, batch, loss or default_loss, device, **how)
@@ -189,6 +200,11 @@ def assumptions(setting: Mapping[str, Any], on_gpu: bool) -> tuple[str, ...]:
             "FSDP2: two layers' weights and one layer's gradients gathered at a time, besides what is in no layer"
         )
     return tuple(said)
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that JSON can hold."""
+    return {k: v for k, v in options.items() if isinstance(v, (int, float, str, bool, type(None)))}
 
 
 def _simulate(setting: Setting, example: Any, progress: Callable[[str], None]) -> Run:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from lowrank_optim.optimizers import LAYERWISE_METHODS
-from lowrank_optim.planner.choices import OptimizerChoice, resolve_optimizer
+from lowrank_optim.planner.choices import resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.models import ModelChoice, resolve_model
+from lowrank_optim.planner.parametrizations import resolve_parametrization
 from lowrank_optim.planner.planning import make_setting
 from lowrank_optim.planner.simulation.allocator import Rules, rules_for
 from lowrank_optim.planner.simulation.estimate import Probe, deep
@@ -25,6 +26,8 @@ class Recipe:
     """One way to train, with the options that its authors or this package recommend.
 
     gives_up: what it does without, beside AdamW, in a few words.
+    takes_rank: whether a rank means something: that of the layers where there is a parametrization, else the optimizer's.
+    parametrization: (name, options) of layers in the place of plain ones.
     """
 
     title: str
@@ -34,6 +37,15 @@ class Recipe:
     in_backward: bool = True
     weight_bits: int = 16
     takes_rank: bool = True
+    parametrization: tuple[str, Mapping[str, Any]] | None = None
+
+    def at_rank(self, rank: int | None) -> dict[str, Any]:
+        """The arguments `optimizer` and `parametrization` of `plan` that say this recipe."""
+        ranked = {"rank": rank} if self.takes_rank and rank is not None else {}
+        if self.parametrization is None:
+            return {"optimizer": (self.optimizer, {**self.options, **ranked}), "parametrization": None}
+        name, options = self.parametrization
+        return {"optimizer": (self.optimizer, dict(self.options)), "parametrization": (name, {**options, **ranked})}
 
 
 RECIPES = (
@@ -45,6 +57,13 @@ RECIPES = (
     Recipe("Q-GaLore, int8 weights", "qgalore", "that, and the precision of weights", {}, weight_bits=8),
     Recipe("APOLLO-Mini", "apollo_mini", "a rate for each element", {"rank": 1}, takes_rank=False),
     Recipe("LISA, 2 layers", "lisa", "training most layers at a time", {"active_layers": 2}, takes_rank=False),
+    Recipe(
+        "SLTrain 8-bit",
+        "LowRankOptimizer",
+        "dense weights, so the pretrained ones",
+        {"rule": "adam", "state_bits": 8},
+        parametrization=("sltrain", {"density": 0.05, "alpha": 8, "init": "fresh"}),
+    ),
 )
 """In the order of what they give up: the first that fits is the one to take."""
 
@@ -152,13 +171,10 @@ class _Search:
             self._rank_that_fits(),
         )
 
-    def _optimizer(self, rank: int | None) -> OptimizerChoice:
-        options = dict(self.recipe.options) | ({} if rank is None else {"rank": rank})
-        return resolve_optimizer((self.recipe.optimizer, options))
-
     def _probe(self, tokens: int, rank: int | None) -> Probe:
         question = self.question
-        optimizer = self._optimizer(rank)
+        said = self.recipe.at_rank(rank)
+        optimizer, layers_made = resolve_optimizer(said["optimizer"]), resolve_parametrization(said["parametrization"])
         layerwise = self.recipe.optimizer in LAYERWISE_METHODS
         depth = max(2, int(self.recipe.options.get("active_layers", 1))) if layerwise else 1
         assert self.model.batch is not None
@@ -177,6 +193,7 @@ class _Search:
                     device=torch.device(question.device),
                     layers=layers,
                     weight_bits=self.recipe.weight_bits,
+                    parametrization=layers_made,
                     in_backward=self.recipe.in_backward and optimizer.updates_in_backward,
                     activation_checkpointing=question.activation_checkpointing,
                     steps=(FIRST, ORDINARY),

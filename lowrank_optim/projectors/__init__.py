@@ -8,6 +8,8 @@ from lowrank_optim.projectors.base import PROJ_TYPES, Basis, GradientTerm, Proje
 from lowrank_optim.projectors.blocks import Blocks
 from lowrank_optim.projectors.coordinate import Coordinate
 from lowrank_optim.projectors.dct import DCT
+from lowrank_optim.projectors.grassmann import GrassmannTracking
+from lowrank_optim.projectors.momentum_svd import MomentumSVD
 from lowrank_optim.projectors.power_iteration import PowerIteration
 from lowrank_optim.projectors.random import Random
 from lowrank_optim.projectors.randomized_svd import RandomizedSVD
@@ -21,6 +23,8 @@ __all__ = [
     "Blocks",
     "Coordinate",
     "GradientTerm",
+    "GrassmannTracking",
+    "MomentumSVD",
     "PowerIteration",
     "Projector",
     "Random",
@@ -45,6 +49,8 @@ _BUILDERS: dict[str, Callable[[str], Projector]] = {
     "coordinate": lambda variant: Coordinate(variant or None),
     "power_iteration": lambda variant: PowerIteration(float(variant)) if variant else PowerIteration(),
     "blocks": lambda variant: Blocks(variant) if variant else Blocks(),
+    "grassmann_tracking": lambda variant: GrassmannTracking(*([float(variant)] if variant else [])),
+    "momentum_svd": lambda variant: MomentumSVD(*([float(variant)] if variant else [])),
     "dct": lambda variant: DCT(*([variant] if variant else [])),
 }
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lowrank_optim.kernels import as_python
+from lowrank_optim.kernels import WeightError, as_python
 from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
 from lowrank_optim.sharding.tensor_sharding import UNSHARDED, TensorSharding
 
@@ -101,12 +101,13 @@ class GradientTerm:
 
 @dataclass(frozen=True)
 class StepParams:
-    """How an update goes into the weights; the fields are arguments of `kernels.apply_`."""
+    """How an update goes into the weights; the fields are arguments of `kernels.apply_`. A basis hands them on as they are."""
 
     alpha: float
     keep: float | Tensor
     ok: Tensor | None = None
     rounding_key: int | None = None
+    error: WeightError | None = None
 
 
 @dataclass(frozen=True)

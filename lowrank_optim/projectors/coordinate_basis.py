@@ -54,7 +54,8 @@ class _SelectedEntries(ABC):
     def apply_(self, weight: Tensor, core: Tensor | None, write: StepParams, term: GradientTerm | None = None) -> None:
         dtype, start = kernels.compute_dtype(weight.dtype), self.sharding.matrix.start
         core, term = lifted(self.sharding, core, term)
-        selected = None if core is None else self._get(weight).to(dtype)
+        rest = write.error and write.error.map(self._get)
+        selected = None if core is None else kernels.joined(self._get(weight), rest).to(dtype)
         residual = None
         if term is not None:
             # E = G − lift R is 0 on the selected entries and G elsewhere, where nothing has to be subtracted.
@@ -72,7 +73,14 @@ class _SelectedEntries(ABC):
             selected.addcmul_(gradient.sign() if term.sign else gradient, term.scale, value=-write.alpha)
         if write.rounding_key is not None:
             selected = kernels.stochastic_round(selected, write.rounding_key, self._positions(weight) + start)
-        self._set(weight, selected.to(weight.dtype))
+        if write.error is None or rest is None:
+            self._set(weight, selected.to(weight.dtype))
+            return
+        stored = torch.empty_like(selected, dtype=weight.dtype)
+        kernels.store_(stored, selected, None, error=rest)
+        for whole, part in zip((weight, *write.error), (stored, *rest), strict=True):
+            if whole is not None and part is not None:
+                self._set(whole, part)
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,10 @@ class ExactBasis:
         if term is not None:
             subtract = None if term.subtract is None else term.subtract.double()
             term = replace(term, grad=term.grad.double(), scale=term.scale.double(), subtract=subtract)
-        updated = weight.double()
+        updated = kernels.joined(weight, write.error).double()
         core = None if core is None else core.double()
-        self.inner.apply_(updated, core, replace(write, rounding_key=None), term)
-        kernels.store_(weight, updated.to(self.dtype), write.rounding_key, self.sharding.matrix.start)
+        self.inner.apply_(updated, core, replace(write, rounding_key=None, error=None), term)
+        kernels.store_(weight, updated.to(self.dtype), write.rounding_key, self.sharding.matrix.start, write.error)
 
     def lift_(self, grad: Tensor, reduced: Tensor) -> None:
         wide = torch.empty_like(grad, dtype=torch.float64)

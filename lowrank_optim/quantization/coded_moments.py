@@ -248,7 +248,8 @@ class CodedMoments(Mapping[str, Tensor]):
             adam["beta1"], adam["beta2"], adam["eps"], adam["step"], write["alpha"], write["keep"]
         )
         rounding = kernels.pack_key(write["rounding_key"], self.start)
-        return weight, grad, *codes, scale, scalars, noise, write["ok"], rounding, self.bits, BLOCK
+        error = write["error"] and write["error"].map(lambda part: part.view(shape))
+        return weight, grad, *codes, scale, scalars, noise, write["ok"], rounding, self.bits, BLOCK, *(error or ())
 
 
 def _stack(tensor: Tensor) -> Tensor:

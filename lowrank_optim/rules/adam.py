@@ -31,6 +31,7 @@ class Adam(Rule):
     name: ClassVar[str] = "adam"
     elementwise: ClassVar[bool] = True
     masks: ClassVar[bool] = True
+    keeps_errors: ClassVar[bool] = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -138,3 +139,12 @@ class TorchAdam(Adam):
     """Adam for methods whose released code has torch's form of ε and decay, so that `match_reference` changes neither."""
 
     decays_last: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class CondaAdam(Adam):
+    """Adam whose squares stay as they are at a refresh: v of the k-th singular vector is read as that of the new one (Conda)."""
+
+    def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
+        """m ← m C."""
+        state["exp_avg"].copy_(move(state["exp_avg"], 1))

@@ -111,9 +111,11 @@ class Rule(ABC):
         name: in groups and checkpoints.
         elementwise: every element is treated for itself, so that a large tensor may be given in parts.
         on_matrices: dense parameters come in their matrix view; vectors go to the optimizer's `dense_rule`, or are refused.
+        in_subspaces: it works on projected gradients, too. If False, groups with a rank or density are refused.
         masks: `direction` looks at `Context.ok` itself; else that is done around it, with copies of the moments.
         knows_shards: sums over the gradient go through `Context.sharding`. If False, and not `elementwise`, sharded parameters are
             refused.
+        keeps_errors: the operation of `fused_dense` keeps the errors of bfloat16 weights; else it is not used where they are kept.
         rotates_shards: `transport` works on the local parts of moments.
         state_lies: where each state tensor lies if parameters are sharded: "reduced" (as R; the default), "rows", "columns", "matrix"
             or "stack".
@@ -127,6 +129,8 @@ class Rule(ABC):
     """Whether every element is treated for itself, so that a large tensor may be given in parts."""
     on_matrices: ClassVar[bool] = False
     """Whether dense parameters come in their matrix view (convolutions as out × the rest), and those that have none are refused."""
+    in_subspaces: ClassVar[bool] = True
+    """Whether it works on projected gradients, too; if not, groups with a rank or density are refused."""
     knows_shards: ClassVar[bool] = False
     """Whether sums over the gradient go through `Context.sharding`; if not, and not `elementwise`, sharded parameters are refused."""
     state_lies: ClassVar[Mapping[str, str]] = {}
@@ -136,11 +140,15 @@ class Rule(ABC):
     """Whether the released code decays the weights after the update (`match_reference`)."""
     masks: ClassVar[bool] = False
     """Whether `direction` sees to `Context.ok` itself; else it is done around it, with copies of the moments."""
+    keeps_errors: ClassVar[bool] = False
+    """Whether the operation of `fused_dense` keeps the errors of bfloat16 weights; else it is not used where they are kept."""
     rotates_shards: ClassVar[bool] = True
     """Whether `transport` works on the local parts of moments."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "fused_dense" in vars(cls) and "keeps_errors" not in vars(cls):
+            cls.keeps_errors = False
         if "direction" in vars(cls):  # fused operations of a parent compute another one
             for name in {"fused_direction", "fused_dense"} - vars(cls).keys():
                 setattr(cls, name, getattr(Rule, name))
@@ -167,6 +175,18 @@ class Rule(ABC):
     def structure(self, options: Mapping[str, Any]) -> tuple[Any, ...]:
         """What in the options decides which state there is; it cannot change in a live group."""
         return ()
+
+    def moment_shape(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape of `exp_avg` and `exp_avg_sq` for a gradient of `shape`.
+
+        Another one than that is for rules that are `on_matrices` and not `in_subspaces`, and may have fewer columns only: a part of
+        the rows of a gradient has that part of the rows of the moments, and `check_matrix` sees to columns that are split.
+        """
+        return shape
+
+    def moment_gradient(self, grad: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """The gradient in that shape, as far as sizes go: the root mean square of the elements that share a moment."""
+        return grad
 
     @abstractmethod
     def init(

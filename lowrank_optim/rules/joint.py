@@ -2,20 +2,47 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.rules.base import Context, Direction, Rule, Transport
+from lowrank_optim.sharding.param_sharding import ParamSharding
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are stepped together, in one step.
+
+    grads: in the compute type, zero where they are to be ignored; None for a frozen parameter.
+    states: the optimizer's state of each; empty for a frozen one.
+    options: of their group, as `JointRule.unit_options` gives them.
+    contexts: of each.
+    """
+
+    grads: tuple[Tensor | None, ...]
+    states: tuple[Mapping[str, Tensor], ...]
+    options: Mapping[str, Any]
+    contexts: tuple[Context, ...]
+
+
+Answer: TypeAlias = tuple[Sequence[Direction | None], Any]
+"""What to apply to each parameter of a unit (None: leave it as it is), and what `JointRule.finish` is to know of this step."""
 
 
 class JointRule(Rule):
     """A rule over `arity` consecutive parameters of a group, which are stepped together, once all have a gradient.
 
     A subclass is a frozen dataclass like any rule, with `init_joint` and `directions`. Its groups are trained without `rank`; a group
-    holds a multiple of `arity` parameters, none of them frozen or sharded.
+    holds a multiple of `arity` parameters, none of them frozen or sharded. A rule that computes for many units at once, takes frozen
+    members, knows shards, or has work to do once the weights are written, overrides what stands under "units" below.
+
+    Attributes (of the class, without a type in subclasses):
+        arity: the number of parameters.
+        takes_frozen: some members of a unit, but not all, may be frozen.
+        finishes: `finish` is to be called when the weights are written.
 
     Example:
         >>> import torch, lowrank_optim as lo
@@ -38,6 +65,11 @@ class JointRule(Rule):
     """
 
     arity: ClassVar[int] = 2
+    """How many parameters are stepped together."""
+    takes_frozen: ClassVar[bool] = False
+    """Whether some members of a unit may be frozen."""
+    finishes: ClassVar[bool] = False
+    """Whether `finish` is to be called when the weights are written."""
 
     @abstractmethod
     def init_joint(
@@ -54,6 +86,56 @@ class JointRule(Rule):
         contexts: Sequence[Context],
     ) -> Sequence[Direction]:
         """Update the moments in `states` with the gradients, in place, and return what to apply to each parameter."""
+
+    # ------------------------------------------------------------------------------------------------------------ units
+
+    def unit_options(self, options: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        """The options of a group, with what it says of its unit of this number."""
+        return options
+
+    def check_unit(self, names: Sequence[str], params: Sequence[Tensor], options: Mapping[str, Any]) -> None:
+        """Raise ValueError for parameters that cannot be stepped together, naming them; `options` are those of the unit."""
+
+    def unit_shapes(self, params: Sequence[Tensor]) -> Sequence[tuple[int, ...]]:
+        """The shapes in which the rule sees these parameters, on all processes."""
+        return [tuple(param.shape) for param in params]
+
+    def unit_shardings(self, params: Sequence[Tensor], options: Mapping[str, Any]) -> Sequence[ParamSharding] | None:
+        """Where the parts of sharded parameters lie, in the shapes of `unit_shapes`; None as for any dense parameter."""
+        return None
+
+    def unit_elements(self, params: Sequence[Tensor], options: Mapping[str, Any]) -> int:
+        """How many numbers a unit keeps in memory while it waits for others; counted on all processes together."""
+        return sum(param.numel() for param in params)
+
+    def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
+        """The directions of many units of one group; they may be computed together."""
+        answers: list[Answer] = []
+        for unit in units:
+            grads = [grad for grad in unit.grads if grad is not None]
+            answers.append((masked_directions(self, grads, unit.states, unit.options, unit.contexts), None))
+        return answers
+
+    def finish(self, units: Sequence[tuple[Unit, Any]]) -> Sequence[None]:
+        """What is left to do when the weights of these units are written; each comes with what `directions_of` kept for it."""
+        return [None for _ in units]
+
+    def check_start(self, names: Sequence[str], params: Sequence[Tensor], options: Mapping[str, Any]) -> None:
+        """Raise ValueError before the first step with the option `l1`, where it would leave nothing."""
+
+    def shrink_(self, unit: Unit, steps: Sequence[float], l1: float) -> None:
+        """The proximal step of the group option `l1`, after the weights were written: p ← sign(p)·max(|p| − ηξ, 0).
+
+        Args:
+            unit: of which the contexts hold the weights, modified in place.
+            steps: η of each parameter.
+            l1: ξ.
+        """
+        for context, grad, size in zip(unit.contexts, unit.grads, steps, strict=True):
+            if grad is not None:
+                soft_threshold_(context.weight, size * l1, context.ok)
+
+    # --------------------------------------------------------------------------------------------------------- one matrix
 
     def init(
         self, shape: tuple[int, ...], options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
@@ -89,3 +171,9 @@ def masked_directions(
         for name, tensor in kept.items():
             state[name].copy_(torch.where(ok, state[name], tensor))
     return [replace(move, matrix=torch.where(ok, move.matrix, 0.0)) for move in directions]
+
+
+def soft_threshold_(weight: Tensor, threshold: float, ok: Tensor | None) -> None:
+    """p ← sign(p)·max(|p| − threshold, 0), in place; nothing where `ok` is false."""
+    shrunk = torch.nn.functional.softshrink(weight, threshold)
+    weight.copy_(shrunk if ok is None else torch.where(ok, shrunk, weight))

@@ -98,6 +98,7 @@ class RowNorm(NormalizedRule):
     "RMNP: Row-Momentum Normalized Preconditioning for Scalable Matrix-Based Optimization", ICML 2026, arXiv:2603.20527.
     """
 
+    keeps_errors: ClassVar[bool] = True
     name: ClassVar[str] = "row_norm"
     axis: str = "rows"
     unit: str = "rms"

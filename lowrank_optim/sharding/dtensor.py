@@ -101,13 +101,16 @@ def check_placements(param: Tensor, kind: str, layout: str) -> None:
             raise ValueError(f"{where}; of a convolution, the second one where its size is a multiple of the processes")
 
 
-def dense_param_sharding(param: Tensor, coded: bool, matrix: TensorSharding | None = None) -> ParamSharding:
+def dense_param_sharding(
+    param: Tensor, coded: bool, matrix: TensorSharding | None = None, folded: tuple[int, ...] | None = None
+) -> ParamSharding:
     """The shards of a parameter that is trained directly.
 
     Args:
         param: the parameter.
         coded: whether its moments are stored in row blocks.
         matrix: the spread of the matrix view; None where it is trained in its own shape.
+        folded: the shape of the moments, where they have fewer columns than the matrix.
     """
     spread = dense_sharding(param)
     if not isinstance(spread, MeshSharding):
@@ -115,7 +118,8 @@ def dense_param_sharding(param: Tensor, coded: bool, matrix: TensorSharding | No
     if isinstance(matrix, MeshSharding):
         if coded and matrix.splits(-1):  # blocks would span processes
             return MeshParamSharding(matrix=spread, reduced=spread.only(), lines=spread, whole=True)
-        return MeshParamSharding(matrix=matrix, reduced=matrix, lines=matrix)
+        moments = matrix if folded is None else matrix.moved({dim: dim for dim in range(len(folded))}, folded)
+        return MeshParamSharding(matrix=matrix, reduced=moments, lines=matrix)
     if coded and spread.splits(-1) and (param.dim() < 4 or spread.splits(-2, -1)):  # blocks would span processes
         return MeshParamSharding(matrix=spread, reduced=spread.only(), lines=spread, whole=True)
     reduced = spread

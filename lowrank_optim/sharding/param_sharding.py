@@ -74,7 +74,8 @@ class ParamSharding:
         Args:
             lies: "reduced" (as R, and R's moments), "rows" or "columns" (one number for each of R's), "column scale" (in a row),
                 "matrix" (as the matrix), "stack" (one number for each matrix), "basis" (along the projected side), "basis_right" (the
-                second of two), "chosen" (indices, whole but for the stack), or "param" (as the parameter).
+                second of two), "chosen" (indices, whole but for the stack), "param" (as the parameter), or
+                "whole" (the same on all processes).
             side: the projected one, None for a dense parameter.
         """
         if lies == "basis":
@@ -87,6 +88,8 @@ class ParamSharding:
             return self.reduced.only(-3, -1)
         if lies in ("rows", "columns"):
             return self.reduced.drop(-1 if lies == "rows" else -2)
+        if lies == "whole":
+            return self.matrix.only()
         spreads = {"reduced": self.reduced, "matrix": self.matrix, "param": self.param, "basis_right": self.cols}
         return spreads[lies]
 

@@ -1,7 +1,7 @@
 """How steps of parameters run: one alone, or all of a step together, so that small launches and messages become few large ones.
 
-The step of a parameter is a generator. It yields what others may do with it, an operation (`Launch`) or a sum over processes (`Sum`),
-and goes on with the answer.
+The step of a parameter is a generator. It yields what others may do with it, an operation (`Launch`), a sum over processes (`Sum`) or
+something that a rule computes for many parameters at once (`Shared`), and goes on with the answer.
 
     alone(step)        answers each request at once: updates in backward
     together(steps)    lets requests wait for those of other parameters: an ordinary step
@@ -9,7 +9,7 @@ and goes on with the answer.
 What waits is bounded. Its size counts whole matrices, so that all processes send their messages in the same order.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -68,7 +68,28 @@ class Sum:
         return self.spread.sum(self.part, -2)
 
 
-Request: TypeAlias = Launch | Sum
+@dataclass(frozen=True)
+class Shared:
+    """Something that is computed for many steps at once; the answer is that to the own argument.
+
+    compute: from a list of arguments, the list of answers.
+    key: requests of one key may be answered by one call.
+    elements: as of `Launch`, but of whole tensors, for the call may send messages.
+    """
+
+    compute: Callable[[Sequence[Any]], Sequence[Any]]
+    key: Hashable
+    argument: Any
+    elements: int
+    waits = True
+
+    def run(self) -> Any:
+        """The answer, now."""
+        (answer,) = self.compute([self.argument])
+        return answer
+
+
+Request: TypeAlias = Launch | Sum | Shared
 Step: TypeAlias = Generator[Request, Any, None]
 
 
@@ -93,11 +114,11 @@ def together(steps: Iterable[Step]) -> None:
                 request = _go_on(step, request.run())
             if request is None:
                 continue
-            launched += request.elements if isinstance(request, Launch) else 0
+            launched += 0 if isinstance(request, Sum) else request.elements
             summed += request.elements if isinstance(request, Sum) else 0
             if launched > TOGETHER or summed > SUMMED_TOGETHER:
                 ready, waiting = waiting, [(step, request)]
-                launched = request.elements if isinstance(request, Launch) else 0
+                launched = 0 if isinstance(request, Sum) else request.elements
                 summed = request.elements if isinstance(request, Sum) else 0
                 _finish(ready)
             else:
@@ -144,6 +165,8 @@ def _answers(requests: Sequence[Request]) -> list[Any]:
     for number, request in enumerate(requests):
         if isinstance(request, Launch):
             key: tuple[Any, ...] = (request.op,)
+        elif isinstance(request, Shared):
+            key = ("shared", request.key)
         else:
             key = (request.part.device, request.part.dtype, *request.spread.groups(-2))
         alike.setdefault(key, []).append(number)
@@ -151,6 +174,8 @@ def _answers(requests: Sequence[Request]) -> list[Any]:
         first = requests[numbers[0]]
         if isinstance(first, Launch):
             found = kernels.run_many(first.op, [r.args for n in numbers if isinstance(r := requests[n], Launch)])
+        elif isinstance(first, Shared):
+            found = list(first.compute([r.argument for n in numbers if isinstance(r := requests[n], Shared)]))
         else:
             parts = [r.part for n in numbers if isinstance(r := requests[n], Sum)]
             flat = first.spread.sum(torch.cat([part.flatten() for part in parts]), -2)

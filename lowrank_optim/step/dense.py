@@ -1,15 +1,17 @@
 """The step of one parameter that is trained directly: the rule sees its gradient as it is."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.quantization.coded_moments import CodedMoments
-from lowrank_optim.rules import JointRule, masked_direction, masked_directions
-from lowrank_optim.step.batching import Launch, Step
+from lowrank_optim.rules import masked_direction
+from lowrank_optim.step.batching import Launch, Request, Step
+from lowrank_optim.step.caution import cautiously_, is_cautious
 from lowrank_optim.step.param_step import ParamStep
 
 
@@ -18,55 +20,35 @@ def dense_step(step: ParamStep, norm: Tensor | None = None) -> Step:
     grad = step.local_grad()
     with step:
         if not step.plan.sharding.whole:
-            yield from _dense(step, grad, norm)
-            return
-        with step.gathered() as (whole, gradient):
-            yield from _dense(whole, gradient, norm, copied=True)
+            ok = yield from _dense(step, grad, norm)
+        else:
+            with step.gathered() as (whole, gradient):
+                ok = yield from _dense(whole, gradient, norm, copied=True)
+        if step.group["l1"]:
+            step.shrink(ok)
 
 
-def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()) -> Step:
-    """W ← (1 − ηλ) W − η N for several parameters whose rule sees all their gradients at once."""
-    rule, group = members[0].plan.rule, members[0].group
-    assert isinstance(rule, JointRule)
-    grads = [member.local_grad() for member in members]
-    seen = [grad if norm is None else norm for grad, norm in zip(grads, norms or [None] * len(grads), strict=True)]
-    with ExitStack() as stack:
-        for member in members:
-            stack.enter_context(member)
-        flags = [member.finite(each) for member, each in zip(members, seen, strict=True)]
-        for member in members:
-            member.state["step"] += 1
-        if any(flag is False for flag in flags):
-            return
-        masks = [flag for flag in flags if isinstance(flag, Tensor)]
-        ok = torch.stack(masks).all() if masks else None
-        wide = [grad.to(kernels.compute_dtype(grad.dtype)) for grad in grads]
-        wide = wide if ok is None else [torch.where(ok, grad, 0.0) for grad in wide]
-        contexts = [member.context(member.weight, ok, dense=True) for member in members]
-        states = [member.state for member in members]
-        directions = list(masked_directions(rule, wide, states, group, contexts))
-        if len(directions) != len(members):
-            raise ValueError(
-                f"{type(rule).__name__}.directions gave {len(directions)} directions for {len(members)} parameters"
-            )
-        for member, direction in zip(members, directions, strict=True):
-            write = member.write(direction, 1.0, ok)
-            kernels.apply_dense_(member.weight, direction.matrix, start=0, **vars(write))
-    yield from ()
+def _dense(
+    step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = False
+) -> Generator[Request, Any, Literal[False] | Tensor | None]:
+    """One operation where the rule has one; else in chunks where it can: no working copy is as large as an embedding.
 
+    Cautious updates are neither: they are made as a whole, and looked at, before they are applied.
 
-def _dense(step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = False) -> Step:
-    """One operation where the rule has one; else in chunks where it can: no working copy is as large as an embedding."""
+    Returns whether the gradient was used, as `ParamStep.finite` says it.
+    """
     rule, group = step.plan.rule, step.group
     ok = step.finite(grad if norm is None else norm)
     step.state["step"] += 1
     if ok is False:
-        return
+        return ok
     if type(step.moments) is CodedMoments:
         step.fit_columns(step.moments, grad, 0, ok)
     context = step.context(step.weight, ok, dense=True)
-    weight = step.matrix_weight
-    fused = rule.fused_dense(weight, grad, step.moments, group, context)
+    weight, error, cautious = step.matrix_weight, step.error, is_cautious(group)
+    kept = error is None or (rule.keeps_errors and weight.is_contiguous() and error.is_contiguous())
+    alone = cautious or not kept
+    fused = None if alone else rule.fused_dense(weight, grad, step.moments, group, context)
     if fused is not None:
         # Copies must not wait with others: together they could be as large as the model.
         elements = grad.numel() if copied or fused.after is not None or step.plan.is_matrix else 0
@@ -75,11 +57,16 @@ def _dense(step: ParamStep, grad: Tensor, norm: Tensor | None, copied: bool = Fa
             step.put_back(weight)
         if fused.after is not None:
             fused.after()
-        return
+        return ok
     dtype = kernels.compute_dtype(step.param.dtype)
-    for weight, part, moments, start in step.dense_parts(grad, rule.elementwise):
+    for weight, part, moments, place in step.dense_parts(grad, rule.elementwise and not cautious):
         part = part.to(dtype) if ok is None else torch.where(ok, part.to(dtype), 0.0)
         direction = masked_direction(rule, part, moments, group, context.at(weight))
-        kernels.apply_dense_(weight, direction.matrix, start=start, **vars(step.write(direction, 1.0, ok)))
+        write = replace(step.write(direction, 1.0, ok), error=place.error)
+        if cautious:
+            cautiously_(weight, direction.matrix, grad, write, group, step.plan.sharding.matrix)
+        else:
+            kernels.apply_dense_(weight, direction.matrix, start=place.start, **vars(write))
         if step.plan.is_matrix:
             step.put_back(weight)
+    return ok

@@ -9,6 +9,7 @@ from torch import Tensor
 from lowrank_optim import kernels
 from lowrank_optim.quantization import coded_moments as coding
 from lowrank_optim.rules import JointRule
+from lowrank_optim.sharding.dtensor import local
 from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.param_step import param_key
 
@@ -33,6 +34,11 @@ def init_state(param: Tensor, group: Mapping[str, Any], plan: ParamPlan) -> dict
     state = _joined(parts)
     if group.get("master_weights") and dtype in (torch.bfloat16, torch.float16):
         state["master"] = param.detach().float()
+    if group["weight_error_bits"] and dtype == torch.bfloat16:
+        shape = local(param).shape
+        state["weight_error"] = torch.zeros(shape, dtype=torch.int8, device=device)
+        if group["weight_error_bits"] == 16:
+            state["weight_error_low"] = torch.zeros(shape, dtype=torch.uint8, device=device)
     return placed(plan, state)
 
 
@@ -54,9 +60,10 @@ def init_moments(
     group: Mapping[str, Any], plan: ParamPlan, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """The rule's state for the subspace that `state` describes, as it is stored, all zero; `dtype` is the parameter's."""
-    shape, dtype = plan.moment_shape(state), kernels.compute_dtype(dtype)
+    shape, dtype = plan.gradient_shape(state), kernels.compute_dtype(dtype)
     if isinstance(plan.rule, JointRule):
-        made = plan.rule.init_joint([tuple(param.shape) for param in plan.unit], group, dtype, device)
+        options = plan.rule.unit_options(group, plan.position // plan.rule.arity)
+        made = plan.rule.init_joint(plan.unit_shapes, options, dtype, device)
         return made[plan.place_in_unit]
     if not plan.is_coded(group["state_bits"]):
         return plan.rule.init(shape, group, dtype, device)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.projectors import Basis
+from lowrank_optim.projectors.dense_basis import LIFT
 from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.residuals.base import ResidualInput
 from lowrank_optim.rules import Context, Direction, masked_direction
 from lowrank_optim.sharding.dtensor import local_grad
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Launch, Step, Sum
+from lowrank_optim.step.caution import cautiously_, is_cautious
 from lowrank_optim.step.param_step import ParamStep
 from lowrank_optim.step.refresh import refresh_if_due
 
@@ -50,6 +52,8 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
         reduced: R, where only that was kept of the gradient: then the subspace stands.
     """
     residual, group, state = step.plan.residual, step.group, step.state
+    if group["cautious"] and reduced is not None:
+        raise ValueError(f"{step.plan.name} is cautious, which takes the whole gradient, and only R was kept of it")
     with step:
         whole = step.weight
         weight = step.plan.view(whole)
@@ -76,9 +80,18 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
                 sums = yield Sum(sums, step.plan.sharding.reduced, step.plan.elements)
             inputs = replace(inputs, sums=sums)
         update = residual.update(inputs, state, group)
-        seen.basis.apply_(weight, update.core, step.write(direction, update.factor, ok), update.term)
+        write = step.write(direction, update.factor, ok)
+        if (group["cautious"] or group["cautious_decay"]) and is_cautious(group):
+            lifted = torch.zeros_like(weight, dtype=kernels.compute_dtype(weight.dtype))
+            seen.basis.apply_(lifted, update.core, replace(LIFT, ok=ok), update.term)
+            grad = step.local_grad() if group["cautious"] else lifted
+            cautiously_(weight, lifted, grad, write, group, step.plan.sharding.matrix)
+        else:
+            seen.basis.apply_(weight, update.core, write, update.term)
         if weight is not whole:
             step.put_back(weight)
+        if group["l1"]:
+            step.shrink(ok)
 
 
 def project(step: ParamStep, norm: Tensor | None) -> Projected:

@@ -23,7 +23,7 @@ from lowrank_optim.kernels.counter_rng import PURPOSE_BLOCKS, make_key
 from lowrank_optim.projectors import Basis, Coordinate, Projector, Refresh, SubspaceSpec, float64_sums
 from lowrank_optim.quantization.coded_moments import is_coded
 from lowrank_optim.residuals.base import Residual
-from lowrank_optim.rules import JointRule, Rule
+from lowrank_optim.rules import Rule
 from lowrank_optim.sharding.dtensor import (
     check_owner,
     check_placements,
@@ -56,6 +56,8 @@ class ParamPlan:
     position: in its group.
     named: whether its name is its own, and not made of positions.
     unit: the parameters that a joint rule steps together, this one among them; empty for other rules.
+    unit_shapes: of what this process holds of each of them, as the rule sees them.
+    folded: the shape of its moments on all processes, where that is not the gradient's (`Rule.moment_shape`).
     sum_dtype: the type that sums of the subspace are carried out in, where that is not the compute type (`exact_sums`).
     """
 
@@ -74,7 +76,9 @@ class ParamPlan:
     position: int = 0
     named: bool = False
     unit: tuple[Tensor, ...] = ()
+    unit_shapes: tuple[tuple[int, ...], ...] = ()
     sum_dtype: torch.dtype | None = None
+    folded: tuple[int, ...] | None = None
 
     @property
     def side(self) -> str | None:
@@ -119,9 +123,14 @@ class ParamPlan:
         return self.space is not None or self.rule.on_matrices
 
     def whole_moment_shape(self, state: Mapping[str, Tensor] | None = None) -> tuple[int, ...]:
-        """The shape of the gradient that the rule sees, on all processes together: now, or, without a state, at its largest."""
+        """The shape of the moments on all processes together: now, or, without a state, at its largest."""
         if self.space is not None:
             return self.projector.reduced_shape(self.space, state)
+        return self.folded or self._dense_shape
+
+    @property
+    def _dense_shape(self) -> tuple[int, ...]:
+        """The shape of the whole gradient that the rule sees, if it is not projected."""
         return (matrix_shape(self.shape, self.layout) or self.shape) if self.rule.on_matrices else self.shape
 
     @cached_property
@@ -132,8 +141,15 @@ class ParamPlan:
         return math.prod(batch) * max(lines, self.space.rows, self.space.cols) * cols
 
     def moment_shape(self, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
-        """The shape of the part of it that this process holds."""
+        """The shape of the part of them that this process holds."""
         return self.sharding.moment_shape(self.whole_moment_shape(state))
+
+    def gradient_shape(self, state: Mapping[str, Tensor] | None) -> tuple[int, ...]:
+        """The shape of the gradient of which they are the moments."""
+        if self.folded is None:
+            return self.moment_shape(state)
+        whole = self._dense_shape
+        return whole if self.sharding.whole else self.sharding.matrix.local_shape(whole)
 
     def is_coded(self, bits: int) -> bool:
         """Whether the moments are stored in few bits; decided from the global shape only."""
@@ -200,19 +216,24 @@ def plan_group(
         ):  # density 0: no subspace of any kind
             own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
         rule = parts.rule_for(shape)
-        sharding = make_sharding(param, space, own, group, rule)
+        if space is not None and not rule.in_subspaces:
+            raise ValueError(
+                f"parameter {name} {tuple(param.shape)} is in a group with rank={group['rank']!r}, density={group['density']!r}, and "
+                f"the rule {rule.name!r} works on whole gradients only: leave rank and density out, or give the group another rule"
+            )
+        folded = None if shape is None or space is not None else rule.moment_shape(shape, group)
+        folded = folded if folded != shape else None
+        sharding = make_sharding(param, space, own, group, rule, folded)
         space = None if space is None else replace(space, sharding=sharding)
         plan = ParamPlan(name, index, group["layout"], space, rule, own, parts.residual, param.device, param.dtype)
         plan = replace(
             plan, shape=tuple(param.shape), sharding=sharding, group=number, sum_dtype=wide, position=position
         )
-        plan = replace(plan, named=given is not None)
+        plan = replace(plan, named=given is not None, folded=folded)
         check_sharding(plan, param, group)
         if rule.on_matrices:
             check_matrix(plan, shape, group)
         plans[param] = plan
-    if isinstance(parts.rule, JointRule):
-        _make_units(plans, parts.rule)
     low_rank = {param: plan.space for param, plan in plans.items() if plan.space is not None}
     key = make_key(group["seed"], first_key, 0, PURPOSE_BLOCKS)
     arranged = projector.arrange(list(low_rank.values()), group["density"], key)
@@ -221,52 +242,28 @@ def plan_group(
     return plans
 
 
-def _make_units(plans: dict[Tensor, ParamPlan], rule: JointRule) -> None:
-    """Tell the parameters of a group which ones are stepped together; modified in place."""
-    params, arity = list(plans), rule.arity
-    if len(params) % arity:
-        raise ValueError(
-            f"{type(rule).__name__} steps {arity} parameters at a time, and its group has {len(params)}: "
-            f"{', '.join(plan.name for plan in plans.values())}; give a multiple of {arity}, in order"
-        )
-    for start in range(0, len(params), arity):
-        unit = tuple(params[start : start + arity])
-        for param in unit:
-            if plans[param].space is not None:
-                raise ValueError(
-                    f"{type(rule).__name__} works on {arity} parameters at once, so that its groups can have no rank or density"
-                )
-            plans[param] = replace(plans[param], unit=unit)
-
-
-def check_trainable(plans: Mapping[Tensor, ParamPlan]) -> None:
-    """Raise ValueError where some parameters that are stepped together are frozen."""
-    for plan in plans.values():
-        frozen = [plans[param].name for param in plan.unit if not param.requires_grad]
-        if frozen:
-            raise ValueError(
-                f"{type(plan.rule).__name__} steps {', '.join(plans[param].name for param in plan.unit)} together, but "
-                f"{', '.join(frozen)} does not require a gradient; train all of them, or give the others another rule"
-            )
-
-
 def name_key(name: str) -> int:
     """The stream of random numbers of a parameter of this name, whatever has wrapped its module."""
     return int.from_bytes(hashlib.blake2b(plain_name(name).encode(), digest_size=8).digest(), "little")
 
 
 def make_sharding(
-    param: Tensor, space: SubspaceSpec | None, projector: Projector, group: Mapping[str, Any], rule: Rule
+    param: Tensor,
+    space: SubspaceSpec | None,
+    projector: Projector,
+    group: Mapping[str, Any],
+    rule: Rule,
+    folded: tuple[int, ...] | None = None,
 ) -> ParamSharding:
-    """Where the parts of a sharded parameter and of its state lie."""
+    """Where the parts of a sharded parameter and of its state lie; `folded` as in the plan."""
     if not is_sharded(param):
         return LOCAL
     bits = group["state_bits"]
     if space is None:
-        coded = bits in (8, 4) and is_coded(bits, param.numel())
+        coded = bits in (8, 4) and is_coded(bits, math.prod(folded or param.shape))
         shape = matrix_shape(param.shape, group["layout"]) if rule.on_matrices else None
         matrix = None if shape is None else matrix_sharding(param, group["layout"], shape)
-        return replace(dense_param_sharding(param, coded, matrix), param=dense_sharding(param))
+        return replace(dense_param_sharding(param, coded, matrix, folded), param=dense_sharding(param))
     reduced = projector.reduced_shape(space)
     coded = bits in (8, 4) and is_coded(bits, torch.Size(reduced).numel())
     matrix = matrix_sharding(param, group["layout"], space.shape)
@@ -329,22 +326,29 @@ def shares_elements(tensor: Tensor) -> bool:
     return False
 
 
+def check_proximal(plans: Iterable[ParamPlan], group: Mapping[str, Any]) -> None:
+    """Raise ValueError where the option `l1` meets parameters that it cannot shrink."""
+    if not group["l1"]:
+        return
+    for plan in plans:
+        if group.get("pairs") and not plan.unit:
+            raise ValueError(
+                f"l1 is {group['l1']!r} in a group of pairs, but its rule {plan.rule.name!r} steps the factors one by one; use "
+                'lowrank_optim.LoRAOptimizer(groups, preconditioner="none"), whose l1 shrinks rank-one terms'
+            )
+        if plan.dtype not in (torch.float32, torch.float64) and not group.get("master_weights"):
+            raise ValueError(
+                f"l1 is {group['l1']!r}, but parameter {plan.name} is {plan.dtype}, in which a small threshold is rounded away; keep "
+                "such parameters in float32 (param.float())"
+            )
+
+
 def check_memory(param: Tensor, kind: str) -> None:
     """Raise ValueError for a parameter that cannot be written to as its memory lies; `kind` names it in the message."""
     if param.is_neg() or param._is_zerotensor() or shares_elements(local(param)):
         raise ValueError(
             f"{kind} is a view with a negative bit (of a complex conjugate, say), or its elements share memory (expand); only a copy "
             "of it can be trained: param.data = param.data.contiguous().resolve_neg(), or a new parameter"
-        )
-
-
-def check_unit(plan: ParamPlan, plans: Mapping[Tensor, ParamPlan]) -> None:
-    """Raise RuntimeError where some parameters that are stepped together have a gradient and others have none."""
-    without = [plans[param].name for param in plan.unit if param.grad is None]
-    if without and len(without) < len(plan.unit):
-        raise RuntimeError(
-            f"{type(plan.rule).__name__} steps {', '.join(plans[param].name for param in plan.unit)} together, but "
-            f"{', '.join(without)} got no gradient, so that none of them was changed. All of them have to take part in the loss"
         )
 
 
@@ -372,3 +376,8 @@ def check_parameter(param: Tensor, name: str, group: Mapping[str, Any], projecto
         )
     if group["stochastic_rounding"] and param.dtype == torch.float16:
         raise ValueError(f"{kind} is float16; stochastic rounding is for bfloat16 weights: use those, or float32")
+    if group["weight_error_bits"] and (param.dtype == torch.float16 or hasattr(param, "codes")):
+        raise ValueError(
+            f"{kind} is {'stored in 8 bits' if hasattr(param, 'codes') else 'float16'}; weight_error_bits is for bfloat16 weights: "
+            "use those, or weight_error_bits=None in a group of its own"
+        )

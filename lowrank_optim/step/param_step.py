@@ -4,23 +4,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from lowrank_optim import kernels
+from lowrank_optim.kernels import WeightError
 from lowrank_optim.kernels.counter_rng import PURPOSE_BASIS, PURPOSE_ROUNDING, PURPOSE_STATE, derive_key, make_key
 from lowrank_optim.projectors import Basis, StepParams
 from lowrank_optim.quantization import scale_is_due
 from lowrank_optim.quantization.coded_moments import CodedMoments
-from lowrank_optim.rules import Context, Direction
+from lowrank_optim.rules import Context, Direction, soft_threshold_
 from lowrank_optim.sharding.dtensor import local, local_grad
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.nonfinite import SkippedUpdates
 from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.refresh_schedule import latest_refresh, moment_steps, own_gap
+from lowrank_optim.step.state_names import WEIGHT_ERROR
 
 
 def param_key(group: Mapping[str, Any], plan: ParamPlan, step: int, purpose: int = PURPOSE_BASIS) -> int:
@@ -31,6 +33,13 @@ def param_key(group: Mapping[str, Any], plan: ParamPlan, step: int, purpose: int
     """
     key, born = make_key(group["seed"], plan.index, step, purpose), group.get("born")
     return derive_key(key, born) if born else key
+
+
+class Place(NamedTuple):
+    """Where a chunk of weights begins in the whole parameter, and what rounding drops from it."""
+
+    start: int
+    error: WeightError | None
 
 
 @dataclass
@@ -73,6 +82,12 @@ class ParamStep:
             self.moments.close(int(self.state["step"]))
         if "master" in self.state:
             local(self.param).copy_(self.state["master"])
+
+    @property
+    def error(self) -> WeightError | None:
+        """What rounding drops from the weights, as the step works on them; None where it is not kept."""
+        error = kept_error(self.state)
+        return error and (error.map(self.plan.view) if self.plan.is_matrix else error)
 
     @property
     def weight(self) -> Tensor:
@@ -128,6 +143,7 @@ class ParamStep:
         if "col_scale" not in self.state or not scale_is_due(int(self.state["step"]) - since):
             return
         share, spread = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
+        grad = self.plan.rule.moment_gradient(grad, self.group)
         rows = spread.sum(moments.row_sums(grad, share), -1)
         columns = spread.sum(moments.column_sums(grad, share, rows), -2)
         moments.rescale_(columns, int(self.state["step"]), ok)
@@ -138,6 +154,8 @@ class ParamStep:
         """Step size, what is kept of the weights, and how they are rounded."""
         group = self.group
         lr = float(group["lr"]) * float(group["lr_factor"])
+        if self.plan.position % 2 and group.get("pairs"):  # the second factor of a pair
+            lr *= float(group["lr_ratio"])
         size = lr if direction is None or direction.step is None else direction.step
         decay = lr if direction is None or direction.decay is None else direction.decay
         # Rules and residuals are odd functions of the gradient: to ascend is to descend with the sign turned.
@@ -150,7 +168,7 @@ class ParamStep:
         coded = getattr(weight, "rounds_stochastically", False)  # `lowrank_optim.nn.QuantizedWeight`
         if coded or (group["stochastic_rounding"] and weight.dtype == torch.bfloat16):
             key = self.key(int(self.state["step"]), PURPOSE_ROUNDING)
-        return StepParams(alpha, keep, ok, key)
+        return StepParams(alpha, keep, ok, key, self.error if "weight_error" in self.state else None)
 
     @property
     def matrix_weight(self) -> Tensor:
@@ -163,6 +181,11 @@ class ParamStep:
         if matrix is not weight and matrix.data_ptr() != weight.data_ptr():
             weight.copy_(matrix.view(weight.shape))
 
+    def shrink(self, ok: Literal[False] | Tensor | None) -> None:
+        """The proximal step of the option `l1`, after the update: p ← sign(p)·max(|p| − ηξ, 0)."""
+        if ok is not False:
+            soft_threshold_(self.weight, abs(self.write(None, 1.0, None).alpha) * float(self.group["l1"]), ok)
+
     @contextmanager
     def gathered(self) -> Iterator[tuple["ParamStep", Tensor]]:
         """The step and the gradient of the whole parameter, where moments are kept whole although the weights are not."""
@@ -170,28 +193,39 @@ class ParamStep:
         dims = range(-weight.dim(), 0)
         whole, grad = spread.gather(weight, *dims), spread.gather(local_grad(self.param), *dims)
         state = {name: tensor for name, tensor in self.state.items() if name != "master"}
+        errors = {name: spread.gather(state[name], *dims) for name in WEIGHT_ERROR if name in state}
+        state |= errors
         yield (
             replace(self, param=whole, plan=replace(self.plan, sharding=LOCAL), state=state),
             self.plan.view(grad) if self.plan.is_matrix else grad,
         )
         weight.copy_(spread.part(whole))
+        for name, error in errors.items():
+            self.state[name].copy_(spread.part(error))
 
     def dense_parts(
         self, grad: Tensor, elementwise: bool
-    ) -> Iterator[tuple[Tensor, Tensor, Mapping[str, Tensor], int]]:
-        """(weights, gradient, moments, position of the first element) of the whole parameter, or of chunks of it in order.
+    ) -> Iterator[tuple[Tensor, Tensor, Mapping[str, Tensor], Place]]:
+        """(weights, gradient, moments, where they are) of the whole parameter, or of chunks of it in order.
 
         Chunks where the rule treats every element for itself and all tensors lie in memory in the same order.
         """
-        weight, first = self.matrix_weight, self.plan.sharding.matrix.start
+        weight, first, error = self.matrix_weight, self.plan.sharding.matrix.start, self.error
         moments = {name: tensor for name, tensor in self.moments.items() if tensor.shape == weight.shape}
         parted = elementwise and not hasattr(weight, "codes")  # of a quantised weight, parts would be copies
+        parted = parted and (error is None or error.is_contiguous())
         if not parted or not all(tensor.is_contiguous() for tensor in (weight, grad, *moments.values())):
-            yield weight, grad, self.moments, first
+            yield weight, grad, self.moments, Place(first, error)
             return
         for chunk in kernels.row_chunks(weight.numel(), 1):
             parts = {name: tensor.view(-1)[chunk] for name, tensor in moments.items()}
-            yield weight.view(-1)[chunk], grad.view(-1)[chunk], parts, first + chunk.start
+            own = error and error.map(lambda part: part.view(-1)).at(chunk)
+            yield weight.view(-1)[chunk], grad.view(-1)[chunk], parts, Place(first + chunk.start, own)
+
+
+def kept_error(state: Mapping[str, Tensor]) -> WeightError | None:
+    """What rounding drops from the weights, as it stands in a state."""
+    return WeightError(state["weight_error"], state.get("weight_error_low")) if "weight_error" in state else None
 
 
 def open_moments(

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from lowrank_optim.groups.live import LiveGroup
 from lowrank_optim.groups.parts import PartRegistry
-from lowrank_optim.step.param_plan import ParamPlan, plan_group
+from lowrank_optim.rules import JointRule
+from lowrank_optim.step.joint import make_units
+from lowrank_optim.step.param_plan import ParamPlan, check_proximal, plan_group
 from lowrank_optim.step.refresh_schedule import stagger_offset, stagger_ordinals
 
 Group = Mapping[str, Any]
@@ -33,9 +35,12 @@ class Plans(dict[Tensor, ParamPlan]):
         params = list(params)
         names = group.get("param_names") or [None] * len(params)
         taken = {plan.index for plan in self.values() if plan.group != number}
-        return plan_group(
-            zip(names, params, strict=True), first, number, group, self.parts.of(group), self.warned, taken
-        )
+        parts = self.parts.of(group)
+        plans = plan_group(zip(names, params, strict=True), first, number, group, parts, self.warned, taken)
+        if isinstance(parts.rule, JointRule):
+            make_units(plans, parts.rule, group)
+        check_proximal(plans.values(), group)
+        return plans
 
     def set_group(self, number: int, group: Group, plans: Mapping[Tensor, ParamPlan]) -> None:
         """Take in the plans of a group that is new, or was changed."""
@@ -60,6 +65,8 @@ class Plans(dict[Tensor, ParamPlan]):
             self.renew(groups)
         for number, (group, live) in enumerate(zip(groups, self._live, strict=True)):
             live.check(group, number)
+            if group["l1"]:
+                check_proximal((plan for plan in self.values() if plan.group == number), group)
 
     def offset(self, param: Tensor, plan: ParamPlan, group: Group) -> int:
         """How many steps before a multiple of its gap a parameter of this plan and group is refreshed."""

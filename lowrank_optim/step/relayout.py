@@ -17,11 +17,15 @@ from lowrank_optim.projectors.randomized_svd import householder
 from lowrank_optim.projectors.stored_projector import basis_shardings, load, store
 from lowrank_optim.quantization.coded_moments import CodedMoments
 from lowrank_optim.step.param_step import ParamStep
+from lowrank_optim.step.state_names import WEIGHT_ERROR
 
 
 def carry_over(old: ParamStep, new: ParamStep) -> None:
     """Put into the fresh state of `new` what it can keep of `old`, in place."""
     before, after = old.plan, new.plan
+    for name in ("master", *WEIGHT_ERROR):  # are of the weights, however they are trained
+        if name in old.state and name in new.state:
+            new.state[name].copy_(old.state[name])
     if type(before.rule) is not type(after.rule) or (before.space is None) != (after.space is None):
         return
     same_matrix = (before.layout, before.space and before.space.shape) == (
@@ -31,6 +35,8 @@ def carry_over(old: ParamStep, new: ParamStep) -> None:
     if _same_kind(old.state, new.state) and same_matrix and before.space == after.space:
         for name, tensor in new.state.items():
             tensor.copy_(old.state[name])
+        return
+    if after.unit:
         return
     if after.space is None:
         moments = {name: old.moments[name] for name in _moment_names(new) if name in old.moments}
@@ -63,13 +69,13 @@ def _same_kind(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> bool:
 
 def _moment_names(step: ParamStep) -> list[str]:
     """The tensors of the rule."""
-    shape = step.plan.moment_shape(step.state)
+    shape = step.plan.gradient_shape(step.state)
     return list(step.plan.rule.init(shape, step.group, torch.float32, torch.device("meta")))
 
 
 def _keep_counters(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
     """Counters and the residual's tensors, where both have them."""
-    for name in ("step", "last_refresh", "gap", "overlaps", "limiter_norm", "complement_power", "error", "master"):
+    for name in ("step", "last_refresh", "gap", "overlaps", "limiter_norm", "complement_power", "error"):
         if name in old and name in new and old[name].shape == new[name].shape:
             new[name].copy_(old[name])
 

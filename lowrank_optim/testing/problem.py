@@ -27,7 +27,7 @@ MATRICES: dict[str, tuple[int, ...]] = {
 
 DENSE: dict[str, tuple[int, ...]] = {"embedding": (70, 66), "vector": (33,)}
 
-PAIRS: tuple[tuple[int, ...], ...] = ((24, RANK), (RANK, 20))
+PAIRS: tuple[tuple[int, ...], ...] = ((RANK, 20), (24, RANK))
 
 
 @lru_cache(maxsize=256)
@@ -92,7 +92,9 @@ class Run:
         self.targets = {name: target(shape, 7 * n + 1, dtype) for n, (name, shape) in enumerate(shapes.items())}
         groups: list[dict[str, Any]] = []
         if matrices:
-            groups.append({"params": [(name, self.params[name]) for name in matrices], **size_of(part)})
+            whole = isinstance(part, Rule) and not part.in_subspaces
+            size = {"rank": None} if whole else size_of(part)
+            groups.append({"params": [(name, self.params[name]) for name in matrices], **size})
         others = [name for name in dense if isinstance(part, Rule) and part.on_matrices and len(dense[name]) < 2]
         groups.append({"params": [(name, self.params[name]) for name in dense if name not in others], "rank": None})
         if others:

@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_optim.optimizers.base import LowRankOptimizer
 from lowrank_optim.quantization.coded_moments import SIGNED
 from lowrank_optim.rules import Context, Direction, JointRule, Rule, masked_direction
 from lowrank_optim.testing.problem import Run, difference, numbers
-from lowrank_optim.testing.promises import CLOSE, break_promise, check_in_place, check_shared, promised
+from lowrank_optim.testing.promises import (
+    CLOSE,
+    break_promise,
+    check_in_place,
+    check_refused,
+    check_shared,
+    promised,
+)
 
 SHAPES = ((24, 8), (2, 20, 8), (33,))
 
@@ -52,8 +60,12 @@ def check_rule(rule: Rule) -> None:
         _check_ignored(rule, options, shape)
         if rule.elementwise:
             _check_parts(rule, options, shape)
-    _check_transport(rule, options)
     _check_moments(rule, options)
+    if not rule.in_subspaces:
+        _check_refused_subspaces(rule)
+        check_shared(rule, {"state_bits": 16})
+        return
+    _check_transport(rule, options)
     rotated_bits = {"on_refresh": "rotate", "state_bits": 16}
     check_shared(rule, {"on_refresh": "rotate"}, {"on_refresh": "reset"}, rotated_bits)
 
@@ -180,6 +192,12 @@ def _check_parts(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...])
     found = found or difference(parts, state, CLOSE)
     if found:
         break_promise(rule, promise, found, "nothing but operations on single elements, or elementwise = False")
+
+
+def _check_refused_subspaces(rule: Rule) -> None:
+    promise = "groups with a rank are refused where in_subspaces is False"
+    group = {"params": [torch.nn.Parameter(numbers((24, 8), 1))], "rank": 4}
+    check_refused(rule, promise, lambda: LowRankOptimizer([group], rule=rule), rule.name)
 
 
 def _check_transport(rule: Rule, options: Mapping[str, Any]) -> None:

@@ -128,16 +128,18 @@ VARIANTS = [
         {"projector": "randomized_svd:sample"},
         {"projector": "dct"},
         {"projector": "dct", "proj_type": "left", "on_refresh": "rotate"},
+        {"projector": "grassmann_tracking", "proj_type": "left", "on_refresh": "rotate"},
+        {"projector": "momentum_svd", "proj_type": "left", "on_refresh": "rotate"},
     )
-]
+] + [("conda", {"rank": 1.0}), ("conda", {"rank": 1.0, "proj_type": "left"})]
 
 
 def test_every_public_optimizer_is_in_the_matrix():
     public = {getattr(lo, name) for name in lo.__all__ if isinstance(getattr(lo, name), type)}
     public = {kind for kind in public if issubclass(kind, lo.LowRankOptimizer)} - {lo.LowRankOptimizer}
-    assert public == set(METHODS.values())
+    assert public == {*METHODS.values(), *lo.FULL_RANK_METHODS.values()}  # (test_folded_sharded)
     assert {name for name, _ in EVERY} == set(METHODS)
-    assert len(public) == 18
+    assert len(public) == 21
 
 
 def mean_of_gradients():

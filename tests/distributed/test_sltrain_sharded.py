@@ -22,14 +22,17 @@ def build() -> nn.Module:
     return lo.nn.sltrain_(model, rank=3, density=0.1, alpha=10, init="fresh", support="uniform", include="2")
 
 
-def train(model: nn.Module, rows: slice) -> None:
+def train(model: nn.Module, rows: slice, in_backward: bool = False) -> None:
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(ROWS, 24, generator=generator), torch.randn(ROWS, 15, generator=generator)
     optimizer = lo.GaLoreAdamW(lo.param_groups(model, rank=None, weight_decay=0.1), lr=1e-2)
+    handle = lo.update_in_backward(optimizer) if in_backward else None
     for _ in range(4):
         (model(x[rows]) - y[rows]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    if handle is not None:
+        handle.remove()
 
 
 def compare() -> None:
@@ -43,6 +46,12 @@ def compare() -> None:
     assert isinstance(sharded[0].sparse_value, DTensor)
     train(sharded, rows)
     state: dict[str, Tensor] = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    in_backward = build()
+    for layer in (in_backward[0], in_backward[2], in_backward):
+        fully_shard(layer)
+    train(in_backward, rows, in_backward=True)
+    for name, expected in sharded.named_parameters():
+        torch.testing.assert_close(in_backward.get_parameter(name).full_tensor(), expected.full_tensor())
     for name, expected in alone.named_parameters():
         torch.testing.assert_close(replicated.module.get_parameter(name), expected, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(state[name].view_as(expected), expected.detach(), atol=1e-6, rtol=1e-5)

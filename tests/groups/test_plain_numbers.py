@@ -65,6 +65,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "apollo": {"rank": 8, "scale_type": "tensor", "limiter": 1.02, "basis_bits": 32},
     "ldadam": {"rank": 8, "rho": 0.7, "error_feedback": True},
     "qgalore": {"rank": 8, "basis_bits": 4},
+    "subtrack": {"rank": 8, "step_size": 0.5, "limiter": 1.02},
+    "conda": {"rank": 1.0, "betas": (0.8, 0.95), "scale": 0.5},
     "alice": {"rank": 8, "betas": (0.7, 0.9), "complement_scale": 0.5, "limiter": 1.02},
 }
 

@@ -93,6 +93,8 @@ def step(t, lr, key, start):
     dense = arguments.pack_scalars(*adam, lr, 1 - lr)
     OPS["adam_direct_"](empty(64, 512), empty(64, 512), empty(64, 512), arguments.pack_scalars(*adam), ok)
     OPS["adam_dense_"](w, g, empty(64, 512), empty(64, 512), dense, ok, rounding)
+    folded = arguments.pack_scalars(*adam, lr, lr, 1 - lr)
+    OPS["folded_adam_dense_"](w, g, empty(64, 128), empty(64, 128), folded, ok, rounding, 4)
     OPS["coded_adam_dense_"](w, g, codes[0], scales[0], codes[1], scales[1], None, dense, noise, ok, rounding, 8, 256)
     OPS["apply_"](w, empty(64, 16), empty(512, 16).mT, arguments.pack_scalars(lr, 1 - lr), None, ok, rounding, *(None,) * 4, False)
     OPS["lion_direct_"](empty(64, 512), empty(64, 512), arguments.pack_scalars(0.9, 0.99), ok)
@@ -112,7 +114,7 @@ print(len(first))
 
 
 def test_scalars_of_a_step_never_make_another_binary():
-    assert int(child("-c", RECOMPILED)) == 10
+    assert int(child("-c", RECOMPILED)) == 11
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -72,6 +72,8 @@ SIGNED: dict[str, tuple[type[lo.LowRankOptimizer], dict[str, Any]]] = {
     "frugal lion": (lo.FrugalLion, {"projector": "randomized_svd", "on_refresh": "keep"}),
     "frugal sgd": (lo.FrugalSGD, {"projector": "randomized_svd", "on_refresh": "keep", "momentum": 0.9}),
     "alice": (lo.AliceAdamW, {"projector": "randomized_svd"}),
+    "subtrack": (lo.SubTrackAdamW, {}),
+    "conda": (lo.CondaAdamW, {}),
     "ldadam": (lo.LDAdamW, {"update_proj_gap": 1}),
     "ldadam, no feedback": (lo.LDAdamW, {"update_proj_gap": 1, "error_feedback": False}),
 }

@@ -23,11 +23,13 @@ PROJECTORS = [
     "coordinate:entries",
     "blocks:random",
     "power_iteration",
+    "grassmann_tracking",
+    "momentum_svd",
     "randomized_svd:complement",
     "dct",
 ]
-SCALED_BY_NORMS = ("fira", "apollo", "apollo_mini", "alice")
-STORED = ("randomized_svd", "randomized_svd:complement", "svd", "power_iteration")
+SCALED_BY_NORMS = ("fira", "apollo", "apollo_mini", "alice", "subtrack")
+STORED = ("randomized_svd", "randomized_svd:complement", "svd", "power_iteration", "grassmann_tracking", "momentum_svd")
 
 
 def is_refused(name: str, projector: str) -> bool:

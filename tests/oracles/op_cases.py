@@ -86,6 +86,27 @@ def _dense() -> Iterator[Case]:
         yield case("apply_dense_", made.apply_dense, (3, 257), weight, keep=torch.tensor(0.75))
 
 
+def _folded() -> Iterator[Case]:
+    op, make = "folded_adam_dense_", made.folded_adam_dense
+    for weight in STORED:
+        for shape in SHAPES:
+            yield case(op, make, shape, weight, rounding=weight == BF16, start=3)
+        for grad in STORED:
+            yield case(op, make, (3, 258), weight, grad)
+        for ok in (True, False):
+            yield case(op, make, (3, 258), weight, ok=ok)
+        yield case(op, make, (3, 258), weight, ok=False, fill="nonfinite")
+        yield case(op, make, (3, 258), weight, **LARGE)
+        yield case(op, make, (3, 258), weight, rounding=weight == BF16, fill="nonfinite")
+        yield case(op, make, (3, 258), weight, layout="unaligned")
+        yield case(op, make, (3, 258), weight, layout="unaligned", fold=1)
+    for fold in (1, 2, 8, 32, 256, 1024):
+        for shape in [(3, 257), (2, 3, 2048), (2, 2500)]:
+            yield case(op, make, shape, fold=fold, residual=0.5)
+    yield case(op, make, (3, 257), BF16, rounding=True, start=2**32 - 300)
+    yield case(op, make, (4, 256), BF16, rounding=True, start=2**40 + 5)
+
+
 def _stochastic_round() -> Iterator[Case]:
     op, make = "stochastic_round_", made.stochastic_round
     for shape in [(), *SHAPES]:
@@ -101,6 +122,41 @@ def _stochastic_round() -> Iterator[Case]:
     for layout in LAYOUTS:
         yield case(op, make, (2, 3, 257), layout=layout)
     yield case(op, make, (3, 257), F32, rounding=True)
+
+
+def _errors() -> Iterator[Case]:
+    """bfloat16 weights with what rounding drops from them."""
+    for bits in (8, 16):
+        kept = {"error_bits": bits}
+        for shape in SHAPES:
+            yield case("apply_dense_", made.apply_dense, shape, BF16, **kept)
+            yield case("adam_dense_", made.adam_dense, shape, BF16, BF16, **kept)
+            yield case("stochastic_round_", made.stochastic_round, shape, rounding=False, **kept)
+            yield case("coded_adam_dense_", made.coded_adam_dense, shape, BF16, BF16, 4 if bits == 16 else 8, **kept)
+        for fill in ("nonfinite", "tiny", "huge", "zeros", "halfway"):
+            yield case("stochastic_round_", made.stochastic_round, (3, 257), rounding=False, fill=fill, **kept)
+        for ok in (True, False):
+            yield case("apply_dense_", made.apply_dense, (3, 257), BF16, ok=ok, **kept)
+            yield case("adam_dense_", made.adam_dense, (3, 257), BF16, F32, ok=ok, **kept)
+            yield case("apply_", made.apply, (), 20, 33, 3, BF16, ok=ok, **kept)
+        yield case("apply_dense_", made.apply_dense, (3, 257), BF16, keep=torch.tensor(0.75), **kept)
+        for layout in LAYOUTS:
+            yield case("apply_dense_", made.apply_dense, (2, 3, 257), BF16, layout=layout, **kept)
+            yield case("stochastic_round_", made.stochastic_round, (2, 3, 257), rounding=False, layout=layout, **kept)
+            yield case("apply_", made.apply, (2,), 9, 70, 5, BF16, BF16, layout=layout, **kept)
+        yield case("adam_dense_", made.adam_dense, (3, 257), BF16, layout="unaligned", **kept)
+        for phi in ("rows", "columns", "matrix"):
+            for sign, subtract in ((False, False), (True, True)):
+                more = {"phi": phi, "sign": sign, "subtract": subtract, **kept}
+                yield case("apply_", made.apply, (2,), 9, 70, 5, BF16, F32, **more)
+        for batch, rows, cols, rank in [
+            ((), 20, 33, 3),
+            ((), 1, 1, 1),
+            ((), 300, 1000, 20),
+            ((), 0, 5, 2),
+            ((), 5, 0, 2),
+        ]:
+            yield case("apply_", made.apply, batch, rows, cols, rank, BF16, **kept)
 
 
 def _direct() -> Iterator[Case]:
@@ -259,7 +315,9 @@ MAKERS = (
     _products,
     _apply,
     _dense,
+    _folded,
     _stochastic_round,
+    _errors,
     _direct,
     _direct_with_norms,
     _coded_adam,

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lowrank_optim.kernels import arguments
 from lowrank_optim.kernels import selftest as made
-from lowrank_optim.kernels.triton import coded, elementwise, products, sparse
+from lowrank_optim.kernels.triton import coded, elementwise, folded, products, sparse
 
 F32, BF16 = torch.float32, torch.bfloat16
 ROWS, COLS, RANK = 4096, 11008, 512
-OPS = elementwise.OPERATIONS | coded.OPERATIONS | products.OPERATIONS | sparse.OPERATIONS
+OPS = elementwise.OPERATIONS | folded.OPERATIONS | coded.OPERATIONS | products.OPERATIONS | sparse.OPERATIONS
 
 
 def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -49,11 +49,18 @@ def calls() -> list[Callable[[], object]]:
         add("unpack_basis", *made.unpack_basis(shape, bits=bits))
     add("adam_direct_", *made.adam_direct(shape, ok=True))
     add("adam_dense_", *made.adam_dense(shape, BF16, BF16, ok=True, rounding=True))
+    for fold in (4, 256, 1024):
+        add("folded_adam_dense_", *made.folded_adam_dense(shape, BF16, BF16, fold, ok=True, rounding=True))
     add("lion_direct_", *made.lion_direct(shape, ok=True))
     for nesterov in (True, False):
         add("sgd_direct_", *made.sgd_direct(shape, ok=True, nesterov=nesterov))
     add("rmsprop_direct_", *made.rmsprop_direct(shape, ok=True))
     add("apply_dense_", *made.apply_dense(shape, BF16, rounding=True, layout="transposed"))
+    for kept in (8, 16):
+        add("apply_dense_", *made.apply_dense(shape, BF16, error_bits=kept))
+        add("adam_dense_", *made.adam_dense(shape, BF16, BF16, error_bits=kept))
+        add("coded_adam_dense_", *made.coded_adam_dense(shape, BF16, BF16, error_bits=kept))
+        add("apply_", *made.apply((), 512, 512, 64, BF16, BF16, error_bits=kept))
     add("stochastic_round_", *made.stochastic_round(shape))
     add("gaussian_", *made.gaussian(shape))
     for dtype, columns in ((BF16, torch.int16), (F32, torch.int32)):

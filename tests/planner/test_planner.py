@@ -11,14 +11,18 @@ import lowrank_optim as lo
 from lowrank_optim.planner import PlanError
 from lowrank_optim.planner.choices import resolve_optimizer
 from lowrank_optim.planner.models import resolve_model
+from lowrank_optim.planner.parametrizations import resolve_parametrization
 from lowrank_optim.planner.planning import make_setting
+from lowrank_optim.planner.search import RECIPES
 from lowrank_optim.planner.simulation.allocator import (
     CUBLAS_WORKSPACE,
     CUDA_CONTEXT,
     format_bytes,
     parse_bytes,
     reserved_peak,
+    rules_for,
 )
+from lowrank_optim.planner.simulation.estimate import Probe, deep
 from lowrank_optim.planner.simulation.simulate import Run, simulate
 
 MIB = 2**20
@@ -56,10 +60,11 @@ def low_rank_moments_8bit() -> int:
     return LAYERS * per_layer
 
 
-def built(optimizer) -> Run:
+def built(optimizer, parametrization=None) -> Run:
     """LLaMA-7B and the real optimizer for it, without a step: what they keep."""
     model, chosen = resolve_model("llama-7b"), resolve_optimizer(optimizer)
     how = {"batch": model.batch(1, 8), "dtype": torch.bfloat16, "device": torch.device("cuda"), "steps": ()}
+    how["parametrization"] = resolve_parametrization(parametrization)
     return simulate(make_setting(model, chosen, **how))
 
 
@@ -89,12 +94,61 @@ def test_state_of_qgalore_on_llama_7b_has_a_packed_basis():
     assert 1.0 - sum(run.state.values()) / (4 * WEIGHTS) > 0.825  # of AdamW's two moments in bfloat16
 
 
+def test_state_of_foam_on_llama_7b_is_a_quarter_of_adamws_in_the_layers():
+    run, mini = built("foam"), built(("foam", {"level": 8, "state_bits": 8}))
+    layers = LAYERS * sum(rows * cols for rows, cols in SIDES)
+    assert run.state["moments"] == 8 * (layers // 4 + WEIGHTS - layers)
+    assert sum(mini.state.values()) < 0.05 * sum(run.state.values())
+
+
 def test_state_in_16_bits_on_llama_7b_is_65_percent_below_adamw():
     run = built(("galore", {"rank": RANK, "state_bits": 16, "basis_bits": 16}))
     moments = 4 * (LAYERS * sum(max(side) * RANK for side in SIDES) + 2 * VOCABULARY * HIDDEN)
     assert run.state["moments"] == moments + 4 * (2 * LAYERS + 1) * HIDDEN
     assert run.state["basis"] == LAYERS * sum(2 * min(side) * RANK for side in SIDES)
     assert 1.0 - sum(run.state.values()) / (4 * WEIGHTS) > 0.65
+
+
+DENSITY = 0.05
+SLTRAIN = ("sltrain", {"rank": RANK, "density": DENSITY})
+ADAM_8BIT = ("LowRankOptimizer", {"rule": "adam", "state_bits": 8})
+
+
+def test_weights_and_state_of_sltrain_on_llama_7b_are_the_formulas():
+    """Table 2 of the paper: 3.14 billion parameters; nothing is stored of the supports."""
+    run = built(ADAM_8BIT, SLTRAIN)
+    shapes = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN)] * 2 + [(HIDDEN, FFN)]
+    values = [math.floor(DENSITY * m * n) for m, n in shapes]
+    numbers = LAYERS * sum(RANK * (m + n) + nnz for (m, n), nnz in zip(shapes, values, strict=True))
+    others = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
+    assert (numbers + others) / 1e6 == pytest.approx(3145, abs=0.5)
+    assert run.weights == 2 * (numbers + others) + ROTARY
+    coded = 0
+    for (m, n), nnz in zip(shapes, values, strict=True):
+        coded += 2 * (RANK * (m + n) + nnz)  # both moments
+        coded += 2 * (scales(m, RANK) + scales(RANK, n) + scales(1, nnz))
+        coded += 4 * (RANK + n)  # scales of the columns of B and A
+    assert sum(run.state.values()) == LAYERS * coded + dense_moments_8bit()
+
+
+@pytest.mark.long
+def test_sltrain_on_llama_7b_peaks_73_percent_below_adamw_and_25_below_galore():
+    """Below bounds of theirs: AdamW's weights, gradients and two moments, and GaLore's weights and state, without all else."""
+    model, rules = resolve_model("llama-7b"), rules_for("cuda")
+    (recipe,) = (recipe for recipe in RECIPES if recipe.title == "SLTrain 8-bit")
+    said = recipe.at_rank(RANK)
+    how = {"batch": model.batch(1, 256), "dtype": torch.bfloat16, "device": torch.device("cuda")}
+    how |= {"in_backward": True, "activation_checkpointing": True, "steps": ("ordinary step",)}
+    how["parametrization"] = resolve_parametrization(said["parametrization"])
+
+    def run(layers: int) -> Run:
+        return simulate(make_setting(model, resolve_optimizer(said["optimizer"]), layers=layers, **how))
+
+    found: Probe = deep(run, rules, LAYERS, 1)
+    assert found.kinds[found.peak[0]]["weights"] == pytest.approx(2 * 3_144_958_935, rel=1e-3)
+    assert found.peak[1] < 0.27 * 8 * WEIGHTS
+    galore = 2 * WEIGHTS + LAYERS * sum(min(side) * RANK for side in SIDES) + low_rank_moments_8bit()
+    assert found.peak[1] < 0.75 * (galore + dense_moments_8bit())
 
 
 def test_int8_weights_are_the_formula():
@@ -224,6 +278,16 @@ def test_integers_of_the_batch_are_used_where_the_forward_pass_reads_them():
         lo.plan(Reader(), "sgd", example_batch=bare)
 
 
+def test_a_parametrization_may_be_a_name_a_pair_or_a_function():
+    how = {"sequence_length": 16, "device": "cpu", "optimizer": ("LowRankOptimizer", {"rule": "adam"})}
+    spellings = ["sltrain", ("sltrain", {"rank": 128}), lambda model: lo.nn.sltrain_(model, init="fresh")]
+    plans = [lo.plan(TINY, parametrization=spelling, **how) for spelling in spellings]
+    assert len({plan.peak_bytes for plan in plans}) == 1
+    assert plans[1].setting["parametrization"] == {"name": "sltrain", "rank": 128}
+    assert "sltrain rank 128" in str(plans[1])
+    assert plans[0].weights_bytes < lo.plan(TINY, **how).weights_bytes
+
+
 def test_an_optimizer_may_be_a_class_a_name_a_pair_or_a_function():
     how = {"sequence_length": 16, "device": "cpu"}
     spellings = [
@@ -267,6 +331,12 @@ def test_fsdp_splits_what_it_can_and_ddp_copies_gradients():
         ({"model": "llama-60m", "batch_size": 0}, "batch_size is 0; it must be an int of at least 1"),
         ({"model": "llama-60m", "dtype": "int8"}, "dtype is 'int8'; it must be one of bfloat16"),
         ({"model": "llama-60m", "weight_bits": 4}, "weight_bits is 4"),
+        ({"model": "llama-60m", "parametrization": "sltran"}, "did you mean sltrain"),
+        ({"model": "llama-60m", "parametrization": 7}, "give a name"),
+        ({"model": "llama-60m", "parametrization": ("sltrain", {"rnk": 3})}, "sltrain: .*'rnk'"),
+        ({"model": "llama-60m", "parametrization": ("sltrain", {"rank": 600})}, "rank is 600 for model.*from 0 to 512"),
+        ({"model": "llama-60m", "parametrization": lambda model: None}, "returned NoneType, not the model"),
+        ({"model": "llama-60m", "parametrization": "sltrain", "weight_bits": 8}, "do not go together"),
         ({"model": "llama-60m", "optimizer": ("galore", {"rnk": 3})}, "unknown option 'rnk'.*did you mean 'rank'"),
         ({"model": "llama-60m", "optimizer": "adamw", "in_backward": True}, "AdamW cannot update in backward"),
         ({"model": "missing/config.json"}, "cannot be read"),

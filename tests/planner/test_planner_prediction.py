@@ -9,6 +9,7 @@ import torch
 import lowrank_optim as lo
 from lowrank_optim.planner.choices import resolve_optimizer
 from lowrank_optim.planner.models import resolve_model
+from lowrank_optim.planner.parametrizations import resolve_parametrization
 from lowrank_optim.planner.planning import make_setting
 from lowrank_optim.planner.search import RECIPES, SLACK, Question, what_fits
 from lowrank_optim.planner.simulation.allocator import rules_for
@@ -16,7 +17,7 @@ from lowrank_optim.planner.simulation.estimate import deep, probe
 from lowrank_optim.planner.simulation.simulate import simulate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from planner_validation import CONFIG, compare
+from planner_validation import CONFIG, cases, compare
 
 pytestmark = pytest.mark.long
 
@@ -43,16 +44,28 @@ def test_prediction_is_within_3_percent_of_what_the_allocator_measured(
     assert abs(found["error"]) < 0.03, found
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in cases(quick=True) if "parametrization" in case], ids=["8-bit", "float32"]
+)
+def test_layers_with_a_parametrization_are_predicted_as_well(case):
+    found = compare(case)
+    assert abs(found["error"]) < 0.03, found
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.title)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_shallow_models_tell_the_peak_of_a_deep_one_to_the_byte(recipe, checkpointing):
     model, device = resolve_model(DEEP), torch.device("cuda")
-    options = dict(recipe.options) | ({"rank": 32} if recipe.takes_rank else {})
-    optimizer = resolve_optimizer((recipe.optimizer, options))
+    said = recipe.at_rank(32)
+    optimizer, parametrization = (
+        resolve_optimizer(said["optimizer"]),
+        resolve_parametrization(said["parametrization"]),
+    )
 
     def run(layers):
         how = {"weight_bits": recipe.weight_bits, "in_backward": recipe.in_backward, "layers": layers}
         how |= {"dtype": torch.bfloat16, "device": device, "activation_checkpointing": checkpointing}
+        how["parametrization"] = parametrization
         return simulate(make_setting(model, optimizer, batch=model.batch(1, 64), **how))
 
     rules, depth = rules_for("cuda"), 2 if recipe.optimizer == "lisa" else 1
@@ -87,3 +100,5 @@ def test_recipes_that_fit_come_first_and_need_what_they_should():
     by_title = {row.title: row for row in rows}
     assert by_title["AdamW"].needed > by_title["AdamW 8-bit"].needed > by_title["GaLore 8-bit"].needed
     assert by_title["Q-GaLore, int8 weights"].parts["weights"] < by_title["GaLore 8-bit"].parts["weights"]
+    assert by_title["SLTrain 8-bit"].parts["weights"] < by_title["Q-GaLore, int8 weights"].parts["weights"]
+    assert by_title["SLTrain 8-bit"].rank == 16

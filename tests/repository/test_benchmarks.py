@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
+import sltrain  # noqa: E402
 import step_time  # noqa: E402
 
 import lowrank_optim as lo  # noqa: E402
@@ -62,6 +63,36 @@ def test_the_peer_of_apollo_mini_has_rank_1_and_one_scale_for_a_matrix():
         assert sorted(optimizer.state[param]["exp_avg"].shape) == [1, max(param.shape)]
         ratio = (param.detach() - old) / param.grad
         assert ratio.std() < 1e-2 * ratio.mean().abs()
+
+
+def test_the_released_formula_of_the_sltrain_benchmark_is_our_layer_in_more_memory(monkeypatch):
+    monkeypatch.setattr(sltrain, "RANK", 8)
+    m, n, tokens = 96, 160, 24
+    theirs = sltrain.build("released", m, n, torch.float64, torch.device("cpu"))
+    like = {"rank": 8, "alpha": sltrain.ALPHA, "bias": False, "dtype": torch.float64}
+    ours = lo.nn.SparseLowRankLinear(n, m, support=theirs.sparse_index, **like)
+    torch.nn.init.normal_(theirs.lora_B)
+    with torch.no_grad():
+        for name, param in ours.named_parameters():
+            param.copy_(theirs.get_parameter(name))
+    found = []
+    for layer in (theirs, ours):
+        x = torch.randn(tokens, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, *(param.grad for _, param in sorted(layer.named_parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
+    x = torch.randn(tokens, n).requires_grad_()
+    sizes = {form: sltrain.memory_of(form, m, n, x, torch.randn(tokens, m)) for form in sltrain.FORMS}
+    count = int(sltrain.DENSITY * m * n)
+    for form, numbers in (("dense", m * n), ("low rank", 8 * (m + n)), ("sltrain", 8 * (m + n) + count)):
+        assert sizes[form]["weights"] == sizes[form]["gradients"] == 4 * numbers
+        assert sizes[form]["index"] == 0
+        assert sizes[form]["state"] - 8 * numbers in range(17)  # and a step for each parameter
+    assert sizes["released"]["weights"] == sizes["sltrain"]["weights"]
+    assert sizes["released"]["index"] == 8 * count
+    assert sizes["released"]["peak"] > 2 * 4 * m * n > 4 * m * n > sizes["sltrain"]["peak"]
 
 
 class Holder:

@@ -5,13 +5,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowrank_optim.cli import main
 from lowrank_optim.planner import search
+from lowrank_optim.planner.report.budget_table import code
 
 pytestmark = pytest.mark.long
+
+RECIPES = search.RECIPES
 
 FIELDS = {
     "model_type": "llama",
@@ -88,6 +92,25 @@ def test_one_optimizer_is_planned_with_its_options(config, capsys):
     assert content["setting"]["options"] == {"rank": 16}
 
 
+def test_layers_with_a_parametrization_are_planned(config, capsys):
+    one = ("plan", "--model", config, "--parametrization", "sltrain", "--rank", "16", *SHORT)
+    assert main([*one, "--density", "0.05", "--option", "state_bits=8", "--in-backward", "--json"]) == 0
+    setting = json.loads(capsys.readouterr().out)["setting"]
+    assert setting["parametrization"] == {"name": "sltrain", "rank": 16, "density": 0.05}
+    assert setting["optimizer"] == "LowRankOptimizer"
+    assert setting["options"] == {"rule": "adam", "state_bits": 8}
+    assert main([*one, "--optimizer", "galore", "--budget", "1MiB"]) == 1
+    assert capsys.readouterr().out.startswith("small with GaLoreAdamW, sltrain rank 16, 1 x 64 tokens")
+
+
+def test_the_code_of_sltrain_is_that_of_its_recipe():
+    (recipe,) = (recipe for recipe in RECIPES if recipe.parametrization is not None)
+    row = SimpleNamespace(title=recipe.title, optimizer=recipe.optimizer, rank=64, weight_bits=16, in_backward=True)
+    lines = code(search.Question("llama-60m", 2**30), row)
+    assert "model = lo.nn.sltrain_(model, rank=64, density=0.05, alpha=8, init='fresh')" in lines
+    assert lines[-2] == "optimizer = lo.LowRankOptimizer(lo.param_groups(model, rank=None), rule='adam', state_bits=8)"
+
+
 def test_a_picture_is_written(config, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "plan.png"
@@ -109,6 +132,8 @@ def test_a_picture_is_written(config, tmp_path, capsys):
         (["--model", "llama-60m", "--budget", "lots"], "write a number and a unit, such as 24GiB"),
         (["--model", "llama-60m", "--in-backward"], "--in-backward needs --optimizer"),
         (["--model", "llama-60m", "--rank", "0.5"], "a table needs an int"),
+        (["--model", "llama-60m", "--density", "0.5"], "--density needs --parametrization"),
+        (["--model", "llama-60m", "--parametrization", "sltrain", "--rank", "0.5"], "must be an integer from 0 to 512"),
         (["--model", "llama-60m", "--batch-size", "0"], "batch_size is 0"),
         (["--model", "llama-60m", "--optimizer", "galore", "--option", "basis_bits"], "write KEY=VALUE"),
         (["--model", "nowhere/config.json"], "cannot be read"),

@@ -76,9 +76,12 @@ def test_the_loss_falls_and_everything_is_written(tmp_path):
     assert result["val_loss"] == history[-1]["val_loss"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "galore"])
-def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers(optimizer, tmp_path):
-    arguments = ["--optimizer", optimizer, "--steps", "30"]
+SLTRAIN = ["--parametrization", "sltrain", "--rank", "8", "--density", "0.05"]
+
+
+@pytest.mark.parametrize("what", [["--optimizer", "adamw"], ["--optimizer", "galore"], SLTRAIN], ids=lambda w: w[1])
+def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers(what, tmp_path):
+    arguments = [*what, "--steps", "30"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     undisturbed = start(whole, *arguments)
     # In other processes: before the first checkpoint, between two, and again after a resume.
@@ -100,6 +103,48 @@ def test_a_comparison_that_is_killed_continues_its_second_run_and_leaves_the_fir
     assert "galore: continuing after step" in output
     for name in ("adamw", "galore"):
         assert rows(broken / name) == rows(whole / name)
+
+
+def test_a_comparison_with_other_layers_resumes_in_them_and_leaves_out_what_they_save(tmp_path):
+    arguments = ["--compare", "adamw,galore", "--parametrization", "none,sltrain", "--rank", "8", "--density", "0.05"]
+    arguments += ["--option", "state_bits=8", "--steps", "12"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    undisturbed = start(whole, *arguments)
+    kill_after(start(broken, *arguments), broken / "sltrain", 7)
+    undisturbed.finish()
+    output = start(broken, *arguments, "--resume").finish()
+    assert "sltrain: continuing after step" in output
+    for name in ("adamw", "galore", "sltrain"):
+        assert rows(broken / name) == rows(whole / name)
+    assert "| weights |" in (broken / "comparison.md").read_text()
+    comparison = {r["optimizer"]: r["bytes"] for r in json.loads((broken / "comparison.json").read_text())}
+    hidden, ffn, layers = 128, 352, 4
+    shapes = 4 * [(hidden, hidden)] + 3 * [(ffn, hidden)]
+    factored = sum(8 * (m + n) + int(0.05 * m * n) for m, n in shapes)
+    dense = sum(m * n for m, n in shapes)
+    assert comparison["adamw"]["weights"] - comparison["sltrain"]["weights"] == 4 * layers * (dense - factored)
+    assert comparison["sltrain"]["gradients"] == comparison["sltrain"]["weights"]
+
+
+def test_layers_of_every_kind_learn(tmp_path):
+    for kind in ("low_rank", "sltrain"):
+        arguments = ["--parametrization", kind, "--rank", "4", "--lr", "8e-3", "--steps", "40"]
+        run(*arguments, "--in-backward", "--clip", "0", "--out", str(tmp_path / kind))
+        history = rows(tmp_path / kind)
+        assert history[-1]["val_loss"] < history[0]["loss"] - 2.5
+
+
+def test_a_preset_with_sltrain_plans_8_bit_state_in_backward():
+    parser = pretrain.arguments()
+    parser.set_defaults(**pretrain.preset("60m", None, "sltrain"))
+    args = parser.parse_args(["--parametrization", "sltrain"])
+    assert pretrain.check(args) == [("adamw", "sltrain")]
+    config = pretrain.configuration(args, "adamw", "sltrain")
+    assert (config.rank, config.options, config.in_backward) == (128, {"state_bits": 8}, True)
+    found = pretrain.plan_run(config, 32_000, torch.device("cuda"))
+    assert found.setting["parametrization"] == {"name": "sltrain", "rank": 128, "density": 0.03}
+    numbers = 8 * sum(128 * (m + n) + int(0.03 * m * n) for m, n in 4 * [(512, 512)] + 3 * [(512, 1376)])
+    assert found.weights_bytes == pytest.approx(2 * (numbers + 2 * 32_000 * 512), rel=1e-3)
 
 
 class Killed(BaseException):
@@ -338,6 +383,15 @@ def test_checkpointing_and_deterministic_arithmetic_do_not_change_the_numbers(tm
         (["--rank", "0"], "rank"),
         (["--dataset", "allenai/c4"], "--text and --dataset cannot be combined"),
         (["--resume", "--overwrite"], "choose one"),
+        (["--parametrization", "sltran"], "did you mean 'sltrain'"),
+        (["--parametrization", "sltrain,sltrain"], "names one twice"),
+        (["--parametrization", "sltrain", "--optimizer", "galore"], "write --parametrization none,sltrain"),
+        (["--parametrization", "none,sltrain"], "add --compare galore"),
+        (["--parametrization", "sltrain", "--rank", "200"], "it must be an integer from 0 to 128"),
+        (["--parametrization", "sltrain", "--density", "1.5"], "density is 1.5 for model.layers.0"),
+        (["--parametrization", "low_rank", "--density", "0.1"], "--density needs --parametrization sltrain"),
+        (["--parametrization", "sltrain", "--weight-bits", "8"], "exclude each other"),
+        (["--alpha", "8"], "--alpha needs --parametrization low_rank or sltrain"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_no_traceback(arguments, message, tmp_path, capsys):

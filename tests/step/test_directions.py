@@ -79,8 +79,8 @@ def assert_same(one: lo.LowRankOptimizer, other: lo.LowRankOptimizer) -> None:
 
 
 def matrices_of(monkeypatch) -> list[list[int]]:
-    """The elements of R of each matrix in every call of `run_many` from now on, low-rank ones only."""
-    calls, run_many = [], kernels.run_many
+    """The elements of R of each matrix in every call of a rule's operation from now on, low-rank ones only."""
+    calls, run_many, call = [], kernels.run_many, kernels.call
     monkeypatch.setattr(kernels, "batches", lambda *_: True)  # as where a backend runs them faster together
 
     def spy(op: str, given: list[tuple[Any, ...]]) -> list[Any]:
@@ -88,7 +88,13 @@ def matrices_of(monkeypatch) -> list[list[int]]:
             calls.append([args[0].numel() for args in given])
         return run_many(op, given)
 
+    def spy_alone(op: str, *args: Any) -> Any:
+        if "direct" in op:
+            calls.append([args[0].numel()])
+        return call(op, *args)
+
     monkeypatch.setattr(kernels, "run_many", spy)
+    monkeypatch.setattr(kernels, "call", spy_alone)
     return calls
 
 
@@ -267,9 +273,10 @@ def test_a_rule_that_changes_only_the_direction_is_heard(bits, monkeypatch):
 
 def test_groups_and_types_are_mixed_in_order(monkeypatch):
     """Coded and plain moments, float64, dense ones between: one call for each operation."""
-    calls, run_many = [], kernels.run_many
+    calls, run_many, call = [], kernels.run_many, kernels.call
     monkeypatch.setattr(kernels, "batches", lambda *_: True)
     monkeypatch.setattr(kernels, "run_many", lambda op, given: (calls.append((op, len(given))), run_many(op, given))[1])
+    monkeypatch.setattr(kernels, "call", lambda op, *args: ("adam" in op and calls.append((op, 1)), call(op, *args))[1])
     monkeypatch.setattr(coding, "MIN_CODED", 1000)
 
     def mixed() -> lo.LowRankOptimizer:

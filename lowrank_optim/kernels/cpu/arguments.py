@@ -1,21 +1,25 @@
 """Arguments of operations as the values of the library's structures (`structures`): addresses, types, sizes, numbers."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.arguments import TYPES
 from lowrank_optim.kernels.compute import row_norms
 from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
+from lowrank_optim.kernels.rounding import lie_alike
 
 F32 = torch.float32
 
 NO_ROWS = (0, 0, 0)
 NO_NOISE = (False, 0, 0, 0)
-NO_WRITE = (1.0, 0.0, *NO_NOISE)
+NO_ERROR = (0, 0)
+NO_WRITE = (1.0, 0.0, *NO_NOISE, *NO_ERROR)
 NO_NUMBERS = (0.0, 0.0, 0.0, 0.0, 0.0)
 NO_NORMS = (0, 0)
 NO_PHI = (0, 0, 0)
-"""Of the structures Rows, Noise, StepParams and Adam, of the fields `norms` and `grad_norms`, and of φ and its strides."""
+"""Of the structures Rows, Noise, WeightError, StepParams and Adam, of the fields `norms`, `grad_norms`, and of φ and its strides."""
 
 
 def storable(*tensors: Tensor | None) -> bool:
@@ -62,6 +66,16 @@ def rounding_of(rounding: Tensor | None) -> tuple[bool, int, int, int]:
         return NO_NOISE
     key, start = rounding.tolist()
     return True, unsigned_key(key), start, 0
+
+
+def error_of(weight: Tensor, errors: Sequence[Tensor | None]) -> tuple[int, int] | None:
+    """The structure WeightError of an operation's `error` and `error_low`; None where they do not lie as the weight does."""
+    if not errors or errors[0] is None:
+        return NO_ERROR
+    if not lie_alike(weight, *errors):
+        return None
+    high, low = (*errors, None)[:2]
+    return 0 if high is None else high.data_ptr(), 0 if low is None else low.data_ptr()
 
 
 def room_for_norms(grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 8
+ABI_VERSION = 10
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
@@ -27,13 +27,17 @@ RECORD = "build.json"
 HERE = Path(__file__).parent
 MAPS = Path("/proc/self/maps")
 """The libraries of this process, on Linux."""
-REBUILD = "install a C++17 compiler and run `pip install --force-reinstall --no-deps` on the package again"
+REBUILD = (
+    "with a C++17 compiler, `pip install --force-reinstall --no-deps --no-binary lowrank-optim lowrank-optim` (in a checkout, `.` in "
+    "place of the last word)"
+)
 
 _ONE, _MANY = (c_char_p,), (c_int64, c_char_p)
 
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "adam": _MANY,
     "rule": _ONE,
+    "folded_adam": _ONE,
     "coded_adam": _MANY,
     "norms": _MANY,
     "quantize_rows": _ONE,

@@ -17,6 +17,7 @@ from lowrank_optim.kernels.counter_rng import unsigned_key
 from lowrank_optim.kernels.cpu import structures
 from lowrank_optim.kernels.cpu.arguments import (
     F32,
+    NO_ERROR,
     NO_NOISE,
     NO_NORMS,
     NO_NUMBERS,
@@ -25,6 +26,7 @@ from lowrank_optim.kernels.cpu.arguments import (
     NO_WRITE,
     coding_of,
     columns_of,
+    error_of,
     flat,
     has_unit_rows,
     matrices_of,
@@ -44,11 +46,13 @@ from lowrank_optim.kernels.cpu.arguments import (
 from lowrank_optim.kernels.cpu.library import Library
 from lowrank_optim.kernels.cpu.structures import packer
 from lowrank_optim.kernels.dispatch import call
+from lowrank_optim.kernels.rounding import WeightError, in_float32
 from lowrank_optim.kernels.sparse_reference import low_rank
 
 Declined = Any  # NotImplemented
 
 pack_adam = packer(structures.AdamArgs)
+pack_folded_adam = packer(structures.FoldedAdamArgs)
 pack_rule = packer(structures.RuleArgs)
 pack_coded_adam = packer(structures.CodedAdamArgs)
 pack_quantize = packer(structures.QuantizeArgs)
@@ -71,6 +75,7 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
         "adam_direct_",
         "adam_direct_with_norms_",
         "adam_dense_",
+        "folded_adam_dense_",
         "lion_direct_",
         "sgd_direct_",
         "rmsprop_direct_",
@@ -240,9 +245,10 @@ class Operations:
         rows = []
         numbers, last = NO_NUMBERS, None
         alpha = keep = 0.0
-        for weight, grad, exp_avg, exp_avg_sq, scalars, ok, rounding in calls:
+        for weight, grad, exp_avg, exp_avg_sq, scalars, ok, rounding, *errors in calls:
             kinds = TYPES.get(grad.dtype), TYPES.get(weight.dtype)
-            if None in kinds or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
+            error = error_of(weight, errors)
+            if None in kinds or error is None or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
                 results.append(NotImplemented)
                 continue
             results.append(None)
@@ -261,11 +267,47 @@ class Operations:
                     *numbers,
                     *(keep, alpha),
                     *(NO_NOISE if rounding is None else rounding_of(rounding)),
+                    *error,
                     *NO_NORMS,
                 )
             )
         self.library.call_many("adam", rows)
         return results
+
+    def folded_adam_dense_(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        scalars: Tensor,
+        ok: Tensor | None,
+        rounding: Tensor | None,
+        fold: int,
+    ) -> Declined | None:
+        if not storable(weight, grad) or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
+            return NotImplemented
+        cols = weight.shape[-1]
+        if off(ok) or not weight.numel():
+            return None
+        *adam, residual, alpha, keep = scalars.tolist()
+        # Rows of whole blocks are one long row.
+        rows, cols = (weight.numel() // cols, cols) if cols % fold else (1, weight.numel())
+        self.library.call(
+            "folded_adam",
+            pack_folded_adam(
+                *(rows, cols, fold),
+                *flat(grad),
+                *(exp_avg.data_ptr(), exp_avg_sq.data_ptr()),
+                *flat(weight),
+                *adam_numbers(*adam),
+                residual,
+                *(keep, alpha),
+                *rounding_of(rounding),
+                *NO_ERROR,
+            ),
+        )
+        return None
 
     def lion_direct_(self, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor | Declined:
         beta1, beta2 = scalars.tolist()
@@ -347,10 +389,11 @@ class Operations:
         rows, copies = [], []
         numbers, last = NO_NUMBERS, None
         alpha = keep = 0.0
-        for weight, grad, ratio, ratio_scale, root, root_scale, *more, bits, block in calls:
-            col_scale, scalars, noise, ok, rounding = more
+        for weight, grad, ratio, ratio_scale, root, root_scale, *more in calls:
+            col_scale, scalars, noise, ok, rounding, bits, block, *errors = more
+            error = error_of(weight, errors)
             columns = columns_of(col_scale, grad.shape)
-            if not storable(weight, grad) or columns is None:
+            if not storable(weight, grad) or columns is None or error is None:
                 results.append(NotImplemented)
                 continue
             results.append(None)
@@ -370,6 +413,7 @@ class Operations:
                     *numbers,
                     *(keep, alpha),
                     *rounding_of(rounding),
+                    *error,
                     *noise_of(noise),
                     *NO_NORMS,
                 )
@@ -400,10 +444,20 @@ class Operations:
         subtract_left: Tensor | None,
         subtract_right: Tensor | None,
         sign: bool,
+        error: Tensor | None = None,
+        error_low: Tensor | None = None,
     ) -> Declined | None:
         stored = weight.dtype in TYPES and (grad is None or grad.dtype in TYPES)
         if not stored or left.dtype != F32 or right.dtype != F32 or weight.dim() > 3:
             return NotImplemented
+        if error is not None:
+            return self._apply_in_float32(
+                weight,
+                WeightError(error, error_low),
+                (left, right),
+                (scalars, keep, ok, None),
+                (grad, phi, subtract_left, subtract_right, sign),
+            )
         alpha, number = scalars.tolist()
         factor = number if keep is None else float(keep)
         if weight.dtype == F32 and grad is None:  # the matrix product does it all
@@ -444,6 +498,7 @@ class Operations:
                         *rows_of(part),
                         *(1.0 if in_place else factor, alpha),
                         *(on, key, start + (i * rows + at) * cols, 0),
+                        *NO_ERROR,
                         *rows_of(product),
                         *rows_of(None if g is None else g[chunk]),
                         *rows_of(subtract),
@@ -451,6 +506,26 @@ class Operations:
                         *phi_of(scale, at),
                     ),
                 )
+        return None
+
+    def _apply_in_float32(self, weight: Tensor, error: WeightError, *more: Any) -> Declined | None:
+        """`apply_` where weights have errors."""
+        if error_of(weight, error) is None or not all(map(has_unit_rows, matrices_of(weight))):
+            return NotImplemented
+
+        def copy_(target: Tensor, value: Tensor, *errors: int) -> None:
+            matrices = (*target.shape, *rows_of(target), *rows_of(value))
+            self.library.call("store", pack_store(*matrices, *NO_NOISE, *errors))
+
+        def load(part: Tensor, own: WeightError) -> Tensor:
+            value = torch.empty(part.shape, dtype=F32)
+            copy_(value, part, *NO_ERROR, *(error_of(part, own) or NO_ERROR))
+            return value
+
+        def store(part: Tensor, own: WeightError, value: Tensor) -> None:
+            copy_(part, value, *(error_of(part, own) or NO_ERROR), *NO_ERROR)
+
+        in_float32(self.apply_, load, store, weight, error, *more)
         return None
 
     def apply_dense_(
@@ -461,11 +536,13 @@ class Operations:
         keep: Tensor | None,
         ok: Tensor | None,
         rounding: Tensor | None,
+        error: Tensor | None = None,
+        error_low: Tensor | None = None,
     ) -> Declined | None:
         if not storable(weight) or direction.dtype != F32:
             return NotImplemented
-        pairs = pairs_of(weight, direction)
-        if pairs is None:
+        pairs, errors = pairs_of(weight, direction), error_of(weight, (error, error_low))
+        if pairs is None or errors is None:
             return NotImplemented
         if off(ok):
             return None
@@ -473,6 +550,7 @@ class Operations:
         factor = number if keep is None else float(keep)
         on, key, start, _ = rounding_of(rounding)
         for rows, cols, w, w_stride, d, d_stride, first in pairs:
+            high, low = (at and at + w.storage_offset() - weight.storage_offset() for at in errors)
             self.library.call(
                 "update",
                 pack_update(
@@ -480,6 +558,7 @@ class Operations:
                     *(w.data_ptr(), TYPES[w.dtype], w_stride),
                     *(factor, alpha),
                     *(on, key, start + first, 0),
+                    *(high, low),
                     *(d.data_ptr(), 0, d_stride),
                     *NO_ROWS,
                     *NO_ROWS,
@@ -489,17 +568,26 @@ class Operations:
             )
         return None
 
-    def stochastic_round_(self, target: Tensor, value: Tensor, rounding: Tensor | None) -> Declined | None:
+    def stochastic_round_(
+        self,
+        target: Tensor,
+        value: Tensor,
+        rounding: Tensor | None,
+        error: Tensor | None = None,
+        error_low: Tensor | None = None,
+    ) -> Declined | None:
         # Float32 that is rounded to the grid of bfloat16 is left to the definition.
         if not storable(target) or value.dtype != F32 or (rounding is not None and target.dtype == F32):
             return NotImplemented
-        pairs = pairs_of(target, value)
-        if pairs is None:
+        pairs, errors = pairs_of(target, value), error_of(target, (error, error_low))
+        if pairs is None or errors is None:
             return NotImplemented
         on, key, start, _ = rounding_of(rounding)
         for rows, cols, t, t_stride, v, v_stride, first in pairs:
             target_rows, value_rows = (t.data_ptr(), TYPES[t.dtype], t_stride), (v.data_ptr(), 0, v_stride)
-            self.library.call("store", pack_store(rows, cols, *target_rows, *value_rows, on, key, start + first, 0))
+            noise = (on, key, start + first, 0)
+            high, low = (at and at + t.storage_offset() - target.storage_offset() for at in errors)
+            self.library.call("store", pack_store(rows, cols, *target_rows, *value_rows, *noise, high, low, *NO_ERROR))
         return None
 
     # ------------------------------------------------------------------------------------------------------------------- codes

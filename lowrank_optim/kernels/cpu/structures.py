@@ -26,8 +26,12 @@ class Adam(Structure):
     _fields_ = tuple((name, c_float) for name in ("weight1", "beta2", "weight2", "root_factor", "root_offset"))
 
 
+class WeightError(Structure):
+    _fields_ = (("high", _P), ("low", _P))
+
+
 class StepParams(Structure):
-    _fields_ = (("keep", c_float), ("alpha", c_float), ("rounding", Noise))
+    _fields_ = (("keep", c_float), ("alpha", c_float), ("rounding", Noise), ("error", WeightError))
 
 
 _WRITTEN = (("out", _P), ("weight", Rows), ("adam", Adam), ("write", StepParams))
@@ -40,6 +44,14 @@ class AdamArgs(Structure):
         *(("grad", Rows), ("exp_avg", _P), ("exp_avg_sq", _P)),
         *_WRITTEN,
         *_NORMS,
+    )
+
+
+class FoldedAdamArgs(Structure):
+    _fields_ = (
+        *(("rows", _N), ("cols", _N), ("fold", _N)),
+        *(("grad", Rows), ("exp_avg", _P), ("exp_avg_sq", _P)),
+        *(("weight", Rows), ("adam", Adam), ("residual", c_float), ("write", StepParams)),
     )
 
 
@@ -94,7 +106,10 @@ class UpdateArgs(Structure):
 
 
 class StoreArgs(Structure):
-    _fields_ = (("rows", _N), ("cols", _N), ("target", Rows), ("value", Rows), ("rounding", Noise))
+    _fields_ = (
+        *(("rows", _N), ("cols", _N), ("target", Rows), ("value", Rows)),
+        *(("rounding", Noise), ("error", WeightError), ("value_error", WeightError)),
+    )
 
 
 class NormArgs(Structure):

@@ -12,7 +12,7 @@ from typing import Any
 
 from lowrank_optim.kernels.dispatch import Unavailable
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """Raised, here and in csrc/cuda/abi.cu, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CUDA_LIBRARY"
@@ -30,7 +30,7 @@ class Adam(Structure):
 
 
 class StepParams(Structure):
-    _fields_ = (("alpha", c_float), ("keep", c_float))
+    _fields_ = (("alpha", c_float), ("keep", c_float), ("error", c_void_p), ("error_low", c_void_p))
 
 
 class Strided(Structure):

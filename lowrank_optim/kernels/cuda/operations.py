@@ -35,6 +35,7 @@ from lowrank_optim.kernels.cuda.library import (
     UnpackBlock,
 )
 from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
+from lowrank_optim.kernels.rounding import lie_alike
 
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]
 """ratio, ratio_scale, root, root_scale"""
@@ -149,6 +150,8 @@ def _dense(
     scalars: Tensor,
     ok: Tensor | None,
     rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> AdamElement:
     *adam, alpha, keep = scalars.tolist()
     return AdamElement(
@@ -161,7 +164,7 @@ def _dense(
         TYPES[grad.dtype],
         TYPES[weight.dtype],
         Adam(*adam_numbers(*adam)),
-        StepParams(alpha, keep),
+        StepParams(alpha, keep, _pointer(error), _pointer(error_low)),
         _noise(rounding, weight.dtype == torch.bfloat16),
     )
 
@@ -174,11 +177,14 @@ def _store(
     library: Library,
     target: Tensor,
     value: Tensor,
-    write: StepParams | None,
+    numbers: tuple[float, ...] | None,
     keep: Tensor | None,
     ok: Tensor | None,
     rounding: Noise,
+    errors: tuple[Tensor | None, Tensor | None],
 ) -> Any:
+    if not lie_alike(target, *errors):
+        return NotImplemented
     flat = target.is_contiguous() and value.is_contiguous()
     if not _covered(target) or not _float32(value) or (not flat and target.dim() > 3):
         return NotImplemented
@@ -196,9 +202,9 @@ def _store(
         Strided(*x.stride()),
         TYPES[target.dtype],
         flat,
-        write is not None,
+        numbers is not None,
         keep is not None and keep.dtype == torch.float64,
-        write or StepParams(),
+        StepParams(*(numbers or (0.0, 0.0)), *map(_pointer, errors)),
         rounding,
     )
     _call(library, target, "store", op, target.numel())
@@ -213,13 +219,22 @@ def apply_dense_(
     keep: Tensor | None,
     ok: Tensor | None,
     rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> Any:
     noise = _noise(rounding, weight.dtype == torch.bfloat16)
-    return _store(library, weight, direction, StepParams(*scalars.tolist()), keep, ok, noise)
+    return _store(library, weight, direction, tuple(scalars.tolist()), keep, ok, noise, (error, error_low))
 
 
-def stochastic_round_(library: Library, target: Tensor, value: Tensor, rounding: Tensor | None) -> Any:
-    return _store(library, target, value, None, None, None, _noise(rounding))
+def stochastic_round_(
+    library: Library,
+    target: Tensor,
+    value: Tensor,
+    rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
+) -> Any:
+    return _store(library, target, value, None, None, None, _noise(rounding), (error, error_low))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- codes
@@ -407,9 +422,11 @@ def _coded_dense(
     rounding: Tensor | None,
     bits: int,
     block: int,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> _CodedAdam:
     codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-    write = StepParams(alpha, keep)
+    write = StepParams(alpha, keep, _pointer(error), _pointer(error_low))
     return _CodedAdam(weight, weight, grad, codes, col_scale, adam, write, noise, ok, rounding, bits, block)
 
 

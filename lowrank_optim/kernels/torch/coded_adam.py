@@ -18,7 +18,8 @@ from lowrank_optim.kernels.arguments import unpack_key
 from lowrank_optim.kernels.coded_reference import LEVELS, block_factors
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.kernels.nibbles import pack_nibbles, unpack_nibbles
-from lowrank_optim.kernels.reference import write_
+from lowrank_optim.kernels.reference import flat_error, write_
+from lowrank_optim.kernels.rounding import weight_error
 
 BUFFERS = 4
 
@@ -112,8 +113,11 @@ def coded_adam_dense_(
     rounding: Tensor | None,
     bits: int,
     block: int,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> None:
     """The operation of this name."""
+    rest = flat_error(weight_error(error, error_low))
     if _is_off(ok):
         return
     *adam, alpha, keep = scalars.tolist()
@@ -122,7 +126,8 @@ def coded_adam_dense_(
     for rows in _rows_of(weight, col_scale, block, weight, grad, ratio, ratio_scale, root, root_scale):
         w, g, *codes = rows.tensors
         direction = _direct(g, codes, rows, step)
-        write: dict[str, Any] = {"alpha": alpha, "keep": keep, "ok": step.ok, "rounding_key": key}
+        own = rest and rest.part(rows.first, w)
+        write: dict[str, Any] = {"alpha": alpha, "keep": keep, "ok": step.ok, "rounding_key": key, "error": own}
         write_(w, direction.to(compute.compute_dtype(w.dtype)), start=start + rows.first, **write)
         _encode_(codes, rows, step)
 

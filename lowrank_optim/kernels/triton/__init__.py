@@ -11,7 +11,7 @@ import torch
 
 from lowrank_optim.kernels.dispatch import Loaded, Unavailable
 
-MODULES = ("elementwise", "coded", "products", "sparse")
+MODULES = ("elementwise", "folded", "coded", "products", "sparse")
 
 
 def load() -> Loaded:

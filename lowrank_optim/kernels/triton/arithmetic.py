@@ -67,7 +67,7 @@ def to_bfloat16(x):
 
 @triton.jit
 def to_bfloat16_stochastically(x, key, positions):
-    """float32 to bfloat16, see `reference.stochastic_round`."""
+    """float32 to bfloat16, see `rounding.stochastic_round`."""
     bits = x.to(tl.uint32, bitcast=True)
     return _upper_half(bits, random_bits(key, positions) & 0xFFFF)
 
@@ -78,6 +78,36 @@ def narrow(x, like: tl.constexpr):
     if like == tl.bfloat16:
         return to_bfloat16(x)
     return x.to(like)
+
+
+@triton.jit
+def load_joined(w_ptr, high_ptr, low_ptr, at, inside):
+    """Weights as float32, with what rounding dropped from them (`rounding.joined`) where there are pointers to it."""
+    w = widen(tl.load(w_ptr + at, mask=inside, other=0.0))
+    if high_ptr is None:
+        return w
+    bits = w.to(tl.int32, bitcast=True)
+    rest = tl.load(high_ptr + at, mask=inside, other=0).to(tl.int32) << 8
+    if low_ptr is not None:
+        rest += tl.load(low_ptr + at, mask=inside, other=0).to(tl.int32)
+    size = tl.maximum((bits & 0x7FFFFFFF) + rest, 0)
+    return (size | ((bits >> 31) << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_split(w_ptr, high_ptr, low_ptr, at, value, inside):
+    """float32 as bfloat16 weights and what rounding drops (`rounding.split_`)."""
+    bits = value.to(tl.uint32, bitcast=True)
+    number = (bits & 0x7FFFFFFF) <= 0x7F800000
+    if low_ptr is None:
+        bits = (bits + 0x7F + ((bits >> 8) & 1)) & 0xFFFFFF00
+    bits = tl.where(number, bits, 0x7FC00000)
+    upper = (bits + 0x8000) >> 16
+    rest = (bits - (upper << 16)).to(tl.int32, bitcast=True)
+    tl.store(w_ptr + at, upper.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
+    tl.store(high_ptr + at, (rest >> 8).to(tl.int8), mask=inside)
+    if low_ptr is not None:
+        tl.store(low_ptr + at, (rest & 0xFF).to(tl.uint8), mask=inside)
 
 
 @triton.jit

@@ -176,6 +176,7 @@ def _coded_adam(
     ok: Tensor | None,
     rounding: Tensor | None,
     c: Cut,
+    errors: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
     ratio, ratio_scale, root, root_scale = codes
     stochastic, words = _noise(noise)
@@ -194,6 +195,7 @@ def _coded_adam(
         root_scale,
         columns,
         flags(ok),
+        *errors,
         *c.sizes,
         matrix_rows,
         c.block,
@@ -252,6 +254,8 @@ def coded_adam_dense_(
     rounding: Tensor | None,
     bits: int,
     block: int,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> Any:
     if not covered(weight, grad) or not _float32(col_scale):
         return NotImplemented
@@ -261,7 +265,7 @@ def coded_adam_dense_(
     if c is None:
         return NotImplemented
     codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-    _coded_adam(weight, grad, codes, col_scale, adam, (alpha, keep), noise, ok, rounding, c)
+    _coded_adam(weight, grad, codes, col_scale, adam, (alpha, keep), noise, ok, rounding, c, (error, error_low))
     return None
 
 

@@ -9,7 +9,7 @@ All launches forbid fused multiply-adds, divisions and roots are the correctly r
 import triton
 import triton.language as tl
 
-from lowrank_optim.kernels.triton.arithmetic import holds, narrow, nearest_integer, random_halves, widen
+from lowrank_optim.kernels.triton.arithmetic import holds, load_joined, narrow, nearest_integer, random_halves, widen
 from lowrank_optim.kernels.triton.elementwise import adam_step, store_weight
 
 # ------------------------------------------------------------------------------------------------------------- parts of kernels
@@ -269,6 +269,8 @@ def coded_adam_kernel(
     root_scale_ptr,
     c_ptr,
     ok_ptr,
+    high_ptr,
+    low_ptr,
     rows,
     cols,
     matrix_rows,
@@ -296,11 +298,11 @@ def coded_adam_kernel(
 ):
     """One step of Adam on coded moments (rows, cols), in place: N into out, or (DENSE) out ← keep·out − alpha·N."""
     row, col, number, inside = _tile(rows, cols, block, blocks, ROWS, WIDTH)
-    out_pointers = out_ptr + row * cols + col
+    at = row * cols + col
     if ok_ptr is not None:
         if not holds(ok_ptr):
             if not DENSE:
-                tl.store(out_pointers, tl.zeros([ROWS, WIDTH], tl.float32), mask=inside)
+                tl.store(out_ptr + at, tl.zeros([ROWS, WIDTH], tl.float32), mask=inside)
             return
     g = widen(tl.load(g_ptr + row * cols + col, mask=inside, other=0.0))
     root = _load_values(
@@ -314,10 +316,10 @@ def coded_adam_kernel(
     )
     m, v, direction = adam_step(g, ratio * root, root * root, weight1, beta2, weight2, root_factor, root_offset)
     if DENSE:
-        w = widen(tl.load(out_pointers, mask=inside, other=0.0)) * keep - direction * alpha
-        store_weight(out_pointers, w, inside, weight_key, weight_start + row * cols + col, STOCHASTIC_WEIGHT)
+        w = load_joined(out_ptr, high_ptr, low_ptr, at, inside) * keep - direction * alpha
+        store_weight(out_ptr, high_ptr, low_ptr, at, w, inside, weight_key, weight_start + at, STOCHASTIC_WEIGHT)
     else:
-        tl.store(out_pointers, direction, mask=inside)
+        tl.store(out_ptr + at, direction, mask=inside)
     root = tl.sqrt_rn(v)
     ratio = tl.where(root > 0.0, tl.math.div_rn(m, root), 0.0)
     if c_ptr is not None:

@@ -12,11 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_optim.kernels.arguments import adam_numbers
+from lowrank_optim.kernels.rounding import lie_alike
 from lowrank_optim.kernels.triton.arithmetic import (
     holds,
     lerp,
+    load_joined,
     narrow,
     sign,
+    store_split,
     to_bfloat16_stochastically,
     uniform,
     widen,
@@ -69,6 +72,8 @@ def adam_dense_kernel(
     m_ptr,
     v_ptr,
     ok_ptr,
+    high_ptr,
+    low_ptr,
     n,
     weight1,
     beta2,
@@ -93,14 +98,17 @@ def adam_dense_kernel(
     m, v, direction = adam_step(g, m, v, weight1, beta2, weight2, root_factor, root_offset)
     tl.store(m_ptr + index, m, mask=inside)
     tl.store(v_ptr + index, v, mask=inside)
-    w = widen(tl.load(w_ptr + index, mask=inside)) * keep - direction * alpha
-    store_weight(w_ptr + index, w, inside, key, start + index, STOCHASTIC)
+    w = load_joined(w_ptr, high_ptr, low_ptr, index, inside) * keep - direction * alpha
+    store_weight(w_ptr, high_ptr, low_ptr, index, w, inside, key, start + index, STOCHASTIC)
 
 
 @triton.jit
-def store_weight(pointers, value, inside, key, positions, STOCHASTIC: tl.constexpr):
-    """Store float32 values in the pointers' type, rounded to nearest, or to the bfloat16 grid stochastically."""
-    if STOCHASTIC:
+def store_weight(w_ptr, high_ptr, low_ptr, at, value, inside, key, positions, STOCHASTIC: tl.constexpr):
+    """Store float32 values in the weights' type: to nearest, stochastically on the bfloat16 grid, or with what rounding drops."""
+    pointers = w_ptr + at
+    if high_ptr is not None:
+        store_split(w_ptr, high_ptr, low_ptr, at, value, inside)
+    elif STOCHASTIC:
         rounded = to_bfloat16_stochastically(value, key, positions)
         if pointers.dtype.element_ty == tl.bfloat16:
             tl.store(pointers, rounded, mask=inside)
@@ -161,6 +169,8 @@ def store_kernel(
     x_ptr,
     keep_ptr,
     ok_ptr,
+    high_ptr,
+    low_ptr,
     n,
     rows,
     cols,
@@ -182,14 +192,14 @@ def store_kernel(
     """w ← keep·w − alpha·x (UPDATE; keep is 1 where `ok` does not hold) or w ← x, for (batch, rows, cols) tensors of any strides."""
     index, inside = _indices(n, BLOCK)
     value = tl.load(x_ptr + _offsets(index, rows, cols, x_batch, x_row, x_col, FLAT), mask=inside)
-    pointers = w_ptr + _offsets(index, rows, cols, w_batch, w_row, w_col, FLAT)
+    at = _offsets(index, rows, cols, w_batch, w_row, w_col, FLAT)
     if UPDATE:
         if keep_ptr is not None:
             keep = tl.load(keep_ptr).to(tl.float32)
         if ok_ptr is not None:
             keep = tl.where(holds(ok_ptr), keep, 1.0)
-        value = widen(tl.load(pointers, mask=inside)) * keep - value * alpha
-    store_weight(pointers, value, inside, key, start + index, STOCHASTIC)
+        value = load_joined(w_ptr, high_ptr, low_ptr, at, inside) * keep - value * alpha
+    store_weight(w_ptr, high_ptr, low_ptr, at, value, inside, key, start + index, STOCHASTIC)
 
 
 # ----------------------------------------------------------------------------------------------------------------- operations
@@ -220,6 +230,8 @@ def adam_dense_(
     scalars: Tensor,
     ok: Tensor | None,
     rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> Any:
     if not covered(weight, grad, exp_avg, exp_avg_sq):
         return NotImplemented
@@ -235,6 +247,8 @@ def adam_dense_(
         exp_avg,
         exp_avg_sq,
         flags(ok),
+        error,
+        error_low,
         n,
         *adam_numbers(*adam),
         alpha,
@@ -287,8 +301,9 @@ def _store(
     keep: Tensor | None,
     ok: Tensor | None,
     rounding: Tensor | None,
+    errors: tuple[Tensor | None, Tensor | None],
 ) -> Any:
-    if not covered(target, value):
+    if not covered(target, value) or not lie_alike(target, *errors):
         return NotImplemented
     flat = _contiguous(target, value)
     if not flat and target.dim() > 3:
@@ -306,6 +321,7 @@ def _store(
         x,
         keep,
         flags(ok),
+        *errors,
         n,
         *w.shape[1:],
         *w.stride(),
@@ -329,13 +345,21 @@ def apply_dense_(
     keep: Tensor | None,
     ok: Tensor | None,
     rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> Any:
     alpha, factor = scalars.tolist()
-    return _store(weight, direction, (alpha, factor), keep, ok, rounding)
+    return _store(weight, direction, (alpha, factor), keep, ok, rounding, (error, error_low))
 
 
-def stochastic_round_(target: Tensor, value: Tensor, rounding: Tensor | None) -> Any:
-    return _store(target, value, None, None, None, rounding)
+def stochastic_round_(
+    target: Tensor,
+    value: Tensor,
+    rounding: Tensor | None,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
+) -> Any:
+    return _store(target, value, None, None, None, rounding, (error, error_low))
 
 
 OPERATIONS = {

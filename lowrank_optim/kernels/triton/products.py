@@ -26,8 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank_optim.kernels.rounding import lie_alike
 from lowrank_optim.kernels.triton.arithmetic import (
     holds,
+    load_joined,
     matrix_product,
     sign,
     to_bfloat16,
@@ -188,6 +190,8 @@ def apply_kernel(
     right_low_ptr,
     keep_ptr,
     ok_ptr,
+    high_ptr,
+    low_ptr,
     g_ptr,
     phi_ptr,
     from_left_ptr,
@@ -303,13 +307,18 @@ def apply_kernel(
             e = sign(e)
     if keep_ptr is not None:
         keep = tl.load(keep_ptr).to(tl.float32)
-    w_pointers = w_ptr + (batch * w_batch + first_row * w_row + first_col * w_col) + (r * w_row + c * w_col)
-    w = widen(tl.load(w_pointers, mask=inside, other=0.0)) * keep - lift * alpha
+    corner = batch * w_batch + first_row * w_row + first_col * w_col
+    w_ptr, at = w_ptr + corner, r * w_row + c * w_col
+    if high_ptr is not None:
+        high_ptr += corner
+    if low_ptr is not None:
+        low_ptr += corner
+    w = load_joined(w_ptr, high_ptr, low_ptr, at, inside) * keep - lift * alpha
     if g_ptr is not None:
         corner = batch * phi_batch + first_row * phi_row + first_col * phi_col
         w -= (e * alpha) * tl.load(phi_ptr + corner + (r * phi_row + c * phi_col), mask=inside, other=0.0)
     positions = start + ((batch * rows + first_row) * cols + first_col) + (r * cols + c)
-    store_weight(w_pointers, w, inside, key, positions, STOCHASTIC)
+    store_weight(w_ptr, high_ptr, low_ptr, at, w, inside, key, positions, STOCHASTIC)
 
 
 # -------------------------------------------------------------------------------------------------------------------- project
@@ -463,8 +472,10 @@ def apply_(
     subtract_left: Tensor | None,
     subtract_right: Tensor | None,
     sign: bool,
+    error: Tensor | None = None,
+    error_low: Tensor | None = None,
 ) -> Any:
-    if not covered(weight, left, grad):
+    if not covered(weight, left, grad) or not lie_alike(weight, error, error_low):
         return NotImplemented
     if weight.numel() == 0:
         return None
@@ -477,13 +488,14 @@ def apply_(
     w, a, b, g, scale, from_a, from_b = views
     assert w is not None
     precision = torch.get_float32_matmul_precision()
+    stored = weight.dtype if error is None else torch.float32  # what the numbers are, whatever they lie in
     (a, a_low), (b, b_low), (from_a, from_a_low), (from_b, from_b_low) = _factors(
-        [a, b, from_a, from_b], weight.dtype, precision
+        [a, b, from_a, from_b], stored, precision
     )
     batch, rows, cols = w.shape
     kib = shared_kib(weight)
     # Two accumulators, and three products at a time of operands in registers (before Hopper), need a smaller tile.
-    narrow = from_a is not None or (kib < 220 and (g is not None or weight.dtype == torch.float32))
+    narrow = from_a is not None or (kib < 220 and (g is not None or stored == torch.float32))
     tile = apply_tile(rows, cols, kib, a is not None and a.dtype == torch.bfloat16, narrow)
     steps = [step for t in (w, a, b, g, scale, from_a, from_b) for step in _strides(t)]
     alpha, factor = scalars.tolist()
@@ -499,6 +511,8 @@ def apply_(
         b_low,
         keep,
         flags(ok),
+        error,
+        error_low,
         g,
         scale,
         from_a,

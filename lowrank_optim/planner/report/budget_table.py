@@ -70,7 +70,8 @@ def advice(question: Question, rows: Sequence[Row], confirmed: MemoryPlan | None
 
 def code(question: Question, row: Row) -> list[str]:
     """The lines that train this way."""
-    options = next(dict(recipe.options) for recipe in RECIPES if recipe.title == row.title)
+    recipe = next(recipe for recipe in RECIPES if recipe.title == row.title)
+    options = dict(recipe.options)
     rank = options.pop("rank", row.rank)
     arguments = "".join(f", {name}={value!r}" for name, value in options.items())
     lines = ["import lowrank_optim as lo", ""] if row.optimizer not in ("adamw", "adamw_8bit") else []
@@ -78,6 +79,10 @@ def code(question: Question, row: Row) -> list[str]:
         lines.append('model.gradient_checkpointing_enable({"use_reentrant": False})')
     if row.weight_bits == 8:
         lines.append("model = lo.nn.quantize_weights_(model)")
+    if recipe.parametrization is not None:
+        name, made = recipe.parametrization
+        given = "".join(f", {key}={value!r}" for key, value in {"rank": rank, **made}.items())
+        lines.append(f"model = lo.nn.{name}_(model{given})")
     classes = {
         "adamw": "torch.optim.AdamW(model.parameters())",
         "adamw_8bit": "bitsandbytes.optim.AdamW8bit(model.parameters())",
@@ -86,6 +91,7 @@ def code(question: Question, row: Row) -> list[str]:
         "alice": f"lo.AliceAdamW(lo.param_groups(model, rank={rank}){arguments})",
         "qgalore": f"lo.QGaLoreAdamW8bit(lo.param_groups(model, rank={rank}){arguments})",
         "apollo_mini": f"lo.APOLLOMiniAdamW(lo.param_groups(model, rank={rank}){arguments})",
+        "LowRankOptimizer": f"lo.LowRankOptimizer(lo.param_groups(model, rank=None){arguments})",
         "lisa": f"lo.LISAAdamW(lo.layer_groups(model){arguments})",
     }
     lines.append(f"optimizer = {classes[row.optimizer]}")

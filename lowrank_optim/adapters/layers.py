@@ -1,0 +1,73 @@
+"""The adapter layers of a model, as peft builds them (0.17 to 0.21), recognised by their attributes, so that peft is not imported."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+PRODUCTS = ("Dora", "ALora", "Velora", "MiCA", "QALora")
+"""Beginnings of the names of peft's variants whose layers compute with the product B A, and nothing else of A and B."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two factors of one adapter in one layer.
+
+    layer: that holds them.
+    path: its name in the model.
+    adapter: name of the adapter.
+    a, b: A (r×n) and B (m×r), or those of E experts.
+    scaling: s.
+    experts: E.
+    why_not: what speaks against treating them as a pair; None if nothing does.
+    """
+
+    layer: nn.Module
+    path: str
+    adapter: str
+    a: Tensor
+    b: Tensor
+    scaling: float
+    experts: int
+    why_not: str | None
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the layer keeps them as parameters of its own."""
+        return self.adapter in getattr(self.layer, "lora_embedding_A", {})
+
+
+def find_factors(model: nn.Module) -> Iterator[Factors]:
+    """All adapters of all layers, those too whose factors are no pairs."""
+    for path, layer in model.named_modules():
+        scalings = getattr(layer, "scaling", None)
+        if not isinstance(scalings, Mapping) or not hasattr(layer, "lora_A") or not hasattr(layer, "lora_B"):
+            continue
+        for adapter, scaling in scalings.items():
+            factors = _factors(layer, adapter)
+            if factors is not None:
+                a, b, experts = factors
+                yield Factors(layer, path, adapter, a, b, scaling, experts, _why_not(layer, adapter, a, b))
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, int] | None:
+    """A, B and the number of experts of an adapter; None where the layer has none of this name."""
+    for first, second in (("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B")):
+        kept, others = getattr(layer, first, {}), getattr(layer, second, {})
+        if adapter in kept and adapter in others:
+            a, b = (getattr(each, "weight", each) for each in (kept[adapter], others[adapter]))
+            return a, b, int(getattr(layer, "num_experts", 1))
+    return None
+
+
+def _why_not(layer: Any, adapter: str, a: Tensor, b: Tensor) -> str | None:
+    for gate in ("lora_diag", "lora_E"):
+        if adapter in getattr(layer, gate, {}):
+            return f"a gate ({gate}) stands between them"
+    variant = type(getattr(layer, "lora_variant", {}).get(adapter)).__name__
+    if variant != "NoneType" and not variant.startswith(PRODUCTS):
+        return f"{variant} computes with more than their product"
+    if a.shape[0] != b.shape[1]:
+        return f"A is {tuple(a.shape)} and B {tuple(b.shape)}, which do not multiply"
+    return None

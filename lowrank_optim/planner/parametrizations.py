@@ -1,0 +1,73 @@
+"""Which layers a plan puts in the place of plain linear ones: a function of `lowrank_optim.nn` by name and options, or any other."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from lowrank_optim.nn import sltrain_
+from lowrank_optim.planner.errors import PlanError
+
+PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {"sltrain": sltrain_}
+"""By name; planned as for training from scratch, since weights without numbers have no others."""
+
+
+@dataclass(frozen=True)
+class ParametrizationChoice:
+    """What becomes of the linear layers of a model.
+
+    name: for people.
+    convert: changes a model in place and returns it.
+    options: those that were given.
+    """
+
+    name: str
+    convert: Callable[[nn.Module], nn.Module]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def resolve_parametrization(parametrization: Any) -> ParametrizationChoice | None:
+    """The parametrization that an argument means: None, a name, (name, options), or a function of the model.
+
+    Raises:
+        PlanError: an unknown name, with the nearest one; something else.
+    """
+    if parametrization is None:
+        return None
+    options: dict[str, Any] = {}
+    if (
+        isinstance(parametrization, (tuple, list))
+        and len(parametrization) == 2
+        and isinstance(parametrization[1], Mapping)
+    ):
+        parametrization, options = parametrization[0], dict(parametrization[1])
+    if isinstance(parametrization, str):
+        if parametrization not in PARAMETRIZATIONS:
+            near = get_close_matches(parametrization, PARAMETRIZATIONS, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise PlanError(
+                f"there is no parametrization {parametrization!r}: {hint}names are {', '.join(PARAMETRIZATIONS)}"
+            )
+        name, function = parametrization, PARAMETRIZATIONS[parametrization]
+        return ParametrizationChoice(name, lambda model: _convert(name, function, model, options), options)
+    if callable(parametrization) and not options:
+        name = getattr(parametrization, "__name__", "parametrization")
+        return ParametrizationChoice(name, lambda model: _convert(name, parametrization, model, {}))
+    raise PlanError(
+        f"parametrization is {parametrization!r}; give a name ({', '.join(PARAMETRIZATIONS)}), (name, options), or a function that "
+        "changes a model and returns it"
+    )
+
+
+def _convert(name: str, function: Callable[..., Any], model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    if name in PARAMETRIZATIONS:
+        options = {"init": "fresh"} | options
+    try:
+        made = function(model, **options)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{name}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise PlanError(f"{name} returned {type(made).__name__}, not the model")
+    return made

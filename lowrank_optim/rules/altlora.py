@@ -1,0 +1,83 @@
+"""AltLoRA: one factor of a pair at a time, along the projected gradient of the whole matrix, with momentum that follows the other."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.rules.joint import Answer, Unit
+from lowrank_optim.rules.pairs import Pair, PairRule, Side, across, blend_, grams_after, identity_where, times
+from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse, sum_together, widened
+
+
+@dataclass(frozen=True)
+class AlternatingLoRA(PairRule):
+    """B at odd steps, A at even ones; beside a frozen factor, the other at every step.
+
+        M_B ← βM_B + (1−β) g_B M⁺/s²,   B ← B − η M_B/(1−β^k)        M = AAᵀ, k the turns of B
+        M_A ← βM_A + (1−β) K⁺g_A/s²,   A ← A − η M_A/(1−β^k)        K = BᵀB, k the turns of A
+
+    s M_B A is the running mean of gradients of the whole matrix, projected on the rows of A. When A has moved, M_B is carried along
+    by the least-squares change of basis, M_B ← M_B (A_old A_newᵀ) M_new⁺, and M_A likewise when B has moved. The product B A does
+    not depend on the choice of the factors. η is a rate of full fine-tuning with momentum; weights decay when it is their turn.
+
+    beta1: β.
+
+    Memory of a pair: 4r(m+n) bytes.
+    """
+
+    name: ClassVar[str] = "altlora"
+    takes_frozen: ClassVar[bool] = True
+    finishes: ClassVar[bool] = True
+    beta1: float = 0.9
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        if not 0.0 <= float(options["beta1"]) < 1.0:
+            raise ValueError(f"beta1 is {options['beta1']!r}; it must be in [0, 1)")
+
+    def init_joint(
+        self, shapes: Sequence[tuple[int, ...]], options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> Sequence[dict[str, Tensor]]:
+        return [{"exp_avg": torch.zeros(shape, dtype=dtype, device=device)} for shape in shapes]
+
+    def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
+        pairs = [Pair.of(unit) for unit in units]
+        turns = [_turn(pair) for pair in pairs]
+        duals = [dual for _, dual, _ in turns]
+        eps = duals[0].eps
+        found = sum_together([across(dual.weight, dual.weight) for dual in duals], [dual.spread for dual in duals])
+        inverses = in_batches(lambda gram: pseudo_inverse(gram, eps), found)
+        answers: list[Answer] = []
+        for pair, (side, _, count), inverse in zip(pairs, turns, inverses, strict=True):
+            assert side.grad is not None
+            beta = float(pair.options["beta1"])
+            momentum = side.tall(side.state["exp_avg"])
+            blend_(momentum, side.grad, inverse / pair.scaling**2, 1.0 - beta, side.ok)
+            move = side.move(momentum / (1.0 - beta**count))
+            answers.append(([move, None] if side.is_a else [None, move], side.weight.clone()))
+        return answers
+
+    def finish(self, units: Sequence[tuple[Unit, Any]]) -> Sequence[None]:
+        """The momentum of the factor that did not move follows the one that did."""
+        pairs = [Pair.of(unit) for unit, _ in units]
+        moved = [side for side, _, _ in map(_turn, pairs)]
+        eps = moved[0].eps
+        after, cross = grams_after(moved, [old for _, old in units])
+        changes = in_batches(lambda gram, both: widened(both).mT @ pseudo_inverse(gram, eps), after, cross)
+        for pair, side, change in zip(pairs, moved, changes, strict=True):
+            other = pair.b if side.is_a else pair.a
+            if other.grad is not None:
+                momentum = other.tall(other.state["exp_avg"])
+                momentum.copy_(times(momentum, identity_where(change, side.ok)))
+        return [None for _ in units]
+
+
+def _turn(pair: Pair) -> tuple[Side, Side, int]:
+    """The side that moves in this step, its dual, and how many turns it has had with this one."""
+    if pair.a.grad is None or pair.b.grad is None:
+        side, dual = (pair.b, pair.a) if pair.a.grad is None else (pair.a, pair.b)
+        return side, dual, int(side.context.step)
+    step = int(pair.b.context.step)
+    return (pair.b, pair.a, (step + 1) // 2) if step % 2 else (pair.a, pair.b, step // 2)

@@ -1,0 +1,106 @@
+"""Functions of the r×r matrices of pairs: Gram matrices of factors, their inverses and roots.
+
+Matrices come as (N, r, r), in any number, and those of one size are decomposed together (`in_batches`). Arithmetic is float64
+wherever the device has it. Eigenvalues up to r·ε times the largest count as 0, with ε of the type in which the Gram matrix was
+summed; what is not finite counts as 0 too, so that nothing raises in the middle of a step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lowrank_optim.rules.orthogonal import gram_dtype
+from lowrank_optim.sharding.tensor_sharding import TensorSharding
+
+Function: TypeAlias = Callable[..., Tensor]
+
+
+def widened(matrix: Tensor) -> Tensor:
+    """The matrix in the type of small decompositions."""
+    return matrix.to(gram_dtype(matrix.dtype, matrix.device))
+
+
+def in_batches(function: Function, *lists: Sequence[Tensor]) -> list[Tensor]:
+    """function(a, b, …) for each position of the lists; positions whose matrices have one size are computed in one call."""
+    found: list[Tensor | None] = [None] * len(lists[0])
+    alike: dict[tuple[torch.Size, ...], list[int]] = {}
+    for number, matrices in enumerate(zip(*lists, strict=True)):
+        alike.setdefault(tuple(matrix.shape[1:] for matrix in matrices), []).append(number)
+    for numbers in alike.values():
+        together = function(*(torch.cat([column[n] for n in numbers]) for column in lists))
+        for number, part in zip(numbers, together.split([lists[0][n].shape[0] for n in numbers]), strict=True):
+            found[number] = part
+    return [matrix for matrix in found if matrix is not None]
+
+
+def sum_together(parts: Sequence[Tensor], spreads: Sequence[tuple[TensorSharding, int]]) -> list[Tensor]:
+    """Each part summed over the processes that split a dimension of another tensor: one message for those of the same processes."""
+    sums = list(parts)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for number, (spread, dim) in enumerate(spreads):
+        if groups := spread.groups(dim):
+            alike.setdefault((parts[number].dtype, *groups), []).append(number)
+    for numbers in alike.values():
+        spread, dim = spreads[numbers[0]]
+        flat = spread.sum(torch.cat([parts[n].flatten() for n in numbers]), dim)
+        for n, part in zip(numbers, flat.split([parts[n].numel() for n in numbers]), strict=True):
+            sums[n] = part.view(parts[n].shape)
+    return sums
+
+
+def _eigen(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, at least 0, eigenvectors, and which eigenvalues count."""
+    wide = widened(matrix)
+    wide = ((wide + wide.mT) / 2.0).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    values, vectors = torch.linalg.eigh(wide)
+    values = values.clamp_min(0.0)
+    return values, vectors, values > matrix.shape[-1] * eps * values[..., -1:]
+
+
+def _composed(vectors: Tensor, values: Tensor) -> Tensor:
+    """Z diag(values) Zᵀ."""
+    product: Tensor = (vectors * values.unsqueeze(-2)) @ vectors.mT
+    return product
+
+
+def pseudo_inverse(gram: Tensor, eps: float) -> Tensor:
+    """K⁺."""
+    values, vectors, counts = _eigen(gram, eps)
+    return _composed(vectors, torch.where(counts, values.reciprocal(), 0.0))
+
+
+def pseudo_inverse_root(gram: Tensor, eps: float, shift: Tensor | float = 0.0, added: float = 0.0) -> Tensor:
+    """Z diag(1/(√(w + shift) + added)) Zᵀ for K = Z diag(w) Zᵀ; 0 where w + shift counts as 0.
+
+    Args:
+        gram: K.
+        eps: of the type that K was summed in.
+        shift: a number, or one for each matrix, (N,).
+        added: to the roots.
+    """
+    values, vectors, _ = _eigen(gram, eps)
+    values = values + (shift.to(values.dtype).unsqueeze(-1) if isinstance(shift, Tensor) else shift)
+    counts = values > gram.shape[-1] * eps * values[..., -1:]
+    return _composed(vectors, torch.where(counts, (values.sqrt() + added).reciprocal(), 0.0))
+
+
+def damped_inverse(gram: Tensor, damping: float, absolute: bool) -> Tensor:
+    """(K + δI)⁻¹; δ is `damping`, times tr(K)/r unless it is `absolute`. 0 where K is 0 and δ too."""
+    values, vectors, _ = _eigen(gram, 0.0)
+    size = damping if absolute else damping * values.mean(-1, keepdim=True)
+    shifted = values + size
+    return _composed(vectors, torch.where(shifted > 0.0, shifted.reciprocal(), 0.0))
+
+
+def sylvester(left: Tensor, right: Tensor, target: Tensor, eps: float) -> Tensor:
+    """X with K X + X M = C for symmetric K and M, by their eigenvalues λ and μ; X is 0 where λᵢ + μⱼ counts as 0."""
+    own, q, _ = _eigen(left, eps)
+    other, z, _ = _eigen(right, eps)
+    sums = own.unsqueeze(-1) + other.unsqueeze(-2)
+    largest = (own[..., -1:] + other[..., -1:]).unsqueeze(-1)
+    inside = q.mT @ widened(target) @ z
+    counts = sums > left.shape[-1] * eps * largest
+    solution: Tensor = q @ torch.where(counts, inside / sums, 0.0) @ z.mT
+    return solution
