@@ -189,6 +189,7 @@ def test_the_reference_has_every_public_name_once():
     public = {name for name in lo.__all__ if name not in ("__version__", "distributed", "nn")}
     layers = {f"nn.{name}" for name in lo.nn.__all__} | {f"distributed.{name}" for name in lo.distributed.__all__}
     checks = {f"testing.{name}" for name in lo.testing.__all__}
+    checks |= {f"diagnostics.{name}" for name in lo.diagnostics.__all__}
     beside = {"groups.options.Options", "integrations.transformers.LowRank", "integrations.transformers.InBackward"}
     beside |= {"integrations.compat.install", "integrations.compat.uninstall"}
     assert set(listed) == public | layers | checks | beside
