@@ -82,7 +82,7 @@ MUTANTS = [
     ),
     Mutant(
         BASIS,
-        "return overlap if orthonormal else torch.linalg.solve(spread.sum(old.mT @ old, -2), overlap)",
+        "return overlap if orthonormal else torch.linalg.solve(sharding.sum(old.mT @ old, -2), overlap)",
         "return overlap",
         PROJECTORS,
     ),
