@@ -80,12 +80,12 @@ class Side:
     @property
     def long(self) -> int:
         """d on all processes together."""
-        spread = self.context.sharding.reduced
-        rows, cols = spread.whole_shape(self.flat(self.weight))
+        sharding = self.context.sharding.reduced
+        rows, cols = sharding.whole_shape(self.flat(self.weight))
         return cols if self.is_a else rows
 
     @property
-    def spread(self) -> tuple[Any, int]:
+    def sharding(self) -> tuple[Any, int]:
         """Over which processes a sum over d goes: a sharding, and its dimension."""
         return self.context.sharding.reduced, -1 if self.is_a else -2
 
@@ -193,14 +193,14 @@ def blend_(target: Tensor, form: Tensor, small: Tensor, share: float, ok: Tensor
 def grams(pairs: Sequence[Pair]) -> list[Tensor]:
     """K = BᵀB and M = AAᵀ of all pairs: [M₁, K₁, M₂, K₂, …], each (E, r, r)."""
     sides = [side for pair in pairs for side, _ in pair.sides]
-    return sum_together([across(side.weight, side.weight) for side in sides], [side.spread for side in sides])
+    return sum_together([across(side.weight, side.weight) for side in sides], [side.sharding for side in sides])
 
 
 def grams_after(sides: Sequence[Side], old: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """X_newᵀX_new and X_newᵀX_old of factors X that were written, given what they were."""
     new = [side.weight for side in sides]
     parts = [*map(across, new, new), *map(across, new, old)]
-    sums = sum_together(parts, [side.spread for side in sides] * 2)
+    sums = sum_together(parts, [side.sharding for side in sides] * 2)
     return sums[: len(sides)], sums[len(sides) :]
 
 
@@ -276,7 +276,7 @@ class PairRule(JointRule):
         """b_k, a_k ← f b_k, f a_k with f = √max(0, 1 − ηξ/(‖b_k‖‖a_k‖)): a soft threshold on the size of each rank-one term."""
         sides = [Side.of(unit, number) for number in (0, 1)]
         squares = [torch.linalg.vector_norm(side.weight, dim=-2).square() for side in sides]
-        norms = [square.sqrt() for square in sum_together(squares, [side.spread for side in sides])]
+        norms = [square.sqrt() for square in sum_together(squares, [side.sharding for side in sides])]
         size = norms[0] * norms[1]
         left = (1.0 - max(steps) * l1 / size).clamp_min(0.0)
         factor = torch.where(size > 0.0, left, 0.0).sqrt().unsqueeze(-2)

@@ -83,7 +83,7 @@ class Rite(PairRule):
         options, eps = pairs[0].options, sides[0].eps
         roots = in_batches(lambda gram: pseudo_inverse_root(gram, eps), grams(pairs))  # of A, of B, of A, …
         duals = [roots[number ^ 1] for number in range(len(sides))]
-        squares = sum_together([across(_grad(side), _grad(side)) for side in sides], [side.spread for side in sides])
+        squares = sum_together([across(_grad(side), _grad(side)) for side in sides], [side.sharding for side in sides])
         means = in_batches(lambda root, square: root @ widened(square) @ root, duals, squares)
         for side, mean in zip(sides, means, strict=True):
             share = 1.0 - _decay(float(options["betas"][1]), side.context.step)

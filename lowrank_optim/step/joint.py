@@ -122,11 +122,11 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
                 continue
             write = member.write(direction, 1.0, ok)
             steps[number] = abs(write.alpha)
-            spread = member.plan.sharding.matrix
+            sharding = member.plan.sharding.matrix
             if is_cautious(group):
-                cautiously_(member.weight, direction.matrix, member.local_grad(), write, group, spread)
+                cautiously_(member.weight, direction.matrix, member.local_grad(), write, group, sharding)
             else:
-                kernels.apply_dense_(member.weight, direction.matrix, start=spread.start, **vars(write))
+                kernels.apply_dense_(member.weight, direction.matrix, start=sharding.start, **vars(write))
         if group["l1"]:
             rule.shrink_(unit, steps, float(group["l1"]))
         if rule.finishes:

@@ -142,10 +142,10 @@ class ParamStep:
         """Measure the column scales of coded moments where that is due; `since` is the step of their last change of basis."""
         if "col_scale" not in self.state or not scale_is_due(int(self.state["step"]) - since):
             return
-        share, spread = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
+        share, sharding = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
         grad = self.plan.rule.moment_gradient(grad, self.group)
-        rows = spread.sum(moments.row_sums(grad, share), -1)
-        columns = spread.sum(moments.column_sums(grad, share, rows), -2)
+        rows = sharding.sum(moments.row_sums(grad, share), -1)
+        columns = sharding.sum(moments.column_sums(grad, share, rows), -2)
         moments.rescale_(columns, int(self.state["step"]), ok)
 
     # ------------------------------------------------------------------------------------------------------------ weights
@@ -189,19 +189,19 @@ class ParamStep:
     @contextmanager
     def gathered(self) -> Iterator[tuple["ParamStep", Tensor]]:
         """The step and the gradient of the whole parameter, where moments are kept whole although the weights are not."""
-        weight, spread = self.weight, self.plan.sharding.matrix
+        weight, sharding = self.weight, self.plan.sharding.matrix
         dims = range(-weight.dim(), 0)
-        whole, grad = spread.gather(weight, *dims), spread.gather(local_grad(self.param), *dims)
+        whole, grad = sharding.gather(weight, *dims), sharding.gather(local_grad(self.param), *dims)
         state = {name: tensor for name, tensor in self.state.items() if name != "master"}
-        errors = {name: spread.gather(state[name], *dims) for name in WEIGHT_ERROR if name in state}
+        errors = {name: sharding.gather(state[name], *dims) for name in WEIGHT_ERROR if name in state}
         state |= errors
         yield (
             replace(self, param=whole, plan=replace(self.plan, sharding=LOCAL), state=state),
             self.plan.view(grad) if self.plan.is_matrix else grad,
         )
-        weight.copy_(spread.part(whole))
+        weight.copy_(sharding.part(whole))
         for name, error in errors.items():
-            self.state[name].copy_(spread.part(error))
+            self.state[name].copy_(sharding.part(error))
 
     def dense_parts(
         self, grad: Tensor, elementwise: bool
