@@ -1,12 +1,26 @@
 """Parameters that were sharded after the optimizer was built, and put into its groups in the old ones' place, as Accelerate does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lowrank_optim.optimizers.contracts import HasState
+from lowrank_optim.sharding.dtensor import is_sharded
 from lowrank_optim.step.init_state import init_state
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def adopting(optimizer: HasState, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """check(…). Where it raises for parameters that were sharded before the first step, they are taken in, and it is asked again."""
+    try:
+        return check(*args, **kwargs)
+    except RuntimeError:
+        if not adopt_sharded(optimizer):
+            raise
+    return check(*args, **kwargs)
 
 
 def adopt_sharded(optimizer: HasState) -> bool:
@@ -24,7 +38,7 @@ def adopt_sharded(optimizer: HasState) -> bool:
     pairs = [pair for old, new in zip(before, now, strict=True) for pair in zip(old, new, strict=True)]
     replaced = {old: new for old, new in pairs if old is not new}
     if not replaced or not all(
-        isinstance(new, DTensor) and new.shape == optimizer.plans[old].shape and not isinstance(old, DTensor)
+        is_sharded(new) and new.shape == optimizer.plans[old].shape and not is_sharded(old)
         for old, new in replaced.items()
     ):
         return False

@@ -21,7 +21,7 @@ from lowrank_optim.sharding.dtensor import local, local_grad
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.nonfinite import SkippedUpdates
 from lowrank_optim.step.param_plan import ParamPlan
-from lowrank_optim.step.refresh_schedule import latest_refresh, moment_steps, own_gap
+from lowrank_optim.step.refresh_schedule import latest_refresh, moment_steps
 from lowrank_optim.step.state_names import WEIGHT_ERROR
 
 
@@ -118,7 +118,8 @@ class ParamStep:
         space, state = self.plan.space, self.state
         if space is None or space.rank == 0:
             return False
-        scheduled = latest_refresh(int(state["step"]), own_gap(state, self.group), self.offset)
+        gap = state["gap"] if "gap" in state else self.group["update_proj_gap"]  # its own, where refreshes are lazy
+        scheduled = latest_refresh(int(state["step"]), int(gap), self.offset)
         return int(state["last_refresh"]) < scheduled
 
     def key(self, step: int, purpose: int = PURPOSE_BASIS) -> int:
