@@ -16,7 +16,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(
 # A run in the folder is continued, or with ARGS=--overwrite deleted.
 RESUME := $(if $(filter --overwrite,$(ARGS)),,--resume)
 
-.PHONY: setup check test matrix lint docs dist dist-check pretrain clean
+.PHONY: setup check test test-all matrix integrations lint docs dist dist-check pretrain clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -28,14 +28,26 @@ endif
 	$(PIP) --editable '.[dev]'
 	touch $@
 
-test: $(READY)   ## the whole test suite
+test: $(READY)   ## the test suite; of tests with three parameters and more, each pair of values
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cases pairs $(ARGS)
+
+test-all: $(READY)   ## the test suite with every combination of values
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: lint   ## style, types and a selection of the tests, in about two minutes: each value of each parameter, and no processes
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --each-value -m "not slow and not long" --ignore tests/distributed $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cases values -m "not slow and not long" --ignore tests/distributed $(ARGS)
 
 matrix:   ## a part of the tests on several versions of Python and torch: tests/matrix.py (up to 7 GB for each pair)
 	$(PYTHON) tests/matrix.py $(MATRIX)
+
+# torchtitan and LLaMA-Factory want older versions of what the others want newer ones of. Their optimizers do not need it: they are
+# installed alone, with what these modules import.
+integrations:   ## the tests with trainers of others, which are installed in .venv-integrations; writes docs/integrations/tested.md
+	$(MAKE) setup VENV=.venv-integrations
+	.venv-integrations/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[integrations]'
+	.venv-integrations/bin/pip install --quiet --disable-pip-version-check --no-deps torchtitan==0.3.0 spmd_types==0.2.3 \
+		torch_checkpointing==0.1.0 torchdata==0.11.0 llamafactory==0.9.5
+	.venv-integrations/bin/python tests/third_party.py $(ARGS)
 
 lint: $(READY)   ## style and types
 	$(BIN)/ruff check .

@@ -187,8 +187,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`lowrank_optim.integrations`, `.testing` and the planner, imported when they are first asked for."""
-    if name in ("integrations", "testing"):
+    """`lowrank_optim.diagnostics`, `.integrations`, `.testing` and the planner, imported when they are first asked for."""
+    if name in ("diagnostics", "integrations", "testing"):
         from importlib import import_module
 
         return import_module(f"lowrank_optim.{name}")

@@ -1,6 +1,9 @@
 """Shared set-up: one thread per test worker, so that `pytest -n` does not make processes fight for cores."""
 
+import math
 import os
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -12,27 +15,58 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--each-value",
-        action="store_true",
-        help="run only as many cases of a test as it takes for each value of each parameter to appear (no product of values)",
+        "--cases",
+        choices=("all", "pairs", "values"),
+        default="all",
+        help="of a test with several parametrizations: the whole product, each pair of values, or each value of a parameter once",
     )
 
 
-def adds_a_value(item: pytest.Item, seen: set[tuple[str, str, int]]) -> bool:
-    """Whether this case has a value of a parameter that no case of this test had before; `seen` is brought up to date."""
+def is_product(names: list[str], rows: Sequence[Any]) -> bool:
+    """Whether the cases of one parametrization are most of the product of their values, and not a list of chosen ones."""
+    if len(names) == 1:
+        return True
+    values = [getattr(row, "values", row) for row in rows]
+    size = math.prod(len({id(row[place]) for row in values}) for place in range(len(names)))
+    return 2 * len(rows) >= size
+
+
+def factors(item: pytest.Item) -> list[tuple[str, object]]:
+    """What a case of a test is chosen by, each with its value: parameters, and lists of chosen cases as one."""
+    callspec: Any = getattr(item, "callspec", None)
+    if callspec is None:
+        return []
+    found: list[tuple[str, object]] = []
+    left = {name: id(value) for name, value in callspec.params.items()}
+    for mark in item.iter_markers("parametrize"):
+        given = mark.args[0]
+        names = given.replace(" ", "").split(",") if isinstance(given, str) else list(given)
+        own = [(name, left.pop(name)) for name in names if name in left]
+        found += own if is_product(names, mark.args[1]) else [(",".join(names), tuple(own))]
+    return [*found, *left.items()]
+
+
+def adds(item: pytest.Item, cases: str, seen: set[object]) -> bool:
+    """Whether this case has a value, or a pair of values, that no case of this test had before; `seen` is brought up to date."""
     callspec: Any = getattr(item, "callspec", None)
     if callspec is None:
         return True
     test = item.nodeid.partition("[")[0]
-    new = {(test, name, id(value)) for name, value in callspec.params.items()} - seen
+    if cases == "values":
+        new = {(test, name, id(value)) for name, value in callspec.params.items()} - seen
+    else:
+        own = factors(item)
+        if len(own) <= 2:
+            return True
+        new = {(test, *pair) for pair in combinations(own, 2)} - seen
     seen |= new
     return bool(new)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("each_value"):
-        seen: set[tuple[str, str, int]] = set()
-        kept = [item for item in items if adds_a_value(item, seen)]
+    if (cases := config.getoption("cases")) != "all":
+        seen: set[object] = set()
+        kept = [item for item in items if adds(item, cases, seen)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
     # Files with long tests come first, so that no worker has one left when the others have nothing.

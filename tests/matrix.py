@@ -1,7 +1,7 @@
 """`make matrix`: a part of the tests on several versions of Python and torch, each pair in an environment of its own.
 
 The part: the files of AREAS without what is marked slow, and of each test as many cases as it takes for each value of each parameter
-to appear once (`--each-value`). The results go to matrix.json beside this file and into the table of docs/development.md.
+to appear once (`--cases values`). The results go to matrix.json beside this file and into the table of docs/development.md.
 `make matrix MATRIX="3.12:2.11.0 3.13:2.14.1"` runs these pairs and leaves the results of the others as they are.
 """
 
@@ -105,7 +105,7 @@ def run(python: str, torch: str) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        selection = f"-q --each-value -m 'not slow' --junitxml={report} {' '.join(test_files())}"
+        selection = f"-q --cases values -m 'not slow' --junitxml={report} {' '.join(test_files())}"
         subprocess.run([*make, "test", f"ARGS={selection}"], cwd=ROOT, check=False)
         if not report.exists():
             return {**asked, "not_run": "pytest ended without a report"}

@@ -1,17 +1,32 @@
 """Layers whose weights are stored in another form than a float matrix."""
 
+from lowrank_optim.nn.compensate import compensate_
+from lowrank_optim.nn.factorize import factorize_
+from lowrank_optim.nn.low_rank import CompensatedLinear, LowRankEmbedding, LowRankLinear
 from lowrank_optim.nn.quantize import dequantize_weights_, quantize_weights_
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
-from lowrank_optim.nn.reparametrized import ReparametrizedLinear, merge_
+from lowrank_optim.nn.reparametrized import ReparametrizedLayer, ReparametrizedLinear, merge_
+from lowrank_optim.nn.select_ranks import select_ranks
 from lowrank_optim.nn.sltrain import sltrain_
 from lowrank_optim.nn.sparse_low_rank import SparseLowRankLinear
+from lowrank_optim.nn.statistics import Moments, TokenCounts, collect_statistics
 
 __all__ = [
+    "CompensatedLinear",
+    "LowRankEmbedding",
+    "LowRankLinear",
+    "Moments",
     "QuantizedWeight",
+    "ReparametrizedLayer",
     "ReparametrizedLinear",
     "SparseLowRankLinear",
+    "TokenCounts",
+    "collect_statistics",
+    "compensate_",
     "dequantize_weights_",
+    "factorize_",
     "merge_",
     "quantize_weights_",
+    "select_ranks",
     "sltrain_",
 ]

@@ -1,11 +1,13 @@
-"""What linear layers whose weight is a function of other parameters have in common, and how they come into a model and out of it.
+"""What layers whose weight is a function of other parameters have in common, and how they come into a model and out of it.
 
-`ReparametrizedLinear` takes the place of an `nn.Linear`. `take_linears` finds and checks the layers, `put_layers` exchanges them,
-`merge_` gives plain layers back. Nothing in a model changes before all of it has been checked.
+`ReparametrizedLinear` takes the place of an `nn.Linear` (or of a Conv1D of transformers, its transpose). `take_layers` finds and
+checks the layers, `put_layers` exchanges them, `merge_` gives plain layers back. Nothing in a model changes before all of it has been
+checked.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.sharding.dtensor import is_sharded
 
 Patterns = Pattern | Iterable[Pattern] | None
+Kind: TypeAlias = Literal["linear", "conv1d", "embedding"]
+
+KIND_NAMES: dict[Kind, str] = {"linear": "nn.Linear", "conv1d": "Conv1D", "embedding": "nn.Embedding"}
 
 HOOKS = (
     "_forward_hooks",
@@ -31,26 +36,27 @@ HOOKS = (
 )
 
 
-class ReparametrizedLinear(nn.Module):
-    """A linear layer whose weight is computed from other parameters.
+class ReparametrizedLayer(nn.Module):
+    """A layer whose weight is computed from other parameters.
 
-    A class of this kind says `merged` (the m×n weight), `forward`, `parameter_roles` (how each parameter is trained) and `converter`,
-    the function that makes it. The bias is a parameter as in `nn.Linear`. `weight` is the merged matrix, without gradient, for code
-    that asks for its type, device or shape; it is computed at each access and cannot be set.
+    A class of this kind says `merged` (the weight), `plain` (the layer that it stands for), `forward`, `parameter_roles` (how each
+    parameter is trained) and `converter`, the function that makes it. `weight` is the merged matrix, without gradient, for code that
+    asks for its type, device or shape; it is computed at each access and cannot be set.
     """
 
     converter = ""
-    in_features: int
-    out_features: int
-    bias: nn.Parameter | None
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
 
     def merged(self) -> Tensor:
         """The weight, m×n, in the type of the parameters."""
         raise NotImplementedError
+
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        """The layer that this one stands for, with this weight."""
+        raise NotImplementedError
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the weight is computed from."""
+        return [param for name, param in self.named_parameters() if name.split(".")[-1] != "bias"]
 
     def parameter_roles(self) -> Mapping[str, Role]:
         """How `param_groups` treats the parameters."""
@@ -58,8 +64,8 @@ class ReparametrizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The merged weight; no gradient flows through it."""
-        if any(is_sharded(param) for param in self.parameters(recurse=False)):
+        """The merged weight, as the plain layer stores it; no gradient flows through it."""
+        if any(map(is_sharded, self.parameters())):
             raise RuntimeError(
                 f"the parameters of this {type(self).__name__} are sharded (DTensor); its weight can be had within its forward, or "
                 "from an unsharded model"
@@ -95,59 +101,154 @@ class ReparametrizedLinear(nn.Module):
         )
 
 
-class TakenLinear(NamedTuple):
-    """A linear layer that is to be replaced: its name, and its position among all linear layers of the model."""
+class ReparametrizedLinear(ReparametrizedLayer):
+    """A linear layer whose weight is computed from other parameters. The bias is a parameter as in `nn.Linear`."""
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+    plain_class: type[nn.Module] = nn.Linear
+    """Of the layer that this one stands for: `nn.Linear`, or a Conv1D, which stores the transpose."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight, as the plain layer stores it; no gradient flows through it."""
+        weight = super().weight
+        return weight if self.plain_class is nn.Linear else weight.mT
+
+    def plain(self, weight: nn.Parameter) -> nn.Module:
+        """An `nn.Linear`, or a Conv1D, with this weight and the bias of this layer."""
+        sizes = (self.in_features, self.out_features)
+        with torch.device("meta"):
+            made = self.plain_class(*sizes if self.plain_class is nn.Linear else reversed(sizes))
+        made.register_parameter("weight", weight)
+        made.register_parameter("bias", self.bias)
+        return made
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """Which plain layer a module is; None for all others, subclasses too."""
+    if type(module) is nn.Linear:
+        return "linear"
+    if type(module) is nn.Embedding:
+        return "embedding"
+    # Of transformers, a linear layer stored as (in, out); by its name, so that transformers is not imported.
+    if type(module).__name__ == "Conv1D" and "nf" in module.__dict__:
+        return "conv1d"
+    return None
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a plain or reparametrised layer without gradient: m×n, of an embedding one row for each token."""
+    if isinstance(module, ReparametrizedLayer):
+        return module.merged()
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.decoded()
+    return weight.mT if kind_of(module) == "conv1d" else weight
+
+
+class TakenLayer(NamedTuple):
+    """A layer that is to be replaced: its name, and its position among all layers of these kinds in the model."""
 
     path: str
     position: int
-    module: nn.Linear
+    module: Any
 
 
-def take_linears(model: nn.Module, include: Patterns, exclude: Patterns, *, meta: bool = False) -> list[TakenLinear]:
-    """The plain `nn.Linear`s of a model that patterns choose, each once.
+def find_layers(
+    model: nn.Module,
+    include: Patterns,
+    exclude: Patterns,
+    kinds: tuple[Kind, ...] = ("linear",),
+    names: Collection[str] | None = None,
+) -> list[TakenLayer]:
+    """The plain layers of some kinds in a model that patterns choose, each once.
 
     Args:
         model: the model; nothing is changed.
-        include, exclude: as of `param_groups`: without `include` all but output heads.
-        meta: whether weights on the meta device are allowed.
+        include, exclude: as of `param_groups`: without `include` all but output heads and embeddings.
+        kinds: which layers.
+        names: in place of patterns, the layers' own names; others with the same weight come along.
 
     Raises:
         TypeError: no nn.Module.
-        ValueError: a pattern without effect; no layer to take; a layer that cannot be replaced: of another class, with a weight that
-            is coded, sharded, not floating point, or tied to something that is no linear layer.
+        ValueError: a pattern without effect; a name that is none of such a layer; no layer to take.
     """
     chosen = {id(param) for param in select_matrices(model, include, exclude)}
-    if isinstance(model, nn.Linear):
+    if names is not None:
+        chosen = _named(model, kinds, names)
+    labels = [KIND_NAMES[kind] for kind in kinds]
+    wanted = ", ".join(labels[:-1]) + " or " * (len(labels) > 1) + labels[-1]
+    if kind_of(model) in kinds:
         raise ValueError(
-            "the model is itself an nn.Linear and cannot be replaced in place; put it into an nn.Sequential"
+            f"the model is itself an {type(model).__name__} and cannot be replaced in place; put it into an nn.Sequential"
         )
     if isinstance(include, Iterable) and not isinstance(include, str):
         include = list(include)
-    linears = [
+    layers = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, ReparametrizedLinear))
+        if isinstance(module, (nn.Linear, ReparametrizedLinear)) or kind_of(module) in kinds
     ]
     taken = [
-        TakenLinear(path, position, module)
-        for position, (path, module) in enumerate(linears)
-        if type(module) is nn.Linear and id(module._parameters.get("weight")) in chosen
+        TakenLayer(path, position, module)
+        for position, (path, module) in enumerate(layers)
+        if kind_of(module) in kinds and id(module._parameters.get("weight")) in chosen
     ]
     if not taken:
         raise ValueError(
-            f"{type(model).__name__} has no plain nn.Linear to take with include={include!r}, exclude={exclude!r} (convolutions, "
-            "subclasses of nn.Linear and the layers within nn.MultiheadAttention stay as they are; output heads are taken only if "
-            "`include` names them)"
+            f"{type(model).__name__} has no plain {wanted} to take with include={include!r}, exclude={exclude!r} (convolutions, "
+            "subclasses of these and the layers within nn.MultiheadAttention stay as they are; output heads and embeddings are "
+            "taken only if `include` names them)"
         )
     for pattern in [include] if not isinstance(include, list) else include:
         own = {id(param) for param in select_matrices(model, pattern)} if pattern is not None else chosen
         if not any(id(layer.module.weight) in own for layer in taken) and not own - chosen:
-            raise ValueError(
-                f"include pattern {pattern!r} matches no plain nn.Linear, only layers that cannot be taken"
-            )
-    _check_owners(find_parameters(model), model, {id(layer.module.weight) for layer in taken})
+            raise ValueError(f"include pattern {pattern!r} matches no plain {wanted}, only layers that cannot be taken")
+    return taken
+
+
+def _named(model: nn.Module, kinds: tuple[Kind, ...], names: Collection[str]) -> set[int]:
+    """The `id` of the weights of layers with these names."""
+    layers = {path: module for path, module in model.named_modules(remove_duplicate=False) if kind_of(module) in kinds}
+    for name in names:
+        if name not in layers:
+            near = ", ".join(get_close_matches(str(name), layers, n=4, cutoff=0.3))
+            raise ValueError(f"{name!r} is no plain linear layer or embedding of the model; nearest names: {near}")
+    return {id(layers[name].weight) for name in names}
+
+
+def take_layers(
+    model: nn.Module,
+    include: Patterns,
+    exclude: Patterns,
+    kinds: tuple[Kind, ...] = ("linear",),
+    names: Collection[str] | None = None,
+    *,
+    meta: bool = False,
+    hint: str = "",
+) -> list[TakenLayer]:
+    """The layers that `find_layers` gives, checked.
+
+    Args:
+        model, include, exclude, kinds, names: as there.
+        meta: whether weights on the meta device are allowed.
+        hint: what to do about one on the meta device.
+
+    Raises:
+        TypeError: no nn.Module.
+        ValueError: as `find_layers`; a layer that cannot be replaced: with a weight that is coded, sharded, not floating point, or
+            tied to a layer of another kind.
+    """
+    taken = find_layers(model, include, exclude, kinds, names)
+    _check_owners(find_parameters(model), model, {id(layer.module.weight): kind_of(layer.module) for layer in taken})
     for path, _, module in taken:
-        _check_layer(path, module, meta)
+        _check_layer(path, module, meta, hint)
     return taken
 
 
@@ -162,6 +263,11 @@ def put_layers(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
 def take_over(old: nn.Module, new: nn.Module) -> None:
     """Give the new module the bias, the forward and backward hooks, and the training flag of the old one."""
     new.register_parameter("bias", old._parameters.get("bias"))
+    take_hooks(old, new)
+
+
+def take_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give the new module the forward and backward hooks, and the training flag of the old one."""
     new.training = old.training
     for name in HOOKS:  # the same dicts, so that the handles of the hooks still remove them
         if name in old.__dict__:
@@ -170,10 +276,12 @@ def take_over(old: nn.Module, new: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_(model: nn.Module) -> nn.Module:
-    """Give plain `nn.Linear`s back in the place of all reparametrised layers (`sltrain_`), in place. Returns the model.
+    """Give plain layers back in the place of all reparametrised ones (`sltrain_`, `factorize_`, …), in place. Returns the model.
 
     The weight is the merged matrix, computed in float32 (float64 for float64 layers) and rounded once. Biases, hooks and the training
     flag are kept. Layers that share their parameters share the weight, and a layer whose parameters are all frozen has a frozen one.
+    Layers come back as what they were: `nn.Linear`, `nn.Embedding`, Conv1D. An 8-bit weight with a pair beside it (`compensate_`)
+    becomes a float one.
 
     Raises:
         TypeError: no nn.Module.
@@ -190,46 +298,46 @@ def merge_(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, ReparametrizedLinear):
+    if isinstance(model, ReparametrizedLayer):
         raise ValueError(
             f"the model is itself a {type(model).__name__} and cannot be replaced in place; put it into an nn.Sequential"
         )
-    found = [(path, each) for path, each in model.named_modules() if isinstance(each, ReparametrizedLinear)]
+    found = [(path, each) for path, each in model.named_modules() if isinstance(each, ReparametrizedLayer)]
+    inner = {id(child) for _, each in found for child in each.modules() if child is not each}
+    found = [(path, each) for path, each in found if id(each) not in inner]
     if not found:
         raise ValueError(f"{type(model).__name__} has no layer that lowrank_optim.nn made")
     for path, module in found:
-        own = dict(module.named_parameters(recurse=False))
-        if any(map(is_sharded, own.values())):
+        if any(map(is_sharded, module.parameters())):
             raise ValueError(f"{path} is sharded (DTensor); merge the unsharded model, from a full state dict")
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     made: dict[int, nn.Module] = {}
     for _, module in found:
-        own = {name: param for name, param in module.named_parameters(recurse=False) if name != "bias"}
-        key = tuple(id(param) for param in own.values())
+        own = module.weight_parameters()
+        key = tuple(map(id, own))
         if key not in weights:
-            weights[key] = nn.Parameter(module.merged(), requires_grad=any(p.requires_grad for p in own.values()))
-        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        plain.weight = weights[key]
-        take_over(module, plain)
-        made[id(module)] = plain
+            weights[key] = nn.Parameter(module.weight.contiguous(), requires_grad=any(p.requires_grad for p in own))
+        made[id(module)] = plain = module.plain(weights[key])
+        take_hooks(module, plain)
     put_layers(model, made)
     return model
 
 
-def _check_owners(found: list[FoundParameter], model: nn.Module, taken: set[int]) -> None:
-    """Raise for taken weights that some other module holds, too."""
+def _check_owners(found: list[FoundParameter], model: nn.Module, taken: Mapping[int, Kind | None]) -> None:
+    """Raise for taken weights that some module of another kind holds, too; `taken` has the kind by the `id` of the weight."""
     names = {id(entry.param): entry.names for entry in found}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(param) in taken and not (type(module) is nn.Linear and name == "weight"):
+            if id(param) in taken and not (kind_of(module) == taken[id(param)] and name == "weight"):
+                kind = "an embedding" if taken[id(param)] == "embedding" else "a linear layer"
                 raise ValueError(
-                    f"{path}.{name} of {type(module).__name__} is tied to the weight of a linear layer "
+                    f"{path}.{name} of {type(module).__name__} is tied to the weight of {kind} "
                     f"({', '.join(other for other in names[id(param)] if other != f'{path}.{name}')}), which therefore cannot be "
                     "replaced; leave it out (exclude)"
                 )
 
 
-def _check_layer(path: str, module: nn.Linear, meta: bool) -> None:
+def _check_layer(path: str, module: nn.Linear, meta: bool, hint: str) -> None:
     weight = module.weight
     if isinstance(weight, QuantizedWeight):
         raise ValueError(f"{path}.weight is stored in 8 bits; call lowrank_optim.nn.dequantize_weights_ first")
@@ -241,7 +349,7 @@ def _check_layer(path: str, module: nn.Linear, meta: bool) -> None:
         raise ValueError(f"{path}.weight is {weight.dtype}; floating-point weights are needed")
     if weight.is_meta and not meta:
         raise ValueError(
-            f"{path}.weight is on the meta device and has no numbers; materialise the model first, or use init='fresh'"
+            f"{path}.weight is on the meta device and has no numbers; materialise the model first{hint and f', or {hint}'}"
         )
     if "forward" in module.__dict__:
         raise ValueError(

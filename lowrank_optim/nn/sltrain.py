@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim.kernels import as_python
-from lowrank_optim.nn.reparametrized import Patterns, TakenLinear, put_layers, take_linears, take_over
+from lowrank_optim.nn.decompositions import best_of_rank, widened
+from lowrank_optim.nn.reparametrized import Patterns, TakenLayer, put_layers, take_layers, take_over
 from lowrank_optim.nn.sparse_low_rank import SparseLowRankLinear, SupportName, check_numbers
 from lowrank_optim.nn.supports import ColumnSupport, Support, linear_indices, support_from_indices
 
@@ -85,7 +86,7 @@ def sltrain_(
         raise ValueError("support='residual' is taken from the weights of the model and needs init='svd'")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it must be an integer of at least 1")
-    taken = take_linears(model, include, exclude, meta=init == "fresh" and support == "random")
+    taken = take_layers(model, include, exclude, meta=init == "fresh" and support == "random", hint="use init='fresh'")
     for path, _, module in taken:
         check_numbers(path, module.out_features, module.in_features, rank, density, alpha, trainable_scaling)
         if init == "svd" and not bool(torch.isfinite(module.weight).all()):
@@ -105,7 +106,7 @@ def sltrain_(
     return model
 
 
-def _make(layer: TakenLinear, init: str, rounds: int, options: dict[str, Any]) -> SparseLowRankLinear:
+def _make(layer: TakenLayer, init: str, rounds: int, options: dict[str, Any]) -> SparseLowRankLinear:
     old = layer.module.weight
     m, n = old.shape
     support = options["support"]
@@ -124,7 +125,7 @@ def _make(layer: TakenLinear, init: str, rounds: int, options: dict[str, Any]) -
     return new
 
 
-def _another(layer: TakenLinear, first: SparseLowRankLinear) -> SparseLowRankLinear:
+def _another(layer: TakenLayer, first: SparseLowRankLinear) -> SparseLowRankLinear:
     """A layer for another bias, with the parameters and the support of the first."""
     new = SparseLowRankLinear.__new__(SparseLowRankLinear)
     nn.Module.__init__(new)
@@ -137,13 +138,13 @@ def _another(layer: TakenLinear, first: SparseLowRankLinear) -> SparseLowRankLin
 @torch.no_grad()
 def _fit(layer: SparseLowRankLinear, weight: Tensor, rounds: int, support: str) -> None:
     """Factors and values that are close to a weight: alternating projection, ‖W − L − S‖ falls from round to round."""
-    weight = weight.to(torch.float64 if weight.device.type == "cpu" else torch.float32)
+    weight = widened(weight)
     entries, values = layer.entries, layer.sparse_value
     places = _chooser(entries, support)
     sparse = torch.zeros_like(weight)
     left, right = weight[:, :0], weight[:0]
     for _ in range(rounds):
-        left, right = _best_of_rank(weight - sparse, layer.rank)
+        left, right = best_of_rank(weight - sparse, layer.rank)
         if entries is None:
             break
         rest = torch.addmm(weight, left, right, alpha=-1)
@@ -158,13 +159,6 @@ def _fit(layer: SparseLowRankLinear, weight: Tensor, rounds: int, support: str) 
         root = layer.scale.to(weight).sqrt()
         layer.lora_B.copy_(left / root)
         layer.lora_A.copy_(right / root)
-
-
-def _best_of_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(U Σ^½, Σ^½ Vᵀ) of the leading singular triplets."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    roots = values[:rank].sqrt()
-    return left[:, :rank] * roots, roots.unsqueeze(1) * right[:rank]
 
 
 def _chooser(entries: Support | None, support: str) -> Callable[[Tensor], Support]:

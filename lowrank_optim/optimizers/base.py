@@ -1,7 +1,6 @@
 """The optimizer that all methods share: groups, the life of the state, and the step of all parameters.
 
-`LowRankOptimizer` composes a rule (moments and direction), a projector (the subspace), a residual (C, φ and E) and the options of
-each param group. How one parameter is stepped stands in `lowrank_optim.step`.
+It composes a rule (moments and direction), a projector (the subspace), a residual (C, φ and E) and the options of each param group.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from lowrank_optim.groups.complete import check_group, complete_group, list_para
 from lowrank_optim.groups.options import DEFAULTS, plain_options
 from lowrank_optim.groups.parts import Part, PartRegistry, as_part
 from lowrank_optim.optimizers import checkpoint
+from lowrank_optim.optimizers.adopt import adopting
 from lowrank_optim.optimizers.change_group import change_group
 from lowrank_optim.optimizers.contracts import Attachment
 from lowrank_optim.optimizers.owners import check_free
@@ -173,7 +173,7 @@ class LowRankOptimizer(Optimizer):
 
     def check_members(self) -> None:
         """Raise RuntimeError for a parameter in the groups that is another one, or has another shape, than at construction."""
-        check_members(self.param_groups, self.plans)
+        adopting(self, check_members, self.param_groups, self.plans)
 
     # --------------------------------------------------------------------------------------------------------------- step
 
@@ -209,7 +209,7 @@ class LowRankOptimizer(Optimizer):
         self._enter(list(params))
 
     def _enter(self, params: list[Tensor]) -> None:
-        moved, unsettled = enter(params, self.plans, self.param_groups)
+        moved, unsettled = adopting(self, enter, params, self.plans, self.param_groups)
         if moved:
             follow(self, params)
         for param in unsettled:

@@ -278,9 +278,9 @@ class Projector(ABC):
         """The subspace that the state (or, where nothing is stored, the key of the last refresh) stands for."""
 
 
-def usable(grad: Tensor, spread: TensorSharding = UNSHARDED) -> Tensor:
+def usable(grad: Tensor, sharding: TensorSharding = UNSHARDED) -> Tensor:
     """For each matrix of the stack, whether it is finite and not all zero: (…, 1, 1) bool, the same on all processes."""
-    norm = spread.sum(torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True), -2, -1)
+    norm = sharding.sum(torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True), -2, -1)
     flag: Tensor = torch.isfinite(norm) & (norm > 0)
     return flag
 
@@ -291,10 +291,10 @@ def row_squares(matrix: Tensor) -> Tensor:
     return norm.square_()
 
 
-def align_signs(new: Tensor, old: Tensor, spread: TensorSharding = UNSHARDED) -> Tensor:
+def align_signs(new: Tensor, old: Tensor, sharding: TensorSharding = UNSHARDED) -> Tensor:
     """Flip basis vectors so that each has a non-negative product with the old vector of its column.
 
     Singular vectors have no sign of their own. Moments that are kept across a refresh are read in the new coordinates, and a flipped
     vector would turn its column of the momentum against the gradient.
     """
-    return torch.where(spread.sum((new * old).sum(-2, keepdim=True), -2) < 0, -new, new)
+    return torch.where(sharding.sum((new * old).sum(-2, keepdim=True), -2) < 0, -new, new)

@@ -41,7 +41,7 @@ class _SelectedEntries(ABC):
     def overlap(self, old: Self) -> Tensor:
         raise ValueError("coordinates are drawn at random; their overlap says nothing")
 
-    def _line_scale(self, scale: Tensor) -> Tensor:
+    def _channel_scale(self, scale: Tensor) -> Tensor:
         """φ for a whole matrix (or its rows), from φ for the rows of R."""
         return scale
 
@@ -59,7 +59,7 @@ class _SelectedEntries(ABC):
         residual = None
         if term is not None:
             # E = G − lift R is 0 on the selected entries and G elsewhere, where nothing has to be subtracted.
-            residual = kernels.ResidualTerm(term.grad, self._line_scale(term.scale), term.ok, term.sign)
+            residual = kernels.ResidualTerm(term.grad, self._channel_scale(term.scale), term.ok, term.sign)
         if residual is not None or isinstance(write.keep, Tensor) or write.keep != 1.0:
             left, right = kernels.no_factors(weight, dtype)
             kernels.apply_(weight, left, right, residual=residual, start=start, **vars(write))
@@ -119,7 +119,7 @@ class CoordinateBasis(_SelectedEntries):
             else positions
         )
 
-    def _line_scale(self, scale: Tensor) -> Tensor:
+    def _channel_scale(self, scale: Tensor) -> Tensor:
         return scale if self.side == "right" else scale.mT
 
     def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:

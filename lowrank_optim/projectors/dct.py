@@ -126,8 +126,8 @@ class DCT(Projector):
 
     def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
         sharding, waves = space.sharding, state["indices"]
-        spread = sharding.rows if space.side == "left" else sharding.cols
-        places = spread.part(torch.arange(space.basis_rows, device=device).unsqueeze(-1), -2).squeeze(-1)
+        own = sharding.rows if space.side == "left" else sharding.cols
+        places = own.part(torch.arange(space.basis_rows, device=device).unsqueeze(-1), -2).squeeze(-1)
         return CosineBasis(cosines(places, waves, space.basis_rows, space.dtype), space.side, True, sharding, waves)
 
 

@@ -16,25 +16,25 @@ LIFT = StepParams(alpha=-1.0, keep=1.0)
 """W ← W + lift(core)."""
 
 
-def _change_of_basis(new: Tensor, old: Tensor, orthonormal: bool, spread: TensorSharding) -> Tensor:
+def _change_of_basis(new: Tensor, old: Tensor, orthonormal: bool, sharding: TensorSharding) -> Tensor:
     """C with coordinates_new = coordinates_old C: P_oldᵀ P_new, with the pseudo-inverse of P_old where it is not orthonormal."""
-    overlap = spread.sum(old.mT @ new, -2)
-    return overlap if orthonormal else torch.linalg.solve(spread.sum(old.mT @ old, -2), overlap)
+    overlap = sharding.sum(old.mT @ new, -2)
+    return overlap if orthonormal else torch.linalg.solve(sharding.sum(old.mT @ old, -2), overlap)
 
 
-def _inverse_gram(basis: Tensor, orthonormal: bool, spread: TensorSharding) -> Tensor:
+def _inverse_gram(basis: Tensor, orthonormal: bool, sharding: TensorSharding) -> Tensor:
     """(PᵀP)⁻¹: the identity where P is orthonormal."""
     if orthonormal:
         return torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
-    inverse: Tensor = torch.linalg.inv(spread.sum(basis.mT @ basis, -2))
+    inverse: Tensor = torch.linalg.inv(sharding.sum(basis.mT @ basis, -2))
     return inverse
 
 
-def _overlap(new: Tensor, old: Tensor, spread: TensorSharding) -> Tensor:
+def _overlap(new: Tensor, old: Tensor, sharding: TensorSharding) -> Tensor:
     """‖P_oldᵀP_new‖²/r, at most 1, the mean over a stack. Unlike the angle of single vectors, it knows no signs and no order."""
-    squares = spread.sum(old.mT @ new, -2).square().sum((-2, -1))
+    squares = sharding.sum(old.mT @ new, -2).square().sum((-2, -1))
     shares = squares.div(max(new.shape[-1], 1)).clamp_max(1.0)
-    return shares.mean() if not spread.splits(-3) else spread.drop(-1).drop(-1).mean(shares, -1)
+    return shares.mean() if not sharding.splits(-3) else sharding.drop(-1).drop(-1).mean(shares, -1)
 
 
 def lifted(

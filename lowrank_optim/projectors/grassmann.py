@@ -55,7 +55,7 @@ class GrassmannTracking(StoredProjector):
         grad = request.grad.mT if space.side == "left" else request.grad
         long, short = (sharding.cols, sharding.rows) if space.side == "left" else (sharding.rows, sharding.cols)
         if space.basis_bits != 32:  # rounded vectors are not orthonormal
-            basis = orthonormalize(basis, spread=short)
+            basis = orthonormalize(basis, sharding=short)
         unit = sharding.matrix.norm(torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True), -2, -1).reciprocal()
         unit = torch.where(unit.isfinite(), unit, 0.0)  # matrices of a stack that have no gradient stay as they are
         image = short.sum(grad @ basis, -2).mul_(unit)
@@ -65,12 +65,12 @@ class GrassmannTracking(StoredProjector):
         return {"basis": orthonormalize(new, 1, short)}  # rounding must not add up over thousands of steps
 
 
-def _turned(basis: Tensor, tangent: Tensor, step_size: float, spread: TensorSharding) -> Tensor:
-    """P + (P v (cos θ − 1) + u sin θ) vᵀ for the leading σ u vᵀ of a tangent T and θ = ησ; `spread` is that of their rows."""
-    gram = spread.sum(tangent.mT @ tangent, -2)
+def _turned(basis: Tensor, tangent: Tensor, step_size: float, sharding: TensorSharding) -> Tensor:
+    """P + (P v (cos θ − 1) + u sin θ) vᵀ for the leading σ u vᵀ of a tangent T and θ = ησ; `sharding` is that of their rows."""
+    gram = sharding.sum(tangent.mT @ tangent, -2)
     right = eigenvectors(gram)[..., -1:]
     image = tangent @ right
-    size = spread.norm(torch.linalg.vector_norm(image, dim=-2, keepdim=True), -2)
+    size = sharding.norm(torch.linalg.vector_norm(image, dim=-2, keepdim=True), -2)
     left = torch.where(size > 0.0, image / size, 0.0)
     angle = step_size * size
     return basis + (basis @ right * (angle.cos() - 1.0) + left * angle.sin()) @ right.mT

@@ -54,8 +54,8 @@ class Random(Projector):
             left = sharding.rows.part(self._matrix(space, space.rows, derive_key(key, 1), device))
             right = sharding.cols.part(self._matrix(space, space.cols, key, device))
             return TwoSidedBasis(left, right, orthonormal, sharding)
-        spread = sharding.rows if space.side == "left" else sharding.cols
-        basis = spread.part(self._matrix(space, space.basis_rows, key, device))
+        own = sharding.rows if space.side == "left" else sharding.cols
+        basis = own.part(self._matrix(space, space.basis_rows, key, device))
         return DenseBasis(basis, space.side, orthonormal, sharding)
 
     def _matrix(self, space: SubspaceSpec, size: int, key: int, device: torch.device) -> Tensor:

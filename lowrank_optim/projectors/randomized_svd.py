@@ -27,7 +27,7 @@ from lowrank_optim.projectors.stored_projector import StoredProjector, basis_sha
 from lowrank_optim.sharding.tensor_sharding import UNSHARDED, TensorSharding
 
 
-def cholesky_qr(matrix: Tensor, passes: int, spread: TensorSharding = UNSHARDED) -> tuple[Tensor, Tensor]:
+def cholesky_qr(matrix: Tensor, passes: int, sharding: TensorSharding = UNSHARDED) -> tuple[Tensor, Tensor]:
     """Orthonormal columns with the span of `matrix` (…, d, k), by `passes` rounds of Q ← Q L⁻ᵀ with QᵀQ = L Lᵀ.
 
     The columns are scaled to unit length first: in a warm start those of GᵀGV differ by σ² in length and in little else. The error of
@@ -37,39 +37,39 @@ def cholesky_qr(matrix: Tensor, passes: int, spread: TensorSharding = UNSHARDED)
         The columns, and a 0-d bool: whether they can be trusted, which is where every squared pivot is above 100·ε.
     """
     eps = torch.finfo(matrix.dtype).eps
-    q = unit_columns(matrix, spread)
+    q = unit_columns(matrix, sharding)
     ok = torch.ones((), dtype=torch.bool, device=matrix.device)
     for _ in range(passes):
-        factor, info = torch.linalg.cholesky_ex(spread.sum(q.mT @ q, -2))
+        factor, info = torch.linalg.cholesky_ex(sharding.sum(q.mT @ q, -2))
         pivots = factor.diagonal(dim1=-2, dim2=-1).square()
         ok = ok & (info == 0).all() & (pivots > 100.0 * eps).all()
         q = torch.linalg.solve_triangular(factor.mT, q, upper=True, left=False)
     return q, ok
 
 
-def unit_columns(matrix: Tensor, spread: TensorSharding = UNSHARDED) -> Tensor:
+def unit_columns(matrix: Tensor, sharding: TensorSharding = UNSHARDED) -> Tensor:
     """The columns at unit length; those that are rounding errors beside the longest one become exactly 0.
 
     (Householder QR of denormal columns gives NaN on some processors, and such columns have nothing to say.)
     """
-    norms = spread.norm(torch.linalg.vector_norm(matrix, dim=-2, keepdim=True), -2)
+    norms = sharding.norm(torch.linalg.vector_norm(matrix, dim=-2, keepdim=True), -2)
     limits = torch.finfo(matrix.dtype)
     floor = norms.amax(-1, keepdim=True).mul_(limits.eps).clamp_min_(limits.tiny)
     return torch.where(norms > floor, matrix / norms, 0.0)
 
 
-def householder(matrix: Tensor, spread: TensorSharding = UNSHARDED) -> Tensor:
+def householder(matrix: Tensor, sharding: TensorSharding = UNSHARDED) -> Tensor:
     """The orthonormal factor of a QR decomposition. Rows that lie on other processes are gathered: a tall matrix is small."""
-    q: Tensor = torch.linalg.qr(spread.gather(matrix, -2))[0]
-    return spread.part(q, -2)
+    q: Tensor = torch.linalg.qr(sharding.gather(matrix, -2))[0]
+    return sharding.part(q, -2)
 
 
-def orthonormalize(matrix: Tensor, passes: int = 2, spread: TensorSharding = UNSHARDED) -> Tensor:
+def orthonormalize(matrix: Tensor, passes: int = 2, sharding: TensorSharding = UNSHARDED) -> Tensor:
     """Orthonormal columns whose span contains that of `matrix` (…, d, k), d ≥ k: Cholesky-QR, or Householder QR where it fails."""
-    q, ok = cholesky_qr(matrix, passes, spread)
+    q, ok = cholesky_qr(matrix, passes, sharding)
     # All processes that share the rows see the same Gram matrices, and so take the same branch.
     if not bool(ok):
-        q = householder(unit_columns(matrix, spread), spread)
+        q = householder(unit_columns(matrix, sharding), sharding)
     return q
 
 
@@ -121,7 +121,7 @@ def range_finder(
     gram = long.sum(y.mT @ y, -2)
     vectors = eigenvectors(gram).flip(-1)
     chosen = vectors[..., :rank] if chances is None else drawn(vectors, gram, rank, chances)
-    return orthonormalize(long.sum(grad.mT @ (y @ chosen), -2).mul_(unit), spread=short)
+    return orthonormalize(long.sum(grad.mT @ (y @ chosen), -2).mul_(unit), sharding=short)
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ class RandomizedSVD(StoredProjector):
     def compute(self, request: Refresh) -> dict[str, Tensor]:
         grad, space, old, key, first = request.grad, request.space, request.state, request.key, request.first
         if space.basis_bits != 32 and not first:  # rounded vectors are not orthonormal, which a warm start needs
-            spreads = basis_shardings(space)
-            old = {name: orthonormalize(basis, spread=spreads[name]) for name, basis in old.items()}
+            shardings = basis_shardings(space)
+            old = {name: orthonormalize(basis, sharding=shardings[name]) for name, basis in old.items()}
         if space.side == "left":
             return {"basis": self._vectors(grad, old["basis"], space, "left", key, first)}
         if space.side == "right":
@@ -201,7 +201,7 @@ class RandomizedSVD(StoredProjector):
         right = self._vectors(grad, old["basis_right"], space, "right", key, first)
         # G B has orthogonal columns after Rayleigh-Ritz: made orthonormal, they are the left singular vectors.
         rows, cols = space.sharding.rows, space.sharding.cols
-        left = orthonormalize(cols.sum(grad @ right, -2), spread=rows)
+        left = orthonormalize(cols.sum(grad @ right, -2), sharding=rows)
         return {"basis": left if first else align_signs(left, old["basis"], rows), "basis_right": right}
 
     def _vectors(self, grad: Tensor, old: Tensor, space: SubspaceSpec, side: str, key: int, first: bool) -> Tensor:
@@ -217,7 +217,7 @@ class RandomizedSVD(StoredProjector):
             chances = space.sharding.sharding_of("chosen", side).part(chances)
         sketch = short.part(gaussian(key, (*space.batch, size, fresh), grad.device, grad.dtype))
         if first:
-            sketch = sketch if self.power_iterations > 1 else orthonormalize(sketch, spread=short)
+            sketch = sketch if self.power_iterations > 1 else orthonormalize(sketch, sharding=short)
         else:
             sketch = torch.cat([old, householder(sketch - old @ short.sum(old.mT @ sketch, -2), short)], -1)
         iterations = self.power_iterations if first else self.warm_iterations
@@ -225,5 +225,5 @@ class RandomizedSVD(StoredProjector):
         found = range_finder(grad, sketch, kept, iterations, long, short, chances)
         if kept < rank:
             random = gaussian(derive_key(key, 2), (*space.batch, size, rank - kept), grad.device, grad.dtype)
-            found = orthonormalize(torch.cat([found, short.part(random)], -1), spread=short)
+            found = orthonormalize(torch.cat([found, short.part(random)], -1), sharding=short)
         return found if first else align_signs(found, old, short)

@@ -74,11 +74,11 @@ class StoredProjector(Projector):
     stores_basis: ClassVar[bool] = True
 
     def init(self, space: SubspaceSpec, key: int, device: torch.device) -> dict[str, Tensor]:
-        spreads = basis_shardings(space)
+        shardings = basis_shardings(space)
         keys = {"basis": derive_key(key, 1), "basis_right": key} if space.side == "full" else {"basis": key}
         sizes = {"basis": space.rows if space.side == "full" else space.basis_rows, "basis_right": space.cols}
         whole = {name: unit_vectors(space, sizes[name], keys[name], device) for name in keys}
-        return store({name: spreads[name].part(basis) for name, basis in whole.items()}, space)
+        return store({name: shardings[name].part(basis) for name, basis in whole.items()}, space)
 
     def basis(self, space: SubspaceSpec, state: Mapping[str, Tensor], key: int, device: torch.device) -> Basis:
         bases, exact = load(state, space), space.basis_bits == 32

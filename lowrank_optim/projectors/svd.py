@@ -44,7 +44,7 @@ class SVD(StoredProjector):
         factors = {"left": {"basis": left}, "right": {"basis": right}, "full": {"basis": left, "basis_right": right}}
         new = factors[space.side]
         if self.align and not request.first:
-            spreads = basis_shardings(space)
-            new = {name: align_signs(tensor, request.state[name], spreads[name]) for name, tensor in new.items()}
+            shardings = basis_shardings(space)
+            new = {name: align_signs(tensor, request.state[name], shardings[name]) for name, tensor in new.items()}
         # A slice would keep the whole factor alive.
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in new.items()}

@@ -31,14 +31,14 @@ class ResidualInput:
 
     grad: G, the matrix view of the gradient, only ever handed on.
     projected: R.
-    squares: ‖g_j‖² of every line, (…, d, 1); None unless asked for.
+    squares: ‖g_j‖² of every channel, (…, d, 1); None unless asked for.
     direction: N.
     correction: `Direction.correction`, by which norms that limit growth are divided; 1 for all rules but the released Adam.
     unit: the learning rate as a multiple of the step size that N is applied with (`Direction.unit`).
     basis: the subspace.
     space: its shape, and that of the matrix.
     ok: 0-d bool on the device, false where this gradient is to be ignored (R and N are then 0); None means true.
-    norms: ‖N_j‖ and ‖R_j‖ of every line, (…, d, 1); None unless `uses_norms`.
+    norms: ‖N_j‖ and ‖R_j‖ of every channel, (…, d, 1); None unless `uses_norms`.
     sums: what `Residual.sums` gave, summed over the processes that share the rows of R; None where it gave nothing.
     kept: what `Residual.sums` has computed and `Residual.update` needs again.
     """

@@ -1,4 +1,4 @@
-"""Alice's residual: the gradient outside the subspace, every line in units of its own running size there."""
+"""Alice's residual: the gradient outside the subspace, every channel in units of its own running size there."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class ComplementScaled(Limited):
     in the first step, and the limiter remembers that.
 
     Public implementations (pytorch_optimizer before 4.1) took the elementwise product with a matrix that is 0 off its diagonal for
-    the product with Diag(p)^(−1/2), which leaves one element of each line. They also fill the subspace from a QR decomposition, where
-    the paper samples the complement: `RandomizedSVD(explore="complement")`.
+    the product with Diag(p)^(−1/2), which leaves one element of each channel. They also fill the subspace from a QR decomposition,
+    where the paper samples the complement: `RandomizedSVD(explore="complement")`.
 
     Args:
         limiter: γ, the largest growth of ‖C‖ in a step; None does not limit.

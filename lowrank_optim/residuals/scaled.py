@@ -106,7 +106,7 @@ class GradientScaled(Limited):
 
 
 def outside_squares(step: ResidualInput, inside: float = 1.0) -> Tensor:
-    """‖g_j − κ P r_j‖² of every line, (…, d, 1), κ being `inside`."""
+    """‖g_j − κ P r_j‖² of every channel, (…, d, 1), κ being `inside`."""
     assert step.squares is not None
     inner = row_squares(step.projected)
     lifted = inner if getattr(step.basis, "splits_rows", False) else step.basis.lifted_squares(step.projected)
@@ -114,7 +114,7 @@ def outside_squares(step: ResidualInput, inside: float = 1.0) -> Tensor:
 
 
 def _ratio(step: ResidualInput, options: Mapping[str, Any]) -> Tensor:
-    """‖N_j‖/‖R_j‖ of every line, computed once."""
+    """‖N_j‖/‖R_j‖ of every channel, computed once."""
     if "ratio" not in step.kept:
         assert step.norms is not None
         step.kept["ratio"] = _quotient(*step.norms, options)

@@ -12,13 +12,13 @@ from lowrank_optim.rules.base import Context, Direction, Rule, Transport
 from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
 
-def _rms(x: Tensor, spread: TensorSharding) -> Tensor:
-    norm = spread.norm(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
-    return norm.div_(max(spread.numel(x), 1) ** 0.5)
+def _rms(x: Tensor, sharding: TensorSharding) -> Tensor:
+    norm = sharding.norm(torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)))
+    return norm.div_(max(sharding.numel(x), 1) ** 0.5)
 
 
 def _inverse_root(row: Tensor, col: Tensor, rows: TensorSharding) -> Tensor:
-    """1/√V for V = row colᵀ / mean(row); `rows` is the spread of `row`."""
+    """1/√V for V = row colᵀ / mean(row); `rows` is the sharding of `row`."""
     return (row / rows.mean(row, -1).unsqueeze(-1)).rsqrt_().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
 
 
@@ -78,9 +78,9 @@ class Adafactor(Rule):
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
         eps1, eps2 = options["eps"]
-        spread = context.sharding.reduced
+        sharding = context.sharding.reduced
         size = _step_size(options, context.age, context.weight, context.sharding.matrix, eps2)
-        if spread.numel(grad) == 0:  # a tensor whose turn it is not (FRUGAL's blocks): means over nothing are NaN
+        if sharding.numel(grad) == 0:  # a tensor whose turn it is not (FRUGAL's blocks): means over nothing are NaN
             return Direction(grad, 1.0, size)
         # 1 − β̂, and 0 where the gradient is to be ignored.
         fresh = kernels.scalar(context.step ** options["decay_rate"], grad.dtype, grad.device)
@@ -89,10 +89,10 @@ class Adafactor(Rule):
         if "exp_avg_sq" in state:
             update = state["exp_avg_sq"].lerp_(square, fresh).rsqrt().mul_(grad)
         else:
-            row = state["exp_avg_sq_row"].lerp_(spread.mean(square, -1), fresh)
-            col = state["exp_avg_sq_col"].lerp_(spread.mean(square, -2), fresh)
-            update = _inverse_root(row, col, spread.drop(-1)).mul_(grad)
-        update.mul_(size / (_rms(update, spread) / options["clip_threshold"]).clamp_min(1.0))
+            row = state["exp_avg_sq_row"].lerp_(sharding.mean(square, -1), fresh)
+            col = state["exp_avg_sq_col"].lerp_(sharding.mean(square, -2), fresh)
+            update = _inverse_root(row, col, sharding.drop(-1)).mul_(grad)
+        update.mul_(size / (_rms(update, sharding) / options["clip_threshold"]).clamp_min(1.0))
         if options["beta1"] is not None:
             weight_of_new = kernels.scalar(1.0 - options["beta1"], grad.dtype, grad.device)
             update = state["exp_avg"].lerp_(update, weight_of_new if context.ok is None else weight_of_new * context.ok)
@@ -118,11 +118,11 @@ class Adafactor(Rule):
         col.copy_(moved.mean(-2)).clamp_min_(options["eps"][0])
 
 
-def _step_size(options: Mapping[str, Any], age: float, weight: Tensor, spread: TensorSharding, eps2: float) -> Tensor:
+def _step_size(options: Mapping[str, Any], age: float, weight: Tensor, sharding: TensorSharding, eps2: float) -> Tensor:
     """The step size as a 0-d tensor on the weight's device."""
     size = float(options["lr"]) * float(options["lr_factor"])
     if options["relative_step"]:
         size *= min(1e-6 * age if options["warmup_init"] else 1e-2, age**-0.5)
     if options["scale_parameter"]:
-        return _rms(weight, spread).clamp_min(eps2) * size
+        return _rms(weight, sharding).clamp_min(eps2) * size
     return kernels.scalar(size, kernels.compute_dtype(weight.dtype), weight.device)

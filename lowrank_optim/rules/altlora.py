@@ -58,7 +58,7 @@ class AlternatingLoRA(PairRule):
         turns = [_turn(pair) for pair in pairs]
         duals = [dual for _, dual, _ in turns]
         eps = duals[0].eps
-        found = sum_together([across(dual.weight, dual.weight) for dual in duals], [dual.spread for dual in duals])
+        found = sum_together([across(dual.weight, dual.weight) for dual in duals], [dual.sharding for dual in duals])
         inverses = in_batches(lambda gram: pseudo_inverse(gram, eps), found)
         answers: list[Answer] = []
         for pair, (side, _, count), inverse in zip(pairs, turns, inverses, strict=True):

@@ -55,7 +55,7 @@ class FixedBasis(PairRule):
         sides = [Side.of(unit, 1) for unit in units]
         bases = [side.tall(side.state["basis"]) for side in sides]
         parts = [across(basis, side.grad) for basis, side in zip(bases, sides, strict=True) if side.grad is not None]
-        cores = sum_together(parts, [side.spread for side in sides])
+        cores = sum_together(parts, [side.sharding for side in sides])
         answers: list[Answer] = []
         for unit, side, basis, core in zip(units, sides, bases, cores, strict=True):
             if side.context.step == 1 and not bool(side.state["basis"].any()):

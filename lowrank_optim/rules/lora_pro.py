@@ -98,15 +98,15 @@ def adjusted(
 ) -> list[tuple[Tensor | None, Tensor | None]]:
     """γ_Aᵀ and γ_B of each pair for these gradients in tall form, None for a frozen factor; X = 0 unless `nearest`."""
     eps = pairs[0].a.eps
-    products, spreads = [], []
+    products, shardings = [], []
     for pair, (grad_a, grad_b) in zip(pairs, grads, strict=True):
         for side, _ in pair.sides:
             products.append(across(side.weight, side.weight))
-            spreads.append(side.spread)
+            shardings.append(side.sharding)
         for side, grad in ((pair.a, grad_a), (pair.b, grad_b)):  # A g_Aᵀ and Bᵀ g_B
             products.append(across(side.weight, torch.zeros_like(side.weight) if grad is None else grad))
-            spreads.append(side.spread)
-    sums = [widened(each) for each in sum_together(products, spreads)]
+            shardings.append(side.sharding)
+    sums = [widened(each) for each in sum_together(products, shardings)]
     gram_a, gram_b, cross_a, cross_b = (sums[first::4] for first in range(4))
     inverse_a, inverse_b = (in_batches(lambda gram: pseudo_inverse(gram, eps), each) for each in (gram_a, gram_b))
     both = [grad_a is not None and grad_b is not None for grad_a, grad_b in grads]
@@ -141,7 +141,7 @@ def _product(pair: Pair, change_a: Tensor | None, change_b: Tensor | None) -> Te
 
 def _of_matrix(pair: Pair, direction: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients sUᵀB and sUAᵀ of the factors, in tall form, for U in place of G."""
-    (grad_a,) = sum_together([direction.mT @ pair.b.weight], [pair.b.spread])
+    (grad_a,) = sum_together([direction.mT @ pair.b.weight], [pair.b.sharding])
     return (
         None if pair.a.grad is None else grad_a * pair.scaling,
         None if pair.b.grad is None else direction @ pair.a.weight * pair.scaling,

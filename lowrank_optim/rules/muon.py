@@ -218,13 +218,13 @@ class NorMuon(Muon):
     def _sized(
         self, blocks: list[Tensor], state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> list[Tensor]:
-        spread, squares = context.sharding.reduced, state["exp_avg_sq_row"]
-        means = torch.cat([spread.mean(block.square(), -1) for block in blocks], -1)
+        sharding, squares = context.sharding.reduced, state["exp_avg_sq_row"]
+        means = torch.cat([sharding.mean(block.square(), -1) for block in blocks], -1)
         squares.lerp_(means, _share(1.0 - float(options["beta2"]), means, context.ok))
         sizes = (squares.sqrt() + 1e-8).unsqueeze(-1).split([block.shape[-2] for block in blocks], -2)
         scaled = [block / size for block, size in zip(blocks, sizes, strict=True)]
         norms = [torch.linalg.vector_norm(each, dim=(-2, -1), keepdim=True) for each in (*blocks, *scaled)]
-        before, after = spread.norm(torch.stack(norms), -2, -1).chunk(2)
+        before, after = sharding.norm(torch.stack(norms), -2, -1).chunk(2)
         return [each.mul_(old / new.clamp_min(1e-30)) for each, old, new in zip(scaled, before, after, strict=True)]
 
     def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
@@ -247,8 +247,8 @@ def _in_subspace(grad: Tensor, context: Context) -> bool:
 
 def _blocks(matrix: Tensor, split: int | Sequence[int] | None, context: Context) -> Iterator[tuple[Tensor, int]]:
     """The local rows of each block, and how many rows it has on all processes."""
-    spread = context.sharding.reduced
-    rows, start = spread.whole_shape(matrix)[-2], spread.offset(-2) if context.sharding is not LOCAL else 0
+    sharding = context.sharding.reduced
+    rows, start = sharding.whole_shape(matrix)[-2], sharding.offset(-2) if context.sharding is not LOCAL else 0
     if split is None:
         yield matrix, rows
         return

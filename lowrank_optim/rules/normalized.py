@@ -137,9 +137,9 @@ class RowNorm(NormalizedRule):
     def _factors(self, seen: Tensor, options: Mapping[str, Any], context: Context) -> Tensor:
         """φ, (…, rows, 1) or (…, 1, columns); 0 where the gradient is to be ignored."""
         dim = -1 if options["axis"] == "rows" else -2
-        spread = context.sharding.reduced
-        squares = spread.sum(kernels.line_sums(seen, dim, 2), dim)
-        length = spread.whole_shape(seen)[dim] if options["unit"] == "rms" else 1
+        sharding = context.sharding.reduced
+        squares = sharding.sum(kernels.line_sums(seen, dim, 2), dim)
+        length = sharding.whole_shape(seen)[dim] if options["unit"] == "rms" else 1
         factors = (squares / max(length, 1)).sqrt_().clamp_min_(float(options["norm_eps"])).reciprocal_()
         return factors if context.ok is None else torch.where(context.ok, factors, 0.0)
 
@@ -191,14 +191,14 @@ class Sinkhorn(NormalizedRule):
         return Direction(torch.mul(seen, size, out=squares).mul_(columns.mT))
 
 
-def _balance(squares: Tensor, spread: TensorSharding, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
+def _balance(squares: Tensor, sharding: TensorSharding, iterations: int, eps: float) -> tuple[Tensor, Tensor]:
     """u (…, m, 1) and v (…, n, 1) of Sinkhorn's diag(u) R diag(v), from the local part of R's squares."""
     *batch, m, n = squares.shape
     rows, columns = (squares.new_ones((*batch, size, 1)) for size in (m, n))
-    whole_rows, whole_columns = spread.whole_shape(squares)[-2:]
+    whole_rows, whole_columns = sharding.whole_shape(squares)[-2:]
     for _ in range(iterations):
-        rows = _scaled(rows, spread.sum(squares @ columns.square(), -1), whole_columns, eps)
-        columns = _scaled(columns, spread.sum(squares.mT @ rows.square(), -2), whole_rows, eps)
+        rows = _scaled(rows, sharding.sum(squares @ columns.square(), -1), whole_columns, eps)
+        columns = _scaled(columns, sharding.sum(squares.mT @ rows.square(), -2), whole_rows, eps)
     return rows, columns
 
 

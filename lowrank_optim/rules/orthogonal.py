@@ -84,24 +84,24 @@ class Orthogonalization:
     eps: float
     inner: torch.dtype
 
-    def __call__(self, matrix: Tensor, spread: TensorSharding, exchange: bool = True) -> Tensor:
+    def __call__(self, matrix: Tensor, sharding: TensorSharding, exchange: bool = True) -> Tensor:
         """The orthogonal factor of the matrix whose local rows or columns these are.
 
         Sends d² numbers of the Gram matrix of the side that is not split. Where that is the longer side by much, parts of rows are
         exchanged for parts of columns, and back, so that it is the shorter one (`exchange`).
         """
-        across = [dim for dim in (-2, -1) if spread.splits(dim)]
+        across = [dim for dim in (-2, -1) if sharding.splits(dim)]
         if not across:
             if self.exact:
                 return self._by_gram(matrix, matrix.shape[-2] >= matrix.shape[-1], lambda gram: gram)
             return newton_schulz(matrix, self.coefficients, self.steps, self.eps, self.inner)
         (held,) = across
-        if exchange and saves(spread.whole_shape(matrix), held, [group.size() for group in spread.groups(held)]):
+        if exchange and saves(sharding.whole_shape(matrix), held, [group.size() for group in sharding.groups(held)]):
             other = -3 - held
-            parts = spread.exchange(matrix, held, other)
-            found = self._by_gram(parts, other == -2, lambda gram: spread.sum(gram, held))
-            return spread.exchange(found, other, held)
-        return self._by_gram(matrix, held == -2, lambda gram: spread.sum(gram, held))
+            parts = sharding.exchange(matrix, held, other)
+            found = self._by_gram(parts, other == -2, lambda gram: sharding.sum(gram, held))
+            return sharding.exchange(found, other, held)
+        return self._by_gram(matrix, held == -2, lambda gram: sharding.sum(gram, held))
 
     def _by_gram(self, matrix: Tensor, of_columns: bool, total: Callable[[Tensor], Tensor]) -> Tensor:
         """M Q with Q from MᵀM, or Q M with Q from MMᵀ; `total` sums the Gram matrix over processes."""

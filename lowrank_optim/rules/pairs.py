@@ -79,12 +79,12 @@ class Side:
     @property
     def long(self) -> int:
         """d on all processes together."""
-        spread = self.context.sharding.reduced
-        rows, cols = spread.whole_shape(self.flat(self.weight))
+        sharding = self.context.sharding.reduced
+        rows, cols = sharding.whole_shape(self.flat(self.weight))
         return cols if self.is_a else rows
 
     @property
-    def spread(self) -> tuple[Any, int]:
+    def sharding(self) -> tuple[Any, int]:
         """Over which processes a sum over d goes: a sharding, and its dimension."""
         return self.context.sharding.reduced, -1 if self.is_a else -2
 
@@ -235,7 +235,7 @@ def mean_decay(beta: float, step: float) -> float:
 def grams(pairs: Sequence[Pair]) -> list[Tensor]:
     """K = BᵀB and M = AAᵀ of all pairs: [M₁, K₁, M₂, K₂, …], each (E, r, r)."""
     sides = [side for pair in pairs for side, _ in pair.sides]
-    return sum_together([across(side.weight, side.weight) for side in sides], [side.spread for side in sides])
+    return sum_together([across(side.weight, side.weight) for side in sides], [side.sharding for side in sides])
 
 
 def copy_before(side: Side, pair: Pair) -> Tensor | None:
@@ -256,7 +256,7 @@ def grams_after(
     new = [side.written() for side in sides]
     other = [n if x is None else x for x, n in zip(old, directions, strict=True)]
     parts = [part for x, y in zip(new, other, strict=True) for part in (across(x, x), across(y, x))]
-    sums = sum_together(parts, [side.spread for side in sides for _ in range(2)])
+    sums = sum_together(parts, [side.sharding for side in sides for _ in range(2)])
     after, cross = [widened(each) for each in sums[::2]], [widened(each) for each in sums[1::2]]
     linear = [number for number, known in enumerate(old) if known is None]
     if linear:
@@ -343,7 +343,7 @@ class PairRule(JointRule):
         """b_k, a_k ← f b_k, f a_k with f = √max(0, 1 − ηξ/(‖b_k‖‖a_k‖)): a soft threshold on the size of each rank-one term."""
         sides = [Side.of(unit, number) for number in (0, 1)]
         squares = [torch.linalg.vector_norm(side.weight, dim=-2).square() for side in sides]
-        norms = [square.sqrt() for square in sum_together(squares, [side.spread for side in sides])]
+        norms = [square.sqrt() for square in sum_together(squares, [side.sharding for side in sides])]
         size = norms[0] * norms[1]
         left = (1.0 - max(steps) * l1 / size).clamp_min(0.0)
         factor = torch.where(size > 0.0, left, 0.0).sqrt().unsqueeze(-2)

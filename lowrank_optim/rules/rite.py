@@ -89,7 +89,7 @@ class Rite(PairRule):
         beta1, beta2 = map(float, options["betas"])
         roots = pseudo_inverse_root(_stacked(grams(pairs)), eps)
         duals = roots.flip(1)
-        squares = sum_together([across(_grad(side), _grad(side)) for side in sides], [side.spread for side in sides])
+        squares = sum_together([across(_grad(side), _grad(side)) for side in sides], [side.sharding for side in sides])
         means = torch._foreach_mul(squares, [1.0 / side.long for side in sides])
         moments = self._moments(pairs, duals @ widened(_stacked(means)) @ duals, beta2)
         scalers = pseudo_inverse_root(moments, eps, self._shifts(sides), float(options["eps"]))

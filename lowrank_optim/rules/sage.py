@@ -49,12 +49,12 @@ class SAGE(Lion):
     def direction(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
-        spread, new = context.sharding.reduced, 1.0 - float(options["betas"][1])
-        rows = max(spread.whole_shape(grad)[-2], 1)
-        now = spread.sum(kernels.line_sums(grad, -2, 1).squeeze(-2), -2) / rows
+        sharding, new = context.sharding.reduced, 1.0 - float(options["betas"][1])
+        rows = max(sharding.whole_shape(grad)[-2], 1)
+        now = sharding.sum(kernels.line_sums(grad, -2, 1).squeeze(-2), -2) / rows
         share = new if context.ok is None else kernels.masked_scalar(context.ok, new, 0.0, grad.dtype)
         mean = state["exp_avg_abs"].lerp_(now, share)
-        columns = spread.drop(-2)
+        columns = sharding.drop(-2)
         damping = torch.minimum(_damping(mean, columns), _damping(now, columns))
         matrix = super().direction(grad, state, options, context).matrix
         return Direction(matrix.mul_(damping.unsqueeze(-2)))

@@ -45,16 +45,16 @@ def in_batches(function: Function, *lists: Sequence[Tensor]) -> list[Tensor]:
     return by_kind([tuple(m.shape[1:] for m in matrices) for matrices in zip(*lists, strict=True)], together)
 
 
-def sum_together(parts: Sequence[Tensor], spreads: Sequence[tuple[TensorSharding, int]]) -> list[Tensor]:
+def sum_together(parts: Sequence[Tensor], shardings: Sequence[tuple[TensorSharding, int]]) -> list[Tensor]:
     """Each part summed over the processes that split a dimension of another tensor: one message for those of the same processes."""
     sums = list(parts)
     alike: dict[tuple[object, ...], list[int]] = {}
-    for number, (spread, dim) in enumerate(spreads):
-        if groups := spread.groups(dim):
+    for number, (sharding, dim) in enumerate(shardings):
+        if groups := sharding.groups(dim):
             alike.setdefault((parts[number].dtype, *groups), []).append(number)
     for numbers in alike.values():
-        spread, dim = spreads[numbers[0]]
-        flat = spread.sum(torch.cat([parts[n].flatten() for n in numbers]), dim)
+        sharding, dim = shardings[numbers[0]]
+        flat = sharding.sum(torch.cat([parts[n].flatten() for n in numbers]), dim)
         for n, part in zip(numbers, flat.split([parts[n].numel() for n in numbers]), strict=True):
             sums[n] = part.view(parts[n].shape)
     return sums

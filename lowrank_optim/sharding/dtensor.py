@@ -1,4 +1,4 @@
-"""From the placements of a DTensor to the spreads of a step, and what cannot be covered: refused by name, with what works instead.
+"""From the placements of a DTensor to the shardings of a step, and what cannot be covered: refused by name, with what works instead.
 
 `torch.distributed.tensor` is imported only where a parameter is a DTensor: that takes half a second.
 """
@@ -75,7 +75,7 @@ def check_owner(param: Tensor, kind: str) -> None:
 
 
 def dense_sharding(param: Tensor) -> TensorSharding:
-    """The spread of a parameter in its own shape."""
+    """The sharding of a parameter in its own shape."""
     if not is_sharded(param):
         return UNSHARDED
     return MeshSharding(param.device_mesh, tuple(param.placements), tuple(param.shape))  # type: ignore[attr-defined]
@@ -109,35 +109,35 @@ def dense_param_sharding(
     Args:
         param: the parameter.
         coded: whether its moments are stored in row blocks.
-        matrix: the spread of the matrix view; None where it is trained in its own shape.
+        matrix: the sharding of the matrix view; None where it is trained in its own shape.
         folded: the shape of the moments, where they have fewer columns than the matrix.
     """
-    spread = dense_sharding(param)
-    if not isinstance(spread, MeshSharding):
+    sharding = dense_sharding(param)
+    if not isinstance(sharding, MeshSharding):
         return LOCAL
     if isinstance(matrix, MeshSharding):
         if coded and matrix.splits(-1):  # blocks would span processes
-            return MeshParamSharding(matrix=spread, reduced=spread.only(), lines=spread, whole=True)
+            return MeshParamSharding(matrix=sharding, reduced=sharding.only(), lines=sharding, whole=True)
         moments = matrix if folded is None else matrix.moved({dim: dim for dim in range(len(folded))}, folded)
         return MeshParamSharding(matrix=matrix, reduced=moments, lines=matrix)
-    if coded and spread.splits(-1) and (param.dim() < 4 or spread.splits(-2, -1)):  # blocks would span processes
-        return MeshParamSharding(matrix=spread, reduced=spread.only(), lines=spread, whole=True)
-    reduced = spread
+    if coded and sharding.splits(-1) and (param.dim() < 4 or sharding.splits(-2, -1)):  # blocks would span processes
+        return MeshParamSharding(matrix=sharding, reduced=sharding.only(), lines=sharding, whole=True)
+    reduced = sharding
     if coded and param.dim() > 3:  # coded as a matrix of its first dimension
-        reduced = spread.moved({0: 0}, (param.shape[0], param.shape[1:].numel()))
-    return MeshParamSharding(matrix=spread, reduced=reduced, lines=spread)
+        reduced = sharding.moved({0: 0}, (param.shape[0], param.shape[1:].numel()))
+    return MeshParamSharding(matrix=sharding, reduced=reduced, lines=sharding)
 
 
 def matrix_sharding(param: Tensor, layout: str, shape: Sequence[int]) -> TensorSharding:
-    """The spread of a parameter's matrix view, which has `shape`."""
-    spread = dense_sharding(param)
-    if not isinstance(spread, MeshSharding):
+    """The sharding of a parameter's matrix view, which has `shape`."""
+    sharding = dense_sharding(param)
+    if not isinstance(sharding, MeshSharding):
         return UNSHARDED
     last = param.dim() - 1
     dims = {dim: dim for dim in range(param.dim())}
     if layout == "transposed" and param.dim() in (2, 3):
         dims |= {last: last - 1, last - 1: last}
-    return spread.moved({dim: to for dim, to in dims.items() if to < len(shape)}, tuple(shape))
+    return sharding.moved({dim: to for dim, to in dims.items() if to < len(shape)}, tuple(shape))
 
 
 def low_rank_sharding(
@@ -146,7 +146,7 @@ def low_rank_sharding(
     """The shards of a matrix in a subspace.
 
     Args:
-        matrix: the spread of its matrix view.
+        matrix: the sharding of its matrix view.
         reduced_shape: the whole shape of R.
         contracted: the dimensions of the matrix, −2 and −1, that the projection sums over; of the others, one becomes the rows of R.
         coded: whether the moments are stored in row blocks.
@@ -177,7 +177,7 @@ def low_rank_sharding(
 
 
 def _scattered(matrix: MeshSharding, lines: MeshSharding, contracted: tuple[int, ...]) -> MeshSharding:
-    """The spread of R where each process of the group that the matrix is split over keeps a share of its rows."""
+    """The sharding of R where each process of the group that the matrix is split over keeps a share of its rows."""
     (group,) = matrix.groups(*contracted)
     from torch.distributed.tensor import Shard
 
@@ -210,13 +210,13 @@ class LocalState(dict[str, Tensor]):
         return super().pop(name)
 
 
-def placed(tensor: Tensor, spread: TensorSharding) -> Tensor:
-    """A tensor of the state as it is kept: scalars plain, the others with the placements of `spread`."""
+def placed(tensor: Tensor, sharding: TensorSharding) -> Tensor:
+    """A tensor of the state as it is kept: scalars plain, the others with the placements of `sharding`."""
     if tensor.dim() == 0 or is_sharded(tensor):
         return tensor
-    if isinstance(spread, MeshSharding) and len(spread.shape) > tensor.dim():  # R of one column is coded as a row
-        spread = spread.drop(-1)
-    return spread.wrap(tensor)
+    if isinstance(sharding, MeshSharding) and len(sharding.shape) > tensor.dim():  # R of one column is coded as a row
+        sharding = sharding.drop(-1)
+    return sharding.wrap(tensor)
 
 
 def as_tensor(value: Any) -> Tensor:
@@ -230,10 +230,14 @@ def like(value: Any, template: Tensor, device: torch.device) -> Tensor:
         value = value.full_tensor() if is_sharded(value) else as_tensor(value)
         copy: Tensor = value.detach().to(dtype=template.dtype, device=device, copy=True)
         return copy
-    spread = MeshSharding(template.device_mesh, tuple(template.placements), tuple(template.shape))  # type: ignore[attr-defined]
+    sharding = MeshSharding(template.device_mesh, tuple(template.placements), tuple(template.shape))  # type: ignore[attr-defined]
     if is_sharded(value):
-        same = value.device_mesh == spread.mesh
-        part = value.redistribute(placements=spread.placements).to_local() if same else spread.part(value.full_tensor())
+        same = value.device_mesh == sharding.mesh
+        part = (
+            value.redistribute(placements=sharding.placements).to_local()
+            if same
+            else sharding.part(value.full_tensor())
+        )
     else:
-        part = spread.part(as_tensor(value))
-    return spread.wrap(part.detach().to(dtype=template.dtype, device=device, copy=True))
+        part = sharding.part(as_tensor(value))
+    return sharding.wrap(part.detach().to(dtype=template.dtype, device=device, copy=True))

@@ -38,7 +38,7 @@ _all_gather = _collective("all_gather_single", "all_gather_into_tensor")
 class ParamSharding:
     """A parameter that this process holds whole; every operation hands on what it was given.
 
-    matrix: the spread of the weights' matrix view (…, m, n); of a dense parameter, its own.
+    matrix: the sharding of the weights' matrix view (…, m, n); of a dense parameter, its own.
     rows, cols: of tall matrices (…, m, ·) and (…, n, ·), such as bases.
     reduced: of R, the moments and the direction.
     param: of the parameter in its own shape.
@@ -90,8 +90,8 @@ class ParamSharding:
             return self.reduced.drop(-1 if lies == "rows" else -2)
         if lies == "whole":
             return self.matrix.only()
-        spreads = {"reduced": self.reduced, "matrix": self.matrix, "param": self.param, "basis_right": self.cols}
-        return spreads[lies]
+        shardings = {"reduced": self.reduced, "matrix": self.matrix, "param": self.param, "basis_right": self.cols}
+        return shardings[lies]
 
 
 LOCAL = ParamSharding()
@@ -101,7 +101,7 @@ LOCAL = ParamSharding()
 class MeshParamSharding(ParamSharding):
     """The local part of a DTensor.
 
-    lines: the spread of R before it is summed: as the weights' rows or columns lie.
+    lines: the sharding of R before it is summed: as the weights' rows or columns lie.
     partial: the groups over which R is a sum.
     scatter: whether each process of the one group in `partial` keeps a share of the rows of R.
     """

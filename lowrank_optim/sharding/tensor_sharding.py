@@ -85,11 +85,11 @@ class TensorSharding:
         return tensor
 
     def drop(self, dim: int) -> "TensorSharding":
-        """The spread of a tensor without dimension `dim`."""
+        """The sharding of a tensor without dimension `dim`."""
         return self
 
     def only(self, *dims: int) -> "TensorSharding":
-        """The spread of a tensor that is split along these dimensions only, and held whole in all others."""
+        """The sharding of a tensor that is split along these dimensions only, and held whole in all others."""
         return self
 
 
@@ -246,7 +246,7 @@ class MeshSharding(TensorSharding):
         return self.moved({dim: dim for dim in kept}, self.shape)
 
     def moved(self, dims: Mapping[int, int], shape: tuple[int, ...]) -> "MeshSharding":
-        """The spread of a tensor of `shape` whose dimension dims[d] is split as d is here; its others are whole."""
+        """The sharding of a tensor of `shape` whose dimension dims[d] is split as d is here; its others are whole."""
         from torch.distributed.tensor import Replicate
 
         def move(placement: "Placement") -> "Placement":

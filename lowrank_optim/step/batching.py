@@ -54,18 +54,18 @@ class Launch:
 class Sum:
     """A tensor to be summed over the processes that split the rows of another; the answer is the sum.
 
-    spread: of that other tensor.
+    sharding: of that other tensor.
     elements: as of `Launch`.
     """
 
     part: Tensor
-    spread: TensorSharding
+    sharding: TensorSharding
     elements: int
     waits = True
 
     def run(self) -> Tensor:
         """The answer, now."""
-        return self.spread.sum(self.part, -2)
+        return self.sharding.sum(self.part, -2)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _answers(requests: Sequence[Request]) -> list[Any]:
         elif isinstance(request, Shared):
             key = ("shared", request.key)
         else:
-            key = (request.part.device, request.part.dtype, *request.spread.groups(-2))
+            key = (request.part.device, request.part.dtype, *request.sharding.groups(-2))
         alike.setdefault(key, []).append(number)
     for numbers in alike.values():
         first = requests[numbers[0]]
@@ -178,7 +178,7 @@ def _answers(requests: Sequence[Request]) -> list[Any]:
             found = list(first.compute([r.argument for n in numbers if isinstance(r := requests[n], Shared)]))
         else:
             parts = [r.part for n in numbers if isinstance(r := requests[n], Sum)]
-            flat = first.spread.sum(torch.cat([part.flatten() for part in parts]), -2)
+            flat = first.sharding.sum(torch.cat([part.flatten() for part in parts]), -2)
             sums = flat.split([part.numel() for part in parts])
             found = [whole.view(part.shape) for whole, part in zip(sums, parts, strict=True)]
         for number, answer in zip(numbers, found, strict=True):

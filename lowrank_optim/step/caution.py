@@ -38,9 +38,9 @@ def cautiously_(
     grad: Tensor,
     write: StepParams,
     group: Mapping[str, Any],
-    spread: TensorSharding,
+    sharding: TensorSharding,
 ) -> None:
-    """W ← keep·W − αU, cautiously; the local parts of a parameter that lies as `spread` says.
+    """W ← keep·W − αU, cautiously; the local parts of a parameter that lies as `sharding` says.
 
     Args:
         weight: in any view, modified in place.
@@ -50,13 +50,13 @@ def cautiously_(
         group: of the parameter.
     """
     if group["cautious"]:
-        mask_(update, grad, spread)
+        mask_(update, grad, sharding)
     if group["cautious_decay"]:
         write = _decay_where_agreed(weight, update, write)
-    kernels.apply_dense_(weight, update, start=spread.start, **vars(write))
+    kernels.apply_dense_(weight, update, start=sharding.start, **vars(write))
 
 
-def mask_(update: Tensor, grad: Tensor, spread: TensorSharding) -> None:
+def mask_(update: Tensor, grad: Tensor, sharding: TensorSharding) -> None:
     """U ← U ⊙ φ · d/(nnz(φ) + 1), in place; one number is summed over the processes that hold parts of U."""
     kept = torch.zeros((), dtype=torch.int64, device=update.device)
     for chunk in _chunks(update):
@@ -64,7 +64,7 @@ def mask_(update: Tensor, grad: Tensor, spread: TensorSharding) -> None:
         agree = grad[chunk] * part.sign() > 0  # a product of both could vanish
         part.mul_(agree)
         kept += agree.sum()
-    update.mul_(spread.numel(update) / (spread.sum(kept).to(update.dtype) + 1.0))
+    update.mul_(sharding.numel(update) / (sharding.sum(kept).to(update.dtype) + 1.0))
 
 
 def _decay_where_agreed(weight: Tensor, update: Tensor, write: StepParams) -> StepParams:

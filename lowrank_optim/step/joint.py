@@ -123,7 +123,7 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
         for number, (member, direction) in enumerate(zip(members, directions, strict=True)):
             if direction is None or grads[number] is None:
                 continue
-            fused, write, spread = isinstance(direction, FusedDense), writes[number], member.plan.sharding.matrix
+            fused, write, sharding = isinstance(direction, FusedDense), writes[number], member.plan.sharding.matrix
             if write is None or not (fused or direction.step is direction.decay is None):
                 write = member.write(direction, 1.0, ok)
             steps[number] = abs(write.alpha)
@@ -132,9 +132,9 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
                 if direction.after is not None:
                     direction.after()
             elif cautious:
-                cautiously_(member.weight, direction.matrix, member.local_grad(), write, group, spread)
+                cautiously_(member.weight, direction.matrix, member.local_grad(), write, group, sharding)
             else:
-                kernels.apply_dense_(member.weight, direction.matrix, start=spread.start, **vars(write))
+                kernels.apply_dense_(member.weight, direction.matrix, start=sharding.start, **vars(write))
         if group["l1"]:
             rule.shrink_(unit, steps, float(group["l1"]))
         if rule.finishes:

@@ -21,7 +21,7 @@ from lowrank_optim.sharding.dtensor import local, local_grad
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.nonfinite import SkippedUpdates
 from lowrank_optim.step.param_plan import ParamPlan
-from lowrank_optim.step.refresh_schedule import latest_refresh, moment_steps, own_gap
+from lowrank_optim.step.refresh_schedule import latest_refresh, moment_steps
 from lowrank_optim.step.state_names import WEIGHT_ERROR
 
 
@@ -118,7 +118,8 @@ class ParamStep:
         space, state = self.plan.space, self.state
         if space is None or space.rank == 0:
             return False
-        scheduled = latest_refresh(int(state["step"]), own_gap(state, self.group), self.offset)
+        gap = state["gap"] if "gap" in state else self.group["update_proj_gap"]  # its own, where refreshes are lazy
+        scheduled = latest_refresh(int(state["step"]), int(gap), self.offset)
         return int(state["last_refresh"]) < scheduled
 
     def key(self, step: int, purpose: int = PURPOSE_BASIS) -> int:
@@ -142,10 +143,10 @@ class ParamStep:
         """Measure the column scales of coded moments where that is due; `since` is the step of their last change of basis."""
         if "col_scale" not in self.state or not scale_is_due(int(self.state["step"]) - since):
             return
-        share, spread = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
+        share, sharding = self.plan.rule.gradient_share(self.group), self.plan.sharding.reduced
         grad = self.plan.rule.moment_gradient(grad, self.group)
-        rows = spread.sum(moments.row_sums(grad, share), -1)
-        columns = spread.sum(moments.column_sums(grad, share, rows), -2)
+        rows = sharding.sum(moments.row_sums(grad, share), -1)
+        columns = sharding.sum(moments.column_sums(grad, share, rows), -2)
         moments.rescale_(columns, int(self.state["step"]), ok)
 
     # ------------------------------------------------------------------------------------------------------------ weights
@@ -189,19 +190,19 @@ class ParamStep:
     @contextmanager
     def gathered(self) -> Iterator[tuple["ParamStep", Tensor]]:
         """The step and the gradient of the whole parameter, where moments are kept whole although the weights are not."""
-        weight, spread = self.weight, self.plan.sharding.matrix
+        weight, sharding = self.weight, self.plan.sharding.matrix
         dims = range(-weight.dim(), 0)
-        whole, grad = spread.gather(weight, *dims), spread.gather(local_grad(self.param), *dims)
+        whole, grad = sharding.gather(weight, *dims), sharding.gather(local_grad(self.param), *dims)
         state = {name: tensor for name, tensor in self.state.items() if name != "master"}
-        errors = {name: spread.gather(state[name], *dims) for name in WEIGHT_ERROR if name in state}
+        errors = {name: sharding.gather(state[name], *dims) for name in WEIGHT_ERROR if name in state}
         state |= errors
         yield (
             replace(self, param=whole, plan=replace(self.plan, sharding=LOCAL), state=state),
             self.plan.view(grad) if self.plan.is_matrix else grad,
         )
-        weight.copy_(spread.part(whole))
+        weight.copy_(sharding.part(whole))
         for name, error in errors.items():
-            self.state[name].copy_(spread.part(error))
+            self.state[name].copy_(sharding.part(error))
 
     def dense_parts(
         self, grad: Tensor, elementwise: bool

@@ -32,11 +32,6 @@ def latest_refresh(step: int, gap: int, offset: int) -> int:
     return max(step - (step + offset) % gap, 0)
 
 
-def own_gap(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> int:
-    """Steps between two refreshes of a matrix: its own number where refreshes are lazy, else the group's."""
-    return int(state["gap"]) if "gap" in state else int(group["update_proj_gap"])
-
-
 def moment_steps(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> float:
     """The steps that the moments have seen; a reset starts them, and so their bias correction, again."""
     since = max(int(state["last_refresh"]), 0) if group["on_refresh"] == "reset" else 0

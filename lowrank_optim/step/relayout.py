@@ -107,10 +107,10 @@ def _resized(basis: Tensor, space: SubspaceSpec, name: str, key: int) -> Tensor:
     missing = space.rank - basis.shape[-1]
     if missing <= 0:
         return basis[..., : space.rank].clone()
-    spread = basis_shardings(space)[name]
+    sharding = basis_shardings(space)[name]
     size = space.cols if name == "basis_right" or space.side == "right" else space.rows
-    sketch = spread.part(gaussian(key, (*space.batch, size, missing), basis.device, basis.dtype), -2)
-    return torch.cat([basis, householder(sketch - basis @ spread.sum(basis.mT @ sketch, -2), spread)], -1)
+    sketch = sharding.part(gaussian(key, (*space.batch, size, missing), basis.device, basis.dtype), -2)
+    return torch.cat([basis, householder(sketch - basis @ sharding.sum(basis.mT @ sketch, -2), sharding)], -1)
 
 
 def _padded(tensor: Tensor, width: int, rows: bool = False) -> Tensor:

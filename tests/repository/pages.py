@@ -19,7 +19,7 @@ NOT_RUN = "*Not run in the tests: "
 """How the line above a block begins that does not run; the reason follows, and `.*`."""
 
 _BLOCK = re.compile(
-    rf"(?:^{re.escape(NOT_RUN)}(?P<reason>.*)\.\*\n\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    rf"(?:^{re.escape(NOT_RUN)}(?P<reason>[^\n]*)\.\*\n\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
     flags=re.DOTALL | re.MULTILINE,
 )
 
@@ -110,6 +110,26 @@ def presupposed_by_a_trainer() -> dict[str, Any]:
         "model": LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)),
         "args": TrainingArguments("runs/pages", max_steps=2, per_device_train_batch_size=2, **quiet),
         "data": [{"input_ids": tokens, "labels": tokens}] * 4,
+    }
+
+
+def presupposed_by_chats() -> dict[str, Any]:
+    """What stands before a model is trained on chats: the model and its tokenizer, chats, and answers of which one is better."""
+    from datasets import Dataset
+
+    from tests.oracles import chat
+
+    chats = chat.chats()
+    wrong = [{"role": "assistant", "content": "I do not know."}]
+    preferences = [
+        {"prompt": each["messages"][:1], "chosen": each["messages"][1:], "rejected": wrong} for each in chats
+    ]
+    return {
+        "model": chat.model(),
+        "reference": chat.model(),
+        "tokenizer": chat.tokenizer(),
+        "chats": Dataset.from_list(chats),
+        "preferences": Dataset.from_list(preferences),
     }
 
 

@@ -8,6 +8,7 @@ that the targets, files and flags are there is checked.
 import argparse
 import re
 import shlex
+import sys
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -27,11 +28,19 @@ PARTS = [block.code for block in blocks("docs/extend.md", "python")]
 
 OF_PROCESSES = ("docs/integrations/ddp.md", "docs/integrations/fsdp2.md")
 OF_TRAINERS = "train_dataset=data"
-OF_SOME_SECONDS = ("docs/integrations/transformers.md",)
+OF_CHATS = ("docs/integrations/trl.md", "docs/integrations/peft.md")
+OF_SOME_SECONDS = ("docs/integrations/transformers.md", "docs/integrations/compat.md")
+NEEDS = {f"docs/integrations/{name}.md": name for name in ("trl", "peft", "lightning", "accelerate")}
+"""Pages that need a package of others."""
+
 STANDS_FOR = {'"llama-7b"': '"llama-60m"'}
 """What the tests run in place of what a page says, for the sake of time."""
 
-DO_NOT_RUN = {("docs/integrations/fsdp2.md", "needs a GPU")}
+DO_NOT_RUN = {
+    ("docs/integrations/fsdp2.md", "needs a GPU"),
+    ("docs/integrations/accelerate.md", "needs several processes"),
+    *(("docs/integrations/other_trainers.md", f"needs {name}") for name in ("axolotl", "LLaMA-Factory", "torchtitan")),
+}
 """Pages with blocks that do not run, and why."""
 
 WITH_PYTHON = [page for page in PAGES if page != "docs/extend.md" and any(blocks(page, "python"))]
@@ -53,6 +62,10 @@ def test_code_of_the_page_runs(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     if page in OF_PROCESSES:
         request.getfixturevalue("one_process")
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page])
+    for name in ("galore_torch", "apollo_torch"):  # as in a process of its own
+        monkeypatch.delitem(sys.modules, name, raising=False)
     code = "".join(block.code for block in blocks(page, "python"))
     if OF_TRAINERS in code:
         pytest.importorskip("transformers")
@@ -60,6 +73,8 @@ def test_code_of_the_page_runs(page, tmp_path, monkeypatch, request):
         scope = pages.presupposed()
         if page in OF_PROCESSES:
             scope |= pages.presupposed_by_processes()
+        if page in OF_CHATS:
+            scope |= pages.presupposed_by_chats()
         for block in section:
             if block.not_run is None:
                 run(block, scope)
@@ -174,7 +189,9 @@ def test_the_reference_has_every_public_name_once():
     public = {name for name in lo.__all__ if name not in ("__version__", "distributed", "nn")}
     layers = {f"nn.{name}" for name in lo.nn.__all__} | {f"distributed.{name}" for name in lo.distributed.__all__}
     checks = {f"testing.{name}" for name in lo.testing.__all__}
+    checks |= {f"diagnostics.{name}" for name in lo.diagnostics.__all__}
     beside = {"groups.options.Options", "integrations.transformers.LowRank", "integrations.transformers.InBackward"}
+    beside |= {"integrations.compat.install", "integrations.compat.uninstall"}
     assert set(listed) == public | layers | checks | beside
 
 

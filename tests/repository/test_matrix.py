@@ -15,16 +15,6 @@ REPORT = """<testsuites><testsuite>
 <testcase name="e"><failure message="1 != 2"/></testcase><testcase name="f"><error message="no fixture"/></testcase>
 </testsuite></testsuites>"""
 
-CASES = """
-import pytest
-
-@pytest.mark.parametrize("a", [1, 2, 3])
-@pytest.mark.parametrize(("b", "c"), [(4, "x"), (5, "y"), (5, "x")])
-def test_product(a, b, c): pass
-
-def test_alone(): pass
-"""
-
 
 def test_every_file_of_the_matrix_exists_once():
     files = matrix.test_files()
@@ -80,32 +70,6 @@ def test_results_are_replaced_by_pair(tmp_path, monkeypatch):
         ("3.11.7", "2.13.0+cpu"),
     ]
     assert page.read_text() == f"before\n{matrix.BEGIN}{matrix.table(results)}{matrix.END}after\n"
-
-
-@pytest.mark.long
-def test_each_value_of_each_parameter_runs_and_no_product_of_them(tmp_path):
-    (tmp_path / "test_cases.py").write_text(CASES)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "tests.conftest",
-        "--rootdir",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        [*command, "--each-value", "--collect-only", "-q", str(tmp_path)],
-        cwd=matrix.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    collected = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
-    products = ["test_product[4-x-1]", "test_product[4-x-2]", "test_product[4-x-3]", "test_product[5-y-1]"]
-    assert collected == [*products, "test_alone"], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""Closed-form decompositions of matrices: the best of a rank, for the matrix itself or for the outputs that data gives.
+
+For a matrix D (m×n) and inputs x with second moment H = E[x xᵀ] (or their covariance), the best rank-r map in the place of x ↦ D x,
+in the mean square over the data, is the projection of the outputs on the r leading eigenvectors U of D H Dᵀ: B A = U (Uᵀ D), with
+error Σ_{k>r} λ_k. No inverse and no root of H stands in it, so that H may be singular.
+
+All in float64 on a CPU, float32 elsewhere.
+"""
+
+import torch
+from torch import Tensor
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In the type that decompositions are computed in."""
+    return tensor.detach().to(torch.float64 if tensor.device.type == "cpu" else torch.float32)
+
+
+def best_of_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(U Σ^½, Σ^½ Vᵀ) of the leading singular triplets."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    roots = values[:rank].sqrt()
+    return left[:, :rank] * roots, roots.unsqueeze(1) * right[:rank]
+
+
+def principal_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, largest first and none below zero, and eigenvectors (columns) of a symmetric matrix."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def output_axes(matrix: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of D H Dᵀ, those that may differ from zero: min(m, n) of them, largest first.
+
+    Of a matrix with more rows than columns they are left singular vectors of D F for H = F Fᵀ, which costs n²·m and not m³.
+    """
+    m, n = matrix.shape
+    if m <= n:
+        return principal_axes(matrix @ moment @ matrix.mT)
+    values, vectors = principal_axes(moment)
+    left, singular, _ = torch.linalg.svd(matrix @ (vectors * values.sqrt()), full_matrices=False)
+    return singular.square(), left
+
+
+def project_outputs(matrix: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, A) = (U, Uᵀ D) for orthonormal columns U (m×r)."""
+    return axes, axes.mT @ matrix
+
+
+def rank_for_energy(values: Tensor, energy: float) -> int:
+    """The smallest rank, at least 1, whose leading values have at least this share of the sum."""
+    sums = values.cumsum(0)
+    reached = sums >= energy * sums[-1] * (1 - 1e-12)
+    return int(reached.nonzero()[0]) + 1
