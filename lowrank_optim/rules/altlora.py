@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.rules.joint import Answer, Unit
-from lowrank_optim.rules.pairs import (
-    Pair,
-    PairRule,
-    Side,
+from lowrank_optim.rules.pair_products import (
     across,
     blend_,
     copy_before,
@@ -20,6 +17,7 @@ from lowrank_optim.rules.pairs import (
     mean_decay,
     turn_,
 )
+from lowrank_optim.rules.pairs import Pair, PairRule, Side
 from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse, sum_together
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lowrank_optim.rules.joint import Answer, Unit
 from lowrank_optim.rules.pair_gradients import ADAM, check_adam
-from lowrank_optim.rules.pairs import PairRule, Side, across, times
+from lowrank_optim.rules.pair_products import across, times
+from lowrank_optim.rules.pairs import PairRule, Side
 from lowrank_optim.rules.small_matrices import sum_together
 
 

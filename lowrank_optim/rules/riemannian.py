@@ -10,7 +10,8 @@ from torch import Tensor
 from lowrank_optim.rules.base import FusedDense
 from lowrank_optim.rules.joint import Answer, Unit
 from lowrank_optim.rules.pair_gradients import GradientPairRule, fused_adam
-from lowrank_optim.rules.pairs import Pair, Side, grams, matrix_of, times
+from lowrank_optim.rules.pair_products import grams, times
+from lowrank_optim.rules.pairs import Pair, Side, matrix_of
 from lowrank_optim.rules.small_matrices import damped_inverse, in_batches
 
 

@@ -10,18 +10,19 @@ from torch import Tensor
 from lowrank_optim.rules.base import Direction
 from lowrank_optim.rules.joint import Answer, Unit
 from lowrank_optim.rules.pair_gradients import check_adam
-from lowrank_optim.rules.pairs import (
-    Pair,
-    PairRule,
-    Side,
+from lowrank_optim.rules.pair_products import (
     across,
     blend_,
     copy_before,
     grams,
     grams_after,
     mean_decay,
+    oks_of,
+    stacked,
     turn_,
+    where_ok,
 )
+from lowrank_optim.rules.pairs import Pair, PairRule, Side
 from lowrank_optim.rules.small_matrices import by_kind, pseudo_inverse_root, sum_together, widened
 
 
@@ -87,11 +88,11 @@ class Rite(PairRule):
         sides = [side for pair in pairs for side, _ in pair.sides]
         options, eps, dtype = pairs[0].options, sides[0].eps, sides[0].weight.dtype
         beta1, beta2 = map(float, options["betas"])
-        roots = pseudo_inverse_root(_stacked(grams(pairs)), eps)
+        roots = pseudo_inverse_root(stacked(grams(pairs)), eps)
         duals = roots.flip(1)
         squares = sum_together([across(_grad(side), _grad(side)) for side in sides], [side.sharding for side in sides])
         means = torch._foreach_mul(squares, [1.0 / side.long for side in sides])
-        moments = self._moments(pairs, duals @ widened(_stacked(means)) @ duals, beta2)
+        moments = self._moments(pairs, duals @ widened(stacked(means)) @ duals, beta2)
         scalers = pseudo_inverse_root(moments, eps, self._shifts(sides), float(options["eps"]))
         scalers = (duals @ scalers @ duals).to(dtype)
         old = [copy_before(side, pair) for pair in pairs for side, _ in pair.sides]
@@ -108,12 +109,12 @@ class Rite(PairRule):
     def _moments(self, pairs: Sequence[Pair], means: Tensor, beta2: float) -> Tensor:
         """V ← β̃₂V + (1−β̃₂)·means in the states, and as a stack."""
         stored = [side.state["exp_avg_gram"] for pair in pairs for side, _ in pair.sides]
-        before = _stacked(stored)
+        before = stacked(stored)
         shares = [1.0 - mean_decay(beta2, side.context.step) for side, _ in pairs[0].sides]
         after = torch.stack(
             [before[:, k].lerp(means[:, k].to(before.dtype), share) for k, share in enumerate(shares)], 1
         )
-        after = _where(_oks(pairs), after, before)
+        after = where_ok(oks_of(pairs), after, before)
         torch._foreach_copy_(stored, list(after.flatten(0, 1).unbind()))
         return after
 
@@ -121,7 +122,7 @@ class Rite(PairRule):
         """ρ of each side, as a stack (pairs, 2, E)."""
         if "escaped" not in sides[0].state:
             return 0.0
-        return _stacked([side.state["escaped"] for side in sides])
+        return stacked([side.state["escaped"] for side in sides])
 
     def finish(self, units: Sequence[tuple[Unit, Any]]) -> Sequence[None]:
         """D ← D (Y_oldᵀ Y_new) K_new⁺, V ← P V Pᵀ."""
@@ -135,13 +136,13 @@ class Rite(PairRule):
         eps, dtype = sides[0].eps, sides[0].weight.dtype
         momenta = [side.tall(side.state["exp_avg"]) for side in sides]
         found = grams_after(sides, [each for _, both, _ in kept for each in both], momenta)
-        after, cross = map(_stacked, found)
-        roots, oks = pseudo_inverse_root(after, eps), _oks(pairs)
+        after, cross = map(stacked, found)
+        roots, oks = pseudo_inverse_root(after, eps), oks_of(pairs)
         same = torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device)
-        changes = _where(oks, (cross @ roots @ roots).flip(1), same).to(dtype)
-        turns = _where(oks, (roots @ cross.mT @ torch.stack([root for _, _, root in kept])).flip(1), same)
+        changes = where_ok(oks, (cross @ roots @ roots).flip(1), same).to(dtype)
+        turns = where_ok(oks, (roots @ cross.mT @ torch.stack([root for _, _, root in kept])).flip(1), same)
         stored = [side.state["exp_avg_gram"] for side in sides]
-        moments = widened(_stacked(stored))
+        moments = widened(stacked(stored))
         turned = turns @ moments @ turns.mT
         for momentum, change in zip(momenta, changes.flatten(0, 1).unbind(), strict=True):
             turn_(momentum, change)
@@ -166,21 +167,6 @@ def _kind(pair: Pair) -> tuple[Any, ...]:
     """Pairs of one kind are computed together."""
     experts, _, rank = pair.a.weight.shape
     return rank, experts, pair.a.context.step, pair.b.context.step, pair.linear, pair.a.ok is None
-
-
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """(pairs, 2, E, …) from (E, …) for A and B of each pair."""
-    return torch.stack(list(parts)).view(-1, 2, *parts[0].shape)
-
-
-def _oks(pairs: Sequence[Pair]) -> Tensor | None:
-    """Which pairs may change, for a stack."""
-    oks = [pair.a.ok for pair in pairs if pair.a.ok is not None]
-    return torch.stack(oks).view(-1, 1, 1, 1, 1) if oks else None
-
-
-def _where(ok: Tensor | None, changed: Tensor, kept: Tensor) -> Tensor:
-    return changed if ok is None else torch.where(ok, changed, kept)
 
 
 def _grad(side: Side) -> Tensor:
