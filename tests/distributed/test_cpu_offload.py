@@ -102,6 +102,8 @@ def on_host(model: nn.Module) -> nn.Module:
 
 
 def gradient_of(twin: nn.Parameter, param: nn.Parameter) -> DTensor:
+    """A copy; the gradient itself becomes one, too, since on some processors products round by where in memory a matrix begins."""
+    twin.grad = twin.grad.detach().clone()
     return DTensor(twin.grad.to_local().detach().clone(), param._spec, requires_grad=False)
 
 
@@ -162,9 +164,9 @@ def late_gradients() -> None:
     for name, accumulate in (("galore", 1), ("galore", 2), ("fira", 1), ("galore_8bit", 1), ("badam", 1)):
         model = shard(Model(SHAPES))
         host, gradients = on_host(model), {}
-        for key, p in model.named_parameters():  # comes before the hook that takes the gradient
-            p.register_post_accumulate_grad_hook(
-                lambda p, key=key, seen=gradients: seen.update({key: p.grad.to_local().detach().clone()})
+        for (key, p), param in zip(model.named_parameters(), host.parameters(), strict=True):
+            p.register_post_accumulate_grad_hook(  # comes before the hook that takes the gradient
+                lambda p, key=key, param=param, seen=gradients: seen.update({key: gradient_of(p, param).to_local()})
             )
         pair = build(model, name), build(host, name)
         before = DEVICES.waits
