@@ -84,14 +84,14 @@ def narrow(x, like: tl.constexpr):
 def load_joined(w_ptr, high_ptr, low_ptr, at, inside):
     """Weights as float32, with what rounding dropped from them (`rounding.joined`) where there are pointers to it."""
     w = widen(tl.load(w_ptr + at, mask=inside, other=0.0))
-    if high_ptr is None:
-        return w
-    bits = w.to(tl.int32, bitcast=True)
-    rest = tl.load(high_ptr + at, mask=inside, other=0).to(tl.int32) << 8
-    if low_ptr is not None:
-        rest += tl.load(low_ptr + at, mask=inside, other=0).to(tl.int32)
-    size = tl.maximum((bits & 0x7FFFFFFF) + rest, 0)
-    return (size | ((bits >> 31) << 31)).to(tl.float32, bitcast=True)
+    if high_ptr is not None:
+        bits = w.to(tl.int32, bitcast=True)
+        rest = tl.load(high_ptr + at, mask=inside, other=0).to(tl.int32) << 8
+        if low_ptr is not None:
+            rest += tl.load(low_ptr + at, mask=inside, other=0).to(tl.int32)
+        size = tl.maximum((bits & 0x7FFFFFFF) + rest, 0)
+        w = (size | ((bits >> 31) << 31)).to(tl.float32, bitcast=True)
+    return w
 
 
 @triton.jit

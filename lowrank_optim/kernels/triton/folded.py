@@ -57,7 +57,7 @@ def folded_adam_kernel(
     root = tl.sqrt_rn(v[:, None] + (rest * rest) * (residual * residual))
     direction = tl.math.div_rn(m[:, None] + rest * residual, root * root_factor + root_offset)
     w = widen(tl.load(w_ptr + index, mask=inside)) * keep - direction * alpha
-    store_weight(w_ptr + index, w, inside, key, start + index, STOCHASTIC)
+    store_weight(w_ptr, None, None, index, w, inside, key, start + index, STOCHASTIC)
 
 
 def folded_adam_dense_(
