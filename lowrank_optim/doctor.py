@@ -11,8 +11,9 @@ import torch
 
 from lowrank_optim._version import __version__
 from lowrank_optim.kernels import Loaded, dispatch
+from lowrank_optim.kernels.comparison import Case, answer, compare
 from lowrank_optim.kernels.cpu import library
-from lowrank_optim.kernels.selftest import Case, answer, compare, quick_cases
+from lowrank_optim.kernels.selftest import quick_cases
 
 SHOWN = "{:22} {}\n"
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowrank_optim.kernels import sparse_schemas  # noqa: F401 (defines the operations)
 from lowrank_optim.kernels.compute import compute_dtype
 from lowrank_optim.kernels.dispatch import definition
 

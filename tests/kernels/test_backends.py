@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_optim.kernels import Loaded, arguments, compute, dispatch, schemas
+from lowrank_optim.kernels import Loaded, arguments, comparison, compute, dispatch, schemas
 from lowrank_optim.kernels import selftest as made
-from lowrank_optim.kernels.selftest import Case, answer, case, compare
+from lowrank_optim.kernels.comparison import Case, answer, compare
+from lowrank_optim.kernels.selftest import case
 from lowrank_optim.kernels.torch import coded_adam
 from tests.oracles.op_cases import CASES
 
@@ -141,7 +142,8 @@ def test_a_row_without_gradients_for_long_keeps_no_momentum(name: str, bits: int
     grad, ratio, ratio_scale, root, *others = made.coded_adam_direct((4, 1024), bits)
     grad[1::2], ratio[1::2], ratio_scale[1::2] = 0.0, 0, 0.0
     calls = [
-        [made.to_device(x.clone(), device) for x in (grad, ratio, ratio_scale, root, others[0])] + list(others[1:])
+        [comparison.to_device(x.clone(), device) for x in (grad, ratio, ratio_scale, root, others[0])]
+        + list(others[1:])
         for _ in range(2)
     ]
     got = LOADED[name].operations["coded_adam_direct_"](*calls[0])
@@ -177,7 +179,7 @@ def test_many_parameters_in_one_launch_come_out_as_one_by_one(name: str, op: str
         names = [argument.name for argument in getattr(torch.ops.lowrank_optim, op).default._schema.arguments]
         return [
             [
-                made.to_device(x, device) if isinstance(x, torch.Tensor) and n not in made.HOST else x
+                comparison.to_device(x, device) if isinstance(x, torch.Tensor) and n not in comparison.HOST else x
                 for n, x in zip(names, c, strict=False)
             ]
             for c in calls_of(op.replace("with_norms_", ""))
@@ -205,7 +207,9 @@ def test_what_runs_together_is_sorted_by_kind(forced: str, monkeypatch):
     calls = [*calls_of("coded_adam_dense_")[:6], made.coded_adam_dense((3, 40), torch.float64, torch.float64)]
     calls.insert(2, made.coded_adam_dense((3, 40), torch.float64))
     expected = [
-        made.answer(dispatch._DEFINITIONS["coded_adam_dense_"], Case("coded_adam_dense_", "", lambda c=c: clones(c)))
+        comparison.answer(
+            dispatch._DEFINITIONS["coded_adam_dense_"], Case("coded_adam_dense_", "", lambda c=c: clones(c))
+        )
         for c in calls
     ]
     before = [call[0]._version for call in calls]

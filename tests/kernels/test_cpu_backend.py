@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import cli
-from lowrank_optim.kernels import Loaded, Unavailable, arguments, dispatch
+from lowrank_optim.kernels import Loaded, Unavailable, arguments, comparison, dispatch
 from lowrank_optim.kernels import selftest as made
+from lowrank_optim.kernels.comparison import Case, answer
 from lowrank_optim.kernels.counter_rng import fill_gaussian_, make_key
 from lowrank_optim.kernels.cpu import library, structures
-from lowrank_optim.kernels.selftest import Case, answer, case
+from lowrank_optim.kernels.selftest import case
 from tests.kernels.test_backends import calls_of
 from tests.oracles.op_cases import CASES
 
@@ -208,7 +209,7 @@ def test_large_cases_are_those_of_the_definition(threads):
         got, want = (answer(kernel, example) for kernel in (OPERATIONS[example.op], dispatch._DEFINITIONS[example.op]))
         assert got is not None
         assert want is not None
-        assert not made.compare(example, got, want).failure
+        assert not comparison.compare(example, got, want).failure
 
 
 @built

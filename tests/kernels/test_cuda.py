@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_optim.kernels import arguments, dispatch
+from lowrank_optim.kernels import arguments, comparison, dispatch
 from lowrank_optim.kernels import selftest as made
+from lowrank_optim.kernels.comparison import answer, compare
 from lowrank_optim.kernels.counter_rng import random_halves, turn_offset
 from lowrank_optim.kernels.cuda.build import TARGETS, build, build_for_host
 from lowrank_optim.kernels.cuda.library import ABI_VERSION, NAME, VARIABLE, Library, open_library
 from lowrank_optim.kernels.cuda.operations import operations
-from lowrank_optim.kernels.selftest import answer, compare
 from tests.oracles.op_cases import CASES
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -69,7 +69,7 @@ def test_the_suite_passes_with_the_undefined_behaviour_sanitizer(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------- last bits
 
 
-def between_levels(bits: int, signed: bool, turn: int) -> made.Arguments:
+def between_levels(bits: int, signed: bool, turn: int) -> comparison.Arguments:
     """Arguments of `quantize_rows`: numbers within two units in the last place of where their noise decides between two levels."""
     levels, at = {(8, True): 127, (4, True): 7, (8, False): 256, (4, False): 16}[bits, signed], torch.arange(40 * 256)
     half = (random_halves(made.KEY, at) + turn_offset(turn)) & 0xFFFF

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lowrank_optim.kernels import schemas
-from lowrank_optim.kernels.selftest import Case, quick_cases
+from lowrank_optim.kernels.comparison import Case
+from lowrank_optim.kernels.selftest import quick_cases
 from tests.oracles.op_cases import CASES
 
 CHECKED = [case for case in [*quick_cases(), *(cases[0] for cases in CASES.values())] if "nonfinite" not in case.label]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lowrank_optim as lo
 from lowrank_optim.kernels import Loaded, arguments, dispatch
-from lowrank_optim.kernels.selftest import Case, answer, compare
+from lowrank_optim.kernels.comparison import Case, answer, compare
 from tests.oracles.op_cases import CASES
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from lowrank_optim.kernels import selftest as made
-from lowrank_optim.kernels.selftest import Case, case
+from lowrank_optim.kernels.comparison import Case
+from lowrank_optim.kernels.selftest import case
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 STORED = (F32, BF16, F16)

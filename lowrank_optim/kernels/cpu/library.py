@@ -101,6 +101,13 @@ class Library:
         return not self._handle.lowrank_optim_use_simd(name.encode())
 
 
+class OnLibrary:
+    """Operations that call the functions of one library."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+
 def open_library() -> Library:
     """Load the library.
 

@@ -35,19 +35,16 @@ from lowrank_optim.kernels.cpu.arguments import (
     off,
     pairs_of,
     phi_of,
-    readable,
-    room_for_codes,
     room_for_norms,
     rounding_of,
     rows_of,
     storable,
-    support_of,
 )
-from lowrank_optim.kernels.cpu.library import Library
+from lowrank_optim.kernels.cpu.code_operations import CodeOperations
+from lowrank_optim.kernels.cpu.sparse_operations import SparseOperations
 from lowrank_optim.kernels.cpu.structures import packer
 from lowrank_optim.kernels.dispatch import call
 from lowrank_optim.kernels.rounding import WeightError, in_float32
-from lowrank_optim.kernels.sparse_reference import low_rank
 
 Declined = Any  # NotImplemented
 
@@ -55,17 +52,11 @@ pack_adam = packer(structures.AdamArgs)
 pack_folded_adam = packer(structures.FoldedAdamArgs)
 pack_rule = packer(structures.RuleArgs)
 pack_coded_adam = packer(structures.CodedAdamArgs)
-pack_quantize = packer(structures.QuantizeArgs)
-pack_dequantize = packer(structures.DequantizeArgs)
-pack_pack = packer(structures.PackArgs)
-pack_unpack = packer(structures.UnpackArgs)
 pack_update = packer(structures.UpdateArgs)
 pack_store = packer(structures.StoreArgs)
 pack_norm = packer(structures.NormArgs)
 pack_lines = packer(structures.LinesArgs)
 pack_gaussian = packer(structures.GaussianArgs)
-pack_sparse = packer(structures.SparseArgs)
-pack_sampled = packer(structures.SampledArgs)
 
 
 def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
@@ -110,11 +101,8 @@ def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
     }
 
 
-class Operations:
+class Operations(SparseOperations, CodeOperations):
     """The operations, with their arguments, on one library."""
-
-    def __init__(self, library: Library) -> None:
-        self.library = library
 
     def gaussian_(self, out: Tensor, key: Tensor) -> Declined | None:
         if out.dtype != F32:
@@ -135,57 +123,6 @@ class Operations:
             product = (vector.data_ptr(), dots.data_ptr()) if alone else (0, 0)
             self.library.call("lines", pack_lines(*g.shape, *rows_of(g), right, *product, found.data_ptr()))
         return reduced, squares
-
-    # ----------------------------------------------------------------------------------------------------- sparse plus low rank
-
-    def sltrain_forward(
-        self,
-        x: Tensor,
-        u: Tensor | None,
-        lora_b: Tensor | None,
-        bias: Tensor | None,
-        values: Tensor,
-        pointers: Tensor,
-        columns: Tensor,
-    ) -> Tensor | Declined:
-        if not storable(x):
-            return NotImplemented
-        out = low_rank(x, u, None if lora_b is None else lora_b.mT, bias, pointers.numel() - 1)
-        self._add_sparse(True, out, x, values, support_of(pointers, columns, x.shape[-1]))
-        return out
-
-    def sltrain_backward_input(
-        self,
-        grad: Tensor,
-        q: Tensor | None,
-        lora_a: Tensor | None,
-        values: Tensor,
-        pointers: Tensor,
-        columns: Tensor,
-        cols: int,
-    ) -> Tensor | Declined:
-        if not storable(grad):
-            return NotImplemented
-        out = low_rank(grad, q, lora_a, None, cols)
-        self._add_sparse(False, out, grad, values, support_of(pointers, columns, cols))
-        return out
-
-    def _add_sparse(self, forward: bool, out: Tensor, x: Tensor, values: Tensor, support: tuple[Any, ...]) -> None:
-        values, tokens = values.contiguous(), x.shape[:-1].numel()
-        x, stride = readable(x)
-        lines = (x.data_ptr(), TYPES[x.dtype], stride)
-        there = (out.data_ptr(), TYPES[out.dtype], out.shape[-1])
-        self.library.call("sparse", pack_sparse(*support, forward, tokens, *flat(values), *lines, *there))
-
-    def sampled_product(self, grad: Tensor, x: Tensor, pointers: Tensor, columns: Tensor) -> Tensor | Declined:
-        if not storable(x):
-            return NotImplemented
-        out, tokens = x.new_zeros(columns.numel(), dtype=F32), x.shape[:-1].numel()
-        support = support_of(pointers, columns, x.shape[-1])
-        (grad, grad_stride), (x, stride) = readable(grad), readable(x)
-        lines = (grad.data_ptr(), TYPES[grad.dtype], grad_stride, x.data_ptr(), TYPES[x.dtype], stride)
-        self.library.call("sampled", pack_sampled(*support, tokens, *lines, out.data_ptr()))
-        return out.to(x.dtype)
 
     # -------------------------------------------------------------------------------------------------- moments and directions
 
@@ -589,63 +526,3 @@ class Operations:
             high, low = (at and at + t.storage_offset() - target.storage_offset() for at in errors)
             self.library.call("store", pack_store(rows, cols, *target_rows, *value_rows, *noise, high, low, *NO_ERROR))
         return None
-
-    # ------------------------------------------------------------------------------------------------------------------- codes
-
-    def quantize_rows(
-        self, x: Tensor, col_scale: Tensor | None, noise: Tensor | None, bits: int, signed: bool, block: int
-    ) -> tuple[Tensor, Tensor] | Declined:
-        columns = columns_of(col_scale, x.shape)
-        if not storable(x) or columns is None:
-            return NotImplemented
-        x, stride = readable(x)
-        codes, scale = room_for_codes(x, bits, block, torch.int8 if bits == 8 and signed else torch.uint8)
-        coding, matrix = coding_of(x.shape, block, bits, columns), (x.data_ptr(), TYPES[x.dtype], stride)
-        to = codes.data_ptr(), scale.data_ptr()
-        self.library.call("quantize_rows", pack_quantize(*coding, signed, *matrix, *to, *noise_of(noise)))
-        return codes, scale
-
-    def dequantize_rows(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        col_scale: Tensor | None,
-        bits: int,
-        signed: bool,
-        block: int,
-        cols: int,
-        dtype: torch.dtype,
-    ) -> Tensor | Declined:
-        shape = torch.Size((*codes.shape[:-1], cols))
-        columns = columns_of(col_scale, shape)
-        if dtype not in TYPES or columns is None:
-            return NotImplemented
-        codes, scale = codes.contiguous(), scale.contiguous()
-        out = codes.new_empty(shape, dtype=dtype)
-        coding, matrix = coding_of(shape, block, bits, columns), (out.data_ptr(), TYPES[dtype], cols)
-        source = codes.data_ptr(), scale.data_ptr()
-        self.library.call("dequantize_rows", pack_dequantize(*coding, signed, *source, *matrix))
-        return out
-
-    def pack_basis(self, basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor] | Declined:
-        if not storable(basis):
-            return NotImplemented
-        basis, stride = readable(basis)
-        codes, scale = room_for_codes(basis, bits, group, torch.uint8)
-        zero = torch.zeros_like(scale)
-        coding, matrix = coding_of(basis.shape, group, bits), (basis.data_ptr(), TYPES[basis.dtype], stride)
-        to = codes.data_ptr(), scale.data_ptr(), zero.data_ptr()
-        self.library.call("pack_basis", pack_pack(*coding, *matrix, *to))
-        return codes, scale, zero
-
-    def unpack_basis(
-        self, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, cols: int, dtype: torch.dtype
-    ) -> Tensor | Declined:
-        if dtype not in TYPES or scale.dtype != F32 or zero.dtype != F32:
-            return NotImplemented
-        codes, scale, zero = codes.contiguous(), scale.contiguous(), zero.contiguous()
-        out = codes.new_empty((*codes.shape[:-1], cols), dtype=dtype)
-        coding, matrix = coding_of(out.shape, group, bits), (out.data_ptr(), TYPES[dtype], cols)
-        source = codes.data_ptr(), scale.data_ptr(), zero.data_ptr()
-        self.library.call("unpack_basis", pack_unpack(*coding, *source, *matrix))
-        return out
