@@ -28,13 +28,11 @@ def translated(options: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _check_fixed(given: Mapping[str, Any], fixed: Mapping[str, Any], instead: str) -> None:
-    """Raise ValueError for an argument that is not what it always is here."""
-    for name, value in fixed.items():
-        if given[name] != value:
-            raise ValueError(
-                f"{name} is {given[name]!r}; the optimizers of lowrank_optim know only {value!r}. {instead}"
-            )
+def _check_fixed(instead: str, **given: tuple[Any, Any]) -> None:
+    """Raise ValueError for an argument whose first value, what was given, is not the second, what it always is here."""
+    for name, (value, fixed) in given.items():
+        if value != fixed:
+            raise ValueError(f"{name} is {value!r}; the optimizers of lowrank_optim know only {fixed!r}. {instead}")
 
 
 class GaLoreAdamW(optimizers.GaLoreAdamW):
@@ -51,7 +49,7 @@ class GaLoreAdamW(optimizers.GaLoreAdamW):
         no_deprecation_warning: bool = True,
         **options: Any,
     ) -> None:
-        _check_fixed({"correct_bias": correct_bias}, {"correct_bias": True}, "Leave it out")
+        _check_fixed("Leave it out", correct_bias=(correct_bias, True))
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
@@ -74,21 +72,14 @@ class GaLoreAdamW8bit(optimizers.GaLoreAdamW8bit):
         is_paged: bool = False,
         **options: Any,
     ) -> None:
-        given = {
-            "amsgrad": amsgrad,
-            "min_8bit_size": min_8bit_size,
-            "percentile_clipping": percentile_clipping,
-            "block_wise": block_wise,
-            "is_paged": is_paged,
-        }
-        fixed = {
-            "amsgrad": False,
-            "min_8bit_size": 4096,
-            "percentile_clipping": 100,
-            "block_wise": True,
-            "is_paged": False,
-        }
-        _check_fixed(given, fixed, 'Leave it out (an `optim` of a trainer without "paged")')
+        _check_fixed(
+            'Leave it out (an `optim` of a trainer without "paged")',
+            amsgrad=(amsgrad, False),
+            min_8bit_size=(min_8bit_size, 4096),
+            percentile_clipping=(percentile_clipping, 100),
+            block_wise=(block_wise, True),
+            is_paged=(is_paged, False),
+        )
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
@@ -108,7 +99,7 @@ class APOLLOAdamW(optimizers.APOLLOAdamW):
         no_deprecation_warning: bool = True,
         **options: Any,
     ) -> None:
-        _check_fixed({"correct_bias": correct_bias}, {"correct_bias": True}, "Leave it out")
+        _check_fixed("Leave it out", correct_bias=(correct_bias, True))
         if disable_nl:
             options["limiter"] = None
         super().__init__(_with_our_keys(params), lr, betas, eps, weight_decay, **translated(options))

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from lowrank_optim.projectors.base import Refresh, align_signs
 from lowrank_optim.projectors.randomized_svd import eigenvectors
-from lowrank_optim.projectors.stored_projector import StoredProjector
+from lowrank_optim.projectors.stored_projector import MomentumMixture
 
 
 @dataclass(frozen=True)
-class MomentumSVD(StoredProjector):
+class MomentumSVD(MomentumMixture):
     """The leading r singular vectors of A = ρ lift(m̂) + (1−ρ) G, m̂ the bias-corrected momentum in the old basis.
 
     With ρ = β₁, A is the momentum of the step up to a factor, exactly where the bias correction before it is 1; m̂ stands for all of
@@ -27,18 +27,8 @@ class MomentumSVD(StoredProjector):
     projected side. Where rows of G are split, a sum of d² numbers goes over the wire, where columns are, A.
     """
 
+    kind: ClassVar[str] = "momentum_svd"
     rho: float = 0.9
-    uses_momentum: ClassVar[bool] = True
-    knows_shards: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.rho <= 1.0:
-            raise ValueError(f"rho is {self.rho!r}; it must be in [0, 1]")
-
-    @property
-    def name(self) -> str:
-        return "momentum_svd" if self.rho == MomentumSVD.rho else f"momentum_svd:{self.rho!r}"
 
     def compute(self, request: Refresh) -> dict[str, Tensor]:
         space, basis, sharding = request.space, request.state["basis"], request.space.sharding

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from lowrank_optim.projectors.base import Projector, Refresh, SubspaceSpec, align_signs, choose_side, usable
 from lowrank_optim.projectors.randomized_svd import RandomizedSVD, householder, unit_columns
-from lowrank_optim.projectors.stored_projector import StoredProjector, agree, load, store
+from lowrank_optim.projectors.stored_projector import MomentumMixture, agree, load, store
 from lowrank_optim.projectors.svd import SVD
 
 
 @dataclass(frozen=True)
-class PowerIteration(StoredProjector):
+class PowerIteration(MomentumMixture):
     """P ← qf(B (BᵀP)) with B = ρ lift(m̂) + (1−ρ) G, m̂ the bias-corrected momentum: B is never formed.
 
     The first basis is that of `RandomizedSVD`, or of `SVD` under `match_reference`, where square matrices are projected on the left
@@ -26,20 +26,10 @@ class PowerIteration(StoredProjector):
     for the first one.
     """
 
+    kind: ClassVar[str] = "power_iteration"
     rho: float = 0.908
     square_side: str = "right"
     first_basis: str = "randomized_svd"
-    uses_momentum: ClassVar[bool] = True
-    knows_shards: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.rho <= 1.0:
-            raise ValueError(f"rho is {self.rho!r}; it must be in [0, 1]")
-
-    @property
-    def name(self) -> str:
-        return "power_iteration" if self.rho == PowerIteration.rho else f"power_iteration:{self.rho!r}"
 
     def released(self) -> Projector:
         return replace(self, square_side="left", first_basis="svd")

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -106,3 +106,22 @@ class StoredProjector(Projector):
 
         Where a parameter is sharded, gradient and bases are the local parts.
         """
+
+
+@dataclass(frozen=True)
+class MomentumMixture(StoredProjector):
+    """A projector whose basis comes from ρ lift(m̂) + (1−ρ) G, m̂ the bias-corrected momentum; `kind` is its name at the default ρ."""
+
+    kind: ClassVar[str]
+    uses_momentum: ClassVar[bool] = True
+    knows_shards: ClassVar[bool] = True
+    rho: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.rho <= 1.0:
+            raise ValueError(f"rho is {self.rho!r}; it must be in [0, 1]")
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.rho == type(self).rho else f"{self.kind}:{self.rho!r}"

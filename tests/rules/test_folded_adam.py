@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_optim as lo
+from tests.oracles.runs import check_resume_and_in_backward
 
 LR, DECAY, STEPS = 0.01, 0.1, 6
 BETAS, EPS = (0.9, 0.95), 1e-6
@@ -135,29 +136,11 @@ def test_a_run_resumes_to_the_bit_with_updates_in_backward(bits):
         options = {"state_bits": bits, "level": 1}
         return lo.FOAMAdamW(lo.param_groups(model, **lo.FOAMAdamW.matrix_options), **options)
 
-    def run(model, optimizer, steps, in_backward=False):
-        handle = lo.update_in_backward(optimizer) if in_backward else None
-        for step in steps:
-            x = numbers(16, 96, seed=step, dtype=torch.float32)
-            (model(x) - x.flip(1)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if handle is not None:
-            handle.remove()
-        return [p.detach().clone() for p in model.parameters()]
-
-    def fresh():
+    def make():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(96, 90), nn.GELU(), nn.Linear(90, 96))
 
-    one, two, three = fresh(), fresh(), fresh()
-    whole = run(one, build(one), range(6))
-    assert all(map(torch.equal, run(two, build(two), range(6), in_backward=True), whole))
-    first = build(three)
-    run(three, first, range(3))
-    second = build(three)
-    second.load_state_dict(first.state_dict())
-    assert all(map(torch.equal, run(three, second, range(3, 6)), whole))
+    check_resume_and_in_backward(make, build)
 
 
 def test_another_level_is_a_new_layout_of_the_state():

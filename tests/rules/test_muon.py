@@ -1,6 +1,5 @@
 """Muon, NorMuon and SUMO: the numbers of torch.optim.Muon and of the equations, matrices of every kind, bad input, presets."""
 
-import io
 import math
 
 import pytest
@@ -11,6 +10,7 @@ import lowrank_optim as lo
 from lowrank_optim.planner import PlanError
 from lowrank_optim.rules.orthogonal import COEFFICIENTS, gram_newton_schulz, inverse_root, newton_schulz
 from lowrank_optim.sharding.tensor_sharding import UNSHARDED
+from tests.oracles.runs import check_resume_and_in_backward
 
 SHAPES = ((40, 24), (24, 40), (32, 32))
 
@@ -318,38 +318,12 @@ def test_a_run_resumes_to_the_bit_with_updates_in_backward_and_few_bits(rule, op
         bits = {"state_bits": options.get("state_bits", 32)}
         return lo.LowRankOptimizer(groups, rule="adam", lr=1e-2, update_proj_gap=2, on_refresh="rotate", **bits)
 
-    def run(model, optimizer, steps, in_backward=False):
-        handle = lo.update_in_backward(optimizer) if in_backward else None
-        for step in steps:
-            x = numbers(16, 96, seed=step)
-            (model(x) - x.flip(1)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if handle is not None:
-            handle.remove()
-        return [p.detach().clone() for p in model.parameters()]
-
     def make():
         torch.manual_seed(3)
         return nn.Sequential(nn.Linear(96, 160), nn.GELU(), nn.Linear(160, 96))
 
-    model = make()
-    expected = run(model, build(model), range(6))
-    stopped = make()
-    optimizer = build(stopped)
-    run(stopped, optimizer, range(3))
-    assert optimizer.state[stopped[0].weight]["exp_avg"].element_size() == (1 if "state_bits" in options else 4)
-    file = io.BytesIO()
-    torch.save((stopped.state_dict(), optimizer.state_dict()), file)
-    file.seek(0)
-    weights, state = torch.load(file, weights_only=True)
-    resumed = make()
-    again = build(resumed)
-    resumed.load_state_dict(weights)
-    again.load_state_dict(state)
-    assert all(map(torch.equal, run(resumed, again, range(3, 6)), expected))
-    backward = make()
-    assert all(map(torch.equal, run(backward, build(backward), range(6), in_backward=True), expected))
+    model, optimizer = check_resume_and_in_backward(make, build)
+    assert optimizer.state[model[0].weight]["exp_avg"].element_size() == (1 if "state_bits" in options else 4)
 
 
 def test_moments_in_eight_bits_keep_the_direction():
