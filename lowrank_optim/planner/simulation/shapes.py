@@ -54,9 +54,24 @@ _RUN = frozenset(
 )
 
 
+def grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """The form of `aten._grouped_mm`, whose own function for meta tensors refuses all types but bfloat16.
+
+    Columns of both, or rows of a against matrices b, or the other way round, are in groups, one for each expert.
+    """
+    groups = offs.numel() if offs is not None else a.shape[0]
+    stacked = (groups,) if a.dim() == b.dim() else ()
+    return torch.empty(*stacked, a.shape[-2], b.shape[-1], dtype=out_dtype or a.dtype, device=META)
+
+
+_OWN: dict[Any, Any] = {}
+if hasattr(torch.ops.aten, "_grouped_mm"):
+    _OWN[torch.ops.aten._grouped_mm.default] = grouped_product
+
+
 def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """func(*args, **kwargs), where at least one tensor, or the device that is asked for, is without numbers."""
-    returns = _returns(func)
+    returns, func = _returns(func), _OWN.get(func, func)
     if returns is None:
         return func(*args, **kwargs)
     try:
