@@ -52,8 +52,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": SMALL | WINDOWS | EXPERTS | {"model_type": "gpt_oss"},
     "mixtral": SMALL | EXPERTS | {"model_type": "mixtral"},
     "qwen3_moe": SMALL | EXPERTS | {"model_type": "qwen3_moe", "moe_intermediate_size": 128},
-    "vit": IMAGES | {"model_type": "vit", "image_size": 64, "num_channels": 3, "num_labels": 100},
-    "dit": IMAGES | {"model_type": "dit", "image_size": 64, "num_channels": 4, "num_labels": 100},
+    "vit": IMAGES | {"model_type": "vit", "image_size": 16, "num_channels": 3, "num_labels": 100},
+    "dit": IMAGES | {"model_type": "dit", "image_size": 16, "num_channels": 4, "num_labels": 100},
 }
 """The config of a small model of each family."""
 
@@ -62,7 +62,7 @@ OPTIMIZERS: tuple[Any, ...] = (
     *(("qgalore", {"rank": 64}), ("fira", {"rank": 64}), ("apollo", {"rank": 64}), "apollo_mini"),
     *(("ldadam", {"rank": 64, "error_feedback": False}), ("frugal", {"density": 0.25}), "lisa", "badam"),
 )
-BATCHES = {"long": (4, 256), "short": (1, 128)}
+BATCHES = {"long": (4, 256), "short": (1, 128), "images": (32, 1)}
 LIMIT = 0.03
 
 
@@ -148,8 +148,9 @@ def cases(quick: bool) -> list[dict[str, Any]]:
 
 def of_family(family: str) -> list[dict[str, Any]]:
     """AdamW as it is; GaLore with 8-bit state in backward, with everything that saves memory."""
-    plain = {"optimizer": "adamw", "batch": "long", "in_backward": False, "checkpointing": False, "dtype": "float32"}
-    galore = {"optimizer": ("galore_8bit", {"rank": 32}), "batch": "short", "in_backward": True, "checkpointing": True}
+    long, short = ("long", "short") if "vocab_size" in FAMILIES[family] else ("images", "images")
+    plain = {"optimizer": "adamw", "batch": long, "in_backward": False, "checkpointing": False, "dtype": "float32"}
+    galore = {"optimizer": ("galore_8bit", {"rank": 16}), "batch": short, "in_backward": True, "checkpointing": True}
     galore["dtype"] = "bfloat16"
     return [case | {"weight_bits": 16, "family": family} for case in (plain, galore)]
 

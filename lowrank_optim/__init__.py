@@ -41,11 +41,14 @@ from lowrank_optim.optimizers import (
     RiemannianAdamW,
     SCALEOptimizer,
     SinkGDAdamW,
+    StepProgress,
+    StepWatch,
     SubTrackAdamW,
     SUMOAdamW,
     by_name,
     full_precision,
     state_bytes,
+    watch_step,
 )
 from lowrank_optim.projectors import (
     DCT,
@@ -161,6 +164,8 @@ __all__ = [
     "SinkGDAdamW",
     "Sinkhorn",
     "StepParams",
+    "StepProgress",
+    "StepWatch",
     "StoredProjector",
     "SubTrackAdamW",
     "SubspaceSpec",
@@ -183,6 +188,7 @@ __all__ = [
     "update_in_backward",
     "update_scalings",
     "usable",
+    "watch_step",
 ]
 
 

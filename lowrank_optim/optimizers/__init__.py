@@ -21,6 +21,7 @@ from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sizes import state_bytes
 from lowrank_optim.optimizers.subtrack import SubTrackAdamW
+from lowrank_optim.optimizers.watch import StepProgress, StepWatch, watch_step
 
 __all__ = [
     "FULL_RANK_METHODS",
@@ -53,10 +54,13 @@ __all__ = [
     "SCALEOptimizer",
     "SUMOAdamW",
     "SinkGDAdamW",
+    "StepProgress",
+    "StepWatch",
     "SubTrackAdamW",
     "by_name",
     "full_precision",
     "state_bytes",
+    "watch_step",
 ]
 
 METHODS: dict[str, type[LowRankOptimizer]] = {

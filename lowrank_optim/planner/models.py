@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ class ModelChoice:
     sample: str | None = None
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def layers_are_equal(self) -> bool:
+        """Whether all repeated layers have as many parameters as the first ones, so that few of them stand for all."""
+        if self.layers is None or self.layers < 4:
+            return True
+        two, three, all_of_them = (
+            sum(p.numel() for p in self.build(None, layers).parameters()) for layers in (2, 3, self.layers)
+        )
+        return all_of_them == two + (self.layers - 2) * (three - two)
+
     def length(self, asked: int | None) -> int | None:
         """Tokens in a sequence: what was asked for, or the default; None for models that read no sequences.
 
@@ -78,7 +89,7 @@ class ModelChoice:
         if self.batch is None or self.sample is not None:
             if asked is not None and self.sample is not None:
                 raise PlanError(
-                    f"sequence_length is {asked}, but a sample of {self.name} is an {self.sample}: leave it out; batch_size counts "
+                    f"sequence_length is {asked}, but a sample of {self.name} is one {self.sample}: leave it out; batch_size counts "
                     "samples"
                 )
             return None

@@ -91,6 +91,8 @@ def plan(
     check_sizes(batch_size=batch_size, sequence_length=sequence_length, accumulate=accumulate, world_size=world_size)
     if weight_bits not in (8, 16):
         raise PlanError(f"weight_bits is {weight_bits!r}; it must be 16 (weights as they are) or 8 (int8)")
+    if fsdp and world_size == 1:
+        raise PlanError("fsdp is True, but world_size is 1: give the number of processes that split the model")
     if fsdp and weight_bits == 8:
         raise PlanError("fsdp and weight_bits=8 do not go together: int8 weights are not sharded by this version")
     if layers is not None and weight_bits == 8:
@@ -177,8 +179,9 @@ def summarize(
     }
     peak = sum(kinds.values())
     reserved = peak
-    if rules.block > 1 and processes == 1:
-        reserved = max(peak, reserved_peak(run.timeline.allocations()) + rules.workspace)
+    if rules.block > 1:
+        segments = reserved_peak(run.timeline.allocations(split)) + rules.workspace + sum(extra.values())
+        reserved = max(peak, segments)
     return MemoryPlan(
         **{f"{kind}_bytes": size for kind, size in kinds.items()},
         reserved_bytes=reserved,

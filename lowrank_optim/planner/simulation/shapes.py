@@ -86,7 +86,7 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             _made.clear()
         if returns != "new":
             _made[key] = True
-        elif all(tensor.device == META for tensor in (out if isinstance(out, (tuple, list)) else (out,))):
+        elif all(t is None or t.device == META for t in (out if isinstance(out, (tuple, list)) else (out,))):
             _made[key] = _form(out)
         return out
     if isinstance(returns, str):
@@ -108,12 +108,16 @@ def _key(item: Any) -> Any:
 
 
 def _form(out: Any) -> Any:
+    if out is None:  # such as the gradient of a scale that a normalisation does not have
+        return None
     if isinstance(out, Tensor):
         return (out.shape, out.stride(), out.dtype)
     return (type(out), [_form(part) for part in out])
 
 
 def _make(form: Any) -> Any:
+    if form is None:
+        return None
     if len(form) == 3:
         return torch.empty_strided(form[0], form[1], dtype=form[2], device=META)
     kind, parts = form
