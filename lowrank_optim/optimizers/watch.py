@@ -172,7 +172,9 @@ def watch_step(
     if not every >= 0.0:
         raise ValueError(f"every is {every!r}; it must be a number of seconds, 0 or more")
     if optimizer._watch is not None:
-        raise RuntimeError("this optimizer is watched already: call remove() on the handle of the other watch_step first")
+        raise RuntimeError(
+            "this optimizer is watched already: call remove() on the handle of the other watch_step first"
+        )
     watch = StepWatch(optimizer, report, every)
     optimizer._watch = watch
     return watch

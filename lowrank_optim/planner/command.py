@@ -48,8 +48,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="a name (llama-7b, qwen3-8b, gemma-3-4b, mixtral-8x7b, gpt-oss-20b, vit-b-16, dit-xl-2, …), or the path of a config.json "
-        "or of a folder with one",
+        help="a name (llama-7b, qwen3-8b, gemma-3-4b, mixtral-8x7b, gpt-oss-20b, vit-b-16, dit-xl-2, …), or the path of a "
+        "config.json or of a folder with one",
     )
     parser.add_argument("--budget", help="memory of the card, such as 24GiB (default with a table: 24GiB)")
     parser.add_argument("--optimizer", help=f"plan this one only: {', '.join(names())}, or one of torch.optim")
@@ -122,7 +122,9 @@ def processes(fsdp: int | bool, world_size: int) -> tuple[bool, int]:
     if fsdp < 2:
         raise PlanError(f"--fsdp {fsdp}: it must be at least 2; leave it out for one process")
     if world_size not in (1, fsdp):
-        raise PlanError(f"--fsdp {fsdp} and --world-size {world_size} are different numbers of processes: leave one out")
+        raise PlanError(
+            f"--fsdp {fsdp} and --world-size {world_size} are different numbers of processes: leave one out"
+        )
     return True, fsdp
 
 
@@ -274,7 +276,7 @@ def confirm(
             break
         recipe = next(recipe for recipe in RECIPES if recipe.title == row.title)
         report(f"{row.title} with all layers")
-        result = _plan(args, recipe.in_backward, recipe.weight_bits, report, **recipe.at_rank(row.rank))
+        result = _plan(args, row.in_backward, recipe.weight_bits, report, **recipe.at_rank(row.rank))
         if result.fits(question.budget):
             return [row, *(other for other in rows if other is not row)], result
     return rows, None

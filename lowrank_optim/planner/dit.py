@@ -1,7 +1,7 @@
 """The diffusion transformer (DiT, https://arxiv.org/abs/2212.09748), for plans of it by config; it needs no other package.
 
-A noisy latent is cut into patches. Blocks of attention and MLP are modulated by the time and the class (adaLN-Zero). The output is the
-noise and its variance, of which the loss takes the noise. Weights stay as they are made: nothing trains this model here.
+A noisy latent is cut into patches. Blocks of attention and MLP are modulated by the time and the class (adaLN-Zero). The output is
+the noise and its variance, of which the loss takes the noise. Weights stay as they are made: nothing trains this model here.
 """
 
 import math

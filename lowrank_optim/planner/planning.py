@@ -93,6 +93,8 @@ def plan(
         raise PlanError(f"weight_bits is {weight_bits!r}; it must be 16 (weights as they are) or 8 (int8)")
     if fsdp and world_size == 1:
         raise PlanError("fsdp is True, but world_size is 1: give the number of processes that split the model")
+    if in_backward and world_size > 1 and not fsdp:
+        raise PlanError("in_backward and DDP do not go together: set fsdp=True, or in_backward=False")
     if fsdp and weight_bits == 8:
         raise PlanError("fsdp and weight_bits=8 do not go together: int8 weights are not sharded by this version")
     if layers is not None and weight_bits == 8:
@@ -205,7 +207,8 @@ def assumptions(setting: Mapping[str, Any], on_gpu: bool) -> tuple[str, ...]:
         said.append("DDP's buckets: a second copy of all gradients")
     if setting["fsdp"]:
         said.append(
-            "FSDP2: two layers' weights and one layer's gradients gathered at a time, besides what is in no layer"
+            "FSDP2: two layers' weights and one layer's gradients gathered at a time, besides what is in no layer; an upper bound, as "
+            "working copies of the optimizer count as those of whole tensors"
         )
     return tuple(said)
 

@@ -138,6 +138,7 @@ def what_fits(
         raise PlanError("the table needs a model by name or config; plan a module with lowrank_optim.plan")
     question = asked(question, model)
     rows, recipes = [], RECIPES if recipes is None else recipes
+    recipes = tuple(recipe for recipe in recipes if not (question.fsdp and recipe.weight_bits == 8))  # not sharded
     for number, recipe in enumerate(recipes):
         progress(recipe.title, number / len(recipes))
         rows.append(_Search(question, recipe, model).row())
@@ -154,6 +155,8 @@ class _Search:
         assert model.width is not None
         self.width = model.width
         self.rank = (question.rank or max(1, self.width // 4)) if recipe.takes_rank else None
+        ddp = question.world_size > 1 and not question.fsdp
+        self.in_backward = recipe.in_backward and not ddp  # which does not go with it
         self.length = question.sequence_length or 1  # an image or a latent counts as one token here
         self.tokens = question.batch_size * self.length
         self.base = self._probe(self.tokens, self.rank)
@@ -169,7 +172,7 @@ class _Search:
             recipe.title,
             recipe.optimizer,
             self.rank if self.rank is not None else recipe.options.get("rank"),
-            recipe.in_backward,
+            self.in_backward,
             recipe.weight_bits,
             recipe.gives_up,
             {kind: round(size) for kind, size in self.base.kinds[point].items()},
@@ -205,7 +208,7 @@ class _Search:
                     layers=layers,
                     weight_bits=self.recipe.weight_bits,
                     parametrization=layers_made,
-                    in_backward=self.recipe.in_backward and optimizer.updates_in_backward,
+                    in_backward=self.in_backward and optimizer.updates_in_backward,
                     activation_checkpointing=question.activation_checkpointing,
                     steps=(FIRST, ORDINARY),
                 )

@@ -122,19 +122,32 @@ def _nothing_fits(question: Question, rows: Sequence[Row]) -> str:
     if fixed > question.budget:
         changes.append(f"a smaller model: weights and state alone are {format_bytes(fixed)}")
     if question.world_size == 1:
-        changes.append("several GPUs (--world-size N --fsdp)")
+        changes.append("several GPUs (--fsdp N)")
     return "\n".join([*lines, "What would help:", *(f"  · {change}" for change in changes)])
 
 
 def footnotes(question: Question) -> str:
     """What the columns mean and what was assumed."""
-    of_each = "" if question.sequence_length is None else f": of {question.sequence_length:,} tokens each; sequence: alone"
+    ddp = question.world_size > 1 and not question.fsdp
+    of_each = (
+        "" if question.sequence_length is None else f": of {question.sequence_length:,} tokens each; sequence: alone"
+    )
     context = f"unused parts of the allocator's segments ({SLACK:.0%}), and 512 MiB of CUDA context"
     return "\n".join(
         [
             "needs     peak of a step" + (f", {context}" if question.device != "cpu" else ""),
             f"largest   batch{of_each}; rank: at this batch",
             "rest      activations, logits, working copies; attention keeps no scores (flash)",
-            "All but the two AdamWs update in backward: a gradient is freed as soon as it is used.",
+            *([] if ddp else ["All but the two AdamWs update in backward: a gradient is freed as soon as it is used."]),
+            *(
+                ["Several processes: of one of them; int8 weights are not sharded, and left out."]
+                if question.fsdp
+                else []
+            ),
+            *(
+                ["Several processes: of one of them. DDP does not go with updates in backward; FSDP2 (--fsdp N) does."]
+                if ddp
+                else []
+            ),
         ]
     )

@@ -130,7 +130,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # a wrapper: its own operators come here one by one
-        with torch._C.DisableTorchFunction():  # in backward, the disguise would hide from this function, too, what it looks for
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # in backward, the disguise would hide from this function, too, what it looks for
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -284,7 +286,9 @@ def attention(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if not plain or (device == "cpu" and dropout_p > 0.0):
         return _undisguised(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if attn_mask is not None and not attn_mask.is_floating_point():  # torch makes it one of numbers, which is kept for backward
+    if (
+        attn_mask is not None and not attn_mask.is_floating_point()
+    ):  # torch makes it one of numbers, which is kept for backward
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     if device == "cpu":
         out: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -362,6 +366,8 @@ def pretend(device: torch.device) -> Iterator[Recorder]:
         # Copies counters to the host now and then, through pinned memory and an event of a real device.
         stack.enter_context(_replaced(SkippedUpdates, "poll", lambda self: None))
         stack.enter_context(_capable(device))
+        # Draws again until all numbers lie within bounds, which those of meta tensors never do.
+        stack.enter_context(_replaced(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor))
         for replacement in _for_wrappers(device):
             stack.enter_context(replacement)
         yield recorder

@@ -54,7 +54,9 @@ _RUN = frozenset(
 )
 
 
-def grouped_product(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+def grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Tensor:
     """The form of `aten._grouped_mm`, whose own function for meta tensors refuses all types but bfloat16.
 
     Columns of both, or rows of a against matrices b, or the other way round, are in groups, one for each expert.
