@@ -45,13 +45,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
         x = x + gate1.unsqueeze(1) * self.attention(_modulated(self.norm1(x), shift1, scale1))
-        return x + gate2.unsqueeze(1) * self.mlp(_modulated(self.norm2(x), shift2, scale2))
+        out: Tensor = x + gate2.unsqueeze(1) * self.mlp(_modulated(self.norm2(x), shift2, scale2))
+        return out
 
     def attention(self, x: Tensor) -> Tensor:
         samples, tokens, hidden = x.shape
         query, key, value = self.qkv(x).view(samples, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(samples, tokens, hidden))
+        out: Tensor = self.proj(mixed.transpose(1, 2).reshape(samples, tokens, hidden))
+        return out
 
 
 class DiT(nn.Module):

@@ -177,8 +177,8 @@ def _from_fields(fields: Mapping[str, Any], name: str) -> ModelChoice:
 
 def _sizes(made: Any) -> list[str]:
     """The fields of a class of configs that have a default, which is the size of one model; None follows from other fields."""
-    arguments = inspect.signature(made).parameters
-    own = {field: arguments.get(made.attribute_map.get(field, field)) for field in SIZES}
+    arguments, names = inspect.signature(made).parameters, made.attribute_map
+    own = {field: arguments.get(names.get(field, field)) for field in SIZES if names.get(field) not in SIZES}
     return [field for field, argument in own.items() if argument is not None and argument.default is not None]
 
 

@@ -207,8 +207,8 @@ def assumptions(setting: Mapping[str, Any], on_gpu: bool) -> tuple[str, ...]:
         said.append("DDP's buckets: a second copy of all gradients")
     if setting["fsdp"]:
         said.append(
-            "FSDP2: two layers' weights and one layer's gradients gathered at a time, besides what is in no layer; an upper bound, as "
-            "working copies of the optimizer count as those of whole tensors"
+            "FSDP2: two layers' weights and one layer's gradients gathered at a time, besides what is in no layer; an upper bound, "
+            "as working copies of the optimizer count as those of whole tensors"
         )
     return tuple(said)
 

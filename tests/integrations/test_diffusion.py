@@ -18,11 +18,11 @@ def example():
 def test_the_example_learns_and_its_convolutions_are_low_rank(example, capsys):
     losses = example.main(["--steps", "50", "--width", "16", "--rank", "8"])
     assert len(losses) == 50
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:5]) * 2
+    assert sum(losses[-10:]) / 10 < 0.5 * sum(losses[:5]) / 5  # 0.30 after 0.96
     out = capsys.readouterr().out
     assert "middle.second.weight  32x32x3x3" in out
     assert "step   50  loss" in out
-    assert f"largest gradient: {4 * 32 * 32 * 9:,} bytes" in out
+    assert f"largest gradient: {4 * 128 * 128:,} bytes" in out
 
 
 @pytest.mark.parametrize("arguments", [["--width", "12"], ["--steps", "0"], ["--optimizer", "galor"]])

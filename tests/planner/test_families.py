@@ -151,7 +151,10 @@ def without(config: dict, *fields: str) -> dict:
         (without(TINY_DIT, "num_labels"), "lacks num_labels"),
         (TINY_DIT | {"patch_size": 3}, "image_size 16 must be a multiple of patch_size 3"),
         ({"model_type": "qwen33", "vocab_size": 1}, "model_type 'qwen33' of qwen33 is not known.*did you mean qwen3"),
-        ({"model_type": "t5", "vocab_size": 8, "d_model": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8}, "neither a language"),
+        (
+            {"model_type": "t5", "vocab_size": 8, "d_model": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8},
+            "neither a language",
+        ),
         ({"_class_name": "DiTTransformer2DModel"}, "is a config of diffusers.*does not build: build the model with"),
         ("qwen3-9b", "did you mean qwen3-.*nothing is downloaded"),
     ],
