@@ -83,6 +83,10 @@ def test_optimizers_of_pairs_need_pairs():
         lo.LoRAProAdamW(pair, moments="some")
     with pytest.raises(ValueError, match=r"beta1 is 1\.0"):
         lo.AltLoRA(pair, beta1=1.0)
+    with pytest.raises(ValueError, match=r"beta2 is 1\.0"):
+        lo.AltLoRA(pair, betas=(0.9, 1.0), second_moment=True)
+    with pytest.raises(ValueError, match="second_moment is 1; it must be True or False"):
+        lo.AltLoRA(pair, second_moment=1)
     with pytest.raises(ValueError, match=r"damping is -1\.0"):
         lo.RiemannianAdamW(pair, damping=-1.0)
 

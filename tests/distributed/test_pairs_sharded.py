@@ -27,6 +27,7 @@ METHODS = {
     "rite": lambda groups: lo.LoRARiteAdamW(groups, lr=1e-2, weight_decay=0.1),
     "rite, escape": lambda groups: lo.LoRARiteAdamW(groups, lr=1e-2, escape=True),
     "altlora": lambda groups: lo.AltLoRA(groups, lr=1e-3, weight_decay=0.1),
+    "altlora+": lambda groups: lo.AltLoRA(groups, lr=1e-3, second_moment=True),
     "pro": lambda groups: lo.LoRAProAdamW(groups, lr=1e-3, moments="none"),
     "pro, factors": lambda groups: lo.LoRAProAdamW(groups, lr=1e-3, moments="factors"),
     "pro, full": lambda groups: lo.LoRAProAdamW(groups, lr=1e-3, moments="full"),
