@@ -23,12 +23,22 @@ def golden_pair() -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def golden_loss(a: Tensor, b: Tensor, scaling: float = 2.0) -> Tensor:
-    """Of a linear layer of 8 to 6 with an adapter, on two inputs."""
+def golden_data() -> tuple[Tensor, Tensor]:
+    """Two inputs (2×8) and their targets (2×6)."""
     x = torch.tensor([[math.sin(0.37 * (t + 1) * (j + 2)) for j in range(8)] for t in range(2)], dtype=torch.float64)
     y = torch.tensor([[math.cos(0.3 * t + 0.5 * i) for i in range(6)] for t in range(2)], dtype=torch.float64)
-    w = torch.tensor([[math.cos(i + 2 * j + 0.3 * i * j) for j in range(8)] for i in range(6)], dtype=torch.float64)
-    return 0.5 * (x @ (w + scaling * b @ a).mT - y).square().sum() / 12.0
+    return x, y
+
+
+def golden_weight() -> Tensor:
+    """W₀ (6×8)."""
+    return torch.tensor([[math.cos(i + 2 * j + 0.3 * i * j) for j in range(8)] for i in range(6)], dtype=torch.float64)
+
+
+def golden_loss(a: Tensor, b: Tensor, scaling: float = 2.0) -> Tensor:
+    """Of a linear layer of 8 to 6 with an adapter, on two inputs."""
+    x, y = golden_data()
+    return 0.5 * (x @ (golden_weight() + scaling * b @ a).mT - y).square().sum() / 12.0
 
 
 def _inverse_root(matrix: Tensor, shift: float, eps: float) -> Tensor:
@@ -116,7 +126,14 @@ def lora_pro(
 
 
 def altlora(
-    a: Tensor, b: Tensor, gradients: Gradients, steps: int, lr: float, scaling: float, beta: float = 0.9, plus: bool = False
+    a: Tensor,
+    b: Tensor,
+    gradients: Gradients,
+    steps: int,
+    lr: float,
+    scaling: float,
+    beta: float = 0.9,
+    plus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """AltLoRA with the other factor stored beside each momentum; `plus` divides by Adam's root of running squares."""
     momentum, known = [torch.zeros_like(a), torch.zeros_like(b)], [b.clone(), a.clone()]
