@@ -11,6 +11,9 @@ from lowrank_optim.kernels.compute import CHUNK_ELEMENTS, compute_dtype, row_chu
 PRODUCTS = ("Dora", "ALora", "Velora", "MiCA", "QALora")
 """Beginnings of the names of peft's variants whose layers compute with the product B A, and nothing else of A and B."""
 
+FACTORS = (("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B"))
+"""What peft's layers call them."""
+
 COLUMNS = CHUNK_ELEMENTS
 """Elements that a part of `columns_of` may have."""
 
@@ -56,6 +59,17 @@ def find_factors(model: nn.Module) -> Iterator[Factors]:
                 yield Factors(layer, path, adapter, a, b, scaling, experts, _why_not(layer, adapter, a, b))
 
 
+def lone_factors(model: nn.Module) -> Iterator[str]:
+    """The names of factors whose layer has no partner for them."""
+    for path, layer in model.named_modules():
+        if not isinstance(getattr(layer, "scaling", None), Mapping):
+            continue
+        for first, second in FACTORS:
+            kept, others = (set(getattr(layer, each, {})) for each in (first, second))
+            for here, adapters in ((first, kept - others), (second, others - kept)):
+                yield from (f"{path}.{here}.{adapter}".lstrip(".") for adapter in sorted(adapters))
+
+
 def columns_of(base: Any, rows: int, cols: int, like: Tensor) -> Iterator[Tensor]:
     """The columns of the weights of a linear layer, in parts (rows × some) and in the compute type of `like`.
 
@@ -98,7 +112,7 @@ def linear_factors(model: nn.Module, adapter: str | None, refused: str) -> list[
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, int] | None:
     """A, B and the number of experts of an adapter; None where the layer has none of this name."""
-    for first, second in (("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B")):
+    for first, second in FACTORS:
         kept, others = getattr(layer, first, {}), getattr(layer, second, {})
         if adapter in kept and adapter in others:
             a, b = (getattr(each, "weight", each) for each in (kept[adapter], others[adapter]))

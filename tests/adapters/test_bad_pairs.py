@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_optim as lo
+from tests.oracles.adapted import two_layers
 
 
 def factor(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -33,6 +34,10 @@ def test_unequal_ranks_a_missing_partner_and_a_rank_above_a_side():
         lo.lora_pairs([(factor(4, 32), factor(64, 3), 1.0)])
     with pytest.raises(TypeError, match=r"\(A, B, s\) triples of two tensors and a number"):
         lo.lora_pairs([(factor(4, 32), None, 1.0)])
+    model = two_layers(torch.float32)
+    del model[2].lora_B["default"]
+    with pytest.raises(ValueError, match=r"2\.lora_A\.default has no partner in its layer"):
+        lo.lora_pairs(model)
     with pytest.raises(ValueError, match=r"have rank 8, above the shorter side 5"):
         lo.lora_pairs([(factor(8, 5), factor(64, 8), 1.0)])
 

@@ -1,4 +1,4 @@
-"""LoRA-GGPO: noise of forward beside a dense one, its size, the same wherever one step looks at it, and never as large as a matrix."""
+"""LoRA-GGPO: noise of forward beside a dense one, its size, the same wherever a step looks at it, never as large as a matrix."""
 
 import copy
 import math
