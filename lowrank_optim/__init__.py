@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 from lowrank_optim import distributed, nn
 from lowrank_optim._version import __version__
 from lowrank_optim.adapters import (
+    ForwardNoise,
+    RowScaling,
     lora_pairs,
     lora_sb_,
     noise_in_forward,
@@ -43,6 +45,7 @@ from lowrank_optim.optimizers import (
     LoRARiteAdamW,
     LoRASBAdamW,
     LowRankOptimizer,
+    MomentumPerturbation,
     MuonAdamW,
     QGaLoreAdamW8bit,
     RiemannianAdamW,
@@ -123,6 +126,7 @@ __all__ = [
     "FOAMAdamW",
     "FiraAdamW",
     "FoldedAdam",
+    "ForwardNoise",
     "FrugalAdamW",
     "FrugalLion",
     "FrugalSGD",
@@ -142,6 +146,7 @@ __all__ = [
     "LoRASBAdamW",
     "LowRankOptimizer",
     "MemoryPlan",
+    "MomentumPerturbation",
     "MomentumRule",
     "MomentumSVD",
     "Muon",
@@ -161,6 +166,7 @@ __all__ = [
     "RiemannianAdamW",
     "Role",
     "RowNorm",
+    "RowScaling",
     "Rule",
     "SCALEOptimizer",
     "SGDResidual",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_optim.adapters.layers import Factors, columns_of, linear_factors
+from lowrank_optim.adapters.layers import Factors, base_of, columns_of, linear_factors
 from lowrank_optim.kernels import compute_dtype, no_autograd_no_autocast
 from lowrank_optim.kernels.compute import CHUNK_ELEMENTS, row_chunks
 from lowrank_optim.kernels.counter_rng import PURPOSE_NOISE, derive_key, gaussian, make_key
@@ -70,7 +70,7 @@ class ForwardNoise:
         if not any(found):
             raise RuntimeError(
                 "no adapter with noise has a gradient when the optimizer steps (updates in backward free them), so that the noise "
-                "cannot follow gradients; nothing was changed in this step. Use beta=0, or call remove() on the handle"
+                "cannot follow gradients. Use beta=0, or call remove() on the handle"
             )
         self.step += 1
         for each in self._layers.values():
@@ -97,7 +97,7 @@ def noise_in_forward(
     again (`torch.utils.checkpoint`) are the same.
 
     Args:
-        model: with adapters of peft (quantised bases, too), or layers with such attributes and `base_layer`.
+        model: with adapters of peft (quantised bases, too), or layers with such attributes and a `base_layer`.
         optimizer: any, of the factors; noise goes on with its steps.
         sigma: σ.
         beta: β; 0 leaves gradients out.
@@ -137,7 +137,7 @@ def _check(each: Factors) -> None:
     why = None
     if variant is not None:
         why = f"{type(variant).__name__} computes in another way"
-    elif isinstance(getattr(layer, "base_layer", None), nn.MultiheadAttention) or not hasattr(layer, "base_layer"):
+    elif base_of(layer) is None or isinstance(base_of(layer), nn.MultiheadAttention):
         why = "it has no linear base_layer"
     elif is_sharded(each.a) or is_sharded(each.b):
         why = "its factors are sharded (DTensor)"
@@ -180,7 +180,7 @@ class _Layer:
         W₀ is seen through the base layer, whatever it is stored as.
         """
         layer: Any = self.factors.layer
-        base, scaling = layer.base_layer, float(layer.scaling[self.factors.adapter])
+        base, scaling = base_of(layer), float(layer.scaling[self.factors.adapter])
         a, b = (each.detach().to(compute_dtype(each.dtype)) for each in (self.factors.a, self.factors.b))
         like = a.new_empty(0, dtype=dtype)
         if self._squares is None or any(param.requires_grad for param in base.parameters()):

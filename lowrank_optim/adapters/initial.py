@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.adapters.layers import Factors, linear_factors
+from lowrank_optim.adapters.layers import Factors, base_of, linear_factors
 
 INITS = ("sign", "gradient", "weight")
 
@@ -96,8 +96,7 @@ def _check(gradients: Any, eta: float | None, init: str) -> None:
 
 
 def _weight(each: Factors) -> nn.Parameter:
-    layer: Any = each.layer
-    weight = (layer.base_layer if hasattr(layer, "base_layer") else layer.base).weight
+    weight = base_of(each.layer).weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         raise ValueError(
             f"the weights of {each.path} are quantised; give gradients as a mapping, by the names of layers"

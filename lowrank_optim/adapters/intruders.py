@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.adapters.layers import Factors, columns_of, find_factors
+from lowrank_optim.adapters.layers import Factors, base_of, columns_of, find_factors
 from lowrank_optim.groups.matrices import matrix_shape, matrix_view
 from lowrank_optim.groups.parameters import find_parameters
 from lowrank_optim.kernels import no_autograd_no_autocast
@@ -261,7 +261,7 @@ def _check_plain(name: str, tensor: Tensor) -> None:
 def _base_matrix(each: Factors) -> Tensor | None:
     """W₀ as the product lies; quantised weights are seen through their layer."""
     layer: Any = each.layer
-    base: Any = getattr(layer, "base_layer", getattr(layer, "base", None))
+    base = base_of(layer)
     while hasattr(base, "base_layer"):
         base = base.base_layer
     weight = getattr(base, "weight", None)

@@ -59,6 +59,11 @@ def find_factors(model: nn.Module) -> Iterator[Factors]:
                 yield Factors(layer, path, adapter, a, b, scaling, experts, _why_not(layer, adapter, a, b))
 
 
+def base_of(layer: Any) -> Any:
+    """The layer whose weights are W₀; None where there is none."""
+    return getattr(layer, "base_layer", getattr(layer, "base", None))
+
+
 def lone_factors(model: nn.Module) -> Iterator[str]:
     """The names of factors whose layer has no partner for them."""
     for path, layer in model.named_modules():

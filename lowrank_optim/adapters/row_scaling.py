@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_optim.adapters.layers import Factors, linear_factors
+from lowrank_optim.adapters.layers import Factors, base_of, linear_factors
 from lowrank_optim.kernels import compute_dtype, no_autograd_no_autocast
 from lowrank_optim.rules.riemannian import row_scales
 from lowrank_optim.sharding.dtensor import is_sharded
@@ -90,7 +90,7 @@ def _check(each: Factors) -> None:
         why = "its factors are no linear layers, or A has a bias"
     elif variant != "NoneType" and not variant.startswith("Dora"):
         why = f"{variant} computes in another way"
-    elif isinstance(getattr(layer, "base_layer", None), nn.MultiheadAttention):
+    elif isinstance(base_of(layer), nn.MultiheadAttention):
         why = "attention merges its adapter into the weights in forward"
     if why is not None:
         raise ValueError(f"{each.path} cannot have its rows scaled: {why}; leave it out of target_modules")

@@ -18,7 +18,7 @@ from lowrank_optim.optimizers.lora import AltLoRA, LoRAOptimizer, LoRAProAdamW, 
 from lowrank_optim.optimizers.lora_sb import LoRASBAdamW
 from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
 from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
-from lowrank_optim.optimizers.perturbation import perturb_by_momentum
+from lowrank_optim.optimizers.perturbation import MomentumPerturbation, perturb_by_momentum
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sizes import state_bytes
 from lowrank_optim.optimizers.subtrack import SubTrackAdamW
@@ -48,6 +48,7 @@ __all__ = [
     "LoRARiteAdamW",
     "LoRASBAdamW",
     "LowRankOptimizer",
+    "MomentumPerturbation",
     "MuonAdamW",
     "QGaLoreAdamW8bit",
     "RiemannianAdamW",

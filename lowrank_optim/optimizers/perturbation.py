@@ -34,19 +34,24 @@ class MomentumPerturbation:
         self._optimizer, self._names = optimizer, names
         self._kept: dict[Tensor, Tensor] = {}
         self._versions: dict[Tensor, int] = {}
-        self._hooks: list[RemovableHandle] = []
+        self._off = 0
         self._push()
-        self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
-        self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._hooks: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """The weights are θ within, to the bit; loaded weights are kept."""
         self._restore()
+        self._off += 1
         try:
             yield
         finally:
-            self._push()
+            self._off -= 1
+            if self._hooks and not self._off:
+                self._push()
 
     def remove(self) -> None:
         """Give the weights back as θ, to the bit, and take the hooks away."""
@@ -65,7 +70,8 @@ class MomentumPerturbation:
         self._restore()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._push()
+        if not self._off:
+            self._push()
 
     @torch.no_grad()
     def _restore(self) -> None:
