@@ -178,6 +178,16 @@ def test_no_tensor_is_as_large_as_the_weights(monkeypatch: pytest.MonkeyPatch):
     assert math.prod(x.grad.shape) == 900
 
 
+def test_blocks_are_independent_and_their_numbers_standard_normal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(forward_noise, "CHUNK_ELEMENTS", 6000)
+    parts, blocks = zip(*forward_noise.noise_blocks(5, torch.ones(200), 300, torch.float32), strict=True)
+    assert [part.stop - part.start for part in parts] == [20] * 10
+    numbers = torch.stack([block.flatten() for block in blocks])
+    assert torch.allclose(numbers.mean(1), torch.zeros(10), atol=0.05)
+    assert torch.allclose(torch.corrcoef(numbers), torch.eye(10), atol=0.06)
+    assert torch.allclose(numbers.var(1), torch.ones(10), atol=0.08)
+
+
 def test_quantised_and_low_precision_bases_have_noise_too():
     model = two_layers(torch.float32)
     lo.nn.quantize_weights_(model, include="0.base_layer")
