@@ -23,6 +23,50 @@ def best_of_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[:, :rank] * roots, roots.unsqueeze(1) * right[:rank]
 
 
+def leading_triplets(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(U_r, σ_1 … σ_r, V_rᵀ) of a weight.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    left, values, right = torch.linalg.svd(_finite(weight), full_matrices=False)
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def leading_ldu(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(P L_r, the first r pivots, U_r) of W = P L D U: columns of L (m×r), rows of U (r×n), P from partial pivoting.
+
+    Raises:
+        ValueError: the weight is not finite, or has a pivot of 0 among the first r.
+    """
+    matrix = _finite(weight)
+    m, n = matrix.shape
+    if matrix.is_meta:
+        return matrix.new_empty(m, rank), matrix.new_empty(rank), matrix.new_empty(rank, n)
+    packed, swaps = torch.linalg.lu_factor(matrix)
+    order = list(range(m))
+    for row, other in enumerate(swaps.tolist()):
+        order[row], order[other - 1] = order[other - 1], order[row]
+    pivots = packed.diagonal()[:rank].clone()
+    small = pivots.abs() <= max(m, n) * torch.finfo(matrix.dtype).eps * pivots.abs().amax()
+    if bool(small.any()):
+        number = int(small.nonzero()[0]) + 1
+        raise ValueError(
+            f"pivot {number} of the weight is 0 to rounding, and rows of U from there on are not finite; take a rank below {number}, "
+            "or another method"
+        )
+    left = torch.empty_like(packed[:, :rank])
+    left[torch.tensor(order, device=matrix.device)] = packed[:, :rank].tril(-1) + torch.eye(m, rank).to(matrix)
+    return left, pivots, packed[:rank].triu() / pivots.unsqueeze(1)
+
+
+def _finite(weight: Tensor) -> Tensor:
+    """A weight in the type of decompositions, if it is finite."""
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight is not finite, and has no decomposition")
+    return widened(weight)
+
+
 def principal_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, largest first and none below zero, and eigenvectors (columns) of a symmetric matrix."""
     values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
