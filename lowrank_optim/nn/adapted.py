@@ -19,6 +19,16 @@ from lowrank_optim.nn.reparametrized import (
 )
 
 
+def stored_number(name: str, doc: str) -> property:
+    """An attribute that is one of the `stored` numbers of a layer, as a state dict holds it: int64 or float64 on the CPU."""
+
+    def value(layer: "AdaptedLayer") -> Tensor:
+        number = layer.stored[name]
+        return cpu_tensor(number, torch.int64 if isinstance(number, int) else torch.float64)
+
+    return property(value, doc=doc)
+
+
 class AdaptedLayer(ReparametrizedLayer):
     """A layer beside another one: y = base(x) + the same with ΔW in the place of the weight, ΔW a function of few parameters.
 
@@ -27,7 +37,7 @@ class AdaptedLayer(ReparametrizedLayer):
 
     base: nn.Module
     stored: dict[str, int | float]
-    """Numbers without which ΔW is another: a state dict holds them, as 0-d tensors."""
+    """Numbers without which ΔW is another: a state dict holds them, as 0-d tensors, which are attributes (`stored_number`)."""
 
     def added(self, x: Tensor) -> Tensor:
         """What ΔW gives for x, in the type of the parameters or in autocast's."""
@@ -81,9 +91,8 @@ class AdaptedLayer(ReparametrizedLayer):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, value in self.__dict__.get("stored", {}).items():
-            kind = torch.int64 if isinstance(value, int) else torch.float64
-            destination[f"{prefix}{name}"] = cpu_tensor(value, kind)
+        for name in self.__dict__.get("stored", {}):
+            destination[f"{prefix}{name}"] = getattr(self, name)
 
     def _load_from_state_dict(
         self,

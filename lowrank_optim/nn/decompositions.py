@@ -40,24 +40,19 @@ def leading_ldu(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: the weight is not finite, or has a pivot of 0 among the first r.
     """
     matrix = _finite(weight)
-    m, n = matrix.shape
-    if matrix.is_meta:
-        return matrix.new_empty(m, rank), matrix.new_empty(rank), matrix.new_empty(rank, n)
     packed, swaps = torch.linalg.lu_factor(matrix)
-    order = list(range(m))
-    for row, other in enumerate(swaps.tolist()):
-        order[row], order[other - 1] = order[other - 1], order[row]
     pivots = packed.diagonal()[:rank].clone()
-    small = pivots.abs() <= max(m, n) * torch.finfo(matrix.dtype).eps * pivots.abs().amax()
-    if bool(small.any()):
-        number = int(small.nonzero()[0]) + 1
+    usable = pivots.abs() > max(matrix.shape) * torch.finfo(matrix.dtype).eps * pivots.abs().amax()
+    if not matrix.is_meta and not bool(usable.all()):
+        number = int(usable.logical_not().nonzero()[0]) + 1
         raise ValueError(
             f"pivot {number} of the weight is 0 to rounding, and rows of U from there on are not finite; take a rank below {number}, "
             "or another method"
         )
-    left = torch.empty_like(packed[:, :rank])
-    left[torch.tensor(order, device=matrix.device)] = packed[:, :rank].tril(-1) + torch.eye(m, rank).to(matrix)
-    return left, pivots, packed[:rank].triu() / pivots.unsqueeze(1)
+    lower = packed[:, :rank].tril(-1)
+    lower.diagonal().fill_(1)
+    permutation = torch.lu_unpack(packed, swaps, unpack_data=False)[0]
+    return lower[permutation.argmax(1)], pivots, packed[:rank].triu() / pivots.unsqueeze(1)
 
 
 def _finite(weight: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def loldu_(
             an adapter already.
 
     Memory: the weights, and b·(r·(m + n) + 2r) bytes a layer; gradients and optimizer state have r numbers for m·n. Under
-    `fully_shard` all of it is sharded. While it runs, two float64 (float32 on accelerators) copies of one weight.
+    `fully_shard` all of it is sharded. While it runs, two float64 (float32 on accelerators) copies of one weight, and an
+    m×m permutation.
 
     Example:
         >>> import torch, lowrank_optim as lo

@@ -20,7 +20,7 @@ from lowrank_optim.kernels.counter_rng import (
     uniform,
     unsigned_key,
 )
-from lowrank_optim.nn.adapted import AdaptedLinear, scale_of, wide
+from lowrank_optim.nn.adapted import AdaptedLinear, scale_of, stored_number, wide
 from lowrank_optim.nn.frozen_base import add_adapters_
 from lowrank_optim.nn.low_rank import HALF_DECAY, check_rank_option, resolved_rank
 from lowrank_optim.nn.reparametrized import Patterns
@@ -83,7 +83,7 @@ class NOLALinear(AdaptedLinear):
         ValueError: another kind of layer; a rank, number of bases or alpha out of range.
 
     Memory: the base, and 2k numbers. From forward to backward b·r·(m + n) bytes for A and B at b bytes a number. While bases are
-    drawn, about 24 bytes for each of a million numbers, or of the r·max(m, n) of one basis. Each pass draws k·r·(m + n) numbers.
+    drawn, about 32 bytes for each of a million numbers, or of the r·max(m, n) of one basis. Each pass draws k·r·(m + n) numbers.
 
     Paper: Koohpayegani et al., "NOLA", arXiv:2310.02556.
     """
@@ -91,6 +91,8 @@ class NOLALinear(AdaptedLinear):
     converter = "lowrank_optim.nn.nola_"
     coefficients_A: nn.Parameter
     coefficients_B: nn.Parameter
+    key = stored_number("key", "What the bases are drawn from.")
+    scaling = stored_number("scaling", "s.")
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.kernels import as_python
 from lowrank_optim.kernels.counter_rng import PURPOSE_FACTOR, make_key, uniform
-from lowrank_optim.nn.adapted import AdaptedLinear, scale_of, wide
+from lowrank_optim.nn.adapted import AdaptedLinear, scale_of, stored_number, wide
 from lowrank_optim.nn.decompositions import leading_triplets
 from lowrank_optim.nn.frozen_base import add_adapters_
 from lowrank_optim.nn.low_rank import HALF_DECAY, check_rank_option, resolved_rank
@@ -51,6 +51,7 @@ class SALTLinear(AdaptedLinear):
     shift: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    scaling = stored_number("scaling", "s.")
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.kernels import as_python
 from lowrank_optim.kernels.counter_rng import PURPOSE_FACTOR, make_key, uniform
-from lowrank_optim.nn.adapted import AdaptedLayer, scale_of, wide
+from lowrank_optim.nn.adapted import AdaptedLayer, scale_of, stored_number, wide
 from lowrank_optim.nn.frozen_base import add_adapters_
 from lowrank_optim.nn.low_rank import check_rank_option
 from lowrank_optim.nn.reparametrized import Patterns, kind_of
@@ -51,6 +51,7 @@ class TuckerConvolution(AdaptedLayer):
     core: nn.Parameter
     input_factor: nn.Parameter
     output_factor: nn.Parameter
+    scaling = stored_number("scaling", "s.")
 
     def __init__(
         self,
