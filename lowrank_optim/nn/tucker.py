@@ -103,7 +103,7 @@ class TuckerConvolution(AdaptedLayer):
         if exact:
             made, *factors = wide(made, *factors)
         for side, factor in enumerate(factors, start=2):
-            made = F.linear(made.transpose(side, -1), factor).transpose(side, -1)
+            made = torch.tensordot(made, factor, dims=([side], [1])).movedim(-1, side)
         return made
 
     def added(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class TuckerConvolution(AdaptedLayer):
     def change(self) -> Tensor:
         """ΔW, c'×c×k₁×k₂…."""
         output, inputs = wide(self.output_factor, self.input_factor)
-        whole = torch.tensordot(output, self.kernel(exact=True), dims=1)
+        whole: Tensor = torch.tensordot(output, self.kernel(exact=True), dims=1)
         whole = torch.tensordot(whole, inputs, dims=([1], [0])).movedim(-1, 1)
         return whole.mul(self.stored["scaling"])
 

@@ -65,7 +65,11 @@ def compare() -> None:
     state: dict[str, Tensor] = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
     for name, expected in alone.named_parameters():
         assert expected.requires_grad != torch.equal(expected, start.get_parameter(name)), name
-        for found in (replicated.module.get_parameter(name), in_backward.get_parameter(name).full_tensor(), state[name]):
+        for found in (
+            replicated.module.get_parameter(name),
+            in_backward.get_parameter(name).full_tensor(),
+            state[name],
+        ):
             torch.testing.assert_close(found.detach(), expected.detach(), atol=1e-5, rtol=1e-4, msg=name)
     again = build()
     again.load_state_dict(state, strict=True)

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ each_method = pytest.mark.parametrize("name", list(CONVERT))
 
 def network(*sizes: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(n, m), nn.Tanh()) for n, m in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Sequential(nn.Linear(n, m), nn.Tanh()) for n, m in pairwise(sizes)]
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -195,7 +196,7 @@ def test_random_bases_do_not_depend_on_how_many_are_drawn_at_a_time(monkeypatch)
         found.append([model(x).detach(), model[0][0].coefficients_A.grad, model[0][0].coefficients_B.grad])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], atol=1e-13, rtol=1e-13)
-    bases = list(nola._bases(3, 400, torch.empty(100), 0.5))[0][1]
+    bases = next(iter(nola._bases(3, 400, torch.empty(100), 0.5)))[1]
     assert bases.abs().max() <= 0.5
     assert abs(float(bases.mean())) < 0.01
     assert float(bases.var()) == pytest.approx(0.25 / 3, rel=0.03)
@@ -324,9 +325,7 @@ def test_groups_say_how_each_parameter_decays(name):
     model = convert(name, network(20, 12), freeze_rest=False)
     groups = lo.param_groups(model, rank=None, weight_decay=0.1)
     decays = {
-        key: group["weight_decay"] * group.get("decay_factor", 1.0)
-        for group in groups
-        for key in group["param_names"]
+        key: group["weight_decay"] * group.get("decay_factor", 1.0) for group in groups for key in group["param_names"]
     }
     linear = {f"0.0.{key}": 0.1 for key in ("shift", "scale") if key in TRAINED[name]}
     halves = {f"0.0.{key}": 0.05 for key in TRAINED[name] if key not in ("shift", "scale")}
@@ -341,7 +340,9 @@ def test_a_core_and_its_factors_share_the_decay():
     model = lo.nn.tucker_adapters_(nn.Sequential(nn.Conv2d(4, 6, 3)), rank=2, kernel_rank=2, include="0")
     groups = lo.param_groups(model, rank=None, weight_decay=0.1)
     names = [key for group in groups for key in group["param_names"]]
-    assert names == [f"0.{key}" for key in ("core", "input_factor", "output_factor", "kernel_factor_0", "kernel_factor_1")]
+    assert names == [
+        f"0.{key}" for key in ("core", "input_factor", "output_factor", "kernel_factor_0", "kernel_factor_1")
+    ]
     assert {group["decay_factor"] for group in groups} == {0.2}
 
 
@@ -428,7 +429,7 @@ def test_compiled_and_recomputed_passes_give_the_same_gradients():
 
     expected = gradients(model)
     assert len(expected) == 1 + 4 + 1 + 2 + 4 + 5  # the last: biases
-    for run in (lambda x: checkpoint(model, x, use_reentrant=False), torch.compile(model, backend="aot_eager")):
+    for run in (lambda x: checkpoint(model, x, use_reentrant=False), torch.compile(model, backend="eager")):
         torch.testing.assert_close(gradients(run), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -459,7 +460,7 @@ def test_the_planner_knows_the_layers_by_name():
         made = planned(name, **options)
         assert made.weights_bytes == pytest.approx(4 * (dense + fixed + trained), rel=2e-3), name
         assert made.optimizer_state_bytes == pytest.approx(8 * trained, abs=4096), name
-    with pytest.raises(ValueError, match="svfit: .*rank"):
+    with pytest.raises(ValueError, match=r"svfit: .*rank"):
         planned("svfit")
 
 
@@ -520,11 +521,11 @@ def test_bad_input_of_tucker_adapters_changes_nothing(options, message):
 
 @each_method
 def test_layers_that_cannot_get_an_adapter_are_named(name):
-    with pytest.raises(TypeError, match="model must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
         convert(name, "model")
     with pytest.raises(ValueError, match="the model is itself"):
         convert(name, nn.Linear(20, 12))
-    with pytest.raises(ValueError, match="no plain nn.Linear or Conv1D"):
+    with pytest.raises(ValueError, match=r"no plain nn\.Linear or Conv1D"):
         convert(name, nn.Sequential(nn.Conv2d(4, 4, 3)))
     twice = convert(name, network(20, 12, 24), include="0.0")
     with pytest.raises(ValueError, match=r"0\.0\.base lies in a \w+; a layer has one adapter"):

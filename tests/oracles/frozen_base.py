@@ -81,9 +81,7 @@ def tucker(weight: Tensor, p: Parameters, s: float = 1.0) -> Tensor:
     core, out, into = p["core"], p["output_factor"], p["input_factor"]
     if "kernel_factor_0" not in p:
         return s * torch.einsum("opxy,ao,pb->abxy", core, out, into)
-    return s * torch.einsum(
-        "opqr,ao,pb,xq,yr->abxy", core, out, into, p["kernel_factor_0"], p["kernel_factor_1"]
-    )
+    return s * torch.einsum("opqr,ao,pb,xq,yr->abxy", core, out, into, p["kernel_factor_0"], p["kernel_factor_1"])
 
 
 DENSE: dict[str, Callable[..., Tensor]] = {"svfit": svfit, "salt": salt, "loldu": loldu, "nola": nola, "tucker": tucker}
