@@ -164,7 +164,7 @@ def nola_(
         model: its plain `nn.Linear`s (8-bit weights, too, as they are) and Conv1Ds become `NOLALinear`s. Tied layers share their
             coefficients. On the meta device the layers have shapes alone: for planning, or to load a checkpoint.
         rank: r, an integer, or a fraction in (0, 1) of the short side of each weight.
-        bases: k. A pass draws k·r·(m + n) random numbers for a layer, which takes most of the time where k is larger than the tokens.
+        bases: k. Forward draws k·r·(m + n) random numbers for a layer, and backward again, however few the tokens are.
         alpha: s = alpha/rank; None means s = 1.
         seed: of the bases, which are the same on every device and in every process.
         freeze_rest: freeze all other parameters, too, biases and norms among them; False leaves those as they are.

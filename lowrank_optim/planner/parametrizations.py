@@ -20,6 +20,9 @@ PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {
 }
 """By name."""
 
+KEEP_WEIGHTS = frozenset({"svfit", "salt", "loldu", "nola"})
+"""Those beside whose layers the weights stay, which may have 8 bits."""
+
 PLANNED_WITH: dict[str, dict[str, Any]] = {"sltrain": {"init": "fresh"}}
 """Options that a plan gives: as for training from scratch, since weights without numbers have no others."""
 

@@ -11,7 +11,7 @@ from lowrank_optim.planner.choices import OptimizerChoice, resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.memory_plan import MemoryPlan
 from lowrank_optim.planner.models import ModelChoice, resolve_model
-from lowrank_optim.planner.parametrizations import ParametrizationChoice, resolve_parametrization
+from lowrank_optim.planner.parametrizations import KEEP_WEIGHTS, ParametrizationChoice, resolve_parametrization
 from lowrank_optim.planner.simulation import sharding
 from lowrank_optim.planner.simulation.allocator import reserved_peak, rules_for
 from lowrank_optim.planner.simulation.pretend import bare
@@ -91,7 +91,7 @@ def plan(
         raise PlanError(f"weight_bits is {weight_bits!r}; it must be 16 (weights as they are) or 8 (int8)")
     if fsdp and weight_bits == 8:
         raise PlanError("fsdp and weight_bits=8 do not go together: int8 weights are not sharded by this version")
-    if layers is not None and weight_bits == 8:
+    if layers is not None and layers.name not in KEEP_WEIGHTS and weight_bits == 8:
         raise PlanError(f"{layers.name} and weight_bits=8 do not go together: its factors are not stored in int8")
     chosen_dtype = resolve_dtype(dtype, model)
     device = torch.device(device)

@@ -437,7 +437,7 @@ def test_compiled_and_recomputed_passes_give_the_same_gradients():
 
 
 def test_the_planner_knows_the_layers_by_name():
-    def planned(name: str, **options: object) -> lo.MemoryPlan:
+    def planned(name: str, weight_bits: int = 16, **options: object) -> lo.MemoryPlan:
         model = network(256, 512) if name != "tucker" else nn.Sequential(nn.Conv1d(256, 512, 3))
         x = torch.zeros(4, 256) if name != "tucker" else torch.zeros(4, 256, 8)
         return lo.plan(
@@ -447,6 +447,7 @@ def test_the_planner_knows_the_layers_by_name():
             example_batch=x,
             loss=lambda out: out.sum(),
             device="cpu",
+            weight_bits=weight_bits,
         )
 
     dense = 256 * 512 + 512
@@ -462,6 +463,11 @@ def test_the_planner_knows_the_layers_by_name():
         assert made.optimizer_state_bytes == pytest.approx(8 * trained, abs=4096), name
     with pytest.raises(ValueError, match=r"svfit: .*rank"):
         planned("svfit")
+    coded = planned("salt", rank=16, lora_rank=8, weight_bits=8)
+    beside = 4 * (512 + 16 * 768 + 3 * 16 + 8 * 768)  # bias, singular vectors, vectors, factors
+    assert coded.weights_bytes == pytest.approx(256 * 512 + 4 * 512 + beside, rel=5e-3)
+    with pytest.raises(ValueError, match="tucker and weight_bits=8 do not go together"):
+        planned("tucker", rank=16, weight_bits=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bad input
