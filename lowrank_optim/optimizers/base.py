@@ -19,6 +19,7 @@ from lowrank_optim.optimizers.adopt import adopting
 from lowrank_optim.optimizers.change_group import change_group
 from lowrank_optim.optimizers.contracts import Attachment, Watch
 from lowrank_optim.optimizers.owners import check_free
+from lowrank_optim.optimizers.reset_state import reset_state
 from lowrank_optim.optimizers.state_types import follow, followed, state_template
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules import Rule
@@ -165,6 +166,8 @@ class LowRankOptimizer(Optimizer):
             RuntimeError: gradients of an unfinished step are kept (`update_in_backward`).
         """
         change_group(self, number, options)
+
+    reset_state = reset_state
 
     # -------------------------------------------------------------------------------------------------------------- plans
 
