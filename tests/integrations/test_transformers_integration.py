@@ -236,7 +236,7 @@ def test_progress_reports_from_within_steps_and_ends_with_the_training(callbacks
 def test_progress_of_another_optimizer_is_refused_when_training_starts(tmp_path):
     trainer = Trainer(model=llama(), args=arguments(tmp_path), train_dataset=Tokens(), callbacks=[Progress()])
     with pytest.raises(
-        TypeError, match="watch_step needs an optimizer of lowrank_optim, got torch\.optim\.adamw\.AdamW"
+        TypeError, match=r"watch_step needs an optimizer of lowrank_optim, got torch\.optim\.adamw\.AdamW"
     ):
         trainer.train()
 
