@@ -69,7 +69,7 @@ OPTIMIZERS: tuple[Any, ...] = (
     *(("ldadam", {"rank": 64, "error_feedback": False}), ("frugal", {"density": 0.25}), "lisa", "badam"),
 )
 BATCHES = {"long": (4, 256), "short": (1, 128), "images": (32, 1)}
-LIMIT = 0.03
+LIMIT, FAMILY_LIMIT = 0.03, 0.04
 
 
 def measure(
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--families", action="store_true", help="the models of FAMILIES, to planner_families.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    limit = FAMILY_LIMIT if args.families else LIMIT
     results = []
     measure("adamw", BATCHES["short"], False, False, torch.float32, 16)  # what libraries allocate once, and keep
     of_families = [case for family in FAMILIES for case in of_family(family)]
@@ -220,10 +221,10 @@ def main() -> None:
     if not args.quick:
         write(
             "planner_families" if args.families else "planner_validation",
-            {"limit": LIMIT, "largest_error": worst["error"], "cases": results},
+            {"limit": limit, "largest_error": worst["error"], "cases": results},
         )
-    if abs(worst["error"]) > LIMIT:
-        raise SystemExit(f"the prediction is off by more than {LIMIT:.0%}")
+    if abs(worst["error"]) > limit:
+        raise SystemExit(f"the prediction is off by more than {limit:.0%}")
 
 
 if __name__ == "__main__":
