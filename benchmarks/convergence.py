@@ -27,8 +27,9 @@ noisiest number here.
 
 Other arguments go to `examples/pretrain.py` (`--text`, `--dataset`, `--batch`, `--weight-decay`, `--device`, …). Finished runs in the
 folder are used as they are and an unfinished one continues from its checkpoint, so an interrupted benchmark continues with the same
-command. A complete benchmark (all methods, all steps, three seeds, nothing else changed but the text) is written to
-benchmarks/results/convergence-PRESET.json, any other to the folder only. The standard library is a small text: at 60m and 130m it is
+command. A benchmark with all steps and three seeds, nothing else changed but the text, is written to
+benchmarks/results/convergence-PRESET.json: all methods, or some of them with adamw among them, whose rows then take the place of
+their earlier ones (`added`). Each method there has the environment that it ran in. Any other goes to the folder only. The standard library is a small text: at 60m and 130m it is
 read hundreds of times, and only a dataset makes sense there.
 """
 
@@ -154,11 +155,19 @@ SETTINGS = {
     "frugal_sgd": Setting(0.256, None, {"density": 0.25, "momentum": 0.9}, weight_decay=0.0),
     "ldadam": Setting(2e-3, refreshes=False),  # a new subspace at every step
     "qgalore": Setting(1.6e-2),
+    # Matrices by their rule, without a subspace.
+    "muon_adamw": Setting(8e-3, None, refreshes=False),
+    "scale": Setting(2e-3, None, refreshes=False),
+    "sinkgd": Setting(1.6e-2, None, refreshes=False),
+    "foam": Setting(8e-3, None, refreshes=False),
+    "alice": Setting(1.6e-2),
+    "subtrack": Setting(1.6e-2),
+    "conda": Setting(2e-3, 1.0),
     "low_rank": Setting(8e-3, refreshes=False),
     "sltrain": Setting(8e-3, refreshes=False),
 }
 LAYERS = tuple(name for name in PARAMETRIZATIONS if name != "none")
-METHODS = (*BASELINES, *lo.METHODS, *LAYERS)
+METHODS = (*BASELINES, *lo.METHODS, *lo.FULL_RANK_METHODS, *LAYERS)
 """Methods that are not in `SETTINGS` take `Setting()`. Starting rates decide how many rates are tried, hardly which one is found."""
 
 
