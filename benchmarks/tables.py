@@ -35,6 +35,7 @@ MANY = (
     "SCALE, in backward",
     "SCALE, int8 weights, in backward",
     "LISA, 2 layers, in backward",
+    "SLTrain 8-bit, in backward",
 )
 
 
