@@ -10,6 +10,7 @@ from lowrank_optim.nn.select_ranks import select_ranks
 from lowrank_optim.nn.sltrain import sltrain_
 from lowrank_optim.nn.sparse_low_rank import SparseLowRankLinear
 from lowrank_optim.nn.statistics import Moments, TokenCounts, collect_statistics
+from lowrank_optim.nn.weight_normalized import WeightNormalizedLinear, weight_normalized_
 
 __all__ = [
     "CompensatedLinear",
@@ -21,6 +22,7 @@ __all__ = [
     "ReparametrizedLinear",
     "SparseLowRankLinear",
     "TokenCounts",
+    "WeightNormalizedLinear",
     "collect_statistics",
     "compensate_",
     "dequantize_weights_",
@@ -29,4 +31,5 @@ __all__ = [
     "quantize_weights_",
     "select_ranks",
     "sltrain_",
+    "weight_normalized_",
 ]

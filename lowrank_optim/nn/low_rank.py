@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.kernels import compute_dtype
 from lowrank_optim.nn.reparametrized import (
-    HOOKS,
     ReparametrizedLayer,
     ReparametrizedLinear,
     kind_of,
+    leave_hooks,
     matrix_of,
     take_hooks,
 )
@@ -261,8 +261,7 @@ class CompensatedLinear(ReparametrizedLinear):
         check_rank("", rank, m, n)
         self.plain_class = base.plain_class if isinstance(base, LowRankLinear) else type(base)
         take_hooks(base, self)
-        for name in HOOKS:
-            base.__dict__[name] = nn.Module().__dict__[name]
+        leave_hooks(base)
         self.base = base
         self.lora_A = nn.Parameter(torch.zeros(rank, n, device=like.device, dtype=like.dtype))
         self.lora_B = nn.Parameter(torch.zeros(m, rank, device=like.device, dtype=like.dtype))

@@ -7,7 +7,7 @@ checked.
 
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class ReparametrizedLayer(nn.Module):
     """
 
     converter = ""
+    reads_inner_layers: ClassVar[bool] = False
+    """Whether it reads the parameters of layers within it, so that these cannot be replaced by others."""
 
     def merged(self) -> Tensor:
         """The weight, m×n, in the type of the parameters."""
@@ -179,6 +181,12 @@ def find_layers(
         TypeError: no nn.Module.
         ValueError: a pattern without effect; a name that is none of such a layer; no layer to take.
     """
+    held = {
+        id(inner)
+        for module in model.modules()
+        if isinstance(module, ReparametrizedLayer) and module.reads_inner_layers
+        for inner in module.children()
+    }
     chosen = {id(param) for param in select_matrices(model, include, exclude)}
     if names is not None:
         chosen = _named(model, kinds, names)
@@ -198,7 +206,7 @@ def find_layers(
     taken = [
         TakenLayer(path, position, module)
         for position, (path, module) in enumerate(layers)
-        if kind_of(module) in kinds and id(module._parameters.get("weight")) in chosen
+        if kind_of(module) in kinds and id(module) not in held and id(module._parameters.get("weight")) in chosen
     ]
     if not taken:
         raise ValueError(
@@ -231,6 +239,7 @@ def take_layers(
     names: Collection[str] | None = None,
     *,
     meta: bool = False,
+    coded: bool = False,
     hint: str = "",
 ) -> list[TakenLayer]:
     """The layers that `find_layers` gives, checked.
@@ -238,6 +247,7 @@ def take_layers(
     Args:
         model, include, exclude, kinds, names: as there.
         meta: whether weights on the meta device are allowed.
+        coded: whether weights in 8 bits are.
         hint: what to do about one on the meta device.
 
     Raises:
@@ -248,7 +258,7 @@ def take_layers(
     taken = find_layers(model, include, exclude, kinds, names)
     _check_owners(find_parameters(model), model, {id(layer.module.weight): kind_of(layer.module) for layer in taken})
     for path, _, module in taken:
-        _check_layer(path, module, meta, hint)
+        _check_layer(path, module, meta, coded, hint)
     return taken
 
 
@@ -272,6 +282,12 @@ def take_hooks(old: nn.Module, new: nn.Module) -> None:
     for name in HOOKS:  # the same dicts, so that the handles of the hooks still remove them
         if name in old.__dict__:
             new.__dict__[name] = old.__dict__[name]
+
+
+def leave_hooks(old: nn.Module) -> None:
+    """Take all forward and backward hooks from a module that another one, which has them now, goes on calling or reading."""
+    for name in HOOKS:
+        old.__dict__[name] = nn.Module().__dict__[name]
 
 
 @torch.no_grad()
@@ -337,9 +353,9 @@ def _check_owners(found: list[FoundParameter], model: nn.Module, taken: Mapping[
                 )
 
 
-def _check_layer(path: str, module: nn.Linear, meta: bool, hint: str) -> None:
+def _check_layer(path: str, module: nn.Linear, meta: bool, coded: bool, hint: str) -> None:
     weight = module.weight
-    if isinstance(weight, QuantizedWeight):
+    if isinstance(weight, QuantizedWeight) and not coded:
         raise ValueError(f"{path}.weight is stored in 8 bits; call lowrank_optim.nn.dequantize_weights_ first")
     if is_sharded(weight):
         raise ValueError(
