@@ -3,6 +3,9 @@
 from lowrank_optim.nn.compensate import compensate_
 from lowrank_optim.nn.factorize import factorize_
 from lowrank_optim.nn.low_rank import CompensatedLinear, LowRankEmbedding, LowRankLinear
+from lowrank_optim.nn.ordered import OrderedLinear, ordered_
+from lowrank_optim.nn.ordered_penalty import ordered_penalty
+from lowrank_optim.nn.ordered_ranks import OrderedRanks
 from lowrank_optim.nn.quantize import dequantize_weights_, quantize_weights_
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.nn.reparametrized import ReparametrizedLayer, ReparametrizedLinear, merge_
@@ -17,6 +20,8 @@ __all__ = [
     "LowRankEmbedding",
     "LowRankLinear",
     "Moments",
+    "OrderedLinear",
+    "OrderedRanks",
     "QuantizedWeight",
     "ReparametrizedLayer",
     "ReparametrizedLinear",
@@ -28,6 +33,8 @@ __all__ = [
     "dequantize_weights_",
     "factorize_",
     "merge_",
+    "ordered_",
+    "ordered_penalty",
     "quantize_weights_",
     "select_ranks",
     "sltrain_",

@@ -181,15 +181,15 @@ def find_layers(
         TypeError: no nn.Module.
         ValueError: a pattern without effect; a name that is none of such a layer; no layer to take.
     """
+    chosen = {id(param) for param in select_matrices(model, include, exclude)}
+    if names is not None:
+        chosen = _named(model, kinds, names)
     held = {
         id(inner)
         for module in model.modules()
         if isinstance(module, ReparametrizedLayer) and module.reads_inner_layers
         for inner in module.children()
     }
-    chosen = {id(param) for param in select_matrices(model, include, exclude)}
-    if names is not None:
-        chosen = _named(model, kinds, names)
     labels = [KIND_NAMES[kind] for kind in kinds]
     wanted = ", ".join(labels[:-1]) + " or " * (len(labels) > 1) + labels[-1]
     if kind_of(model) in kinds:
