@@ -72,9 +72,10 @@ class OrderedLinear(ReparametrizedLinear):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The factors of a matrix such as `nn.Linear` starts with, uniform in ±1/√n, and a bias as there."""
+        if self.in_factor.is_meta:
+            return
         bound = self.in_features**-0.5
-        if not self.in_factor.is_meta:
-            self.set_weight(self.in_factor.new_empty(self.out_features, self.in_features).uniform_(-bound, bound))
+        self.set_weight(self.in_factor.new_empty(self.out_features, self.in_features).uniform_(-bound, bound))
         if self.bias is not None:
             self.bias.uniform_(-bound, bound)
 

@@ -247,7 +247,7 @@ def take_layers(
     Args:
         model, include, exclude, kinds, names: as there.
         meta: whether weights on the meta device are allowed.
-        coded: whether weights in 8 bits are.
+        coded: whether weights in 8 bits are allowed.
         hint: what to do about one on the meta device.
 
     Raises:

@@ -90,10 +90,11 @@ class WeightNormalizedLinear(ReparametrizedLinear):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The initial numbers, for which W is W₀."""
-        if not self.lora_A.is_meta:
-            key = make_key(self.seed, self.position, 0, PURPOSE_FACTOR)
-            draw = uniform(key, tuple(self.lora_A.shape), self.lora_A.device)
-            self.lora_A.copy_(draw.mul_(2).sub_(1).div_(self.in_features**0.5))
+        if self.lora_A.is_meta:
+            return
+        key = make_key(self.seed, self.position, 0, PURPOSE_FACTOR)
+        draw = uniform(key, tuple(self.lora_A.shape), self.lora_A.device)
+        self.lora_A.copy_(draw.mul_(2).sub_(1).div_(self.in_features**0.5))
         self.lora_B.zero_()
         self.magnitude.copy_(direction_norms(self.base_weight, self.lora_A, self.lora_B, self.norm == "row"))
 

@@ -7,11 +7,21 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_optim.nn import sltrain_
+from lowrank_optim.nn import ordered_, sltrain_, weight_normalized_
 from lowrank_optim.planner.errors import PlanError
 
-PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {"sltrain": sltrain_}
-"""By name; planned as for training from scratch, since weights without numbers have no others."""
+PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {
+    "sltrain": sltrain_,
+    "weight_normalized": weight_normalized_,
+    "ordered": ordered_,
+}
+"""By name."""
+
+PLANNED_WITH: dict[str, dict[str, Any]] = {"sltrain": {"init": "fresh"}}
+"""Options that a plan gives: as for training from scratch, since weights without numbers have no others."""
+
+CODED_BASES = ("weight_normalized",)
+"""Those whose layers have a frozen base that may be in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,11 @@ class ParametrizationChoice:
     name: str
     convert: Callable[[nn.Module], nn.Module]
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def takes_coded_weights(self) -> bool:
+        """Whether the weights may be in 8 bits besides."""
+        return self.name in CODED_BASES
 
 
 def resolve_parametrization(parametrization: Any) -> ParametrizationChoice | None:
@@ -62,8 +77,7 @@ def resolve_parametrization(parametrization: Any) -> ParametrizationChoice | Non
 
 
 def _convert(name: str, function: Callable[..., Any], model: nn.Module, options: dict[str, Any]) -> nn.Module:
-    if name in PARAMETRIZATIONS:
-        options = {"init": "fresh"} | options
+    options = PLANNED_WITH.get(name, {}) | options
     try:
         made = function(model, **options)
     except (TypeError, ValueError) as error:

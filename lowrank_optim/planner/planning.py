@@ -60,8 +60,8 @@ def plan(
         world_size, fsdp: processes; FSDP2 if `fsdp`, else DDP. The numbers are those of one process (`planner.sharding`).
         weight_bits: 8 for int8 weights (`lowrank_optim.nn.quantize_weights_`).
         parametrization: "sltrain", or ("sltrain", {"rank": 1024, "density": 0.05}): `lowrank_optim.nn.sltrain_` changes the model
-            first; or a function that changes a model and returns it. Optimizers of this package then project nothing unless `rank`
-            is given to them, too.
+            first; "weight_normalized" (which goes with weight_bits=8) and "ordered" (as it is before ranks fall); or a function that
+            changes a model and returns it. Optimizers of this package then project nothing unless `rank` is given to them, too.
         example_batch: for any other module: a dict (keyword arguments), tuple (positional ones) or tensor that it is called with.
         loss: the loss from the model's output; default: its `loss`, or the mean of the (first) tensor.
         per_layer: also list the bytes of each layer.
@@ -91,7 +91,7 @@ def plan(
         raise PlanError(f"weight_bits is {weight_bits!r}; it must be 16 (weights as they are) or 8 (int8)")
     if fsdp and weight_bits == 8:
         raise PlanError("fsdp and weight_bits=8 do not go together: int8 weights are not sharded by this version")
-    if layers is not None and weight_bits == 8:
+    if layers is not None and weight_bits == 8 and not layers.takes_coded_weights:
         raise PlanError(f"{layers.name} and weight_bits=8 do not go together: its factors are not stored in int8")
     chosen_dtype = resolve_dtype(dtype, model)
     device = torch.device(device)
