@@ -112,10 +112,10 @@ class OrderedLinear(ReparametrizedLinear):
         return outside_graph(self._product, x)  # type: ignore[no-any-return]  # each b would be compiled for itself
 
     def _product(self, x: Tensor) -> Tensor:
-        right, left, active = self.in_factor, self.out_factor, self.active_rank
-        if active < self.rank:
-            right, left = right[:active], left[:active]
-        return apply_pair(x, right, left.mT, self.bias)
+        active = self.active_rank
+        if active == self.rank:  # a slice would fill a gradient with zeros first
+            return apply_pair(x, self.in_factor, self.out_factor.mT, self.bias)
+        return apply_pair(x, self.in_factor[:active], self.out_factor[:active].mT, self.bias)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -151,7 +151,7 @@ class OrderedLinear(ReparametrizedLinear):
 def row_norms(factor: Tensor) -> Tensor:
     """‖f_k‖ of every row (r,), in float32 or wider; of a sharded factor, the whole on every process."""
     norms: Tensor = torch.linalg.vector_norm(factor, dim=1, dtype=compute_dtype(factor.dtype))
-    return norms.full_tensor() if is_sharded(norms) else norms  # type: ignore[attr-defined, no-any-return]
+    return norms.full_tensor() if is_sharded(norms) else norms  # type: ignore[attr-defined]
 
 
 def tail_norms(norms: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ class WeightNormalizedProduct(torch.autograd.Function):
         outer, z = (g * scale, tokens) if by_rows else (g, tokens * scale)
         right, left = a.to(compute), b.to(compute)
         q = outer @ left
-        grad_x = grad_c = None
+        grad_x: Any = None
+        grad_c: Any = None
         if need_x or (not by_rows and (need_m or need_norm)):
             grad_x = torch.addmm(outer @ _whole(base, compute), q, right)
         if need_m or need_norm:
@@ -116,7 +117,7 @@ class WeightNormalizedProduct(torch.autograd.Function):
             grad_c = (first * second).sum(0, dtype=wide)
         if grad_x is not None and not by_rows:
             grad_x = grad_x * scale
-        grad_m = None if grad_c is None else grad_c / norms
+        grad_m: Any = None if grad_c is None else grad_c / norms
         grad_a = (q.mT @ z).to(wide) if need_a else None
         grad_b = outer.mT @ (z @ right.mT) if need_b else None
         grad_base = outer.mT @ z if need_base else None
@@ -124,7 +125,7 @@ class WeightNormalizedProduct(torch.autograd.Function):
             double_gamma = -grad_m * magnitude.to(wide) / norms.square()
             _add_norm_terms((base, a, b), double_gamma * (norms > SMALLEST), by_rows, grad_base, grad_a, grad_b)
         return (
-            grad_x.view(x.shape).to(x.dtype) if need_x and grad_x is not None else None,
+            grad_x.view(x.shape).to(x.dtype) if need_x else None,
             _as(grad_base, base.dtype),
             _as(grad_a, a.dtype),
             _as(grad_b, b.dtype),

@@ -60,6 +60,10 @@ def compare() -> None:
         lo.nn.OrderedRanks(replicated).shrink_(1.0)
     with pytest.raises(ValueError, match="is sharded"):
         lo.nn.merge_(sharded)
+    base = build()
+    fully_shard(base[0].base)
+    with pytest.raises(RuntimeError, match="its base is sharded by itself"):
+        base(torch.zeros(2, 24))
     other = fully_shard(nn.Sequential(nn.Linear(8, 8)))
     for convert in (lo.nn.weight_normalized_, lo.nn.ordered_):
         with pytest.raises(ValueError, match=r"0\.weight is sharded"):
