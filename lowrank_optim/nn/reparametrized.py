@@ -7,7 +7,7 @@ checked.
 
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,14 @@ from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.sharding.dtensor import is_sharded
 
 Patterns = Pattern | Iterable[Pattern] | None
-Kind: TypeAlias = Literal["linear", "conv1d", "embedding"]
+Kind: TypeAlias = Literal["linear", "conv1d", "embedding", "convolution"]
 
-KIND_NAMES: dict[Kind, str] = {"linear": "nn.Linear", "conv1d": "Conv1D", "embedding": "nn.Embedding"}
+KIND_NAMES: dict[Kind, str] = {
+    "linear": "nn.Linear",
+    "conv1d": "Conv1D",
+    "embedding": "nn.Embedding",
+    "convolution": "convolution",
+}
 
 HOOKS = (
     "_forward_hooks",
@@ -103,6 +108,9 @@ class ReparametrizedLayer(nn.Module):
         )
 
 
+Layer = TypeVar("Layer", bound=ReparametrizedLayer)
+
+
 class ReparametrizedLinear(ReparametrizedLayer):
     """A linear layer whose weight is computed from other parameters. The bias is a parameter as in `nn.Linear`."""
 
@@ -138,6 +146,8 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "linear"
     if type(module) is nn.Embedding:
         return "embedding"
+    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return "convolution"
     # Of transformers, a linear layer stored as (in, out); by its name, so that transformers is not imported.
     if type(module).__name__ == "Conv1D" and "nf" in module.__dict__:
         return "conv1d"
@@ -145,7 +155,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """The weight of a plain or reparametrised layer without gradient: m×n, of an embedding one row for each token."""
+    """The weight of a plain or reparametrised layer without gradient: m×n, of embeddings and convolutions as they store it."""
     if isinstance(module, ReparametrizedLayer):
         return module.merged()
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
@@ -210,7 +220,7 @@ def find_layers(
     ]
     if not taken:
         raise ValueError(
-            f"{type(model).__name__} has no plain {wanted} to take with include={include!r}, exclude={exclude!r} (convolutions, "
+            f"{type(model).__name__} has no plain {wanted} to take with include={include!r}, exclude={exclude!r} (other layers, "
             "subclasses of these and the layers within nn.MultiheadAttention stay as they are; output heads and embeddings are "
             "taken only if `include` names them)"
         )
@@ -268,6 +278,16 @@ def put_layers(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in made:
                 setattr(parent, name, made[id(child)])
+
+
+def sharing(first: Layer) -> Layer:
+    """Another layer of this kind with the parameters and buffers of the first, without its hooks and submodules."""
+    new = type(first).__new__(type(first))
+    nn.Module.__init__(new)
+    new.__dict__.update({name: value for name, value in first.__dict__.items() if name not in nn.Module().__dict__})
+    new._parameters.update(first._parameters)
+    new._buffers.update(first._buffers)
+    return new
 
 
 def take_over(old: nn.Module, new: nn.Module) -> None:

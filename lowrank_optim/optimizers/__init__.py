@@ -21,6 +21,7 @@ from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
 from lowrank_optim.optimizers.perturbation import MomentumPerturbation, perturb_by_momentum
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sizes import state_bytes
+from lowrank_optim.optimizers.spectral_schedule import SpectralSchedule
 from lowrank_optim.optimizers.subtrack import SubTrackAdamW
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "SCALEOptimizer",
     "SUMOAdamW",
     "SinkGDAdamW",
+    "SpectralSchedule",
     "SubTrackAdamW",
     "by_name",
     "full_precision",

@@ -20,6 +20,7 @@ from lowrank_optim.optimizers.change_group import change_group
 from lowrank_optim.optimizers.contracts import Attachment
 from lowrank_optim.optimizers.keep_rows import keep_rows
 from lowrank_optim.optimizers.owners import check_free
+from lowrank_optim.optimizers.reset_state import reset_state
 from lowrank_optim.optimizers.state_types import follow, followed, state_template
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules import Rule
@@ -166,20 +167,8 @@ class LowRankOptimizer(Optimizer):
         """
         change_group(self, number, options)
 
-    def keep_rows(self, rows: Mapping[Tensor, int]) -> None:
-        """Keep the first rows of some parameters, of their gradients and of their state, and go on training what is left.
-
-        Parameters stay the same objects. Moments, master copies and errors of rounding are cut alike; what is projected, begins
-        afresh. `lowrank_optim.nn.OrderedRanks.shrink_` calls this.
-
-        Args:
-            rows: {parameter: how many of its first rows are kept, from 0}.
-
-        Raises:
-            ValueError: a parameter that is not held, is sharded, or is stepped together with others; a number out of range.
-            RuntimeError: gradients of an unfinished step are kept (`update_in_backward`). Nothing was changed.
-        """
-        keep_rows(self, rows)
+    reset_state = reset_state
+    keep_rows = keep_rows
 
     # -------------------------------------------------------------------------------------------------------------- plans
 

@@ -13,7 +13,18 @@ from lowrank_optim.step.relayout import fill_rows, keep_rows_, opened_rows
 
 @torch.no_grad()
 def keep_rows(optimizer: HasState, rows: Mapping[Tensor, int]) -> None:
-    """See `LowRankOptimizer.keep_rows`."""
+    """Keep the first rows of some parameters, of their gradients and of their state, and go on training what is left.
+
+    Parameters stay the same objects. Moments, master copies and errors of rounding are cut alike; what is projected, begins afresh.
+    `lowrank_optim.nn.OrderedRanks.shrink_` calls this.
+
+    Args:
+        rows: {parameter: how many of its first rows are kept, from 0}.
+
+    Raises:
+        ValueError: a parameter that is not held, is sharded, or is stepped together with others; a number out of range.
+        RuntimeError: gradients of an unfinished step are kept (`update_in_backward`). Nothing was changed.
+    """
     for param, count in rows.items():
         _check(optimizer, param, count)
     changed = {param: count for param, count in rows.items() if count != param.shape[0]}

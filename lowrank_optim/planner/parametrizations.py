@@ -7,21 +7,37 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_optim.nn import ordered_, sltrain_, weight_normalized_
+from lowrank_optim.nn import (
+    loldu_,
+    nola_,
+    ordered_,
+    salt_,
+    sltrain_,
+    spectral_,
+    svfit_,
+    tucker_adapters_,
+    weight_normalized_,
+)
 from lowrank_optim.planner.errors import PlanError
 
 PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {
     "sltrain": sltrain_,
+    "spectral": spectral_,
     "weight_normalized": weight_normalized_,
     "ordered": ordered_,
+    "svfit": svfit_,
+    "salt": salt_,
+    "loldu": loldu_,
+    "nola": nola_,
+    "tucker": tucker_adapters_,
 }
 """By name."""
 
+KEEP_WEIGHTS = frozenset({"weight_normalized", "svfit", "salt", "loldu", "nola"})
+"""Those beside whose layers the weights stay, which may have 8 bits."""
+
 PLANNED_WITH: dict[str, dict[str, Any]] = {"sltrain": {"init": "fresh"}}
 """Options that a plan gives: as for training from scratch, since weights without numbers have no others."""
-
-CODED_BASES = ("weight_normalized",)
-"""Those whose layers have a frozen base that may be in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +52,6 @@ class ParametrizationChoice:
     name: str
     convert: Callable[[nn.Module], nn.Module]
     options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def takes_coded_weights(self) -> bool:
-        """Whether the weights may be in 8 bits besides."""
-        return self.name in CODED_BASES
 
 
 def resolve_parametrization(parametrization: Any) -> ParametrizationChoice | None:
@@ -77,9 +88,8 @@ def resolve_parametrization(parametrization: Any) -> ParametrizationChoice | Non
 
 
 def _convert(name: str, function: Callable[..., Any], model: nn.Module, options: dict[str, Any]) -> nn.Module:
-    options = PLANNED_WITH.get(name, {}) | options
     try:
-        made = function(model, **options)
+        made = function(model, **PLANNED_WITH.get(name, {}) | options)
     except (TypeError, ValueError) as error:
         raise PlanError(f"{name}: {error}") from error
     if not isinstance(made, nn.Module):

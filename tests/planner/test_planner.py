@@ -131,6 +131,17 @@ def test_weights_and_state_of_sltrain_on_llama_7b_are_the_formulas():
     assert sum(run.state.values()) == LAYERS * coded + dense_moments_8bit()
 
 
+def test_weights_and_state_of_spectral_layers_on_llama_7b_are_the_formulas():
+    """More weights than dense ones, as the docstring says; gradients and moments for Σ and the vectors of r triplets."""
+    run = built(("LowRankOptimizer", {"rule": "adam"}), ("spectral", {"rank": RANK}))
+    shapes = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN)] * 2 + [(HIDDEN, FFN)]
+    numbers = LAYERS * sum(HIDDEN * (m + n) + HIDDEN for m, n in shapes)
+    trained = LAYERS * sum(RANK * (m + n) + HIDDEN for m, n in shapes)
+    others = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
+    assert run.weights == 2 * (numbers + others) + 4 * LAYERS * len(shapes) * HIDDEN + ROTARY
+    assert run.state["moments"] == 8 * (trained + others)
+
+
 def test_weights_and_state_of_weight_normalized_and_ordered_layers_on_llama_7b_are_the_formulas():
     shapes = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN)] * 2 + [(HIDDEN, FFN)]
     others = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
