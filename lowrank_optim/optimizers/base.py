@@ -18,6 +18,7 @@ from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.adopt import adopting
 from lowrank_optim.optimizers.change_group import change_group
 from lowrank_optim.optimizers.contracts import Attachment
+from lowrank_optim.optimizers.keep_rows import keep_rows
 from lowrank_optim.optimizers.owners import check_free
 from lowrank_optim.optimizers.reset_state import reset_state
 from lowrank_optim.optimizers.state_types import follow, followed, state_template
@@ -167,6 +168,7 @@ class LowRankOptimizer(Optimizer):
         change_group(self, number, options)
 
     reset_state = reset_state
+    keep_rows = keep_rows
 
     # -------------------------------------------------------------------------------------------------------------- plans
 
