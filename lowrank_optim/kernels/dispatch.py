@@ -109,7 +109,16 @@ def _dispatcher(name: str) -> Kernel:
                 return result
         return define(*args)
 
-    return kernel
+    def kernel_of_lists(*args: Any) -> Any:
+        check(*args)
+        for run in _ways(name, args[0][0].device.type, _environment(_KEY)):
+            result = run(*args)
+            if result is not NotImplemented:
+                _changed(tensor for i in written for tensor in args[i])
+                return result
+        return define(*args)
+
+    return kernel_of_lists if str(arguments[0].type) == "List[Tensor]" else kernel
 
 
 @cache
@@ -145,7 +154,7 @@ def _is_plain(arguments: Iterable[Any]) -> bool:
         if kind is Tensor or kind is torch.nn.Parameter:
             if argument.is_neg() or argument._is_zerotensor():
                 return False
-        elif issubclass(kind, Tensor):
+        elif (issubclass(kind, (list, tuple)) and not _is_plain(argument)) or issubclass(kind, Tensor):
             return False
     return True
 

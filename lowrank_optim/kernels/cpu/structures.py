@@ -10,7 +10,16 @@ from collections.abc import Callable
 from ctypes import Structure, c_bool, c_double, c_float, c_int32, c_int64, c_uint16, c_uint64, c_void_p, sizeof
 from typing import cast
 
-_LETTERS = {c_bool: "?", c_int32: "i", c_int64: "q", c_uint16: "H", c_uint64: "Q", c_float: "f", c_double: "d", c_void_p: "Q"}
+_LETTERS = {
+    c_bool: "?",
+    c_int32: "i",
+    c_int64: "q",
+    c_uint16: "H",
+    c_uint64: "Q",
+    c_float: "f",
+    c_double: "d",
+    c_void_p: "Q",
+}
 _P, _N = c_void_p, c_int64
 
 
