@@ -47,13 +47,19 @@ INLINE void block(const Seen& left, const float* right, int64_t stride, int coun
 // As many rows as keep both multipliers busy.
 constexpr int HIGH = LANES == 16 ? 8 : LANES == 8 ? 4 : 2;
 
+// Between parts of a product, ask(0) to ask(3) fetch a quarter each of a tile that comes later, so that memory and multipliers work at
+// the same time.
+constexpr int QUARTERS = 4;
+
 // part (padded × padded) += left (padded × DEPTH) right, a tile. Of the product of a tile with itself, `symmetric`, what lies below
 // the diagonal may be left out.
-template <class Shape>
-INLINE void add(const Shape& s, const Seen& left, const float* right, bool symmetric, float* part) {
+template <class Shape, class Ask>
+INLINE void add(const Shape& s, const Seen& left, const float* right, bool symmetric, float* part, const Ask& ask) {
   const int64_t stride = s.padded();
+  int asked = 0;
   const auto rows = [&](int col, int first, int last) __attribute__((always_inline)) {
     for (int row = first; row < last; row += HIGH) {
+      if (asked < QUARTERS) ask(asked++);
       float* out = part + row * stride + col;
       block<HIGH, VECTORS>({left.data + row * left.down, left.down, left.along}, right + col, stride, DEPTH, out, 1.0f, out, stride);
     }
@@ -65,6 +71,7 @@ INLINE void add(const Shape& s, const Seen& left, const float* right, bool symme
       rows(col, 0, col + STRIP);
     } else {  // without a quarter of the last square
       rows(col, 0, col + 8);
+      while (asked < QUARTERS) ask(asked++);
       float* out = part + (col + 8) * (stride + 1);
       block<8, 1>({left.data + (col + 8) * left.down, left.down, left.along}, right + col + 8, stride, DEPTH, out, 1.0f, out, stride);
     }
@@ -72,10 +79,11 @@ INLINE void add(const Shape& s, const Seen& left, const float* right, bool symme
 }
 
 // out ← factor · from + X S, of tiles; S is padded × padded.
-template <class Shape>
-INLINE void times(const Shape& s, const f32* x, const float* small, const f32* from, float factor, f32* out) {
+template <class Shape, class Ask>
+INLINE void times(const Shape& s, const f32* x, const float* small, const f32* from, float factor, f32* out, const Ask& ask) {
   const int64_t stride = s.padded();
   for (int row = 0; row < DEPTH; row += HIGH) {
+    if (row % (DEPTH / QUARTERS) == 0) ask(row / (DEPTH / QUARTERS));
     for (int col = 0; col < s.padded(); col += STRIP) {
       const int64_t at = row * stride + col;
       block<HIGH, VECTORS>({x + row * stride, stride, 1}, small + col, stride, int(s.rank()), from ? from + at : nullptr, factor, out + at,
@@ -86,10 +94,12 @@ INLINE void times(const Shape& s, const f32* x, const float* small, const f32* f
 
 // The same for the lines of DEPTH rows of a wide matrix, where they are: the lines of `out` are those of Sᵀ times those of X, which
 // may be its own.
-template <class Shape>
-INLINE void times_lines(const Shape& s, const f32* x, const float* small, const f32* from, float factor, f32* out, float* room) {
+template <class Shape, class Ask>
+INLINE void times_lines(const Shape& s, const f32* x, const float* small, const f32* from, float factor, f32* out, float* room,
+                        const Ask& ask) {
   const int64_t stride = s.padded();
   for (int col = 0; col < DEPTH; col += STRIP) {
+    if (col % (DEPTH / QUARTERS) == 0) ask(col / (DEPTH / QUARTERS));
     for (int k = 0; k < s.rank(); ++k) {
       EACH(j, STRIP) room[k * STRIP + j] = x[k * s.size + col + j];
     }
@@ -175,6 +185,20 @@ struct Shape {
     copy(tile, padded(), n, x + row * rank(), rank());
   }
 
+  // Fetches a quarter of the tile that comes after the one from `row` on.
+  INLINE auto asking(const f32* x, int64_t row) const {
+    return [x, from = row + DEPTH, s = *this](int quarter) __attribute__((always_inline)) {
+      constexpr int PART = DEPTH / QUARTERS;
+      const int64_t first = from + quarter * PART;
+      if (first + PART > s.size) return;
+      if (WIDE) {
+        for (int i = 0; i < s.rank(); ++i) __builtin_prefetch(x + i * s.size + first);
+      } else {
+        for (int64_t j = 0; j < PART * s.rank(); j += 16) __builtin_prefetch(x + first * s.rank() + j);
+      }
+    };
+  }
+
   // body(row, n) for the tiles of a unit.
   template <class Body>
   INLINE void each(int64_t unit, const Body& body) const {
@@ -219,11 +243,11 @@ void gram(const GramArgs& args, int64_t unit, float* part, float* scratch) {
   s.each(unit, [&](int64_t row, int n) __attribute__((always_inline)) {
     const float* y = s.read(args.right, row, n, right);
     if (symmetric) {
-      add(s, {y, 1, s.padded()}, y, true, part);
+      add(s, {y, 1, s.padded()}, y, true, part, s.asking(args.right, row));
     } else if (WIDE && s.full(n)) {
-      add(s, {args.left + row, s.size, 1}, y, false, part);
+      add(s, {args.left + row, s.size, 1}, y, false, part, s.asking(args.right, row));
     } else {
-      add(s, {s.read(args.left, row, n, left), 1, s.padded()}, y, false, part);
+      add(s, {s.read(args.left, row, n, left), 1, s.padded()}, y, false, part, s.asking(args.right, row));
     }
   });
 }
@@ -241,13 +265,13 @@ void step(const PairStepArgs& args, int64_t unit, float* part, float* scratch) {
   s.each(unit, [&](int64_t row, int n) __attribute__((always_inline)) {
     if (WIDE && s.full(n)) {
       f32 *m = args.momentum + row, *w = args.weight + row;
-      times_lines(s, args.grad + row, small, m, rest, m, grad);
+      times_lines(s, args.grad + row, small, m, rest, m, grad, s.asking(args.weight, row));
       for (int i = 0; i < lines; ++i) {
         EACH(j, DEPTH) next[i * DEPTH + j] = w[i * s.size + j] * keep + size * m[i * s.size + j];
       }
       turn_round<false>(next, DEPTH, lines, DEPTH, upright, lines);
-      add(s, {upright, 1, lines}, upright, true, after);
-      add(s, {w, s.size, 1}, upright, false, cross);
+      add(s, {upright, 1, lines}, upright, true, after, s.asking(args.grad, row));
+      add(s, {w, s.size, 1}, upright, false, cross, s.asking(args.momentum, row));
       for (int i = 0; i < lines; ++i) {
         EACH(j, DEPTH) w[i * s.size + j] = next[i * DEPTH + j];
       }
@@ -255,10 +279,10 @@ void step(const PairStepArgs& args, int64_t unit, float* part, float* scratch) {
     }
     const f32 *g = s.read(args.grad, row, n, grad), *m = s.read(args.momentum, row, n, momentum), *w = s.read(args.weight, row, n, old);
     f32* moved = !WIDE && s.full(n) ? args.momentum + row * s.rank() : momentum;
-    times(s, g, small, m, rest, moved);
+    times(s, g, small, m, rest, moved, s.asking(args.weight, row));
     EACH(j, tile) next[j] = w[j] * keep + size * moved[j];
-    add(s, {next, 1, s.padded()}, next, true, after);
-    add(s, {w, 1, s.padded()}, next, false, cross);
+    add(s, {next, 1, s.padded()}, next, true, after, s.asking(args.grad, row));
+    add(s, {w, 1, s.padded()}, next, false, cross, s.asking(args.momentum, row));
     if (moved == momentum) s.write(args.momentum, row, n, momentum);
     s.write(args.weight, row, n, next);
   });
@@ -270,8 +294,8 @@ void turn(const TurnArgs& args, int64_t unit, float*, float* scratch) {
   float *small = scratch, *form = small + s.square(), *moved = form + s.tile();
   pad(s, args.small, 1.0f, small);
   s.each(unit, [&](int64_t row, int n) __attribute__((always_inline)) {
-    if (WIDE && s.full(n)) return times_lines(s, args.form + row, small, nullptr, 0.0f, args.form + row, form);
-    times(s, s.read(args.form, row, n, form), small, nullptr, 0.0f, moved);
+    if (WIDE && s.full(n)) return times_lines(s, args.form + row, small, nullptr, 0.0f, args.form + row, form, s.asking(args.form, row));
+    times(s, s.read(args.form, row, n, form), small, nullptr, 0.0f, moved, s.asking(args.form, row));
     s.write(args.form, row, n, moved);
   });
 }

@@ -145,7 +145,7 @@ def _is_plain(arguments: Iterable[Any]) -> bool:
     """Whether the tensors among these arguments are in memory for all to see.
 
     Others (fake ones, quantised weights, views with a negative bit, zeros without memory) have ways of their own, which only the
-    operation itself goes.
+    operation itself goes. What stands in a list, of many parameters, was looked at when the step began (`step.entrance`).
     """
     for argument in arguments:
         if argument is None:
@@ -154,7 +154,7 @@ def _is_plain(arguments: Iterable[Any]) -> bool:
         if kind is Tensor or kind is torch.nn.Parameter:
             if argument.is_neg() or argument._is_zerotensor():
                 return False
-        elif (issubclass(kind, (list, tuple)) and not _is_plain(argument)) or issubclass(kind, Tensor):
+        elif issubclass(kind, Tensor):
             return False
     return True
 

@@ -68,9 +68,9 @@ class AlternatingLoRA(PairRule):
         """The whole step of pairs of one kind."""
         number, count = _whose_turn(units[0].contexts[1].step)
         moved, duals = Factors.of(units, [number]), Factors.of(units, [1 - number])
-        device = duals.weights[0].device
-        squares = torch.tensor([float(unit.options["scaling"]) ** 2 for unit in units], device=device).view(-1, 1, 1)
-        small = pseudo_inverse(duals.grams(duals.weights), duals.eps) / squares
+        inverses = pseudo_inverse(duals.grams(duals.weights), duals.eps)
+        squares = inverses.new_tensor([float(unit.options["scaling"]) ** 2 for unit in units])
+        small = inverses / squares.view(-1, 1, 1)
         share = 1.0 - mean_decay(float(units[0].options["beta1"]), count)
         after, cross = moved.step_(small, [share] * len(units))
         duals.turn_(widened(cross) @ pseudo_inverse(after, moved.eps))

@@ -104,7 +104,7 @@ class Rite(PairRule):
             return widened(matrices).view(count, 2, 1, rank, rank)
 
         roots = pseudo_inverse_root(stack(factors.grams(factors.weights)), factors.eps)
-        sizes = torch.tensor(factors.long, device=roots.device).view(count, 2, 1, 1, 1)
+        sizes = roots.new_tensor(factors.long).view(count, 2, 1, 1, 1)
         scalers, moments = self._scalers(both, roots, stack(factors.grams(factors.grads)) / sizes)
         after, cross = factors.step_(scalers.flatten(0, 2), count * both.shares(0))
         changes, moments = self._carried(both, (stack(after), stack(cross), roots), moments)
