@@ -39,6 +39,7 @@ from lowrank_optim.optimizers import (
     MuonAdamW,
     QGaLoreAdamW8bit,
     RiemannianAdamW,
+    SaRAAdamW,
     SCALEOptimizer,
     SinkGDAdamW,
     SubTrackAdamW,
@@ -58,6 +59,7 @@ from lowrank_optim.projectors import (
     Projector,
     Random,
     RandomizedSVD,
+    SmallestWeights,
 )
 from lowrank_optim.projectors.base import Basis, GradientTerm, Refresh, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
@@ -157,9 +159,11 @@ __all__ = [
     "SCALEOptimizer",
     "SGDResidual",
     "SUMOAdamW",
+    "SaRAAdamW",
     "SignResidual",
     "SinkGDAdamW",
     "Sinkhorn",
+    "SmallestWeights",
     "StepParams",
     "StoredProjector",
     "SubTrackAdamW",

@@ -19,6 +19,7 @@ from lowrank_optim.optimizers.lora_sb import LoRASBAdamW
 from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
 from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
+from lowrank_optim.optimizers.sara import SaRAAdamW
 from lowrank_optim.optimizers.sizes import state_bytes
 from lowrank_optim.optimizers.subtrack import SubTrackAdamW
 
@@ -52,6 +53,7 @@ __all__ = [
     "RiemannianAdamW",
     "SCALEOptimizer",
     "SUMOAdamW",
+    "SaRAAdamW",
     "SinkGDAdamW",
     "SubTrackAdamW",
     "by_name",
@@ -78,6 +80,7 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "alice": AliceAdamW,
     "subtrack": SubTrackAdamW,
     "conda": CondaAdamW,
+    "sara": SaRAAdamW,
 }
 """Short names, as command lines and trainers use them."""
 
