@@ -38,6 +38,7 @@ from lowrank_optim.optimizers import (
     LowRankOptimizer,
     MuonAdamW,
     QGaLoreAdamW8bit,
+    RankTruncation,
     RiemannianAdamW,
     SaRAAdamW,
     SCALEOptimizer,
@@ -47,6 +48,7 @@ from lowrank_optim.optimizers import (
     by_name,
     full_precision,
     state_bytes,
+    truncate_ranks,
 )
 from lowrank_optim.projectors import (
     DCT,
@@ -149,6 +151,7 @@ __all__ = [
     "RMSprop",
     "Random",
     "RandomizedSVD",
+    "RankTruncation",
     "Refresh",
     "Residual",
     "ResidualInput",
@@ -184,6 +187,7 @@ __all__ = [
     "plan",
     "prune_ranks_",
     "state_bytes",
+    "truncate_ranks",
     "update_in_backward",
     "update_scalings",
     "usable",

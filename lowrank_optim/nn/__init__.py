@@ -10,6 +10,7 @@ from lowrank_optim.nn.select_ranks import select_ranks
 from lowrank_optim.nn.sltrain import sltrain_
 from lowrank_optim.nn.sparse_low_rank import SparseLowRankLinear
 from lowrank_optim.nn.statistics import Moments, TokenCounts, collect_statistics
+from lowrank_optim.nn.truncate import truncate_
 
 __all__ = [
     "CompensatedLinear",
@@ -29,4 +30,5 @@ __all__ = [
     "quantize_weights_",
     "select_ranks",
     "sltrain_",
+    "truncate_",
 ]

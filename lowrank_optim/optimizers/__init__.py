@@ -22,6 +22,7 @@ from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sara import SaRAAdamW
 from lowrank_optim.optimizers.sizes import state_bytes
 from lowrank_optim.optimizers.subtrack import SubTrackAdamW
+from lowrank_optim.optimizers.truncation import RankTruncation, truncate_ranks
 
 __all__ = [
     "FULL_RANK_METHODS",
@@ -50,6 +51,7 @@ __all__ = [
     "LowRankOptimizer",
     "MuonAdamW",
     "QGaLoreAdamW8bit",
+    "RankTruncation",
     "RiemannianAdamW",
     "SCALEOptimizer",
     "SUMOAdamW",
@@ -59,6 +61,7 @@ __all__ = [
     "by_name",
     "full_precision",
     "state_bytes",
+    "truncate_ranks",
 ]
 
 METHODS: dict[str, type[LowRankOptimizer]] = {

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from lowrank_optim.groups.matrices import is_low_rank
 from lowrank_optim.groups.names import plain_name
 from lowrank_optim.groups.options import Options
+from lowrank_optim.kernels import as_python
 from lowrank_optim.kernels.counter_rng import PURPOSE_PENALTY, choose, make_key
 from lowrank_optim.nn.decompositions import nuclear_subgradient
 from lowrank_optim.optimizers.base import LowRankOptimizer, Params
@@ -95,26 +96,25 @@ class SaRAAdamW(LowRankOptimizer):
         low_rank_weight: float = 0.0,
         **options: Unpack[Options],
     ) -> None:
+        every: dict[str, Any] = {"on_refresh": "rotate", "low_rank_weight": low_rank_weight, **options}
         for name in ("projector", "coordinates", "blocks"):
-            if options.get(name) is not None:
+            if every.pop(name, None) is not None:
                 raise ValueError(
-                    f"{name} is {options[name]!r}, but SaRAAdamW trains the entries with the smallest weights; leave it out, "  # type: ignore[literal-required]
+                    f"{name} is {dict(options)[name]!r}, but SaRAAdamW trains the entries with the smallest weights; leave it out, "
                     "or use lowrank_optim.GaLoreAdamW, FrugalAdamW or LowRankOptimizer"
                 )
-            options.pop(name, None)
         if shrink_at is not None:
-            if isinstance(shrink_at, bool) or int(shrink_at) != shrink_at or shrink_at < 1:
+            shrink_at = as_python(shrink_at)
+            if not isinstance(shrink_at, int) or isinstance(shrink_at, bool) or shrink_at < 1:
                 raise ValueError(f"shrink_at is {shrink_at!r}; it must be None, or an int of at least 1 (steps)")
-            if options.get("update_proj_gap", shrink_at) != shrink_at:
+            if every.get("update_proj_gap", shrink_at) != shrink_at:
                 raise ValueError(
-                    f"shrink_at is {shrink_at!r} and update_proj_gap {options['update_proj_gap']!r}, which says the same; give one"
+                    f"shrink_at is {shrink_at!r} and update_proj_gap {every['update_proj_gap']!r}, which says the same; give one"
                 )
-            options["update_proj_gap"] = int(shrink_at)
-        if not {"rank", "density"} & options.keys():
-            options["density"] = 0.1 if threshold is None else 1.0
-        options.setdefault("on_refresh", "rotate")
-        options["projector"] = SmallestWeights(threshold, shrinks=shrink_at is not None)
-        every: Any = {"low_rank_weight": low_rank_weight, **options}
+            every["update_proj_gap"] = shrink_at
+        if not {"rank", "density"} & every.keys():
+            every["density"] = 0.1 if threshold is None else 1.0
+        every["projector"] = SmallestWeights(as_python(threshold), shrinks=shrink_at is not None)
         super().__init__(params, rule=TorchAdam(betas, eps), lr=lr, weight_decay=weight_decay, **every)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -138,9 +138,9 @@ class SaRAAdamW(LowRankOptimizer):
         """As in `LowRankOptimizer`, with the low-rank term where the parameter is drawn for it."""
         trained = super().trained(param, changed)
         weight = float(trained.group["low_rank_weight"])
-        if weight and trained.plan.space is not None and self._draw(int(trained.state["step"])) is param:
-            if trained.state["indices"].shape[-1] >= FEWEST_ENTRIES:
-                trained.pull = partial(low_rank_pull, -weight if trained.group["maximize"] else weight)
+        drawn = weight and trained.plan.space is not None and self._draw(int(trained.state["step"])) is param
+        if drawn and trained.state["indices"].shape[-1] >= FEWEST_ENTRIES:
+            trained.pull = partial(low_rank_pull, -weight if trained.group["maximize"] else weight)
         return trained
 
     def _draw(self, step: int) -> Tensor | None:

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -250,6 +250,19 @@ class Projector(ABC):
         if proj_type not in ("std", "reverse_std", *self.sides):
             raise ValueError(
                 f"proj_type is {proj_type!r}, which projector={self.name!r} cannot do; use std, reverse_std, {', '.join(self.sides)}"
+            )
+
+    def check_group(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError where this projector does not go together with the options of a group."""
+        if self.narrows and options["on_refresh"] == "keep":
+            raise ValueError(
+                f"on_refresh is 'keep', but projector={self.name!r} drops entries at a refresh, and their moments with them; use "
+                'on_refresh="rotate", which keeps the moments of the others, or "reset"'
+            )
+        if not self.decays_rest and (options["cautious"] or options["cautious_decay"]):
+            raise ValueError(
+                f"cautious or cautious_decay is True; they are for whole matrices, and projector={self.name!r} writes to chosen "
+                "entries only: leave both at False, or use another projector"
             )
 
     def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> SubspaceSpec:

@@ -23,10 +23,10 @@ class SmallestWeights(Projector):
     that come first in row-major order. Of these, `threshold` leaves the ones with |w| < threshold: with `density=1.0`, all such
     entries of the matrix, of which there may be none.
 
-    The entries are chosen when the optimizer is built, and once more at the first step, where weights may have been loaded in between.
-    A refresh never takes an entry in. With `shrinks`, the one at step `update_proj_gap`, and no other, drops those that have grown:
-    |w| ≥ threshold, or, without a threshold, above the largest magnitude that was chosen in that matrix. The moments of the others
-    stay as they are (`on_refresh="rotate"`), or begin again ("reset").
+    The entries are chosen when the optimizer is built, and once more at the first step, where other weights may have been loaded in
+    between. A refresh never takes an entry in. With `shrinks`, the one at step `update_proj_gap`, and no other, drops those that have
+    grown: |w| ≥ threshold, or, without a threshold, above the largest magnitude that was chosen in that matrix. The moments of the
+    others stay as they are (`on_refresh="rotate"`), or begin again ("reset").
 
     Args:
         threshold: τ > 0; None takes all that `rank` or `density` give.
@@ -76,7 +76,7 @@ class SmallestWeights(Projector):
         thresholds = words[:-1] if shrinks else words
         if len(thresholds) > 1:
             raise ValueError("it has too many parts")
-        return cls(*map(float, thresholds), shrinks=shrinks)
+        return cls(float(thresholds[0]) if thresholds else None, shrinks)
 
     @property
     def refreshes(self) -> int:  # type: ignore[override]

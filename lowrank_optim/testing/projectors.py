@@ -120,7 +120,7 @@ def _check_refresh(made: Subspace) -> None:
     projector, shapes = made.projector, {n: (t.shape, t.dtype) for n, t in made.begun.items()}
     came = {name: (tensor.shape, tensor.dtype) for name, tensor in made.state.items()}
     if projector.narrows:  # tensors of another length
-        shapes, came = ({n: (len(s), t) for n, (s, t) in told.items()} for told in (shapes, came))
+        shapes, came = ({n: (torch.Size([len(s)]), t) for n, (s, t) in told.items()} for told in (shapes, came))
     if came != shapes:
         break_promise(projector, "refresh returns the tensors that init made", f"{came}", f"{shapes}")
     kept, grad = {name: tensor.clone() for name, tensor in made.state.items()}, made.grad.clone()

@@ -140,7 +140,7 @@ def test_every_public_optimizer_is_in_the_matrix():
     public = {kind for kind in public if not issubclass(kind, lo.LoRAOptimizer)}  # (test_pairs_sharded)
     assert public == {*METHODS.values(), *lo.FULL_RANK_METHODS.values()}  # (test_folded_sharded)
     assert {name for name, _ in EVERY} == set(METHODS)
-    assert len(public) == 21
+    assert len(public) == 22
 
 
 def mean_of_gradients():

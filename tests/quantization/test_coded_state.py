@@ -80,7 +80,8 @@ def test_training_follows_float32_moments(name, bits, tolerance):
     optimizer = build(name, coded, state_bits=bits, **fixed)
     run(optimizer, coded, 0, 30)
     # Lion and the sign residual step by signs, where any difference is one of whole steps.
-    tolerance *= 4 if "lion" in name else 1
+    # Single entries share a scale with others of any column, and columns differ by three orders of magnitude here.
+    tolerance *= 4 if "lion" in name else 6 if name == "sara" else 1
     for a, b, before in zip(exact, coded, start, strict=True):
         assert (a - b).norm() < tolerance * (a - before).norm()
     has_moments = not optimizer.state[coded[0]].keys() <= {
