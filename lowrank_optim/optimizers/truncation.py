@@ -54,8 +54,8 @@ def truncate_ranks(
         "gradient"    the step after a truncation sees G + λ U_k V_kᵀ, the smallest subgradient of λ‖W‖_*: the paper's form, for SGD.
 
     With `match_reference=True` the numbers are those of the released code: "gradient", and truncation before the forward pass of
-    steps 0, period, 2·period, …, so that the last step is not followed by one. Forward passes are seen by hooks on the model and on its
-    layers, in training mode; where none was seen, the weights are truncated before the optimizer's step. The released code counts
+    steps 0, period, 2·period, …, so that the last step is not followed by one. Hooks on the model and on its layers see forward
+    passes in training mode; where there was none, the weights are truncated before the optimizer's step. The released code counts
     steps anew in each epoch.
 
     Two things to know. Momentum and weight decay take the weights out of the set of rank k at once, and an energy cut at every step
@@ -196,7 +196,7 @@ class RankTruncation:
         if self._from_start:
             params = {id(matrix.param) for matrix in self._matrices}
             owners = [m for m in model.modules() if any(id(p) in params for p in m.parameters(recurse=False))]
-            self._hooks += [m.register_forward_pre_hook(self._before_forward) for m in (model, *owners)]
+            self._hooks += [m.register_forward_pre_hook(ForwardHook(self)) for m in (model, *owners)]
 
     def ranks(self) -> dict[str, int]:
         """The rank that the last truncation left each matrix, by name; of a stack, the largest. Empty before the first one."""
@@ -235,12 +235,8 @@ class RankTruncation:
 
     # -------------------------------------------------------------------------------------------------------------- hooks
 
-    def _before_forward(self, module: nn.Module, _: object) -> None:
-        """Truncate where the released code does."""
-        if module.training and torch.is_grad_enabled():
-            self._truncate_if_due()
-
-    def _truncate_if_due(self) -> None:
+    def truncate_if_due(self) -> None:
+        """Truncate, unless it is not time, or was done already."""
         steps = self._number(STEP, 0)
         if steps % self.period == 0 and self._number(LAST, -1) != steps:
             self._truncate()
@@ -250,7 +246,7 @@ class RankTruncation:
         """Add λ U_k V_kᵀ to the gradients of the step after a truncation."""
         self._refuse_in_backward(optimizer)
         if self._from_start:
-            self._truncate_if_due()
+            self.truncate_if_due()
         if not self.nuclear_weight or self._number(LAST, -1) != self._number(STEP, 0):
             return
         known = optimizer.param_groups[0].get(RANKS) or []
@@ -262,7 +258,7 @@ class RankTruncation:
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         optimizer.param_groups[0][STEP] = self._number(STEP, 0) + 1
         if not self._from_start:
-            self._truncate_if_due()
+            self.truncate_if_due()
 
     def _number(self, name: str, default: int) -> int:
         return int(self._require_optimizer().param_groups[0].get(name, default))
@@ -302,6 +298,21 @@ class RankTruncation:
         if new is not whole:
             matrix.write_(new, key, error)
         return rank
+
+
+class ForwardHook:
+    """Truncates before a forward pass in training; a copy of the model, or one that is pickled, keeps a hook that does nothing."""
+
+    def __init__(self, handle: RankTruncation | None = None) -> None:
+        self._handle = handle
+
+    def __call__(self, module: nn.Module, _: object) -> None:
+        """Called by torch before the module's forward."""
+        if self._handle is not None and module.training and torch.is_grad_enabled():
+            self._handle.truncate_if_due()
+
+    def __reduce__(self) -> tuple[type["ForwardHook"], tuple[()]]:
+        return ForwardHook, ()
 
 
 def subgradient(matrix: Tensor, rank: int) -> Tensor:

@@ -122,7 +122,7 @@ class SmallestWeights(Projector):
         indices, entries = old["indices"].to(torch.int64), prod(space.shape[-2:])
         sizes = self._basis(space, old["indices"]).project(weight).squeeze(-1).abs()
         stays = sizes <= old["limit"][indices // entries] if "limit" in old else self._is_below(sizes)
-        return old | {"indices": old["indices"][stays]}
+        return old | {"indices": old["indices"][stays.nonzero().squeeze(-1)]}
 
     def _chosen(self, sizes: Tensor, space: SubspaceSpec, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state for magnitudes (…, m, n) of the whole weights."""
@@ -133,7 +133,7 @@ class SmallestWeights(Projector):
             places = smallest(matrix, space.rank)
             limits.append(matrix[places].amax() if places.numel() else matrix.new_zeros(()))
             if self.threshold is not None and not matrix.is_meta:
-                places = places[self._is_below(matrix[places])]
+                places = places[self._is_below(matrix[places]).nonzero().squeeze(-1)]
             found.append(places + number * entries)
         new = {"indices": torch.cat(found).to(old["indices"].dtype)}
         return new | ({"limit": torch.stack(limits)} if "limit" in old else {})
