@@ -294,6 +294,25 @@ def test_what_rounding_drops_is_kept_and_masters_follow():
     assert torch.linalg.svdvals(model.up.weight.detach().float())[3] > 1e-4 * values[0]
 
 
+def test_bfloat16_weights_are_rounded_stochastically_where_the_optimizer_rounds_so():
+    """Their mean over seeds is nearer to the matrix of rank 3 than what rounding to nearest leaves."""
+
+    def cut(**options: object) -> Tensor:
+        model = Net(BF16)
+        optimizer = lo.GaLoreAdamW([model.up.weight], rank=4, lr=0.0, **options)
+        lo.truncate_ranks(optimizer, model, rank=3, period=1)
+        model.up.weight.grad = torch.zeros_like(model.up.weight)
+        optimizer.step()
+        return model.up.weight.detach().double()
+
+    u, s, vt = torch.linalg.svd(Net(BF16).up.weight.detach().float(), full_matrices=False)
+    exact = ((u[:, :3] * s[:3]) @ vt[:3]).double()
+    nearest, drawn = cut(), [cut(stochastic_rounding=True, seed=seed) for seed in range(40)]
+    assert torch.equal(cut(stochastic_rounding=True, seed=7), drawn[7])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert (torch.stack(drawn).mean(0) - exact).norm() < 0.5 * (nearest - exact).norm()
+
+
 def test_the_handle_ends_keeps_nothing_alive_and_there_is_one():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
