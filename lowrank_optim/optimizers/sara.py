@@ -64,7 +64,8 @@ class SaRAAdamW(LowRankOptimizer):
 
     Memory: 12 bytes for each chosen entry: 8 of moments (2 with `state_bits=8`), 4 of index. Gradients are those of all weights
     until they are used; `update_in_backward` frees each at once, and keeps R alone between micro-batches. The low-rank term takes
-    the singular value decomposition of one matrix in a step, of m·d + d·n + d numbers. `lowrank_optim.SmallestWeights` has more.
+    the singular value decomposition of one matrix in a step, of m·d + d·n + d numbers, which on a CPU is slow: seconds for
+    thousands of rows and columns. `lowrank_optim.SmallestWeights` says what choosing takes.
 
     Sharded matrices (`fully_shard`): each is gathered when its entries are chosen, and in the low-rank term its chosen entries. All
     processes keep all indices and moments.
@@ -174,6 +175,6 @@ def low_rank_pull(weight: float, basis: Basis, matrix: Tensor) -> Tensor:
     values = basis.project(matrix)  # of all processes
     inner: Any = getattr(basis, "inner", basis)
     whole = torch.zeros(inner.shape, dtype=values.dtype, device=values.device)
-    places = torch.unravel_index(inner.indices.to(torch.int64), inner.shape)
+    places = inner.places
     whole[places] = values.squeeze(-1).nan_to_num(nan=0.0)
     return weight * nuclear_subgradient(whole)[places].unsqueeze(-1)

@@ -241,9 +241,18 @@ class ChosenEntries(_SelectedEntries):
     sharding: ParamSharding = field(default=LOCAL, compare=False)
     decays_rest: ClassVar[bool] = False
 
+    @property
+    def places(self) -> tuple[Tensor, ...]:
+        """The index of each entry along each dimension of the whole matrix or stack."""
+        rest, places = self.indices.to(torch.int64), []
+        for size in reversed(self.shape[1:]):  # torch.unravel_index copies the shape to the device
+            places.append(rest % size)
+            rest = rest // size
+        return rest, *reversed(places)
+
     def _here(self, matrix: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Which of the entries lie in this part (None: all), and their index there along each dimension."""
-        places = torch.unravel_index(self.indices.to(torch.int64), self.shape)
+        places = self.places
         whole = self.sharding.matrix
         if not whole.splits():
             return None, places

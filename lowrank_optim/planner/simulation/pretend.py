@@ -142,7 +142,7 @@ class Recorder(TorchDispatchMode):
         known = {tensor.untyped_storage()._cdata for tensor in given}
         on_meta = without_numbers or (not given and kwargs.get("device") == META)
         if without_numbers and func is _aten.nonzero.default and self.may_read:
-            out = shapes.nonzero(without_numbers[0])
+            out: Any = shapes.nonzero(without_numbers[0])
         else:
             out = shapes.run(func, args, kwargs) if on_meta else func(*args, **kwargs)
         for tensor in _tensors(out if isinstance(out, (tuple, list)) else (out,)):
