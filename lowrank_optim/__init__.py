@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_optim import distributed, nn
 from lowrank_optim._version import __version__
-from lowrank_optim.adapters import lora_pairs, lora_sb_, prune_ranks_, update_scalings
+from lowrank_optim.adapters import (
+    ForwardNoise,
+    RowScaling,
+    lora_pairs,
+    lora_sb_,
+    noise_in_forward,
+    prune_ranks_,
+    scale_rows_in_backward,
+    update_scalings,
+)
 from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.describe import describe
 from lowrank_optim.groups.layer_report import describe_layers
@@ -36,6 +45,7 @@ from lowrank_optim.optimizers import (
     LoRARiteAdamW,
     LoRASBAdamW,
     LowRankOptimizer,
+    MomentumPerturbation,
     MuonAdamW,
     QGaLoreAdamW8bit,
     RankTruncation,
@@ -47,6 +57,7 @@ from lowrank_optim.optimizers import (
     SUMOAdamW,
     by_name,
     full_precision,
+    perturb_by_momentum,
     state_bytes,
     truncate_ranks,
 )
@@ -119,6 +130,7 @@ __all__ = [
     "FOAMAdamW",
     "FiraAdamW",
     "FoldedAdam",
+    "ForwardNoise",
     "FrugalAdamW",
     "FrugalLion",
     "FrugalSGD",
@@ -138,6 +150,7 @@ __all__ = [
     "LoRASBAdamW",
     "LowRankOptimizer",
     "MemoryPlan",
+    "MomentumPerturbation",
     "MomentumRule",
     "MomentumSVD",
     "Muon",
@@ -158,6 +171,7 @@ __all__ = [
     "RiemannianAdamW",
     "Role",
     "RowNorm",
+    "RowScaling",
     "Rule",
     "SCALEOptimizer",
     "SGDResidual",
@@ -183,9 +197,12 @@ __all__ = [
     "lora_pairs",
     "lora_sb_",
     "nn",
+    "noise_in_forward",
     "param_groups",
+    "perturb_by_momentum",
     "plan",
     "prune_ranks_",
+    "scale_rows_in_backward",
     "state_bytes",
     "truncate_ranks",
     "update_in_backward",

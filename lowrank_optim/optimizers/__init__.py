@@ -18,6 +18,7 @@ from lowrank_optim.optimizers.lora import AltLoRA, LoRAOptimizer, LoRAProAdamW, 
 from lowrank_optim.optimizers.lora_sb import LoRASBAdamW
 from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
 from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
+from lowrank_optim.optimizers.perturbation import MomentumPerturbation, perturb_by_momentum
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sara import SaRAAdamW
 from lowrank_optim.optimizers.sizes import state_bytes
@@ -49,6 +50,7 @@ __all__ = [
     "LoRARiteAdamW",
     "LoRASBAdamW",
     "LowRankOptimizer",
+    "MomentumPerturbation",
     "MuonAdamW",
     "QGaLoreAdamW8bit",
     "RankTruncation",
@@ -60,6 +62,7 @@ __all__ = [
     "SubTrackAdamW",
     "by_name",
     "full_precision",
+    "perturb_by_momentum",
     "state_bytes",
     "truncate_ranks",
 ]
