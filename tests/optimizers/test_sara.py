@@ -139,6 +139,20 @@ def test_a_shrink_by_density_leaves_what_has_grown_above_the_largest_that_was_ch
     assert torch.equal(chosen(optimizer, params[0]), first[0] & (middle[0].abs() <= limits[0]))
 
 
+@pytest.mark.parametrize(("bits", "tolerance"), [(16, 0.01), (8, 0.02)])
+def test_training_follows_float32_moments(bits, tolerance):
+    """Of entries whose gradients have a mean: they share scales with entries of any row and column."""
+    exact, coded = (nn.Parameter(draw(0, 120, 100).float()) for _ in range(2))
+    optimizers = [lo.SaRAAdamW([p], lr=1e-3, density=0.4, state_bits=b) for p, b in ((exact, 32), (coded, bits))]
+    for step in range(30):
+        exact.grad = (draw(1, 120, 100) + draw(100 + step, 120, 100)).float()
+        coded.grad = exact.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    distance = (exact - coded).norm() / (exact - draw(0, 120, 100)).norm()
+    assert 0 < distance < tolerance
+
+
 def test_a_matrix_without_small_entries_is_frozen():
     large, mixed = nn.Parameter(2.0 + draw(0, 80, 60).abs()), nn.Parameter(draw(1, 80, 60))
     before = large.detach().clone()

@@ -71,7 +71,9 @@ def test_state_has_exactly_the_bytes_of_the_formula(bits):
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(16, 0.02), (8, 0.04), (4, 0.4)])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name != "sara"]
+)  # single entries have no columns (test_sara)
 def test_training_follows_float32_moments(name, bits, tolerance):
     exact, coded = parameters(), parameters()
     start = [p.detach().clone() for p in exact]
@@ -80,8 +82,7 @@ def test_training_follows_float32_moments(name, bits, tolerance):
     optimizer = build(name, coded, state_bits=bits, **fixed)
     run(optimizer, coded, 0, 30)
     # Lion and the sign residual step by signs, where any difference is one of whole steps.
-    # Single entries share a scale with others of any column, and columns differ by three orders of magnitude here.
-    tolerance *= 4 if "lion" in name else 6 if name == "sara" else 1
+    tolerance *= 4 if "lion" in name else 1
     for a, b, before in zip(exact, coded, start, strict=True):
         assert (a - b).norm() < tolerance * (a - before).norm()
     has_moments = not optimizer.state[coded[0]].keys() <= {
