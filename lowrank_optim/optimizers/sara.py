@@ -62,8 +62,8 @@ class SaRAAdamW(LowRankOptimizer):
     Raises:
         ValueError: a threshold together with a density below 1, or a rank; a value out of range; another projector.
 
-    Memory: 12 bytes for each chosen entry, 8 of moments and 4 of index. With `state_bits=8`, 2 of moments: 256 entries of any rows and
-    columns share a scale, so that those with much smaller gradients than others follow badly. Gradients are those of all weights
+    Memory: 12 bytes for each chosen entry, 8 of moments and 4 of index. With `state_bits=8`, 2 of moments: 256 entries of any rows
+    and columns share a scale, so that those with much smaller gradients than others follow badly. Gradients are those of all weights
     until they are used; `update_in_backward` frees each at once, and keeps R alone between micro-batches. The low-rank term takes
     the singular value decomposition of one matrix in a step, of m·d + d·n + d numbers, which on a CPU is slow: seconds for
     thousands of rows and columns. `lowrank_optim.SmallestWeights` says what choosing takes.
