@@ -48,7 +48,9 @@ from lowrank_optim.optimizers import (
     MomentumPerturbation,
     MuonAdamW,
     QGaLoreAdamW8bit,
+    RankTruncation,
     RiemannianAdamW,
+    SaRAAdamW,
     SCALEOptimizer,
     SinkGDAdamW,
     SpectralSchedule,
@@ -58,6 +60,7 @@ from lowrank_optim.optimizers import (
     full_precision,
     perturb_by_momentum,
     state_bytes,
+    truncate_ranks,
 )
 from lowrank_optim.projectors import (
     DCT,
@@ -70,6 +73,7 @@ from lowrank_optim.projectors import (
     Projector,
     Random,
     RandomizedSVD,
+    SmallestWeights,
 )
 from lowrank_optim.projectors.base import Basis, GradientTerm, Refresh, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
@@ -161,6 +165,7 @@ __all__ = [
     "RMSprop",
     "Random",
     "RandomizedSVD",
+    "RankTruncation",
     "Refresh",
     "Residual",
     "ResidualInput",
@@ -172,9 +177,11 @@ __all__ = [
     "SCALEOptimizer",
     "SGDResidual",
     "SUMOAdamW",
+    "SaRAAdamW",
     "SignResidual",
     "SinkGDAdamW",
     "Sinkhorn",
+    "SmallestWeights",
     "SpectralSchedule",
     "StepParams",
     "StoredProjector",
@@ -199,6 +206,7 @@ __all__ = [
     "prune_ranks_",
     "scale_rows_in_backward",
     "state_bytes",
+    "truncate_ranks",
     "update_in_backward",
     "update_scalings",
     "usable",

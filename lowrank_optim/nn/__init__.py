@@ -20,6 +20,7 @@ from lowrank_optim.nn.spectral import spectral_
 from lowrank_optim.nn.spectral_linear import SpectralLinear
 from lowrank_optim.nn.statistics import Moments, TokenCounts, collect_statistics
 from lowrank_optim.nn.svfit import SVFitLinear, svfit_
+from lowrank_optim.nn.truncate import truncate_
 from lowrank_optim.nn.tucker import TuckerConvolution, tucker_adapters_
 from lowrank_optim.nn.weight_normalized import WeightNormalizedLinear, weight_normalized_
 
@@ -59,6 +60,7 @@ __all__ = [
     "sltrain_",
     "spectral_",
     "svfit_",
+    "truncate_",
     "tucker_adapters_",
     "weight_normalized_",
 ]

@@ -71,7 +71,9 @@ def test_state_has_exactly_the_bytes_of_the_formula(bits):
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(16, 0.02), (8, 0.04), (4, 0.4)])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name != "sara"]
+)  # single entries have no columns (test_sara)
 def test_training_follows_float32_moments(name, bits, tolerance):
     exact, coded = parameters(), parameters()
     start = [p.detach().clone() for p in exact]
