@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_optim as lo
+from lowrank_optim.optimizers import checkpoint
 from tests.oracles.checkpoints import in_fresh_process, one_thread
 
 PROJECTORS = [
@@ -303,6 +304,38 @@ def test_checkpoint_with_a_missing_tensor_raises():
     del broken["state"][1]["exp_avg"]
     with pytest.raises(ValueError, match=r"0\.1 \(24, 40\): the checkpoint lacks exp_avg"):
         optimizer.load_state_dict(broken)
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "fits"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.bfloat16, torch.float32, True),  # widened, without a loss
+        (torch.float32, torch.bfloat16, False),
+        (torch.float64, torch.float32, True),  # of arithmetic on float64 weights
+        (torch.float64, torch.bfloat16, False),
+        (torch.int64, torch.float32, False),
+        (torch.float32, torch.int64, False),
+        (torch.uint8, torch.int32, False),
+    ],
+    ids=str,
+)
+def test_a_tensor_of_a_checkpoint_fits_where_its_type_can_become_ours_without_a_loss(saved, own, fits):
+    value, template = torch.ones(3, 2).to(saved), torch.ones(3, 2).to(own)
+    assert checkpoint._fits(value, template) == fits
+    assert not checkpoint._fits(value, template[:2])
+
+
+def test_checkpoint_with_moments_of_another_type_raises_and_changes_nothing():
+    params = parameters(torch.float32)
+    optimizer = build("galore", params)
+    before, other = fingerprint(optimizer), copy.deepcopy(optimizer.state_dict())
+    other["state"][0]["last_refresh"] = other["state"][0]["last_refresh"].float()
+    with pytest.raises(
+        ValueError, match=r"last_refresh is torch\.float32 \(\) in the checkpoint, torch\.int64 \(\) here"
+    ):
+        optimizer.load_state_dict(other)
+    assert fingerprint(optimizer) == before
 
 
 def test_checkpoint_with_another_number_of_groups_or_parameters_raises():
