@@ -68,6 +68,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # ------------------------------------------------------------------------------------------------------------------ same bits
 
 
+@pytest.mark.long
 @built
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_instruction_set_gives_the_same_bits(op: str):

@@ -25,6 +25,8 @@ from lowrank_optim.planner.simulation.allocator import (
 from lowrank_optim.planner.simulation.estimate import Probe, deep
 from lowrank_optim.planner.simulation.simulate import Run, simulate
 
+pytestmark = pytest.mark.long
+
 MIB = 2**20
 HIDDEN, FFN, LAYERS, VOCABULARY, RANK = 4096, 11008, 32, 32_000, 1024
 SIDES = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, FFN)] * 3
@@ -131,7 +133,6 @@ def test_weights_and_state_of_sltrain_on_llama_7b_are_the_formulas():
     assert sum(run.state.values()) == LAYERS * coded + dense_moments_8bit()
 
 
-@pytest.mark.long
 def test_sltrain_on_llama_7b_peaks_73_percent_below_adamw_and_25_below_galore():
     """Below bounds of theirs: AdamW's weights, gradients and two moments, and GaLore's weights and state, without all else."""
     model, rules = resolve_model("llama-7b"), rules_for("cuda")
