@@ -481,6 +481,7 @@ def test_gaussian_bases_have_variance_one_over_rank():
         assert abs(float(matrix.double().square().mean()) * rank - 1) < 5 * math.sqrt(2 / n)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["orthonormal", "gaussian"])
 def test_random_bases_have_no_preferred_direction(kind):
     # E[B Bᵀ] is the identity (Gaussian) or r/n of it (orthonormal).
@@ -582,6 +583,7 @@ def test_coordinates_with_a_false_mask_change_nothing(projector, dtype):
         assert torch.equal(weight, before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("projector", COORDINATE, ids=lambda p: p.name)
 def test_coordinate_updates_of_bfloat16_weights_are_rounded_stochastically_and_once(projector):
     n = 400
@@ -653,10 +655,11 @@ def test_coordinates_are_drawn_anew_at_every_refresh_and_for_every_parameter(pro
     assert torch.equal(draws[0], projector.init(space, key(), CPU)["indices"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("projector", COORDINATE[:3], ids=lambda p: p.name)
 def test_experts_draw_their_coordinates_independently(projector):
     # For every pair of indices (i of expert 0, j of expert 1), the chance to be drawn together is (r/n)².
-    n, rank, trials = 16, 4, 3000
+    n, rank, trials = 16, 4, 1500
     space = projector.space((2, n, n), rank, "std", F32)
     together = torch.zeros(n, n, dtype=F64)
     for i in range(trials):

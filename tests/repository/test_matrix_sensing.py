@@ -32,7 +32,10 @@ sensing = load_example()
 # --- rates of gradient descent on factors ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids="seed {}".format)
+SEEDS = [0, pytest.param(1, marks=pytest.mark.full)]
+
+
+@pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
 def rates(request: pytest.FixtureRequest) -> dict[str, Tensor]:
     return sensing.rates(request.param, steps=4000)
 
@@ -73,7 +76,7 @@ def test_power_law_and_linear_rate_recover_known_laws() -> None:
 # --- gross corruption ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids="seed {}".format)
+@pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
 def robust(request: pytest.FixtureRequest) -> dict[str, float]:
     return {name: float(errors[-1]) for name, errors in sensing.robust(request.param).items()}
 
