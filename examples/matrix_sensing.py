@@ -1,4 +1,4 @@
-"""Recover a low-rank matrix X* from Gaussian measurements y_i = ⟨A_i, X*⟩: four small experiments in float64.
+"""Recover a low-rank matrix X* from Gaussian measurements y_i = ⟨A_i, X*⟩, or from some entries: six small experiments in float64.
 
     python examples/matrix_sensing.py                              # all parts, tables only
     python examples/matrix_sensing.py rates robust --plot out.png
@@ -9,9 +9,13 @@ method before a network is trained with it. The parts:
 `rates`     Gradient descent on factors. Symmetric factors U Uᵀ of too many columns slow down to ‖UUᵀ − X*‖² ~ T⁻²; with as
             many columns as the rank, or with imbalanced asymmetric factors F Gᵀ, convergence is linear (Xiong, Ding and Du,
             2023).
+`scale`     From a small start of size α, imbalanced factors converge at a rate ~ α². One changed step, F ← β·(orthonormal) and G
+            so that F Gᵀ stays, makes the rate the same for every α, that of factors of the right width (ibid.).
 `robust`    A tenth of the measurements is grossly corrupted, there are fewer of them than unknowns, and the factor is
             square. The sub-gradient method on the l1 loss, with a small initialisation and decaying steps, still finds X*;
             gradient descent on the squared loss fits the corruption (Ma and Fattahi, 2022).
+`completion`  Known are entries of X*. Alternating minimisation divides the error by a constant factor in each iteration, exact or
+            by sketched, inexact least squares, which take ~ |Ω|·k operations for |Ω|·k² (Gu, Song, Yin and Zhang, 2024).
 `subspace`  The full matrix, rank 6, trained by `GaLoreAdamW` of rank 4: it converges because the subspace moves, and stalls
             where it does not. Refresh policies and projectors side by side, and galore_torch where it is installed.
 `rotation`  With rank equal to the short side, `GaLoreAdamW` is AdamW on the rotated matrix, to rounding error.
@@ -29,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sensing.completion import completion, cost_by_rank
 from torch import Tensor
 
 import lowrank_optim as lo
@@ -101,20 +106,40 @@ def symmetric_descent(problem: Problem, width: int, steps: int, rng: torch.Gener
     return errors
 
 
-def asymmetric_descent(problem: Problem, width: int, steps: int, rng: torch.Generator, lr: float = 0.2) -> Tensor:
+def rebalanced(f: Tensor, g: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """With F = P S Qᵀ: F ← β P and G ← G Q S / β. FGᵀ stays, and FᵀF = β² I."""
+    left, values, right = torch.linalg.svd(f, full_matrices=False)
+    return beta * left, g @ right.T * (values / beta)
+
+
+def asymmetric_descent(
+    problem: Problem,
+    width: int,
+    steps: int,
+    rng: torch.Generator,
+    lr: float = 0.2,
+    scale: float = 1.5,
+    beta: float | None = None,
+) -> Tensor:
     """Errors ‖FGᵀ − X*‖_F² of gradient descent on ½‖A(FGᵀ) − y‖², F and G n×width.
 
-    F starts three times larger than G. Descent keeps FᵀF − GᵀG nearly as it is, and this imbalance is what makes the convergence
-    linear in the superfluous columns, where symmetric factors vanish together and their gradient with them.
+    F starts at a size α of `scale`, three times larger than G. Descent keeps FᵀF − GᵀG nearly as it is, and this imbalance is what
+    makes the convergence linear in the superfluous columns, where symmetric factors vanish together and their gradient with them.
+    It is ~ α², and so is the rate.
+
+    With `beta`, one step is changed: `rebalanced`, once ‖A(FGᵀ) − y‖ is below a tenth of ‖y‖.
     """
     size = problem.target.shape[0]
     gram, image = problem.operator.T @ problem.operator, problem.measured @ problem.operator
-    f = 1.5 * normal(size, width, rng=rng) / math.sqrt(size)
-    g = 0.5 * normal(size, width, rng=rng) / math.sqrt(size)
+    f = scale * normal(size, width, rng=rng) / math.sqrt(size)
+    g = scale / 3 * normal(size, width, rng=rng) / math.sqrt(size)
+    near = 0.1 * problem.measured.norm()
     errors = torch.empty(steps, dtype=torch.float64)
     for t in range(steps):
         product = f @ g.T
         errors[t] = (product - problem.target).square().sum()
+        if beta is not None and problem.residual(product).norm() < near:
+            (f, g), beta = rebalanced(f, g, beta), None
         grad = (gram @ product.flatten() - image).view(size, size)
         f, g = f - lr * grad @ g, g - lr * grad.T @ f
     return errors
@@ -138,6 +163,29 @@ def linear_rate(errors: Tensor, below: float = 1e-4, floor: float = 1e-24) -> tu
     """Slope of log10(errors) per iteration while they fall from `below` to `floor`, and R² of the fit (log-linear)."""
     inside = ((errors < below) & (errors > floor)).nonzero().squeeze(1)
     return fit_line(inside.to(errors.dtype), errors[inside].log10())
+
+
+def late_rate(errors: Tensor, floor: float = 1e-24) -> tuple[float, float]:
+    """Slope of log10(errors) per iteration in the second half of the time before they reach `floor`, and R² of the fit."""
+    above = (errors > floor).nonzero().squeeze(1)
+    late = above[len(above) // 2 :]
+    return fit_line(late.to(errors.dtype), errors[late].log10())
+
+
+SCALES = (0.4, 0.2, 0.1)
+
+
+def scale(seed: int = 0) -> dict[tuple[float, bool], Tensor]:
+    """Error curves by (α, whether one step is changed): 20×20, rank 3, width 6, the same directions for every α."""
+    problem = psd_problem(20, 3, 1200, torch.Generator().manual_seed(seed))
+
+    def run(alpha: float, steps: int, beta: float | None) -> Tensor:
+        rng = torch.Generator().manual_seed(seed + 100)
+        return asymmetric_descent(problem, 6, steps, rng, scale=alpha, beta=beta)
+
+    # The rate shows once the error is below α⁴, after a time ~ α⁻².
+    plain = {(alpha, False): run(alpha, int(400 / alpha**1.3), None) for alpha in SCALES}
+    return plain | {(alpha, True): run(alpha, 700, 1.0) for alpha in SCALES}
 
 
 def rates(seed: int = 0, steps: int = 10_000) -> dict[str, Tensor]:
@@ -355,6 +403,29 @@ def report_rates(curves: dict[str, Tensor]) -> None:
     print_table(f"Gradient descent on factors, {steps} iterations", ["factors", "‖X − X*‖²", "fitted law", "R²"], rows)
 
 
+def report_scale(curves: dict[tuple[float, bool], Tensor]) -> None:
+    """Fitted rates by the size of the start."""
+    rows = []
+    for alpha in dict.fromkeys(alpha for alpha, _ in curves):
+        plain, changed = (late_rate(curves[alpha, each])[0] for each in (False, True))
+        rows.append([f"{alpha:g}", f"10^({plain:.5f} T)", f"10^({changed:.4f} T)"])
+    print_table(
+        "Imbalanced factors of too many columns from a start of size α", ["α", "descent", "one step changed"], rows
+    )
+
+
+def report_completion(curves: dict[str, tuple[Tensor, int]]) -> None:
+    """Final relative errors, factors of an iteration and multiplications."""
+    rows = []
+    for name, (errors, work) in curves.items():
+        rate, _ = fit_line(torch.arange(len(errors), dtype=errors.dtype), errors.log10())
+        rows.append([name, f"{float(errors[-1]):.1e}", f"{10**rate:.2f}", f"{work / 1e6:.0f} M"])
+    head = ["least squares", "relative error", "factor an iteration", "multiplications"]
+    print_table(f"Matrix completion, rank 5, {len(errors)} iterations", head, rows)
+    costs = [[str(rank), *(f"{work / 1e6:.1f} M" for work in both)] for rank, both in cost_by_rank().items()]
+    print_table("Multiplications for 20 rows of 4000 entries", ["rank", "exact", "sketch, 3 rounds"], costs)
+
+
 def report_robust(curves: dict[str, Tensor]) -> None:
     """Final relative errors."""
     rows = [[name, f"{float(errors[-1]):.1e}"] for name, errors in curves.items()]
@@ -382,7 +453,9 @@ def report_rotation(seed: int) -> None:
 def plot(
     path: Path,
     rate_curves: dict[str, Tensor] | None,
+    scale_curves: dict[tuple[float, bool], Tensor] | None,
     robust_curves: dict[str, Tensor] | None,
+    completion_curves: dict[str, tuple[Tensor, int]] | None,
     subspace_curves: dict[tuple[str, str, str], Tensor] | None,
 ) -> None:
     """One PNG with a panel for each part that was run."""
@@ -391,7 +464,8 @@ def plot(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    count = sum(curves is not None for curves in (rate_curves, robust_curves, subspace_curves))
+    parts = (rate_curves, scale_curves, robust_curves, completion_curves, subspace_curves)
+    count = sum(curves is not None for curves in parts)
     figure, axes = plt.subplots(1, count, figsize=(5.4 * count, 4.2), squeeze=False, layout="constrained")
     panels = iter(axes[0])
     if rate_curves is not None:
@@ -408,6 +482,14 @@ def plot(
             ylim=(1e-26, 1e2),
         )
         axis.legend(fontsize=8, loc="lower left")
+    if scale_curves is not None:
+        axis = next(panels)
+        for (alpha, changed), errors in scale_curves.items():
+            axis.semilogy(errors, "-" if changed else "--", label=f"α = {alpha:g}" + ", one step changed" * changed)
+        axis.set(
+            title="A small start", xlabel="iteration T", ylabel=r"$\|X - X^*\|_F^2$", ylim=(1e-26, 1e2), xlim=(0, 3000)
+        )
+        axis.legend(fontsize=8, loc="upper right")
     if robust_curves is not None:
         axis = next(panels)
         for name, errors in robust_curves.items():
@@ -415,6 +497,12 @@ def plot(
         axis.set(
             title="10 % of the measurements corrupted", xlabel="iteration", ylabel=r"$\|UU^T - X^*\|_F\,/\,\|X^*\|_F$"
         )
+        axis.legend(fontsize=8, loc="lower left")
+    if completion_curves is not None:
+        axis = next(panels)
+        for name, (errors, work) in completion_curves.items():
+            axis.semilogy(torch.arange(1, len(errors) + 1), errors, label=f"{name}: {work / 1e6:.0f} M multiplications")
+        axis.set(title="Completion: 30 % of the entries", xlabel="iteration", ylabel=r"$\|UV^T - M\|_F\,/\,\|M\|_F$")
         axis.legend(fontsize=8, loc="lower left")
     if subspace_curves is not None:
         axis = next(panels)
@@ -432,7 +520,7 @@ def plot(
     plt.close(figure)
 
 
-PARTS = ("rates", "robust", "subspace", "rotation")
+PARTS = ("rates", "scale", "robust", "completion", "subspace", "rotation")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -450,21 +538,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unknown part {unknown[0]!r}: choose from {', '.join(PARTS)}")
     chosen = args.parts or PARTS
     if args.plot and set(chosen) <= {"rotation"}:
-        parser.error("--plot needs one of the parts rates, robust, subspace")
+        parser.error(f"--plot needs one of the parts {', '.join(PARTS[:-1])}")
 
     rate_curves = rates(args.seed) if "rates" in chosen else None
     if rate_curves:
         report_rates(rate_curves)
+    scale_curves = scale(args.seed) if "scale" in chosen else None
+    if scale_curves:
+        report_scale(scale_curves)
     robust_curves = robust(args.seed) if "robust" in chosen else None
     if robust_curves:
         report_robust(robust_curves)
+    completion_curves = completion(args.seed) if "completion" in chosen else None
+    if completion_curves:
+        report_completion(completion_curves)
     subspace_curves = subspace(args.seed) if "subspace" in chosen else None
     if subspace_curves:
         report_subspace(subspace_curves)
     if "rotation" in chosen:
         report_rotation(args.seed)
     if args.plot:
-        plot(args.plot, rate_curves, robust_curves, subspace_curves)
+        plot(args.plot, rate_curves, scale_curves, robust_curves, completion_curves, subspace_curves)
         print(f"Wrote {args.plot}")
 
 

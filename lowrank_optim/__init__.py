@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_optim import distributed, nn
 from lowrank_optim._version import __version__
-from lowrank_optim.adapters import lora_pairs, lora_sb_, prune_ranks_, update_scalings
+from lowrank_optim.adapters import (
+    ForwardNoise,
+    RowScaling,
+    lora_pairs,
+    lora_sb_,
+    noise_in_forward,
+    prune_ranks_,
+    scale_rows_in_backward,
+    update_scalings,
+)
 from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.describe import describe
 from lowrank_optim.groups.layer_report import describe_layers
@@ -36,15 +45,18 @@ from lowrank_optim.optimizers import (
     LoRARiteAdamW,
     LoRASBAdamW,
     LowRankOptimizer,
+    MomentumPerturbation,
     MuonAdamW,
     QGaLoreAdamW8bit,
     RiemannianAdamW,
     SCALEOptimizer,
     SinkGDAdamW,
+    SpectralSchedule,
     SubTrackAdamW,
     SUMOAdamW,
     by_name,
     full_precision,
+    perturb_by_momentum,
     state_bytes,
 )
 from lowrank_optim.projectors import (
@@ -115,6 +127,7 @@ __all__ = [
     "FOAMAdamW",
     "FiraAdamW",
     "FoldedAdam",
+    "ForwardNoise",
     "FrugalAdamW",
     "FrugalLion",
     "FrugalSGD",
@@ -134,6 +147,7 @@ __all__ = [
     "LoRASBAdamW",
     "LowRankOptimizer",
     "MemoryPlan",
+    "MomentumPerturbation",
     "MomentumRule",
     "MomentumSVD",
     "Muon",
@@ -153,6 +167,7 @@ __all__ = [
     "RiemannianAdamW",
     "Role",
     "RowNorm",
+    "RowScaling",
     "Rule",
     "SCALEOptimizer",
     "SGDResidual",
@@ -160,6 +175,7 @@ __all__ = [
     "SignResidual",
     "SinkGDAdamW",
     "Sinkhorn",
+    "SpectralSchedule",
     "StepParams",
     "StoredProjector",
     "SubTrackAdamW",
@@ -176,9 +192,12 @@ __all__ = [
     "lora_pairs",
     "lora_sb_",
     "nn",
+    "noise_in_forward",
     "param_groups",
+    "perturb_by_momentum",
     "plan",
     "prune_ranks_",
+    "scale_rows_in_backward",
     "state_bytes",
     "update_in_backward",
     "update_scalings",

@@ -1,7 +1,8 @@
 """What helps to choose a rank and a gap between refreshes: ranks of weights and gradients, how far subspaces move, what they hold.
 
 `effective_ranks` looks at a model, `subspace_energy` at an optimizer of the package after backward, `subspace_overlap` goes along
-with its steps. All give numbers by layer; `plot` draws them.
+with its steps. All give numbers by layer; `plot` draws them. `intruder_dimensions` compares adapters with the weights that they
+change.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim.adapters.intruders import Intruders, LayerIntruders, intruder_dimensions
 from lowrank_optim.groups.matrices import matrix_shape, matrix_view
 from lowrank_optim.groups.parameters import find_parameters
 from lowrank_optim.kernels import compute_dtype, no_autograd_no_autocast
@@ -25,9 +27,12 @@ from lowrank_optim.step.trained_param import TrainedParam
 
 __all__ = [
     "EffectiveRank",
+    "Intruders",
+    "LayerIntruders",
     "Overlap",
     "SubspaceOverlap",
     "effective_ranks",
+    "intruder_dimensions",
     "plot",
     "subspace_energy",
     "subspace_overlap",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.adapters.layers import Factors, find_factors
+from lowrank_optim.adapters.layers import Factors, base_of, linear_factors
 
 INITS = ("sign", "gradient", "weight")
 
@@ -54,7 +54,7 @@ def lora_sb_(
     Paper: Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank
     Fine-Tuning", 2024, arXiv:2411.19557; Bałazy et al., "LoRA-XS", 2024, arXiv:2405.17604.
     """
-    layers = _layers(model, adapter)
+    layers = linear_factors(model, adapter, "can have no initial values of LoRA-SB")
     _check(gradients, eta, init)
     if init == "weight":
         found = {each.path: _factors(each, _upright(each, _weight(each).detach()), 1.0) for each in layers}
@@ -95,26 +95,8 @@ def _check(gradients: Any, eta: float | None, init: str) -> None:
         raise ValueError(f"eta is {eta!r}; it must be a positive number, the learning rate of the first step")
 
 
-def _layers(model: nn.Module, adapter: str | None) -> list[Factors]:
-    every = [each for each in find_factors(model) if adapter is None or each.adapter == adapter]
-    if not every:
-        raise ValueError("the model has no adapters" if adapter is None else f"the model has no adapter {adapter!r}")
-    if len({each.path for each in every}) < len(every):
-        raise ValueError(f"{every[0].path} has several adapters; say which one by adapter=")
-    for each in every:
-        why = each.why_not
-        if why is None and (each.is_embedding or each.experts > 1 or each.a.dim() != 2 or each.b.dim() != 2):
-            why = "its layer is not linear"
-        if why is not None:
-            raise ValueError(
-                f"{each.path} can have no initial values of LoRA-SB: {why}; leave it out of target_modules"
-            )
-    return every
-
-
 def _weight(each: Factors) -> nn.Parameter:
-    layer: Any = each.layer
-    weight = (layer.base_layer if hasattr(layer, "base_layer") else layer.base).weight
+    weight = base_of(each.layer).weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         raise ValueError(
             f"the weights of {each.path} are quantised; give gradients as a mapping, by the names of layers"

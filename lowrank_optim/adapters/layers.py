@@ -6,8 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank_optim.kernels.compute import CHUNK_ELEMENTS, compute_dtype, row_chunks
+
 PRODUCTS = ("Dora", "ALora", "Velora", "MiCA", "QALora")
 """Beginnings of the names of peft's variants whose layers compute with the product B A, and nothing else of A and B."""
+
+FACTORS = (("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B"))
+"""What peft's layers call them."""
+
+COLUMNS = CHUNK_ELEMENTS
+"""Elements that a part of `columns_of` may have."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,65 @@ def find_factors(model: nn.Module) -> Iterator[Factors]:
                 yield Factors(layer, path, adapter, a, b, scaling, experts, _why_not(layer, adapter, a, b))
 
 
+def base_of(layer: Any) -> Any:
+    """The layer whose weights are W₀; None where there is none."""
+    return getattr(layer, "base_layer", getattr(layer, "base", None))
+
+
+def lone_factors(model: nn.Module) -> Iterator[str]:
+    """The names of factors whose layer has no partner for them."""
+    for path, layer in model.named_modules():
+        if not isinstance(getattr(layer, "scaling", None), Mapping):
+            continue
+        for first, second in FACTORS:
+            kept, others = (set(getattr(layer, each, {})) for each in (first, second))
+            for here, adapters in ((first, kept - others), (second, others - kept)):
+                yield from (f"{path}.{here}.{adapter}".lstrip(".") for adapter in sorted(adapters))
+
+
+def columns_of(base: Any, rows: int, cols: int, like: Tensor) -> Iterator[Tensor]:
+    """The columns of the weights of a linear layer, in parts (rows × some) and in the compute type of `like`.
+
+    They are what unit vectors give, without the bias, so that the layer may keep its weights in any form. `like` has the type and the
+    device of an input.
+    """
+    zero = base(like.new_zeros(1, cols))
+    for part in row_chunks(cols, max(rows, cols), COLUMNS):
+        unit = like.new_zeros(part.stop - part.start, cols)
+        unit.diagonal(part.start).fill_(1.0)
+        yield (base(unit) - zero).to(compute_dtype(like.dtype)).mT
+
+
+def linear_factors(model: nn.Module, adapter: str | None, refused: str) -> list[Factors]:
+    """The factors of all layers, if these are linear and have one adapter each, or one of the name `adapter`.
+
+    Args:
+        model: with adapters.
+        adapter: only this one; None takes all.
+        refused: what such a layer cannot do, for messages: "{path} cannot …".
+
+    Raises:
+        ValueError: no adapters; a layer with several; a layer that is not linear, or whose factors are no pair.
+    """
+    every = [each for each in find_factors(model) if adapter is None or each.adapter == adapter]
+    if not every:
+        raise ValueError("the model has no adapters" if adapter is None else f"the model has no adapter {adapter!r}")
+    paths = [each.path for each in every]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"{path} has several adapters; say which one by adapter=")
+    for each in every:
+        why = each.why_not
+        if why is None and (each.is_embedding or each.experts > 1 or each.a.dim() != 2 or each.b.dim() != 2):
+            why = "its layer is not linear"
+        if why is not None:
+            raise ValueError(f"{each.path} {refused}: {why}; leave it out of target_modules")
+    return every
+
+
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, int] | None:
     """A, B and the number of experts of an adapter; None where the layer has none of this name."""
-    for first, second in (("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B")):
+    for first, second in FACTORS:
         kept, others = getattr(layer, first, {}), getattr(layer, second, {})
         if adapter in kept and adapter in others:
             a, b = (getattr(each, "weight", each) for each in (kept[adapter], others[adapter]))

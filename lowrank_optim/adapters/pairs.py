@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_optim.adapters.layers import Factors, find_factors
+from lowrank_optim.adapters.layers import Factors, find_factors, lone_factors
 from lowrank_optim.groups.options import DEFAULTS, check_values, near_option, plain_options
 from lowrank_optim.groups.parameters import FoundParameter, ParamGroup, find_parameters
 from lowrank_optim.rules.pairs import check_pair
@@ -152,6 +152,10 @@ def _check_arguments(
 
 def _pairs_of(model: nn.Module, adapter: str | None) -> tuple[list[_Pair], set[int]]:
     """The pairs of a model, and the ids of the parameters that its other groups must not hold."""
+    if lone := next(lone_factors(model), None):
+        raise ValueError(
+            f"{lone} has no partner in its layer, so that it is no pair; the adapter was not built or loaded as a whole"
+        )
     every = list(find_factors(model))
     if not every:
         raise ValueError(

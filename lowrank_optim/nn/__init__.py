@@ -9,6 +9,8 @@ from lowrank_optim.nn.reparametrized import ReparametrizedLayer, ReparametrizedL
 from lowrank_optim.nn.select_ranks import select_ranks
 from lowrank_optim.nn.sltrain import sltrain_
 from lowrank_optim.nn.sparse_low_rank import SparseLowRankLinear
+from lowrank_optim.nn.spectral import spectral_
+from lowrank_optim.nn.spectral_linear import SpectralLinear
 from lowrank_optim.nn.statistics import Moments, TokenCounts, collect_statistics
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "ReparametrizedLayer",
     "ReparametrizedLinear",
     "SparseLowRankLinear",
+    "SpectralLinear",
     "TokenCounts",
     "collect_statistics",
     "compensate_",
@@ -29,4 +32,5 @@ __all__ = [
     "quantize_weights_",
     "select_ranks",
     "sltrain_",
+    "spectral_",
 ]

@@ -18,8 +18,10 @@ from lowrank_optim.optimizers.lora import AltLoRA, LoRAOptimizer, LoRAProAdamW, 
 from lowrank_optim.optimizers.lora_sb import LoRASBAdamW
 from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
 from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
+from lowrank_optim.optimizers.perturbation import MomentumPerturbation, perturb_by_momentum
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
 from lowrank_optim.optimizers.sizes import state_bytes
+from lowrank_optim.optimizers.spectral_schedule import SpectralSchedule
 from lowrank_optim.optimizers.subtrack import SubTrackAdamW
 
 __all__ = [
@@ -47,15 +49,18 @@ __all__ = [
     "LoRARiteAdamW",
     "LoRASBAdamW",
     "LowRankOptimizer",
+    "MomentumPerturbation",
     "MuonAdamW",
     "QGaLoreAdamW8bit",
     "RiemannianAdamW",
     "SCALEOptimizer",
     "SUMOAdamW",
     "SinkGDAdamW",
+    "SpectralSchedule",
     "SubTrackAdamW",
     "by_name",
     "full_precision",
+    "perturb_by_momentum",
     "state_bytes",
 ]
 

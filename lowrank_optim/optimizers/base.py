@@ -19,6 +19,7 @@ from lowrank_optim.optimizers.adopt import adopting
 from lowrank_optim.optimizers.change_group import change_group
 from lowrank_optim.optimizers.contracts import Attachment
 from lowrank_optim.optimizers.owners import check_free
+from lowrank_optim.optimizers.reset_state import reset_state
 from lowrank_optim.optimizers.state_types import follow, followed, state_template
 from lowrank_optim.residuals import Residual
 from lowrank_optim.rules import Rule
@@ -303,6 +304,15 @@ class LowRankOptimizer(Optimizer):
         return self._skipped.read()
 
     # -------------------------------------------------------------------------------------------------------------- state
+
+    def reset_state(self, params: Iterable[Tensor]) -> None:
+        """Let the state of some parameters begin afresh, as at their first step: moments 0, no step counted, no subspace.
+
+        Raises:
+            ValueError: a parameter that is none of the optimizer's; nothing was changed.
+            RuntimeError: gradients of an unfinished step are kept (`update_in_backward`); nothing was changed.
+        """
+        reset_state(self, params)
 
     def state_device(self, name: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
         """Where a state tensor of this name belongs."""

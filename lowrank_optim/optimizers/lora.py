@@ -225,9 +225,11 @@ class AltLoRA(LoRAOptimizer):
     Args:
         params, lr, weight_decay, adamw_lr, **options: as for `LoRAOptimizer`.
         beta1: β.
-        betas, eps: of the groups that AdamW trains.
+        second_moment: AltLoRA+, which divides by the root of running squares, as Adam does. Rates are Adam's then, and the product
+            depends on the choice of the factors.
+        betas, eps: of the groups that AdamW trains; betas[1] and eps are those of the second moment, too.
 
-    Memory of a pair: 4r(m+n) bytes.
+    Memory of a pair: 4r(m+n) bytes, 8r(m+n) with `second_moment`.
 
     Paper: Yu et al., "AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation with Alternating Projections",
     NeurIPS 2025, arXiv:2505.12455.
@@ -240,13 +242,21 @@ class AltLoRA(LoRAOptimizer):
         beta1: float = 0.9,
         weight_decay: float = 0.0,
         *,
+        second_moment: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adamw_lr: float | Tensor | None = None,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            params, AlternatingLoRA(beta1), lr, weight_decay, adamw_lr=adamw_lr, betas=betas, eps=eps, **options
+            params,
+            AlternatingLoRA(beta1, second_moment, betas[1], eps),
+            lr,
+            weight_decay,
+            adamw_lr=adamw_lr,
+            betas=betas,
+            eps=eps,
+            **options,
         )
 
 

@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_optim.nn import sltrain_
+from lowrank_optim.nn import sltrain_, spectral_
 from lowrank_optim.planner.errors import PlanError
 
-PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {"sltrain": sltrain_}
-"""By name; planned as for training from scratch, since weights without numbers have no others."""
+PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {"sltrain": sltrain_, "spectral": spectral_}
+"""By name."""
+
+FRESH: dict[str, dict[str, Any]] = {"sltrain": {"init": "fresh"}}
+"""Options for training from scratch, since weights without numbers have no others."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,8 @@ def resolve_parametrization(parametrization: Any) -> ParametrizationChoice | Non
 
 
 def _convert(name: str, function: Callable[..., Any], model: nn.Module, options: dict[str, Any]) -> nn.Module:
-    if name in PARAMETRIZATIONS:
-        options = {"init": "fresh"} | options
     try:
-        made = function(model, **options)
+        made = function(model, **FRESH.get(name, {}) | options)
     except (TypeError, ValueError) as error:
         raise PlanError(f"{name}: {error}") from error
     if not isinstance(made, nn.Module):

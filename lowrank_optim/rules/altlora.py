@@ -15,6 +15,7 @@ from lowrank_optim.rules.pair_products import (
     grams_after,
     identity_where,
     mean_decay,
+    times,
     turn_,
 )
 from lowrank_optim.rules.pairs import Pair, PairRule, Side
@@ -32,24 +33,45 @@ class AlternatingLoRA(PairRule):
     by the least-squares change of basis, M_B ← M_B (A_old A_newᵀ) M_new⁺, and M_A likewise when B has moved. The product B A does
     not depend on the choice of the factors. η is a rate of full fine-tuning with momentum; weights decay when it is their turn.
 
-    beta1: β.
+    With `second_moment` (AltLoRA+) the momentum is divided, element by element, by the root of the running squares of g̃ = g_B M⁺/s²:
 
-    Memory of a pair: 4r(m+n) bytes.
+        V_B ← β̃₂V_B + (1−β̃₂) g̃∘g̃,   B ← B − η M_B/(√V_B + ε)        A likewise
+
+    V is not carried along, for squares of elements do not follow a change of basis, so that the product depends on the choice of the
+    factors then. Rates are those of Adam on the factors.
+
+    beta1: β.
+    second_moment: keep V.
+    beta2, eps: β₂ and ε of V.
+
+    Memory of a pair: 4r(m+n) bytes, 8r(m+n) with `second_moment`.
     """
 
     name: ClassVar[str] = "altlora"
     takes_frozen: ClassVar[bool] = True
     finishes: ClassVar[bool] = True
     beta1: float = 0.9
+    second_moment: bool = False
+    beta2: float = 0.999
+    eps: float = 1e-8
 
     def check(self, options: Mapping[str, Any]) -> None:
-        if not 0.0 <= float(options["beta1"]) < 1.0:
-            raise ValueError(f"beta1 is {options['beta1']!r}; it must be in [0, 1)")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= float(options[name]) < 1.0:
+                raise ValueError(f"{name} is {options[name]!r}; it must be in [0, 1)")
+        if not float(options["eps"]) >= 0.0:
+            raise ValueError(f"eps is {options['eps']!r}; it must be at least 0")
+        if not isinstance(options["second_moment"], bool):
+            raise ValueError(f"second_moment is {options['second_moment']!r}; it must be True or False")
+
+    def structure(self, options: Mapping[str, Any]) -> tuple[Any, ...]:
+        return (options["second_moment"],)
 
     def init_joint(
         self, shapes: Sequence[tuple[int, ...]], options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
     ) -> Sequence[dict[str, Tensor]]:
-        return [{"exp_avg": torch.zeros(shape, dtype=dtype, device=device)} for shape in shapes]
+        names = ("exp_avg", "exp_avg_sq") if options["second_moment"] else ("exp_avg",)
+        return [{name: torch.zeros(shape, dtype=dtype, device=device) for name in names} for shape in shapes]
 
     def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
         pairs = [Pair.of(unit) for unit in units]
@@ -64,22 +86,32 @@ class AlternatingLoRA(PairRule):
             old, momentum = copy_before(side, pair), side.tall(side.state["exp_avg"])
             share = 1.0 - mean_decay(float(pair.options["beta1"]), count)
             blend_(momentum, side.grad, inverse / pair.scaling**2, share, side.ok)
-            move = side.move(momentum.clone() if pair.cautious else momentum)
-            answers.append(([move, None] if side.is_a else [None, move], (pair, old)))
+            form = momentum.clone() if pair.cautious else momentum
+            if pair.options["second_moment"]:
+                form = _scaled(side, pair.options, momentum, times(side.grad, inverse / pair.scaling**2), count)
+            move = side.move(form)
+            answers.append(([move, None] if side.is_a else [None, move], (pair, old, form)))
         return answers
 
     def finish(self, units: Sequence[tuple[Unit, Any]]) -> Sequence[None]:
         """The momentum of the factor that did not move follows the one that did."""
-        turns = [(_turn(pair), old) for _, (pair, old) in units]
+        turns = [(_turn(pair), old, form) for _, (pair, old, form) in units]
         # Beside a frozen factor there is none.
-        turns = [(turn, old) for turn, old in turns if turn[1].grad is not None]
-        moved, others = [side for (side, _, _), _ in turns], [other for (_, other, _), _ in turns]
-        momenta = [side.tall(side.state["exp_avg"]) for side in moved]
-        after, cross = grams_after(moved, [old for _, old in turns], momenta)
+        turns = [turn for turn in turns if turn[0][1].grad is not None]
+        moved, others = [side for (side, _, _), *_ in turns], [other for (_, other, _), *_ in turns]
+        after, cross = grams_after(moved, [old for _, old, _ in turns], [form for *_, form in turns])
         changes = in_batches(lambda gram, both: both @ pseudo_inverse(gram, moved[0].eps), after, cross)
         for side, change in zip(others, changes, strict=True):
             turn_(side.tall(side.state["exp_avg"]), identity_where(change, side.ok))
         return [None for _ in units]
+
+
+def _scaled(side: Side, options: Mapping[str, Any], momentum: Tensor, grad: Tensor, count: int) -> Tensor:
+    """M/(√V + ε), after V was moved towards the squares of `grad`, in tall form."""
+    squares = side.tall(side.state["exp_avg_sq"])
+    moved = squares.lerp(grad.square(), 1.0 - mean_decay(float(options["beta2"]), count))
+    squares.copy_(moved if side.ok is None else torch.where(side.ok, moved, squares))
+    return momentum / (squares.sqrt() + float(options["eps"]))
 
 
 def _turn(pair: Pair) -> tuple[Side, Side, int]:

@@ -11,7 +11,7 @@ from lowrank_optim.rules.base import FusedDense
 from lowrank_optim.rules.joint import Answer, Unit
 from lowrank_optim.rules.pair_gradients import GradientPairRule, fused_adam
 from lowrank_optim.rules.pair_products import grams, times
-from lowrank_optim.rules.pairs import Pair, Side, matrix_of
+from lowrank_optim.rules.pairs import Pair, matrix_of
 from lowrank_optim.rules.small_matrices import damped_inverse, in_batches
 
 
@@ -20,8 +20,9 @@ class AdamPair(GradientPairRule):
     """Adam on each factor, as if they were unrelated. What makes them a pair is the option `l1`, which shrinks rank-one terms.
 
     row_scale: η_A of ALLoRA for B: row i of g_B is multiplied by σ_i = (‖(BA)_i‖ + η_A⁻²)^(−1/2), so that outputs which the
-        adapter has hardly changed move faster; 0 leaves it out. A is trained as ever: ALLoRA scales its gradient too, which would
-        need the activations. Meant for s = 1 and descent (`moments="none"`): Adam undoes factors that stay.
+        adapter has hardly changed move faster; 0 leaves it out. A is trained as ever: its gradient has to be scaled in backward,
+        which `scale_rows_in_backward(model, η_A, factors="A")` does. Meant for s = 1 and descent (`moments="none"`): Adam undoes
+        factors that stay.
 
     Memory of a pair: 8r(m+n) bytes, nothing with `moments="none"`.
 
@@ -41,7 +42,10 @@ class AdamPair(GradientPairRule):
         if not scale:
             return [(pair.a.grad, pair.b.grad) for pair in pairs]
         found = grams(pairs)[::2]
-        return [(pair.a.grad, _row_scaled(pair.b, gram, scale)) for pair, gram in zip(pairs, found, strict=True)]
+        return [
+            (pair.a.grad, None if pair.b.grad is None else pair.b.grad * row_scales(pair.b.weight, gram, scale))
+            for pair, gram in zip(pairs, found, strict=True)
+        ]
 
     def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
         """One operation for each factor, without a look at the pair, where that can be."""
@@ -63,12 +67,10 @@ class AdamPair(GradientPairRule):
         return moves
 
 
-def _row_scaled(side: Side, gram: Tensor, scale: float) -> Tensor | None:
-    """diag(σ) g_B, with ‖(BA)_i‖² = b_i (AAᵀ) b_iᵀ."""
-    if side.grad is None:
-        return None
-    squares = (times(side.weight, gram) * side.weight).sum(-1, keepdim=True).clamp_min_(0.0)
-    return side.grad * (squares.sqrt_() + scale**-2).rsqrt_()
+def row_scales(b: Tensor, gram: Tensor, scale: float) -> Tensor:
+    """σ_i = (‖(BA)_i‖ + η⁻²)^(−1/2), (…, m, 1), from B (…, m, r) and the Gram matrix AAᵀ: ‖(BA)_i‖² = b_i (AAᵀ) b_iᵀ."""
+    squares = ((b @ gram.to(b.dtype)) * b).sum(-1, keepdim=True).clamp_min_(0.0)
+    return (squares.sqrt_() + scale**-2).rsqrt_()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_optim as lo
+from tests.oracles.adapted import two_layers
 
 
 def factor(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -33,6 +34,10 @@ def test_unequal_ranks_a_missing_partner_and_a_rank_above_a_side():
         lo.lora_pairs([(factor(4, 32), factor(64, 3), 1.0)])
     with pytest.raises(TypeError, match=r"\(A, B, s\) triples of two tensors and a number"):
         lo.lora_pairs([(factor(4, 32), None, 1.0)])
+    model = two_layers(torch.float32)
+    del model[2].lora_B["default"]
+    with pytest.raises(ValueError, match=r"2\.lora_A\.default has no partner in its layer"):
+        lo.lora_pairs(model)
     with pytest.raises(ValueError, match=r"have rank 8, above the shorter side 5"):
         lo.lora_pairs([(factor(8, 5), factor(64, 8), 1.0)])
 
@@ -83,6 +88,10 @@ def test_optimizers_of_pairs_need_pairs():
         lo.LoRAProAdamW(pair, moments="some")
     with pytest.raises(ValueError, match=r"beta1 is 1\.0"):
         lo.AltLoRA(pair, beta1=1.0)
+    with pytest.raises(ValueError, match=r"beta2 is 1\.0"):
+        lo.AltLoRA(pair, betas=(0.9, 1.0), second_moment=True)
+    with pytest.raises(ValueError, match="second_moment is 1; it must be True or False"):
+        lo.AltLoRA(pair, second_moment=1)
     with pytest.raises(ValueError, match=r"damping is -1\.0"):
         lo.RiemannianAdamW(pair, damping=-1.0)
 

@@ -23,6 +23,7 @@ METHODS: dict[str, Callable[..., lo.LoRAOptimizer]] = {
         groups, **{"escape": True, "weight_decay": 0.0, "lr": 0.01, **o}
     ),
     "altlora": lambda groups, **o: lo.AltLoRA(groups, **{"lr": 0.05, **o}),
+    "altlora+": lambda groups, **o: lo.AltLoRA(groups, **{"lr": 0.01, "second_moment": True, **o}),
     "pro": lambda groups, **o: lo.LoRAProAdamW(groups, **{"moments": "none", "lr": 0.05, **o}),
     "pro, factors": lambda groups, **o: lo.LoRAProAdamW(groups, **{"moments": "factors", "lr": 0.01, **o}),
     "pro, full": lambda groups, **o: lo.LoRAProAdamW(groups, **{"moments": "full", "lr": 0.01, **o}),
@@ -120,12 +121,13 @@ def test_rite_with_moments_turned_at_the_end_is_rite_with_stored_bases(m: int, n
 
 
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
-def test_altlora_that_carries_momentum_along_is_altlora_with_stored_factors(m: int, n: int, r: int):
+@pytest.mark.parametrize("plus", [False, True])
+def test_altlora_that_carries_momentum_along_is_altlora_with_stored_factors(m: int, n: int, r: int, plus: bool):
     a, b = new_pair(m, n, r)
     before = a.detach().clone(), b.detach().clone()
-    optimizer = lo.AltLoRA(lo.lora_pairs([(a, b, 0.7)]), lr=0.05)
+    optimizer = lo.AltLoRA(lo.lora_pairs([(a, b, 0.7)]), lr=0.05, second_moment=plus)
     train(optimizer, [(a, b, 0.7)], range(7))
-    want = oracle.altlora(*before, factor_gradients(0.7), 7, 0.05, 0.7)
+    want = oracle.altlora(*before, factor_gradients(0.7), 7, 0.05, 0.7, plus=plus)
     for got, expected in zip((a, b), want, strict=True):
         assert torch.allclose(got, expected, rtol=1e-8, atol=1e-10)
 
@@ -360,6 +362,7 @@ def test_rite_needs_both_factors():
     [
         ("rite", lambda m, n, r: 4 * r * (m + n) + 8 * r * r),
         ("altlora", lambda m, n, r: 4 * r * (m + n)),
+        ("altlora+", lambda m, n, r: 8 * r * (m + n)),
         ("pro", lambda m, n, r: 0),
         ("pro, factors", lambda m, n, r: 8 * r * (m + n)),
         ("pro, full", lambda m, n, r: 8 * m * n),

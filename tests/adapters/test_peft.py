@@ -322,3 +322,59 @@ def test_scales_of_ia3_have_no_decay_and_logits_of_vblora_are_no_stack_of_matric
     groups = lo.param_groups(peft.get_peft_model(Net(), config), rank=None, weight_decay=0.1)
     with pytest.raises(ValueError, match="no parameter is low-rank"):
         lo.param_groups(peft.get_peft_model(Net(), config), rank=2)
+
+
+# --------------------------------------------------------------------------------------------------- in forward and backward
+
+
+def test_noise_and_scaled_rows_on_layers_of_peft():
+    model = net(target_modules=["fc", "gpt", "out"])
+    optimizer = lo.LoRAOptimizer(lo.lora_pairs(model), lr=1e-3)
+    plain = model(TOKENS).detach()
+    noise = lo.noise_in_forward(model, optimizer)
+    assert not torch.allclose(model(TOKENS), plain, atol=1e-4)
+    for each in find_factors(model):
+        weight = each.layer.get_base_layer().weight + each.layer.get_delta_weight("default")
+        weight = weight.mT if each.path.endswith("gpt") else weight
+        (hook,) = each.layer._forward_hooks.values()
+        assert torch.allclose(hook.scales, 0.03 * weight.norm(dim=1).detach() / weight.shape[1] ** 0.5, rtol=1e-4)
+    with model.disable_adapter():
+        base = model(TOKENS)
+    noise.remove()
+    with model.disable_adapter():
+        assert torch.equal(base, model(TOKENS))
+    model = net(target_modules=["fc", "gpt", "out"], use_dora=True)
+    ends = []
+    for scale in (None, 0.5):
+        model.zero_grad()
+        handle = None if scale is None else lo.scale_rows_in_backward(model, scale)
+        (model(TOKENS) - 1.0).square().mean().backward()
+        ends.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        if handle is not None:
+            handle.remove()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name, before, after in zip(names, *ends, strict=True):
+        if "magnitude" in name:
+            assert torch.allclose(after, before, rtol=1e-5)
+        else:  # σ is at most η
+            assert float(after.norm()) < 0.51 * float(before.norm()), name
+    with pytest.raises(ValueError, match=r"can have no noise in forward: Dora.* computes in another way"):
+        lo.noise_in_forward(model, optimizer)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_intruders_of_layers_of_peft_are_those_of_the_merged_model(dora: bool):
+    targets = ["fc", "gpt", "out"] if dora else ["fc", "gpt", "out", "conv", "embed"]
+    model = net(target_modules=targets, use_dora=dora)
+    with torch.no_grad():
+        for each in find_factors(model):
+            each.b.mul_(20.0)
+    found = lo.diagnostics.intruder_dimensions(model, 5, 0.7)
+    base, merged = copy.deepcopy(model).unload(), copy.deepcopy(model).merge_and_unload()
+    whole = lo.diagnostics.intruder_dimensions(merged, 5, 0.7, base=base)
+    assert len(found.layers) == len(targets)
+    assert found.total > 0
+    for name, each in found.layers.items():
+        plain = name.removeprefix("base_model.model.").removesuffix(".default")
+        if plain != "embed":  # stored as its transpose, of which the other side is looked at
+            assert each.similarities == pytest.approx(whole.layers[f"{plain}.weight"].similarities, abs=1e-4), name

@@ -5,10 +5,13 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 import lowrank_optim as lo
 from tests.distributed.test_fully_shard import place
+from tests.oracles.adapted import two_layers
 from tests.oracles.distributed_harness import Model, distance, spawn, states, train, weights
 
 STEPS = 6
@@ -27,6 +30,7 @@ METHODS = {
     "rite": lambda groups: lo.LoRARiteAdamW(groups, lr=1e-2, weight_decay=0.1),
     "rite, escape": lambda groups: lo.LoRARiteAdamW(groups, lr=1e-2, escape=True),
     "altlora": lambda groups: lo.AltLoRA(groups, lr=1e-3, weight_decay=0.1),
+    "altlora+": lambda groups: lo.AltLoRA(groups, lr=1e-3, second_moment=True),
     "pro": lambda groups: lo.LoRAProAdamW(groups, lr=1e-3, moments="none"),
     "pro, factors": lambda groups: lo.LoRAProAdamW(groups, lr=1e-3, moments="factors"),
     "pro, full": lambda groups: lo.LoRAProAdamW(groups, lr=1e-3, moments="full"),
@@ -112,6 +116,31 @@ def fixed_basis() -> None:
         train(model, optimizers[-1], range(4))
     assert distance(weights(spread), weights(alone)) < 1e-9
     assert not torch.equal(weights(alone)["b"], weights(Model(SHAPES, torch.float64))["b"])
+
+
+def scaled_rows() -> None:
+    """The hooks of ALLoRA see whole factors; noise and perturbations, which look at them outside of forward, are refused by name."""
+    alone, spread = two_layers(), two_layers()
+    for layer in spread[::2]:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for model in (alone, spread):
+        lo.scale_rows_in_backward(model, 1.5)
+        model(x).square().sum().backward()
+    for (name, p), q in zip(alone.named_parameters(), spread.parameters(), strict=True):
+        if p.requires_grad:
+            assert torch.allclose(q.grad.full_tensor(), p.grad, rtol=1e-10), name
+    optimizer = lo.LoRAOptimizer(lo.lora_pairs(spread))
+    with pytest.raises(ValueError, match=r"0 can have no noise in forward: its factors are sharded \(DTensor\)"):
+        lo.noise_in_forward(spread, optimizer)
+    with pytest.raises(ValueError, match=r"0\.lora_A\.default\.weight cannot be perturbed .*: it is sharded"):
+        lo.perturb_by_momentum(optimizer)
+    with pytest.raises(ValueError, match=r"0 is sharded \(DTensor\); look at the unsharded model"):
+        lo.diagnostics.intruder_dimensions(spread)
+
+
+def test_rows_are_scaled_where_factors_are_split():
+    spawn(2, scaled_rows)
 
 
 def test_a_fixed_basis_is_split_and_its_core_is_whole():

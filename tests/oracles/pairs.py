@@ -23,12 +23,22 @@ def golden_pair() -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def golden_loss(a: Tensor, b: Tensor, scaling: float = 2.0) -> Tensor:
-    """Of a linear layer of 8 to 6 with an adapter, on two inputs."""
+def golden_data() -> tuple[Tensor, Tensor]:
+    """Two inputs (2×8) and their targets (2×6)."""
     x = torch.tensor([[math.sin(0.37 * (t + 1) * (j + 2)) for j in range(8)] for t in range(2)], dtype=torch.float64)
     y = torch.tensor([[math.cos(0.3 * t + 0.5 * i) for i in range(6)] for t in range(2)], dtype=torch.float64)
-    w = torch.tensor([[math.cos(i + 2 * j + 0.3 * i * j) for j in range(8)] for i in range(6)], dtype=torch.float64)
-    return 0.5 * (x @ (w + scaling * b @ a).mT - y).square().sum() / 12.0
+    return x, y
+
+
+def golden_weight() -> Tensor:
+    """W₀ (6×8)."""
+    return torch.tensor([[math.cos(i + 2 * j + 0.3 * i * j) for j in range(8)] for i in range(6)], dtype=torch.float64)
+
+
+def golden_loss(a: Tensor, b: Tensor, scaling: float = 2.0) -> Tensor:
+    """Of a linear layer of 8 to 6 with an adapter, on two inputs."""
+    x, y = golden_data()
+    return 0.5 * (x @ (golden_weight() + scaling * b @ a).mT - y).square().sum() / 12.0
 
 
 def _inverse_root(matrix: Tensor, shift: float, eps: float) -> Tensor:
@@ -116,21 +126,39 @@ def lora_pro(
 
 
 def altlora(
-    a: Tensor, b: Tensor, gradients: Gradients, steps: int, lr: float, scaling: float, beta: float = 0.9
+    a: Tensor,
+    b: Tensor,
+    gradients: Gradients,
+    steps: int,
+    lr: float,
+    scaling: float,
+    beta: float = 0.9,
+    plus: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """AltLoRA with the other factor stored beside each momentum."""
+    """AltLoRA with the other factor stored beside each momentum; `plus` divides by Adam's root of running squares."""
     momentum, known = [torch.zeros_like(a), torch.zeros_like(b)], [b.clone(), a.clone()]
+    squares = [torch.zeros_like(a), torch.zeros_like(b)]
     turns = [0, 0]
+
+    def moved(side: int, grad: Tensor) -> Tensor:
+        step = momentum[side] / (1 - beta ** turns[side])
+        if not plus:
+            return step
+        squares[side] = 0.999 * squares[side] + 0.001 * grad.square()
+        return step / ((squares[side] / (1 - 0.999 ** turns[side])).sqrt() + 1e-8)
+
     for t in range(1, steps + 1):
         grad_a, grad_b = gradients(a, b)
         if t % 2:
             inverse = torch.linalg.pinv(a @ a.mT)
-            momentum[1] = beta * momentum[1] @ known[1] @ a.mT @ inverse + (1 - beta) * grad_b @ inverse / scaling**2
+            projected = grad_b @ inverse / scaling**2
+            momentum[1] = beta * momentum[1] @ known[1] @ a.mT @ inverse + (1 - beta) * projected
             known[1], turns[1] = a.clone(), turns[1] + 1
-            b = b - lr * momentum[1] / (1 - beta ** turns[1])
+            b = b - lr * moved(1, projected)
         else:
             inverse = torch.linalg.pinv(b.mT @ b)
-            momentum[0] = beta * inverse @ b.mT @ known[0] @ momentum[0] + (1 - beta) * inverse @ grad_a / scaling**2
+            projected = inverse @ grad_a / scaling**2
+            momentum[0] = beta * inverse @ b.mT @ known[0] @ momentum[0] + (1 - beta) * projected
             known[0], turns[0] = b.clone(), turns[0] + 1
-            a = a - lr * momentum[0] / (1 - beta ** turns[0])
+            a = a - lr * moved(0, projected)
     return a, b

@@ -133,6 +133,17 @@ def test_weights_and_state_of_sltrain_on_llama_7b_are_the_formulas():
     assert sum(run.state.values()) == LAYERS * coded + dense_moments_8bit()
 
 
+def test_weights_and_state_of_spectral_layers_on_llama_7b_are_the_formulas():
+    """More weights than dense ones, as the docstring says; gradients and moments for Σ and the vectors of r triplets."""
+    run = built(("LowRankOptimizer", {"rule": "adam"}), ("spectral", {"rank": RANK}))
+    shapes = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN)] * 2 + [(HIDDEN, FFN)]
+    numbers = LAYERS * sum(HIDDEN * (m + n) + HIDDEN for m, n in shapes)
+    trained = LAYERS * sum(RANK * (m + n) + HIDDEN for m, n in shapes)
+    others = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
+    assert run.weights == 2 * (numbers + others) + 4 * LAYERS * len(shapes) * HIDDEN + ROTARY
+    assert run.state["moments"] == 8 * (trained + others)
+
+
 def test_sltrain_on_llama_7b_peaks_73_percent_below_adamw_and_25_below_galore():
     """Below bounds of theirs: AdamW's weights, gradients and two moments, and GaLore's weights and state, without all else."""
     model, rules = resolve_model("llama-7b"), rules_for("cuda")

@@ -1,0 +1,1 @@
+"""What examples/matrix_sensing.py is made of."""

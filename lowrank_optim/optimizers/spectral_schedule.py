@@ -1,0 +1,220 @@
+"""`SpectralSchedule`: what Sparse Spectral Training does between two steps, beside any optimizer."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lowrank_optim.kernels import PlainModes, as_python
+from lowrank_optim.nn.spectral_linear import MIXTURE
+from lowrank_optim.optimizers.base import LowRankOptimizer
+from lowrank_optim.optimizers.spectral_layers import (
+    PARAMETERS,
+    VECTORS,
+    SpectralLayer,
+    layers_of,
+    renew,
+    settle_values,
+    settle_vectors,
+)
+from lowrank_optim.sharding.dtensor import local
+
+
+class SpectralSchedule:
+    """The rest of Sparse Spectral Training (SST) for layers of `lowrank_optim.nn.spectral_`: call `step` after each optimizer step.
+
+    Each step: Σ ← max(Σ, 0), and the vectors that are trained get length 1. Every `period` steps: the vectors are written back,
+    `rank` triplets are drawn anew, with p_i = mixture/d + (1 − mixture) Σ_i/ΣΣ one after another, and the optimizer's state of the
+    vectors begins afresh. Every `iterations` draws, before the draw: [U, Σ, V] ← SVD(U Σ Vᵀ), and the state of Σ begins afresh, too.
+    The weight U Σ Vᵀ is the same before and after a draw and a decomposition.
+
+    Changes of vectors in the t-th of the first `warmup` steps after a draw are multiplied by t/warmup, and so are those of Σ after a
+    decomposition: a linear warm-up of the learning rate, of these parameters alone. A vector that a step has made zero or not finite
+    is taken back to what it was.
+
+    Args:
+        model: with layers that `spectral_` made; layers none of whose parameters the optimizer holds are left alone.
+        optimizer: any that makes its state at a parameter's first step, or any of this package.
+        period: steps between two draws.
+        iterations: draws between two decompositions; None: ⌈d/rank⌉ of each layer.
+        warmup: steps, at most `period`; 0 has no warm-up. The model begins with one.
+        mixture: share of the uniform part, in [0, 1], in all draws but the first, which `spectral_` made with ½.
+
+    Raises:
+        TypeError: no nn.Module, or no torch.optim.Optimizer.
+        ValueError: a value out of range; a model without such layers; an optimizer that holds none of their parameters, or makes its
+            state when it is built (Adagrad); parameters whose ranks are split over processes (tensor parallelism).
+
+    Memory: during a step a copy of the vectors that are trained, b·r·(m + n) bytes a layer at b bytes a number; with
+    `update_in_backward` all the time. While it decomposes, about 3 m×n matrices of float64 (float32 on accelerators), for one layer
+    at a time.
+
+    With `update_in_backward`: attach it first, then make the schedule, and load a checkpoint into the schedule last. With DDP the
+    schedule runs in every process; fully_shard splits the parameters that are trained, while each process holds the buffers whole.
+
+    A run resumes to the bit from the state dicts of model, optimizer and schedule.
+
+    Example:
+        >>> import torch, lowrank_optim as lo
+        >>> model = lo.nn.spectral_(torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)), rank=4)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+        >>> schedule = lo.SpectralSchedule(model, optimizer, period=10, warmup=2)
+        >>> before = model[0].active.tolist()
+        >>> for _ in range(10):
+        ...     model(torch.randn(8, 32)).square().mean().backward()
+        ...     optimizer.step()
+        ...     schedule.step()
+        ...     optimizer.zero_grad()
+        >>> model[0].active.tolist() == before
+        False
+
+    Paper: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", arXiv:2405.15481.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        period: int = 200,
+        iterations: int | None = None,
+        warmup: int = 20,
+        mixture: float = MIXTURE,
+    ) -> None:
+        period, iterations, warmup, mixture = map(as_python, (period, iterations, warmup, mixture))
+        _check_numbers(period, iterations, warmup, mixture)
+        self.optimizer = optimizer
+        self.period, self.iterations, self.warmup, self.mixture = period, iterations, warmup, mixture
+        self.steps = 0
+        self._layers = layers_of(model, optimizer)
+        self._handle: RemovableHandle | None = None
+        self._old: dict[tuple[str, str], Tensor] = {}
+        self._remember()
+        own = weakref.ref(self)  # an optimizer keeps no schedule alive that is not attached
+
+        def before_step(*_: Any) -> None:
+            schedule = own()
+            if schedule is not None and not schedule._in_backward:
+                schedule._remember()
+
+        optimizer.register_step_pre_hook(before_step)
+
+    def step(self) -> None:
+        """Do what is due after a step of the optimizer.
+
+        Raises:
+            RuntimeError: the schedule is attached, so that the optimizer calls it; a weight to be decomposed is not finite.
+        """
+        if self._attached:
+            raise RuntimeError("the schedule is attached: optimizer.step() calls it; leave schedule.step() out")
+        self._advance()
+
+    def attach(self) -> RemovableHandle:
+        """Let each `optimizer.step()` call it, so that a trainer's loop need not; `remove()` of what is returned ends that."""
+        if self._attached:
+            raise RuntimeError("the schedule is attached already")
+        self._handle = self.optimizer.register_step_post_hook(lambda *_: self._advance())
+        return self._handle
+
+    @property
+    def _attached(self) -> bool:
+        return self._handle is not None and self._handle.id in (self._handle.hooks_dict_ref() or {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, and the options: plain numbers."""
+        return {"steps": self.steps, **self._options}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on as a saved schedule would. Load the model first.
+
+        Raises:
+            ValueError: the saved one has other options, or keys are missing.
+        """
+        given = {name: as_python(state_dict.get(name)) for name in ("steps", *self._options)}
+        steps = given.pop("steps")
+        if given != self._options or isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(
+                f"the state is {dict(state_dict)}; this schedule has {self._options}, and needs steps besides"
+            )
+        self.steps = steps
+        self._remember()
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        names = ("period", "iterations", "warmup", "mixture")
+        seeds = [layer.modules[0].seed for layer in self._layers]
+        return {name: getattr(self, name) for name in names} | {"seeds": seeds}
+
+    # ------------------------------------------------------------------------------------------------------ after each step
+
+    @property
+    def _in_backward(self) -> bool:
+        """Whether parameters change before the optimizer's step begins."""
+        return getattr(self.optimizer, "_in_backward", None) is not None
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        """Keep copies of the parameters as they are before a step."""
+        for layer in self._layers:
+            for name in PARAMETERS if self.warmup else VECTORS:
+                self._old[layer.path, name] = local(layer.param(name)).clone()
+
+    def _advance(self) -> None:
+        with PlainModes():
+            draws, since = divmod(self.steps, self.period)
+            self.steps += 1
+            for layer in self._layers:
+                self._settle(layer, draws, since)
+                if since + 1 == self.period and layer.trained:
+                    changed = renew(layer, draws + 1, self.mixture, (draws + 1) % self._iterations(layer) == 0)
+                    _reset(self.optimizer, [layer.param(name) for name in changed])
+        self._old.clear()
+        if self._in_backward:
+            self._remember()
+
+    def _settle(self, layer: SpectralLayer, draws: int, since: int) -> None:
+        """Lengths, signs and warm-up after a step, the one after `since` others since draw number `draws`."""
+        since_round = draws % self._iterations(layer) * self.period + since
+        for name in VECTORS:
+            settle_vectors(layer.param(name), self._old.get((layer.path, name)), self._share(since))
+        settle_values(layer.param("sigma"), self._old.get((layer.path, "sigma")), self._share(since_round))
+
+    def _iterations(self, layer: SpectralLayer) -> int:
+        """Draws between two decompositions of a layer."""
+        first = layer.modules[0]
+        return self.iterations or -(-first.sigma.numel() // first.rank)
+
+    def _share(self, since: int) -> float:
+        """What warm-up leaves of a step that comes after `since` others."""
+        return min(1.0, (since + 1) / self.warmup) if self.warmup else 1.0
+
+
+def _reset(optimizer: Optimizer, params: list[Tensor]) -> None:
+    """Let the optimizer's state of some parameters begin afresh."""
+    if isinstance(optimizer, LowRankOptimizer):
+        optimizer.reset_state(param for param in params if param in optimizer.plans)
+        return
+    for param in params:
+        if param in optimizer.state:
+            optimizer.state[param].clear()
+
+
+def _check_numbers(period: Any, iterations: Any, warmup: Any, mixture: Any) -> None:
+    def whole(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    if not whole(period, 1):
+        raise ValueError(f"period is {period!r}; it must be an integer of at least 1 (steps)")
+    if iterations is not None and not whole(iterations, 1):
+        raise ValueError(f"iterations is {iterations!r}; it must be an integer of at least 1 (draws), or None")
+    if not whole(warmup, 0):
+        raise ValueError(f"warmup is {warmup!r}; it must be an integer of at least 0 (steps)")
+    if warmup > period:
+        raise ValueError(
+            f"warmup is {warmup}, longer than the period of {period} steps, so that it would never end; take {period} or less"
+        )
+    if isinstance(mixture, bool) or not isinstance(mixture, int | float) or not 0 <= mixture <= 1:
+        raise ValueError(f"mixture is {mixture!r}; it must be a share in [0, 1]")
