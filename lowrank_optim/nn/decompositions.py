@@ -23,6 +23,45 @@ def best_of_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[:, :rank] * roots, roots.unsqueeze(1) * right[:rank]
 
 
+def leading_triplets(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(U_r, σ_1 … σ_r, V_rᵀ) of a weight.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    left, values, right = torch.linalg.svd(_finite(weight), full_matrices=False)
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def leading_ldu(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(P L_r, the first r pivots, U_r) of W = P L D U: columns of L (m×r), rows of U (r×n), P from partial pivoting.
+
+    Raises:
+        ValueError: the weight is not finite, or has a pivot of 0 among the first r.
+    """
+    matrix = _finite(weight)
+    packed, swaps = torch.linalg.lu_factor(matrix)
+    pivots = packed.diagonal()[:rank].clone()
+    usable = pivots.abs() > max(matrix.shape) * torch.finfo(matrix.dtype).eps * pivots.abs().amax()
+    if not matrix.is_meta and not bool(usable.all()):
+        number = int(usable.logical_not().nonzero()[0]) + 1
+        raise ValueError(
+            f"pivot {number} of the weight is 0 to rounding, and rows of U from there on are not finite; take a rank below {number}, "
+            "or another method"
+        )
+    lower = packed[:, :rank].tril(-1)
+    lower.diagonal().fill_(1)
+    permutation = torch.lu_unpack(packed, swaps, unpack_data=False)[0]
+    return lower[permutation.argmax(1)], pivots, packed[:rank].triu() / pivots.unsqueeze(1)
+
+
+def _finite(weight: Tensor) -> Tensor:
+    """A weight in the type of decompositions, if it is finite."""
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight is not finite, and has no decomposition")
+    return widened(weight)
+
+
 def principal_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, largest first and none below zero, and eigenvectors (columns) of a symmetric matrix."""
     values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)

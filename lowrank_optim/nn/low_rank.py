@@ -10,14 +10,8 @@ from torch import Tensor, nn
 
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.kernels import compute_dtype
-from lowrank_optim.nn.reparametrized import (
-    HOOKS,
-    ReparametrizedLayer,
-    ReparametrizedLinear,
-    kind_of,
-    matrix_of,
-    take_hooks,
-)
+from lowrank_optim.nn.adapted import AdaptedLinear, wide
+from lowrank_optim.nn.reparametrized import ReparametrizedLayer, ReparametrizedLinear, kind_of
 
 HALF_DECAY = Role(decay_factor=0.5)
 """Of two factors: their product decays as a dense matrix would."""
@@ -230,7 +224,7 @@ class LowRankEmbedding(ReparametrizedLayer):
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}, bias={self.bias is not None}"
 
 
-class CompensatedLinear(ReparametrizedLinear):
+class CompensatedLinear(AdaptedLinear):
     """A linear layer and a pair of factors beside it: y = base(x) + (x Aᵀ) Bᵀ.
 
     Submodule: `base`, the layer as it was, with its bias: an `nn.Linear` (whose weight may be a `QuantizedWeight`), a Conv1D or a
@@ -248,46 +242,32 @@ class CompensatedLinear(ReparametrizedLinear):
     """
 
     converter = "lowrank_optim.nn.compensate_"
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
     def __init__(self, base: nn.Module, *, rank: int) -> None:
         if kind_of(base) not in ("linear", "conv1d") and not isinstance(base, LowRankLinear):
             raise ValueError(f"base is a {type(base).__name__}; it must be an nn.Linear, a Conv1D or a LowRankLinear")
-        if isinstance(base, LowRankLinear):
-            like, m, n = base.lora_A, base.out_features, base.in_features
-        else:
-            like = base.weight  # type: ignore[assignment]
-            m, n = like.shape if kind_of(base) == "linear" else like.shape[::-1]
-        super().__init__(n, m)
+        super().__init__(base)
+        m, n, device = self.out_features, self.in_features, self.like().device
         check_rank("", rank, m, n)
-        self.plain_class = base.plain_class if isinstance(base, LowRankLinear) else type(base)
-        take_hooks(base, self)
-        for name in HOOKS:
-            base.__dict__[name] = nn.Module().__dict__[name]
-        self.base = base
-        self.lora_A = nn.Parameter(torch.zeros(rank, n, device=like.device, dtype=like.dtype))
-        self.lora_B = nn.Parameter(torch.zeros(m, rank, device=like.device, dtype=like.dtype))
-
-    @property
-    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
-        """That of the base."""
-        return self.base.bias  # type: ignore[return-value]
+        self.train_(lora_A=torch.zeros(rank, n, device=device), lora_B=torch.zeros(m, rank, device=device))
+        self.take_hooks_of_base()
 
     @property
     def rank(self) -> int:
         """r, of the pair."""
         return self.lora_A.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y = base(x) + (x Aᵀ) Bᵀ."""
-        out: Tensor = self.base(x)
-        return out + apply_pair(x, self.lora_A, self.lora_B)
+    def added(self, x: Tensor) -> Tensor:
+        """(x Aᵀ) Bᵀ."""
+        return F.linear(F.linear(x, self.lora_A), self.lora_B)
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """W + B A, m×n, where W is the weight of the base."""
-        wide = compute_dtype(self.lora_A.dtype)
-        whole = torch.addmm(matrix_of(self.base).to(wide), self.lora_B.to(wide), self.lora_A.to(wide))
-        return whole.to(self.lora_A.dtype)
+    def change(self) -> Tensor:
+        """B A."""
+        b, a = wide(self.lora_B, self.lora_A)
+        return b @ a
 
     def parameter_roles(self) -> Mapping[str, Role]:
         """Factors decay half as much each."""

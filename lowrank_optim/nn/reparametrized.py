@@ -7,7 +7,7 @@ checked.
 
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,14 @@ from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.sharding.dtensor import is_sharded
 
 Patterns = Pattern | Iterable[Pattern] | None
-Kind: TypeAlias = Literal["linear", "conv1d", "embedding"]
+Kind: TypeAlias = Literal["linear", "conv1d", "embedding", "convolution"]
 
-KIND_NAMES: dict[Kind, str] = {"linear": "nn.Linear", "conv1d": "Conv1D", "embedding": "nn.Embedding"}
+KIND_NAMES: dict[Kind, str] = {
+    "linear": "nn.Linear",
+    "conv1d": "Conv1D",
+    "embedding": "nn.Embedding",
+    "convolution": "convolution",
+}
 
 HOOKS = (
     "_forward_hooks",
@@ -101,6 +106,9 @@ class ReparametrizedLayer(nn.Module):
         )
 
 
+Layer = TypeVar("Layer", bound=ReparametrizedLayer)
+
+
 class ReparametrizedLinear(ReparametrizedLayer):
     """A linear layer whose weight is computed from other parameters. The bias is a parameter as in `nn.Linear`."""
 
@@ -136,6 +144,8 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "linear"
     if type(module) is nn.Embedding:
         return "embedding"
+    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return "convolution"
     # Of transformers, a linear layer stored as (in, out); by its name, so that transformers is not imported.
     if type(module).__name__ == "Conv1D" and "nf" in module.__dict__:
         return "conv1d"
@@ -143,7 +153,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """The weight of a plain or reparametrised layer without gradient: m×n, of an embedding one row for each token."""
+    """The weight of a plain or reparametrised layer without gradient: m×n, of embeddings and convolutions as they store it."""
     if isinstance(module, ReparametrizedLayer):
         return module.merged()
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
@@ -202,7 +212,7 @@ def find_layers(
     ]
     if not taken:
         raise ValueError(
-            f"{type(model).__name__} has no plain {wanted} to take with include={include!r}, exclude={exclude!r} (convolutions, "
+            f"{type(model).__name__} has no plain {wanted} to take with include={include!r}, exclude={exclude!r} (other layers, "
             "subclasses of these and the layers within nn.MultiheadAttention stay as they are; output heads and embeddings are "
             "taken only if `include` names them)"
         )
@@ -231,6 +241,7 @@ def take_layers(
     names: Collection[str] | None = None,
     *,
     meta: bool = False,
+    coded: bool = False,
     hint: str = "",
 ) -> list[TakenLayer]:
     """The layers that `find_layers` gives, checked.
@@ -238,6 +249,7 @@ def take_layers(
     Args:
         model, include, exclude, kinds, names: as there.
         meta: whether weights on the meta device are allowed.
+        coded: whether weights in 8 bits are allowed.
         hint: what to do about one on the meta device.
 
     Raises:
@@ -248,7 +260,7 @@ def take_layers(
     taken = find_layers(model, include, exclude, kinds, names)
     _check_owners(find_parameters(model), model, {id(layer.module.weight): kind_of(layer.module) for layer in taken})
     for path, _, module in taken:
-        _check_layer(path, module, meta, hint)
+        _check_layer(path, module, meta, coded, hint)
     return taken
 
 
@@ -258,6 +270,16 @@ def put_layers(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in made:
                 setattr(parent, name, made[id(child)])
+
+
+def sharing(first: Layer) -> Layer:
+    """Another layer of this kind with the parameters and buffers of the first, without its hooks and submodules."""
+    new = type(first).__new__(type(first))
+    nn.Module.__init__(new)
+    new.__dict__.update({name: value for name, value in first.__dict__.items() if name not in nn.Module().__dict__})
+    new._parameters.update(first._parameters)
+    new._buffers.update(first._buffers)
+    return new
 
 
 def take_over(old: nn.Module, new: nn.Module) -> None:
@@ -337,9 +359,9 @@ def _check_owners(found: list[FoundParameter], model: nn.Module, taken: Mapping[
                 )
 
 
-def _check_layer(path: str, module: nn.Linear, meta: bool, hint: str) -> None:
+def _check_layer(path: str, module: nn.Linear, meta: bool, coded: bool, hint: str) -> None:
     weight = module.weight
-    if isinstance(weight, QuantizedWeight):
+    if isinstance(weight, QuantizedWeight) and not coded:
         raise ValueError(f"{path}.weight is stored in 8 bits; call lowrank_optim.nn.dequantize_weights_ first")
     if is_sharded(weight):
         raise ValueError(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_optim.kernels import as_python
 from lowrank_optim.nn.decompositions import best_of_rank, widened
-from lowrank_optim.nn.reparametrized import Patterns, TakenLayer, put_layers, take_layers, take_over
+from lowrank_optim.nn.reparametrized import Patterns, TakenLayer, put_layers, sharing, take_layers, take_over
 from lowrank_optim.nn.sparse_low_rank import SparseLowRankLinear, SupportName, check_numbers
 from lowrank_optim.nn.supports import ColumnSupport, Support, linear_indices, support_from_indices
 
@@ -98,7 +98,7 @@ def sltrain_(
     made: dict[int, nn.Module] = {}
     for layer in taken:
         first = shared.get(id(layer.module.weight))
-        new = _make(layer, init, rounds, options) if first is None else _another(layer, first)
+        new = _make(layer, init, rounds, options) if first is None else sharing(first)
         shared.setdefault(id(layer.module.weight), new)
         take_over(layer.module, new)
         made[id(layer.module)] = new
@@ -122,16 +122,6 @@ def _make(layer: TakenLayer, init: str, rounds: int, options: dict[str, Any]) ->
         _fit(new, old.detach(), rounds, support)
     for param in new.parameters():
         param.requires_grad_(old.requires_grad)
-    return new
-
-
-def _another(layer: TakenLayer, first: SparseLowRankLinear) -> SparseLowRankLinear:
-    """A layer for another bias, with the parameters and the support of the first."""
-    new = SparseLowRankLinear.__new__(SparseLowRankLinear)
-    nn.Module.__init__(new)
-    new.__dict__.update({name: value for name, value in first.__dict__.items() if name not in nn.Module().__dict__})
-    new._parameters.update(first._parameters)
-    new._buffers.update(first._buffers)
     return new
 
 

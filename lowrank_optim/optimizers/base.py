@@ -166,6 +166,8 @@ class LowRankOptimizer(Optimizer):
         """
         change_group(self, number, options)
 
+    reset_state = reset_state
+
     # -------------------------------------------------------------------------------------------------------------- plans
 
     def plan_of(self, param: Tensor) -> ParamPlan:
@@ -304,15 +306,6 @@ class LowRankOptimizer(Optimizer):
         return self._skipped.read()
 
     # -------------------------------------------------------------------------------------------------------------- state
-
-    def reset_state(self, params: Iterable[Tensor]) -> None:
-        """Let the state of some parameters begin afresh, as at their first step: moments 0, no step counted, no subspace.
-
-        Raises:
-            ValueError: a parameter that is none of the optimizer's; nothing was changed.
-            RuntimeError: gradients of an unfinished step are kept (`update_in_backward`); nothing was changed.
-        """
-        reset_state(self, params)
 
     def state_device(self, name: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
         """Where a state tensor of this name belongs."""

@@ -9,7 +9,14 @@ from lowrank_optim.step.init_state import init_state
 
 
 def reset_state(optimizer: HasState, params: Iterable[Tensor]) -> None:
-    """See `LowRankOptimizer.reset_state`."""
+    """Let the state of some parameters begin afresh, as at their first step: moments 0, no step counted, no subspace.
+
+    A method of every optimizer of this package: `optimizer.reset_state([param])`.
+
+    Raises:
+        ValueError: a parameter that is none of the optimizer's; nothing was changed.
+        RuntimeError: gradients of an unfinished step are kept (`update_in_backward`); nothing was changed.
+    """
     chosen = list(params)
     for param in chosen:
         if param not in optimizer.plans:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lowrank_optim import optimizers
 from lowrank_optim.groups.build import param_groups
 from lowrank_optim.groups.layers import layer_groups
-from lowrank_optim.nn import ReparametrizedLinear
+from lowrank_optim.nn import AdaptedLayer, ReparametrizedLinear
 from lowrank_optim.optimizers import FULL_RANK_METHODS, LAYERWISE_METHODS, METHODS, LISAAdamW, LowRankOptimizer
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
 from lowrank_optim.planner.errors import PlanError
@@ -145,7 +145,7 @@ def _build(kind: type[Optimizer], model: nn.Module, options: dict[str, Any]) -> 
 
 def _default_rank(model: nn.Module) -> float | None:
     """None, which trains every parameter by the rule itself, where the layers are factors already."""
-    factored = any(isinstance(module, ReparametrizedLinear) for module in model.modules())
+    factored = any(isinstance(module, AdaptedLayer | ReparametrizedLinear) for module in model.modules())
     return None if factored else DEFAULT_RANK
 
 

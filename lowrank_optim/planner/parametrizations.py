@@ -7,14 +7,25 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_optim.nn import sltrain_, spectral_
+from lowrank_optim.nn import loldu_, nola_, salt_, sltrain_, spectral_, svfit_, tucker_adapters_
 from lowrank_optim.planner.errors import PlanError
 
-PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {"sltrain": sltrain_, "spectral": spectral_}
+PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {
+    "sltrain": sltrain_,
+    "spectral": spectral_,
+    "svfit": svfit_,
+    "salt": salt_,
+    "loldu": loldu_,
+    "nola": nola_,
+    "tucker": tucker_adapters_,
+}
 """By name."""
 
-FRESH: dict[str, dict[str, Any]] = {"sltrain": {"init": "fresh"}}
-"""Options for training from scratch, since weights without numbers have no others."""
+KEEP_WEIGHTS = frozenset({"svfit", "salt", "loldu", "nola"})
+"""Those beside whose layers the weights stay, which may have 8 bits."""
+
+PLANNED_WITH: dict[str, dict[str, Any]] = {"sltrain": {"init": "fresh"}}
+"""Options that a plan gives: as for training from scratch, since weights without numbers have no others."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ def resolve_parametrization(parametrization: Any) -> ParametrizationChoice | Non
 
 def _convert(name: str, function: Callable[..., Any], model: nn.Module, options: dict[str, Any]) -> nn.Module:
     try:
-        made = function(model, **FRESH.get(name, {}) | options)
+        made = function(model, **PLANNED_WITH.get(name, {}) | options)
     except (TypeError, ValueError) as error:
         raise PlanError(f"{name}: {error}") from error
     if not isinstance(made, nn.Module):

@@ -11,7 +11,7 @@ from lowrank_optim.planner.choices import OptimizerChoice, resolve_optimizer
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.memory_plan import MemoryPlan
 from lowrank_optim.planner.models import ModelChoice, resolve_model
-from lowrank_optim.planner.parametrizations import ParametrizationChoice, resolve_parametrization
+from lowrank_optim.planner.parametrizations import KEEP_WEIGHTS, ParametrizationChoice, resolve_parametrization
 from lowrank_optim.planner.simulation import sharding
 from lowrank_optim.planner.simulation.allocator import reserved_peak, rules_for
 from lowrank_optim.planner.simulation.pretend import bare
@@ -60,8 +60,8 @@ def plan(
         world_size, fsdp: processes; FSDP2 if `fsdp`, else DDP. The numbers are those of one process (`planner.sharding`).
         weight_bits: 8 for int8 weights (`lowrank_optim.nn.quantize_weights_`).
         parametrization: "sltrain", or ("sltrain", {"rank": 1024, "density": 0.05}): `lowrank_optim.nn.sltrain_` changes the model
-            first; "spectral": `spectral_` does; or a function that changes a model and returns it. Optimizers of this package then
-            project nothing unless `rank` is given to them, too.
+            first; "spectral", "svfit", "salt", "loldu", "nola", "tucker" are the other names; or a function that changes a model and
+            returns it. Optimizers of this package then project nothing unless `rank` is given to them, too.
         example_batch: for any other module: a dict (keyword arguments), tuple (positional ones) or tensor that it is called with.
         loss: the loss from the model's output; default: its `loss`, or the mean of the (first) tensor.
         per_layer: also list the bytes of each layer.
@@ -91,7 +91,7 @@ def plan(
         raise PlanError(f"weight_bits is {weight_bits!r}; it must be 16 (weights as they are) or 8 (int8)")
     if fsdp and weight_bits == 8:
         raise PlanError("fsdp and weight_bits=8 do not go together: int8 weights are not sharded by this version")
-    if layers is not None and weight_bits == 8:
+    if layers is not None and layers.name not in KEEP_WEIGHTS and weight_bits == 8:
         raise PlanError(f"{layers.name} and weight_bits=8 do not go together: its factors are not stored in int8")
     chosen_dtype = resolve_dtype(dtype, model)
     device = torch.device(device)

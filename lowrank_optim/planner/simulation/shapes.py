@@ -45,7 +45,7 @@ def _returns(func: Any) -> tuple[int, ...] | str | None:
     if written:
         return tuple(results) if len(results) == len(schema.returns) else None
     aliased = any(argument.alias_info is not None for argument in schema.arguments)
-    return None if aliased or func._schema.name in _RUN else "new"
+    return None if aliased or not results or func._schema.name in _RUN else "new"
 
 
 # What they return may be an argument itself, or depends on values.
