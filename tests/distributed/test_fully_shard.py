@@ -28,7 +28,8 @@ from tests.oracles.distributed_harness import (
     whole,
 )
 
-STEPS, GAP = 20, 5
+STEPS, GAP = 10, 4
+"""All are refreshed at the first step, and twice after it."""
 
 
 def build(model: nn.Module, name: str, **options) -> lo.LowRankOptimizer:

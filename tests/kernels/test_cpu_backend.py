@@ -72,6 +72,7 @@ FUSED = ("thin_grams", "pair_step_", "thin_turn_")
 """Products that are fused with their additions, which the baseline cannot do."""
 
 
+@pytest.mark.long
 @built
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_instruction_set_gives_the_same_bits(op: str):

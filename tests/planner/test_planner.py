@@ -25,6 +25,8 @@ from lowrank_optim.planner.simulation.allocator import (
 from lowrank_optim.planner.simulation.estimate import Probe, deep
 from lowrank_optim.planner.simulation.simulate import Run, simulate
 
+pytestmark = pytest.mark.long
+
 MIB = 2**20
 HIDDEN, FFN, LAYERS, VOCABULARY, RANK = 4096, 11008, 32, 32_000, 1024
 SIDES = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, FFN)] * 3
@@ -163,7 +165,6 @@ def test_a_weight_normalized_base_may_be_planned_in_8_bits():
     assert plans[1].optimizer_state_bytes == plans[0].optimizer_state_bytes
 
 
-@pytest.mark.long
 def test_sltrain_on_llama_7b_peaks_73_percent_below_adamw_and_25_below_galore():
     """Below bounds of theirs: AdamW's weights, gradients and two moments, and GaLore's weights and state, without all else."""
     model, rules = resolve_model("llama-7b"), rules_for("cuda")
