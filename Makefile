@@ -35,7 +35,7 @@ test-all: $(READY)   ## the test suite with every combination of values
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: lint   ## style, types and a selection of the tests, in about two minutes: each value of each parameter, and no processes
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cases values -m "not slow and not long" --ignore tests/distributed $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cases values -m "not slow and not long and not integration" --ignore tests/distributed $(ARGS)
 
 matrix:   ## a part of the tests on several versions of Python and torch: tests/matrix.py (up to 7 GB for each pair)
 	$(PYTHON) tests/matrix.py $(MATRIX)

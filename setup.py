@@ -35,7 +35,7 @@ LEVELS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
-KERNELS = ("adam", "codes", "weights", "sparse")
+KERNELS = ("adam", "codes", "weights", "sparse", "pairs", "eigen")
 SOURCES = [str(SOURCE / f"{name}.cpp") for name in KERNELS]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -87,6 +87,7 @@ def build(target: Path) -> list[str]:
             for name in KERNELS:
                 compile_one(f"{name}.cpp", f"{name}_{level}", f"-DLOWRANK_LEVEL={level}", *more)
         compile_one("pool.cpp", "pool")
+        compile_one("abi_pairs.cpp", "abi_pairs")
         compile_one("abi.cpp", "abi", f'-DLOWRANK_FLAGS="{shown}"')
         linked = f"{scratch}/{LIBRARY}"
         run([*compiler, *flags, "-shared", "-o", linked, *objects, *shlex.split(os.environ.get("LDFLAGS", ""))])

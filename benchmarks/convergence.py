@@ -1,6 +1,6 @@
 """Does a method train as well as AdamW? Every optimizer of the package beside AdamW and Muon, each at its own best learning rate.
 
-    python benchmarks/convergence.py --preset cpu                            # under an hour on 2 cores
+    python benchmarks/convergence.py --preset cpu                            # about two hours on 2 cores
     python benchmarks/convergence.py --preset cpu --methods adamw,fira --steps 100 --out runs/try
     python benchmarks/convergence.py --preset 60m --dataset allenai/c4       # a GPU; 130m likewise
 
@@ -25,11 +25,12 @@ whole training step (forward, backward, update, refreshes; no validation) in the
 the same benchmark: runs of all methods take turns on the same workers, so that a busy machine disturbs them alike, but it stays the
 noisiest number here.
 
-Other arguments go to `examples/pretrain.py` (`--text`, `--dataset`, `--batch`, `--weight-decay`, `--device`, …). Finished runs in the
-folder are used as they are and an unfinished one continues from its checkpoint, so an interrupted benchmark continues with the same
-command. A complete benchmark (all methods, all steps, three seeds, nothing else changed but the text) is written to
-benchmarks/results/convergence-PRESET.json, any other to the folder only. The standard library is a small text: at 60m and 130m it is
-read hundreds of times, and only a dataset makes sense there.
+Other arguments go to `examples/pretrain.py` (`--text`, `--dataset`, `--batch`, `--weight-decay`, `--device`, …). Finished runs in
+the folder are used as they are and an unfinished one continues from its checkpoint, so an interrupted benchmark continues with the
+same command. A benchmark with all steps and three seeds, nothing else changed but the text, is written to
+benchmarks/results/convergence-PRESET.json: all methods, or some of them with adamw among them, whose rows then take the place of
+their earlier ones (`added`). Each method there has the environment that it ran in. Any other goes to the folder only. The standard
+library is a small text: at 60m and 130m it is read hundreds of times, and only a dataset makes sense there.
 """
 
 import argparse
@@ -54,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import pretrain  # before torch, see pretraining/__init__.py
 import torch
-from common import environment, write
+from common import RESULTS, environment, write
 from convergence_plot import Curve, plot
 from convergence_study import (
     RULE,
@@ -154,11 +155,19 @@ SETTINGS = {
     "frugal_sgd": Setting(0.256, None, {"density": 0.25, "momentum": 0.9}, weight_decay=0.0),
     "ldadam": Setting(2e-3, refreshes=False),  # a new subspace at every step
     "qgalore": Setting(1.6e-2),
+    # Matrices by their rule, without a subspace.
+    "muon_adamw": Setting(8e-3, None, refreshes=False),
+    "scale": Setting(2e-3, None, refreshes=False),
+    "sinkgd": Setting(1.6e-2, None, refreshes=False),
+    "foam": Setting(8e-3, None, refreshes=False),
+    "alice": Setting(1.6e-2),
+    "subtrack": Setting(1.6e-2),
+    "conda": Setting(2e-3, 1.0),
     "low_rank": Setting(8e-3, refreshes=False),
     "sltrain": Setting(8e-3, refreshes=False),
 }
 LAYERS = tuple(name for name in PARAMETRIZATIONS if name != "none")
-METHODS = (*BASELINES, *lo.METHODS, *LAYERS)
+METHODS = (*BASELINES, *lo.METHODS, *lo.FULL_RANK_METHODS, *LAYERS)
 """Methods that are not in `SETTINGS` take `Setting()`. Starting rates decide how many rates are tried, hardly which one is found."""
 
 
@@ -337,7 +346,12 @@ def as_json(args: argparse.Namespace, preset: Preset, configs: Mapping[str, Conf
     shared = {key: value for key, value in settings[studies[0].method].items() if key not in varying}
     methods = {
         s.method: asdict(s)
-        | {"over_adamw": ratios[s.method], "rates": len(study.ladder), "start": study.setting.lr}
+        | {
+            "environment": environment(),
+            "over_adamw": ratios[s.method],
+            "rates": len(study.ladder),
+            "start": study.setting.lr,
+        }
         | {key: settings[s.method][key] for key in own if key in settings[s.method]}
         for s, study in zip(summaries, studies, strict=True)
     }
@@ -441,10 +455,32 @@ def chosen_methods(text: str | None) -> list[str]:
 
 
 def complete(args: argparse.Namespace, methods: list[str], rest: list[str]) -> bool:
-    """Whether these are the results of the preset; those of another budget or of some methods must not take their place."""
+    """Whether these are results of the preset: its budget, and adamw, the unit of all others, in the same benchmark."""
     changed = {word.partition("=")[0] for word in rest if word.startswith("--")} - {"--dataset", "--text", "--device"}
     steps = args.steps in (None, PRESETS[args.preset].steps)
-    return steps and not changed and args.seeds >= FEWEST_SEEDS and methods == chosen_methods(None)
+    return steps and not changed and args.seeds >= FEWEST_SEEDS and "adamw" in methods
+
+
+SAME = ("rule", "trained_on", "longest_ladder", "seeds", "tokens", "threads_of_a_worker", "shared")
+"""What results must have in common to stand in one table."""
+
+
+def added(results: Any, earlier: Any) -> Any:
+    """Results with the methods and runs of earlier ones (a whole JSON) that they do not have themselves.
+
+    Raises:
+        RunError: they cannot be compared; the message names what differs.
+    """
+    before = earlier["results"]
+    for key in SAME:
+        if before[key] != results[key]:
+            raise RunError(f"not added to the earlier results: {key} is {results[key]} now and was {before[key]}")
+    kept = {name: row for name, row in before["methods"].items() if name not in results["methods"]}
+    kept = {name: {"environment": earlier["environment"], **row} for name, row in kept.items()}
+    methods = kept | results["methods"]
+    runs = [run for run in before["runs"] if run["method"] in kept] + results["runs"]
+    in_order = [name for name in METHODS if name in methods] + [name for name in methods if name not in METHODS]
+    return results | {"methods": {name: methods[name] for name in in_order}, "runs": runs}
 
 
 def benchmark(args: argparse.Namespace, rest: list[str]) -> None:
@@ -468,6 +504,9 @@ def benchmark(args: argparse.Namespace, rest: list[str]) -> None:
         results = as_json(shared, preset, configs, studies)
         report(f"convergence-{args.preset}", shared.out, studies, results)
         if complete(args, methods, rest):
+            path = RESULTS / f"convergence-{args.preset}.json"
+            if path.exists() and methods != chosen_methods(None):
+                results = added(results, json.loads(path.read_text(encoding="utf-8")))
             write(f"convergence-{args.preset}", results)
 
 

@@ -35,6 +35,7 @@ MANY = (
     "SCALE, in backward",
     "SCALE, int8 weights, in backward",
     "LISA, 2 layers, in backward",
+    "SLTrain 8-bit, in backward",
 )
 
 
@@ -98,6 +99,23 @@ def bytes_in_words(size: float) -> str:
 def three_digits(value: float) -> str:
     """One decimal below 10, none above."""
     return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+TEN = (
+    *("muon_adamw", "frugal", "subtrack", "alice", "fira", "foam", "galore_8bit", "apollo", "sltrain", "sinkgd"),
+    "adamw",
+)
+"""Beside AdamW the methods that a reader chooses among."""
+
+
+def convergence_ten() -> str:
+    """Validation losses of the methods that matter."""
+    methods = results("convergence-cpu")["methods"]
+    rows = sorted((methods[name] for name in TEN), key=lambda row: row["val_loss"])
+    return table(
+        ["optimizer", "validation loss", "state ÷ adamw"],
+        ([row["method"], f"{row['val_loss']:.3f}", f"{row['over_adamw']['state_bytes']:.2f}"] for row in rows),
+    )
 
 
 def convergence() -> str:
@@ -214,6 +232,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory-7b": memory_7b,
     "distributed": distributed,
     "convergence": convergence,
+    "convergence-ten": convergence_ten,
     "step-time-dense": step_time_dense,
     "step-time-matrices": step_time_matrices,
     "step-time-small": step_time_small,

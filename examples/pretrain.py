@@ -79,6 +79,16 @@ LEARNING_RATES = {
     "frugal_sgd": 0.256,
     "ldadam": 4e-3,
     "qgalore": 1.6e-2,
+    "muon_adamw": 8e-3,
+    "sumo": 8e-3,
+    "scale": 1e-3,
+    "sinkgd": 1.6e-2,
+    "alice": 3.2e-2,
+    "subtrack": 8e-3,
+    "conda": 4e-3,
+    "foam": 8e-3,
+    "low_rank": 2e-3,
+    "sltrain": 4e-3,
     "lisa": 2e-3,
     "badam": 2e-3,
 }
@@ -92,7 +102,7 @@ LOW_RANK_OPTIONS = ("update_proj_gap", "scale", "proj_type", "projector", "on_re
 
 
 def arguments() -> argparse.ArgumentParser:
-    methods = ", ".join(["adamw", *lo.METHODS, *lo.LAYERWISE_METHODS])
+    methods = ", ".join(["adamw", *lo.METHODS, *lo.FULL_RANK_METHODS, *lo.LAYERWISE_METHODS])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to train")
     what.add_argument("--model", default="cpu", choices=SIZES, help="size (default cpu, under a million parameters)")
@@ -240,7 +250,7 @@ def check(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Raise RunError for arguments that cannot work; returns (optimizer, parametrization) of each run."""
     kinds = layers_to_train(args)
     names = (args.compare or args.sweep or args.optimizer or "galore").split(",") if "none" in kinds else []
-    valid = ["adamw", *lo.METHODS, *lo.LAYERWISE_METHODS]
+    valid = ["adamw", *lo.METHODS, *lo.FULL_RANK_METHODS, *lo.LAYERWISE_METHODS]
     for name in names:
         if name not in valid:
             near = get_close_matches(name, valid, n=1)

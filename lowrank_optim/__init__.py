@@ -48,7 +48,9 @@ from lowrank_optim.optimizers import (
     MomentumPerturbation,
     MuonAdamW,
     QGaLoreAdamW8bit,
+    RankTruncation,
     RiemannianAdamW,
+    SaRAAdamW,
     SCALEOptimizer,
     SinkGDAdamW,
     SpectralSchedule,
@@ -60,6 +62,7 @@ from lowrank_optim.optimizers import (
     full_precision,
     perturb_by_momentum,
     state_bytes,
+    truncate_ranks,
     watch_step,
 )
 from lowrank_optim.projectors import (
@@ -73,6 +76,7 @@ from lowrank_optim.projectors import (
     Projector,
     Random,
     RandomizedSVD,
+    SmallestWeights,
 )
 from lowrank_optim.projectors.base import Basis, GradientTerm, Refresh, StepParams, SubspaceSpec, usable
 from lowrank_optim.projectors.dense_basis import DenseBasis
@@ -164,6 +168,7 @@ __all__ = [
     "RMSprop",
     "Random",
     "RandomizedSVD",
+    "RankTruncation",
     "Refresh",
     "Residual",
     "ResidualInput",
@@ -175,9 +180,11 @@ __all__ = [
     "SCALEOptimizer",
     "SGDResidual",
     "SUMOAdamW",
+    "SaRAAdamW",
     "SignResidual",
     "SinkGDAdamW",
     "Sinkhorn",
+    "SmallestWeights",
     "SpectralSchedule",
     "StepParams",
     "StepProgress",
@@ -204,6 +211,7 @@ __all__ = [
     "prune_ranks_",
     "scale_rows_in_backward",
     "state_bytes",
+    "truncate_ranks",
     "update_in_backward",
     "update_scalings",
     "usable",

@@ -46,29 +46,37 @@ def factors(item: pytest.Item) -> list[tuple[str, object]]:
     return [*found, *left.items()]
 
 
-def adds(item: pytest.Item, cases: str, seen: set[object]) -> bool:
-    """Whether this case has a value, or a pair of values, that no case of this test had before; `seen` is brought up to date."""
+def needed(item: pytest.Item, cases: str) -> set[object]:
+    """What this case has and some case of its test must have: its values, or pairs of them, or just itself."""
     callspec: Any = getattr(item, "callspec", None)
-    if callspec is None:
-        return True
     test = item.nodeid.partition("[")[0]
+    if callspec is None:
+        return {item.nodeid}
     if cases == "values":
-        new = {(test, name, id(value)) for name, value in callspec.params.items()} - seen
-    else:
-        own = factors(item)
-        if len(own) <= 2 or item.path.parent.name == "kernels":  # where three values together decide which loop runs
-            return True
-        new = {(test, *pair) for pair in combinations(own, 2)} - seen
-    seen |= new
-    return bool(new)
+        return {(test, name, id(value)) for name, value in callspec.params.items()}
+    own = factors(item)
+    if len(own) <= 2 or item.path.parent.name == "kernels":  # where three values together decide which loop runs
+        return {item.nodeid}
+    return {(test, *pair) for pair in combinations(own, 2)}
+
+
+def chosen(items: Sequence[pytest.Item], cases: str) -> set[pytest.Item]:
+    """A few cases that have all that is needed: first those with the most that no other one has yet."""
+    left = {item: needed(item, cases) for item in items if not item.get_closest_marker("full")}
+    kept, seen = set(), set[object]()
+    for most in range(max(map(len, left.values()), default=0), 0, -1):
+        for item, own in left.items():
+            if len(own - seen) >= most:
+                kept.add(item)
+                seen |= own
+    return kept
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if (cases := config.getoption("cases")) != "all":
-        seen: set[object] = set()
-        kept = [item for item in items if adds(item, cases, seen)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+        kept = chosen(items, cases)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     # Files with long tests come first, so that no worker has one left when the others have nothing.
     long = {
         item.path for item in items if {"long", "slow"} & set(item.keywords) or item.path.parent.name == "distributed"

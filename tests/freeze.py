@@ -132,6 +132,9 @@ CASES |= {
     "qgalore": Case("qgalore", tolerance=0.05),
     "lisa": Case("lisa", options={"active_layers": 2, "period": 3, "sleeping_state": "cpu"}),
     "badam": Case("badam", options={"period": 3}),
+    "sara_shrink": Case(
+        "sara", {"density": 1.0}, options={"threshold": 0.12, "shrink_at": GAP, "low_rank_weight": 0.1}
+    ),
     "halfway": Case("galore", accumulate=2),
     "lazy": Case("galore", options={"overlap_threshold": 0.5, "on_refresh": "rotate", "proj_type": "full"}),
     "rules": Case(

@@ -3,22 +3,14 @@
 //
 // They return 0, or 1 where there is no memory for working space; nothing has been changed then. Arguments are not checked.
 // Whoever changes a signature or a structure raises ABI_VERSION here and in library.py.
-#include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <vector>
 
-#include "ops.h"
-#include "pool.h"
+#include "calls.h"
 
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 10;
-constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thread
-
+constexpr int ABI_VERSION = 11;
 #define LOWRANK_TEXT_(x) #x
 #define LOWRANK_TEXT(x) LOWRANK_TEXT_(x)
 #ifdef __clang__
@@ -30,15 +22,8 @@ constexpr int64_t ALONE = 1 << 15;  // elements that are not worth a second thre
 #define LOWRANK_FLAGS "flags unknown"
 #endif
 
-struct Level {
-  const char* name;
-  const AdamKernels& adam;
-  const CodeKernels& codes;
-  const WeightKernels& weights;
-  const SparseKernels& sparse;
-};
-
-#define LOWRANK_ROW(level) {#level, level::adam_kernels, level::code_kernels, level::weight_kernels, level::sparse_kernels}
+#define LOWRANK_ROW(level) {#level, level::adam_kernels, level::code_kernels, level::weight_kernels, level::sparse_kernels, \
+                            level::pair_kernels, level::eigen_kernels}
 #ifdef LOWRANK_X86
 const Level LEVELS[] = {LOWRANK_ROW(avx512), LOWRANK_ROW(avx2), LOWRANK_ROW(baseline)};
 #else
@@ -52,7 +37,7 @@ bool runs_here(const Level& level) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
   }
-  if (std::strcmp(level.name, "avx2") == 0) return __builtin_cpu_supports("avx2");
+  if (std::strcmp(level.name, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return std::strcmp(level.name, "baseline") == 0;
 }
@@ -71,48 +56,8 @@ using OnUnits = void (*)(const Args&, int64_t, int64_t);
 template <class Args>
 using OnBlocks = void (*)(const Args&, int64_t, int64_t, float*);
 
-// 1 where there is no memory.
-template <class Body>
-int guarded(const Body& body) {
-  try {
-    return body();
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-}
-
 // Units of a coded matrix that is not empty.
 int64_t units_of(const Coding& c) { return c.rows * pieces(c.cols, span(c)); }
-
-int limited(int threads) { return threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads; }
-
-// body(begin, end, worker) over [0, count) in pieces.
-template <class Body>
-void in_pieces(int64_t count, int64_t piece, int threads, const Body& body) {
-  parallel(
-      count, piece > 1 ? piece : 1, threads,
-      [](void* context, int64_t begin, int64_t end, int worker) { (*static_cast<const Body*>(context))(begin, end, worker); },
-      const_cast<Body*>(&body));
-}
-
-// The units of several calls in a row.
-struct Units {
-  std::vector<int64_t> first{0};  // the first one of each call, and their number
-
-  void add(int64_t units) { first.push_back(first.back() + units); }
-  int64_t count() const { return first.back(); }
-
-  // body(call, from, to) for the units `begin` … `end`, counted within each call.
-  template <class Body>
-  void each(int64_t begin, int64_t end, const Body& body) const {
-    size_t k = size_t(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
-    for (; begin < end; ++k) {
-      const int64_t to = end < first[k + 1] ? end : first[k + 1];
-      if (begin < to) body(k, begin - first[k], to - first[k]);
-      begin = to;
-    }
-  }
-};
 
 // A kernel over `units` of `size` elements.
 template <class Args>
@@ -180,11 +125,6 @@ struct Inverse {
   }
 };
 
-typedef std::unique_ptr<float, decltype(&std::free)> Room;
-
-// Room that begins with a cache line; null where there is no memory.
-Room room_for(int64_t floats) { return Room(static_cast<float*>(std::aligned_alloc(64, size_t(floats) * sizeof(float))), &std::free); }
-
 // The widest tiles of tokens with `cols` features that have at most so many elements; few tokens have narrow ones.
 const SparseWidth& width_of(int64_t cols, int64_t tokens, int64_t most) {
   const SparseWidth* best = chosen->sparse.widths;
@@ -210,11 +150,12 @@ void write_norms(const CodedAdamArgs& args) {
 }
 
 }  // namespace
+
+const Level& level_in_use() { return *chosen; }
+
 }  // namespace lowrank
 
 using namespace lowrank;
-
-#define LOWRANK_API extern "C" __attribute__((visibility("default")))
 
 LOWRANK_API int lowrank_optim_abi_version() { return ABI_VERSION; }
 

@@ -97,6 +97,17 @@ INLINE Floats square_root(Floats x) {
 #endif
 }
 
+// x y + z, rounded once where the instruction set can do so.
+INLINE Floats multiply_add(Floats x, Floats y, Floats z) {
+#if defined(__AVX512F__)
+  return Floats(_mm512_fmadd_ps(__m512(x), __m512(y), __m512(z)));
+#elif defined(__AVX2__) && defined(__FMA__)
+  return Floats(_mm256_fmadd_ps(__m256(x), __m256(y), __m256(z)));
+#else
+  return x * y + z;
+#endif
+}
+
 // The bits of |x|.
 INLINE Ints magnitude(Floats x) { return Ints(x) & int32_t(MAGNITUDE); }
 

@@ -1,5 +1,5 @@
 // What the operations take (lowrank_optim/kernels/cpu/structures.py has the same structures), and the tables of the kernels that do
-// them, four for each instruction set.
+// them, six for each instruction set.
 //
 // Definitions: lowrank_optim/kernels/reference.py and coded_reference.py. Every float operation here is rounded to float32 once, in
 // the order written there, without fused multiply-adds, so all instruction sets, thread counts and ways of cutting a tensor give the
@@ -12,6 +12,7 @@ namespace lowrank {
 
 // Tensors may start at any byte.
 typedef float f32 __attribute__((aligned(1), may_alias));
+typedef double f64 __attribute__((aligned(1), may_alias));
 typedef uint16_t u16 __attribute__((aligned(1), may_alias));
 typedef int32_t s32 __attribute__((aligned(1), may_alias));
 typedef uint8_t u8;
@@ -244,6 +245,59 @@ struct SampledArgs {
   f32* values;
 };
 
+// A tall matrix, size × rank; `wide`: it lies as rank × size.
+struct TallArgs {
+  int64_t size, rank;
+  bool wide;
+};
+
+// thin_grams: out (rank × rank) = leftᵀ right.
+struct GramArgs {
+  TallArgs tall;
+  const f32 *left, *right;
+  f32* out;
+};
+
+// pair_step_: M ← (1 − share) M + share · G S, W ← keep W − alpha M; after = W_newᵀ W_new, cross = W_oldᵀ W_new.
+struct PairStepArgs {
+  TallArgs tall;
+  f32* weight;
+  const f32* grad;
+  f32* momentum;
+  const f32* small;
+  float share, alpha, keep;
+  f32 *after, *cross;
+};
+
+// thin_turn_: X ← X S.
+struct TurnArgs {
+  TallArgs tall;
+  f32* form;
+  const f32* small;
+};
+
+// inverse_power: Z diag(1/(w + shift)) Zᵀ, or with `root` Z diag(1/(√(w + shift) + added)) Zᵀ, of `count` matrices (rank × rank); 0 for
+// eigenvalues up to `tolerance` times the largest.
+struct InversePowerArgs {
+  int64_t count, rank;
+  const f64 *matrices, *shift;  // `shift`: one for each matrix, or null
+  f64* out;
+  double tolerance, added;
+  bool root;
+};
+
+// Working memory of a thread, in floats: two matrices and three lines of vectors of at most 64 bytes.
+inline int64_t eigen_floats(int64_t rank) { return 16 * rank * (2 * rank + 3); }
+
+// Rows of a tile of a tall matrix, and of a unit of work.
+constexpr int64_t TALL_TILE = 64, TALL_UNIT = 2048;
+
+// Ranks in whole vectors of all instruction sets.
+inline int64_t padded_rank(int64_t rank) { return (rank + 15) / 16 * 16; }
+
+// Working memory of a thread, in floats: S and six tiles.
+inline int64_t tall_floats(int64_t rank) { return padded_rank(rank) * (padded_rank(rank) + 6 * TALL_TILE); }
+
 // Of the squares in which tokens × features are turned round.
 constexpr int SIDE = 16;
 
@@ -290,12 +344,28 @@ struct SparseKernels {
   SparseWidth widths[3];
 };
 
+// `part`: of a unit, the sums that it adds to each result, padded × padded; of a product of a matrix with itself, the upper triangle.
+struct PairKernels {
+  void (*gram)(const GramArgs&, int64_t unit, float* part, float* scratch);
+  void (*step)(const PairStepArgs&, int64_t unit, float* parts, float* scratch);
+  void (*turn)(const TurnArgs&, int64_t unit, float* none, float* scratch);
+};
+typedef const PairKernels& (*PairKernelsFor)(int64_t rank, bool wide);
+
+// From matrix number unit · matrices on, `matrices` of them.
+struct EigenKernels {
+  int matrices;
+  void (*inverse_power)(const InversePowerArgs&, int64_t unit, float* none, float* scratch);
+};
+
 #define LOWRANK_TABLES(level)                \
   namespace level {                          \
   extern const AdamKernels adam_kernels;     \
   extern const CodeKernels code_kernels;     \
   extern const WeightKernels weight_kernels; \
   extern const SparseKernels sparse_kernels; \
+  extern const PairKernelsFor pair_kernels;  \
+  extern const EigenKernels eigen_kernels;   \
   }
 LOWRANK_TABLES(baseline)
 #ifdef LOWRANK_X86

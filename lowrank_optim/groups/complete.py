@@ -80,5 +80,6 @@ def check_group(group: Mapping[str, Any], parts: Parts) -> None:
     parts.rule.check(group)
     parts.residual.check(group)
     parts.projector.check(group["proj_type"])
+    parts.projector.check_group(group)
     check_parts(parts.rule, parts.projector, parts.residual, group)
     check_combination(parts.projector, group)

@@ -142,8 +142,8 @@ def _row(group: Mapping[str, Any], shape: tuple[int, ...], registry: PartRegistr
         short = min(matrix[-2:])
         return _Row(shape, "-", "-", layout, f"dense ({short} < {resolve_rank(group['rank'], short)})")
     if projector.moments_change_shape:
-        return _Row(shape, "-", "-", layout, "in turn")
-    return _Row(shape, space.side, str(space.rank), layout, "low-rank")
+        return _Row(shape, "-", "-", layout, projector.treatment)
+    return _Row(shape, space.side, str(space.rank), layout, projector.treatment)
 
 
 def _named_tensors(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

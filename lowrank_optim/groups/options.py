@@ -175,6 +175,7 @@ CARRIED: Collection[str] = {
     *("params", "param_names", "fused", "foreach", "capturable", "differentiable", "amsgrad", "decoupled_weight_decay"),
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"),
     *("name", "group_name", "layer", "grad_norms", "state_format"),
+    *("truncation_step", "truncation_last", "truncation_ranks"),
     *("pairs", "scalings", "experts"),  # of `lora_pairs`
 }
 """Group keys of torch, its schedulers and trainers, kept as they are."""
@@ -373,7 +374,7 @@ def check_parts(rule: Rule, projector: Projector, residual: Residual, options: M
 
 def check_combination(projector: Projector, options: Mapping[str, Any]) -> None:
     """Raise ValueError for options that make no sense together with this projector."""
-    if projector.moments_change_shape and options["on_refresh"] != "reset":
+    if projector.moments_change_shape and not projector.narrows and options["on_refresh"] != "reset":
         raise ValueError(
             f"on_refresh is {options['on_refresh']!r}, but projector={projector.name!r} frees the moments of a tensor when its "
             'turn ends; use on_refresh="reset"'

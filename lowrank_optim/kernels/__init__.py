@@ -13,13 +13,17 @@ from lowrank_optim.kernels.api import (
     apply_call,
     apply_dense_,
     folded_adam_dense_call,
+    inverse_power,
     lion_direct_,
     no_factors,
+    pair_step_,
     project,
     project_with_norms,
     rmsprop_direct_,
     sgd_direct_,
     store_,
+    thin_grams,
+    thin_turn_,
 )
 from lowrank_optim.kernels.arguments import pack_key, pack_scalars, unpack_key
 from lowrank_optim.kernels.coded_reference import decode_adam, encode_adam
@@ -85,6 +89,7 @@ __all__ = [
     "encode_adam",
     "fold_means",
     "folded_adam_dense_call",
+    "inverse_power",
     "is_known",
     "is_watched",
     "joined",
@@ -99,6 +104,7 @@ __all__ = [
     "outside_graph",
     "pack_key",
     "pack_scalars",
+    "pair_step_",
     "project",
     "project_with_norms",
     "rmsprop_direct_",
@@ -109,6 +115,8 @@ __all__ = [
     "sgd_direct_",
     "stochastic_round",
     "store_",
+    "thin_grams",
+    "thin_turn_",
     "token_rows",
     "unpack_key",
 ]

@@ -3,15 +3,17 @@
 Equations, shapes and types are those of the definitions in `reference`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lowrank_optim.kernels import pair_reference  # noqa: F401 (defines operations)
 from lowrank_optim.kernels.arguments import pack_key, pack_scalars
 from lowrank_optim.kernels.dispatch import call
+from lowrank_optim.kernels.host import cpu_tensor
 from lowrank_optim.kernels.reference import ResidualTerm
 from lowrank_optim.kernels.rounding import WeightError
 
@@ -186,3 +188,35 @@ def store_(
 ) -> None:
     """target ← value, rounded to the target's type: to nearest, stochastically with a key, or with what that drops in `error`."""
     call("stochastic_round_", target, value, pack_key(rounding_key, start), *(error or ()))
+
+
+def thin_grams(left: Sequence[Tensor], right: Sequence[Tensor], wide: Sequence[bool]) -> Tensor:
+    """XᵀY of every two factors, see `pair_reference.thin_grams`."""
+    result: Tensor = call("thin_grams", left, right, wide)
+    return result
+
+
+def pair_step_(
+    weights: Sequence[Tensor],  # modified in place
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],  # modified in place
+    small: Tensor,
+    numbers: Sequence[tuple[float, float, float]],
+    wide: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """The step of every factor with share, α and κ, see `pair_reference.pair_step_`."""
+    after, cross = call("pair_step_", weights, grads, momenta, small, cpu_tensor(numbers, torch.float64), wide)
+    return after, cross
+
+
+def thin_turn_(forms: Sequence[Tensor], small: Tensor, wide: Sequence[bool]) -> None:
+    """X ← X S, see `pair_reference.thin_turn_`."""
+    call("thin_turn_", forms, small, wide)
+
+
+def inverse_power(
+    matrices: Tensor, tolerance: float, *, root: bool, shift: Tensor | None = None, added: float = 0.0
+) -> Tensor:
+    """The inverse, or its root, of symmetric matrices, see `pair_reference.inverse_power`."""
+    result: Tensor = call("inverse_power", matrices, shift, pack_scalars(tolerance, added), root)
+    return result

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_optim.kernels.rounding import WeightError, joined
 
-HOST = ("scalars", "noise", "rounding", "key")
+HOST = ("scalars", "noise", "rounding", "key", "numbers")
 """Arguments that stay on the CPU."""
 
 Arguments = tuple[Any, ...]
@@ -68,6 +68,8 @@ TOLERANCE = {
     **dict.fromkeys(("project", "project_with_norms"), Tolerance(1e-5, 3e-6)),
     "gaussian_": Tolerance(2e-7, 1e-12),
     **dict.fromkeys(("sltrain_forward", "sltrain_backward_input", "sampled_product"), Tolerance(1e-5, 3e-6, 1e-2, 1.0)),
+    **dict.fromkeys(("thin_grams", "pair_step_", "thin_turn_"), Tolerance(1e-5, 3e-6)),
+    "inverse_power": Tolerance(1e-9, 1e-9),
 }
 """By operation, for one that is rounded in float32 throughout but in another order, or with fused multiply-adds."""
 
@@ -81,12 +83,19 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
+def moved(value: Any, device: torch.device | str) -> Any:
+    """A tensor, or the tensors of a list, on the device; other arguments as they are."""
+    if isinstance(value, list):
+        return [moved(each, device) for each in value]
+    return to_device(value, device) if isinstance(value, Tensor) else value
+
+
 def answer(kernel: Callable[..., Any], case: Case, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:
     """What the kernel returned ("result 0", …) and the arguments that it may change, by name; None if it declined."""
     schema = getattr(torch.ops.lowrank_optim, case.op).default._schema
     names = [argument.name for argument in schema.arguments]
     args = [
-        to_device(value, device) if isinstance(value, Tensor) and name not in HOST else value
+        value if name in HOST else moved(value, device)
         for name, value in zip(names, case.make(), strict=False)  # without `error`, where there is none
     ]
     result = kernel(*args)
@@ -96,7 +105,8 @@ def answer(kernel: Callable[..., Any], case: Case, device: torch.device | str = 
     outcome = {f"result {i}": tensor for i, tensor in enumerate(results)}
     for argument, value in zip(schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write and value is not None:
-            outcome[argument.name] = value
+            several = enumerate(value) if isinstance(value, list) else ()
+            outcome |= {f"{argument.name} {i}": each for i, each in several} or {argument.name: value}
     if "error" in outcome:  # one number: its parts may differ where it is on an edge
         error = WeightError(outcome.pop("error"), outcome.pop("error_low", None))
         outcome[names[0]] = joined(outcome[names[0]], error)

@@ -109,7 +109,16 @@ def _dispatcher(name: str) -> Kernel:
                 return result
         return define(*args)
 
-    return kernel
+    def kernel_of_lists(*args: Any) -> Any:
+        check(*args)
+        for run in _ways(name, args[0][0].device.type, _environment(_KEY)):
+            result = run(*args)
+            if result is not NotImplemented:
+                _changed(tensor for i in written for tensor in args[i])
+                return result
+        return define(*args)
+
+    return kernel_of_lists if str(arguments[0].type) == "List[Tensor]" else kernel
 
 
 @cache
@@ -136,7 +145,7 @@ def _is_plain(arguments: Iterable[Any]) -> bool:
     """Whether the tensors among these arguments are in memory for all to see.
 
     Others (fake ones, quantised weights, views with a negative bit, zeros without memory) have ways of their own, which only the
-    operation itself goes.
+    operation itself goes. What stands in a list, of many parameters, was looked at when the step began (`step.entrance`).
     """
     for argument in arguments:
         if argument is None:

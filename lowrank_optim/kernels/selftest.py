@@ -425,6 +425,41 @@ def sampled_product(
     return as_layout(grad, layout), as_layout(x, layout), *support(rows, cols, density, columns)
 
 
+def factors(seed: int, sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32) -> tuple[list[Tensor], list[bool]]:
+    """Factors d×rank of these sizes, every second one as its transpose."""
+    wide = [bool(n % 2) for n in range(len(sizes))]
+    shapes = [(rank, d) if lies else (d, rank) for d, lies in zip(sizes, wide, strict=True)]
+    return [draw(seed + n, shape, dtype) for n, shape in enumerate(shapes)], wide
+
+
+def thin_grams(sizes: tuple[int, ...], rank: int, same: bool = False, dtype: torch.dtype = F32) -> Arguments:
+    left, wide = factors(1, sizes, rank, dtype)
+    return left, left if same else factors(51, sizes, rank, dtype)[0], wide
+
+
+def pair_step(sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32) -> Arguments:
+    (weights, wide), (grads, _), (momenta, _) = (factors(seed, sizes, rank, dtype) for seed in (1, 51, 101))
+    numbers = [(0.1 / (n + 1), 0.03, 1.0 - 0.1 * n) for n in range(len(sizes))]
+    small = draw(151, (len(sizes), rank, rank), dtype)
+    return weights, grads, momenta, small, torch.tensor(numbers, dtype=F64), wide
+
+
+def thin_turn(sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32) -> Arguments:
+    forms, wide = factors(1, sizes, rank, dtype)
+    return forms, draw(51, (len(sizes), rank, rank), dtype), wide
+
+
+def inverse_power(batch: Shape, rank: int, root: bool, shift: bool = False, fill: str = "plain") -> Arguments:
+    """Gram matrices, every third one of half the rank; `fill` of the last one."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((*batch, rank, rank + 5), generator=generator, dtype=F64)
+    x.view(-1, rank, rank + 5)[::3, :, (rank + 1) // 2 :] = 0.0
+    grams = x @ x.mT
+    spoiled(grams.view(-1, rank * rank)[-1], fill)
+    shifts = positive(2, batch, F64) if shift else None
+    return grams, shifts, arguments.pack_scalars(1e-9, 0.01 if shift else 0.0), root
+
+
 def case(op: str, make: Callable[..., Arguments], *args: Any, **options: Any) -> Case:
     """A case whose label is its arguments."""
     words = [*map(_word, args), *(f"{name}={_word(value)}" for name, value in options.items())]
@@ -483,3 +518,7 @@ def quick_cases() -> Iterator[Case]:
         yield case("sltrain_forward", sltrain_forward, (70,), 20, 33, 3, dtype, columns=columns)
         yield case("sltrain_backward_input", sltrain_backward_input, (70,), 20, 33, 3, dtype, columns=columns)
         yield case("sampled_product", sampled_product, (70,), 20, 33, dtype, columns=columns)
+    yield case("thin_grams", thin_grams, (70, 150), 3)
+    yield case("pair_step_", pair_step, (70, 150), 16)
+    yield case("thin_turn_", thin_turn, (70, 150), 5)
+    yield case("inverse_power", inverse_power, (5,), 6, True, shift=True)

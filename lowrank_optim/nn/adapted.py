@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.kernels import compute_dtype, cpu_tensor
 from lowrank_optim.nn.reparametrized import (
-    HOOKS,
     ReparametrizedLayer,
     ReparametrizedLinear,
     kind_of,
+    leave_hooks,
     matrix_of,
     take_hooks,
 )
@@ -86,8 +86,7 @@ class AdaptedLayer(ReparametrizedLayer):
     def take_hooks_of_base(self) -> None:
         """The forward and backward hooks and the training flag of the base, which has no hooks then."""
         take_hooks(self.base, self)
-        for name in HOOKS:
-            self.base.__dict__[name] = nn.Module().__dict__[name]
+        leave_hooks(self.base)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -91,3 +91,11 @@ def rank_for_energy(values: Tensor, energy: float) -> int:
     sums = values.cumsum(0)
     reached = sums >= energy * sums[-1] * (1 - 1e-12)
     return int(reached.nonzero()[0]) + 1
+
+
+def nuclear_subgradient(matrix: Tensor) -> Tensor:
+    """U Vᵀ of the singular triplets with σ > 0: the smallest of the subgradients of ‖M‖_* (0 for M = 0), in the matrix's type."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    floor = values[..., :1] * (torch.finfo(matrix.dtype).eps * max(matrix.shape[-2:]))
+    product: Tensor = (left * (values > floor).to(matrix.dtype).unsqueeze(-2)) @ right
+    return product

@@ -7,7 +7,7 @@ checked.
 
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class ReparametrizedLayer(nn.Module):
     """
 
     converter = ""
+    reads_inner_layers: ClassVar[bool] = False
+    """Whether it reads the parameters of layers within it, so that these cannot be replaced by others."""
 
     def merged(self) -> Tensor:
         """The weight, m×n, in the type of the parameters."""
@@ -192,6 +194,12 @@ def find_layers(
     chosen = {id(param) for param in select_matrices(model, include, exclude)}
     if names is not None:
         chosen = _named(model, kinds, names)
+    held = {
+        id(inner)
+        for module in model.modules()
+        if isinstance(module, ReparametrizedLayer) and module.reads_inner_layers
+        for inner in module.children()
+    }
     labels = [KIND_NAMES[kind] for kind in kinds]
     wanted = ", ".join(labels[:-1]) + " or " * (len(labels) > 1) + labels[-1]
     if kind_of(model) in kinds:
@@ -208,7 +216,7 @@ def find_layers(
     taken = [
         TakenLayer(path, position, module)
         for position, (path, module) in enumerate(layers)
-        if kind_of(module) in kinds and id(module._parameters.get("weight")) in chosen
+        if kind_of(module) in kinds and id(module) not in held and id(module._parameters.get("weight")) in chosen
     ]
     if not taken:
         raise ValueError(
@@ -294,6 +302,12 @@ def take_hooks(old: nn.Module, new: nn.Module) -> None:
     for name in HOOKS:  # the same dicts, so that the handles of the hooks still remove them
         if name in old.__dict__:
             new.__dict__[name] = old.__dict__[name]
+
+
+def leave_hooks(old: nn.Module) -> None:
+    """Take all forward and backward hooks from a module that another one, which has them now, goes on calling or reading."""
+    for name in HOOKS:
+        old.__dict__[name] = nn.Module().__dict__[name]
 
 
 @torch.no_grad()

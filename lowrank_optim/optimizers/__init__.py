@@ -20,9 +20,11 @@ from lowrank_optim.optimizers.muon import MuonAdamW, SUMOAdamW
 from lowrank_optim.optimizers.normalized import SCALEOptimizer, SinkGDAdamW
 from lowrank_optim.optimizers.perturbation import MomentumPerturbation, perturb_by_momentum
 from lowrank_optim.optimizers.qgalore import QGaLoreAdamW8bit
+from lowrank_optim.optimizers.sara import SaRAAdamW
 from lowrank_optim.optimizers.sizes import state_bytes
 from lowrank_optim.optimizers.spectral_schedule import SpectralSchedule
 from lowrank_optim.optimizers.subtrack import SubTrackAdamW
+from lowrank_optim.optimizers.truncation import RankTruncation, truncate_ranks
 from lowrank_optim.optimizers.watch import StepProgress, StepWatch, watch_step
 
 __all__ = [
@@ -53,9 +55,11 @@ __all__ = [
     "MomentumPerturbation",
     "MuonAdamW",
     "QGaLoreAdamW8bit",
+    "RankTruncation",
     "RiemannianAdamW",
     "SCALEOptimizer",
     "SUMOAdamW",
+    "SaRAAdamW",
     "SinkGDAdamW",
     "SpectralSchedule",
     "StepProgress",
@@ -65,6 +69,7 @@ __all__ = [
     "full_precision",
     "perturb_by_momentum",
     "state_bytes",
+    "truncate_ranks",
     "watch_step",
 ]
 
@@ -87,6 +92,7 @@ METHODS: dict[str, type[LowRankOptimizer]] = {
     "alice": AliceAdamW,
     "subtrack": SubTrackAdamW,
     "conda": CondaAdamW,
+    "sara": SaRAAdamW,
 }
 """Short names, as command lines and trainers use them."""
 

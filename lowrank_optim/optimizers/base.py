@@ -18,6 +18,7 @@ from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.adopt import adopting
 from lowrank_optim.optimizers.change_group import change_group
 from lowrank_optim.optimizers.contracts import Attachment, Watch
+from lowrank_optim.optimizers.keep_rows import keep_rows
 from lowrank_optim.optimizers.owners import check_free
 from lowrank_optim.optimizers.reset_state import reset_state
 from lowrank_optim.optimizers.state_types import follow, followed, state_template
@@ -150,24 +151,9 @@ class LowRankOptimizer(Optimizer):
         """Raise ValueError where a complete group says what cannot be."""
         check_group(options, self.parts.of(options))
 
-    def change_group(self, number: int, **options: Any) -> None:
-        """Change options of a param group that decide about its state, and lay its state out anew.
-
-        Moments go along where they can (`lowrank_optim.step.relayout`): a rank may grow and shrink in mid-training. Everything else
-        begins afresh. A group that becomes low-rank or dense, and has no rule of its own, gets that of a new group like it. To
-        resume a run, build the optimizer with the options that held when its checkpoint was written.
-
-        Args:
-            number: of the group in `param_groups`.
-            **options: group options, such as rank=8, rule=lo.Lion(), state_bits=8.
-
-        Raises:
-            TypeError, ValueError: as for `add_param_group`; nothing was changed.
-            RuntimeError: gradients of an unfinished step are kept (`update_in_backward`).
-        """
-        change_group(self, number, options)
-
+    change_group = change_group
     reset_state = reset_state
+    keep_rows = keep_rows
 
     # -------------------------------------------------------------------------------------------------------------- plans
 

@@ -11,8 +11,23 @@ from lowrank_optim.step.joint import check_trainable
 from lowrank_optim.step.relayout import carry_over
 
 
-def change_group(optimizer: HasState, number: int, options: Mapping[str, Any]) -> None:
-    """See `LowRankOptimizer.change_group`."""
+def change_group(optimizer: HasState, number: int, **options: Any) -> None:
+    """Change options of a param group that decide about its state, and lay its state out anew.
+
+    Moments go along where they can (`lowrank_optim.step.relayout`): a rank may grow and shrink in mid-training. Everything else
+    begins afresh. A group that becomes low-rank or dense, and has no rule of its own, gets that of a new group like it. To
+    resume a run, build the optimizer with the options that held when its checkpoint was written.
+
+    A method of every optimizer of this package.
+
+    Args:
+        number: of the group in `param_groups`.
+        **options: group options, such as rank=8, rule=lo.Lion(), state_bits=8.
+
+    Raises:
+        TypeError, ValueError: as for `add_param_group`; nothing was changed.
+        RuntimeError: gradients of an unfinished step are kept (`update_in_backward`).
+    """
     groups, plans = optimizer.param_groups, optimizer.plans
     if not 0 <= number < len(groups):
         raise ValueError(f"there is no param group {number}; there are {len(groups)}, numbered from 0")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.optimizers.contracts import HasState
+from lowrank_optim.sharding.dtensor import as_tensor
 from lowrank_optim.step.entrance import check_members
 from lowrank_optim.step.init_state import init_moments, init_state, placed
 from lowrank_optim.step.state_names import ACCUMULATORS
@@ -32,7 +33,14 @@ def _resized(
     plan = optimizer.plans[param]
     if plan.space is None or not plan.projector.moments_change_shape or not saved:
         return own
-    moments = placed(plan, init_moments(group, plan, saved, param.dtype, torch.device("meta")))
+    meta = torch.device("meta")
+    if plan.projector.narrows:  # whose own tensors have fewer elements then
+        most = plan.whole_moment_shape()[-2]
+        fewer = {n: as_tensor(saved[n]).shape for n in plan.projector.state_lies if n in own and n in saved}
+        fewer = {n: shape for n, shape in fewer.items() if len(shape) == 1 and shape[0] <= most}
+        own |= placed(plan, {n: torch.empty(shape, dtype=own[n].dtype, device=meta) for n, shape in fewer.items()})
+        saved = own
+    moments = placed(plan, init_moments(group, plan, saved, param.dtype, meta))
     return {name: tensor for name, tensor in own.items() if name != "col_scale"} | moments
 
 

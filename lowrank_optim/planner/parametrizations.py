@@ -7,12 +7,24 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_optim.nn import loldu_, nola_, salt_, sltrain_, spectral_, svfit_, tucker_adapters_
+from lowrank_optim.nn import (
+    loldu_,
+    nola_,
+    ordered_,
+    salt_,
+    sltrain_,
+    spectral_,
+    svfit_,
+    tucker_adapters_,
+    weight_normalized_,
+)
 from lowrank_optim.planner.errors import PlanError
 
 PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {
     "sltrain": sltrain_,
     "spectral": spectral_,
+    "weight_normalized": weight_normalized_,
+    "ordered": ordered_,
     "svfit": svfit_,
     "salt": salt_,
     "loldu": loldu_,
@@ -21,7 +33,7 @@ PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {
 }
 """By name."""
 
-KEEP_WEIGHTS = frozenset({"svfit", "salt", "loldu", "nola"})
+KEEP_WEIGHTS = frozenset({"weight_normalized", "svfit", "salt", "loldu", "nola"})
 """Those beside whose layers the weights stay, which may have 8 bits."""
 
 PLANNED_WITH: dict[str, dict[str, Any]] = {"sltrain": {"init": "fresh"}}

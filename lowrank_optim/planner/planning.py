@@ -62,8 +62,9 @@ def plan(
         world_size, fsdp: processes; FSDP2 if `fsdp`, else DDP. The numbers are those of one process (`planner.sharding`).
         weight_bits: 8 for int8 weights (`lowrank_optim.nn.quantize_weights_`).
         parametrization: "sltrain", or ("sltrain", {"rank": 1024, "density": 0.05}): `lowrank_optim.nn.sltrain_` changes the model
-            first; "spectral", "svfit", "salt", "loldu", "nola", "tucker" are the other names; or a function that changes a model and
-            returns it. Optimizers of this package then project nothing unless `rank` is given to them, too.
+            first; "weight_normalized", "ordered" (as it is before ranks fall), "spectral", "svfit", "salt", "loldu", "nola", "tucker"
+            are the other names; or a function that changes a model and returns it. Optimizers of this package then project nothing
+            unless `rank` is given to them, too.
         example_batch: for any other module: a dict (keyword arguments), tuple (positional ones) or tensor that it is called with.
         loss: the loss from the model's output; default: its `loss`, or the mean of the (first) tensor.
         per_layer: also list the bytes of each layer.

@@ -13,6 +13,7 @@ from lowrank_optim.projectors.momentum_svd import MomentumSVD
 from lowrank_optim.projectors.power_iteration import PowerIteration
 from lowrank_optim.projectors.random import Random
 from lowrank_optim.projectors.randomized_svd import RandomizedSVD
+from lowrank_optim.projectors.smallest_weights import SmallestWeights
 from lowrank_optim.projectors.svd import SVD
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Random",
     "RandomizedSVD",
     "Refresh",
+    "SmallestWeights",
     "StepParams",
     "SubspaceSpec",
     "from_name",
@@ -51,6 +53,7 @@ _BUILDERS: dict[str, Callable[[str], Projector]] = {
     "blocks": lambda variant: Blocks(variant) if variant else Blocks(),
     "grassmann_tracking": lambda variant: GrassmannTracking(*([float(variant)] if variant else [])),
     "momentum_svd": lambda variant: MomentumSVD(*([float(variant)] if variant else [])),
+    "smallest_weights": SmallestWeights.from_variant,
     "dct": lambda variant: DCT(*([variant] if variant else [])),
 }
 

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -120,6 +120,7 @@ class Refresh:
     key: the stream of random numbers of this parameter and step: 64 bits without a sign, for `torch.Generator().manual_seed`.
     first: whether the state holds no basis of a gradient yet.
     momentum: the rule's bias-corrected momentum in the old basis, for projectors that use it (`uses_momentum`); else None.
+    weight: the weights' matrix view, in their own type, for projectors that choose by them (`uses_weights`); else None. Not modified.
     """
 
     grad: Tensor
@@ -128,6 +129,7 @@ class Refresh:
     key: int
     first: bool = False
     momentum: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class Basis(Protocol):
@@ -179,11 +181,16 @@ class Projector(ABC):
         sees_all: every NaN of the gradient shows in R; so in any `DenseBasis`.
         stores_basis: the state holds a basis that was computed from gradients; so in any `StoredProjector`.
         uses_momentum: `Refresh.momentum` is wanted.
+        uses_weights: `Refresh.weight` is wanted, and `refresh` is called when the state is made, too.
         orthonormal: the basis vectors are.
         has_channels: a row of R belongs to a row or a column of the matrix.
         sides: what can be projected, of "left", "right", "full".
         writes_entries: single columns, rows or entries of the weights are written.
-        moments_change_shape: R has another shape after a refresh; moments can only be reset.
+        moments_change_shape: R has another shape after a refresh; moments can only be reset, unless it `narrows`.
+        narrows: each subspace is part of the one before. Moments of what is left go along, and all its state may change its shape.
+        refreshes: how many there are after the first one; None has no end.
+        decays_rest: False where weights outside of the subspace do not decay.
+        treatment: what `describe` calls its matrices.
         staggers: False where all tensors of a group have to be refreshed on the same step.
         knows_shards: gradients and bases may be local parts. If False, sharded parameters are refused.
         state_lies: where each state tensor lies: "host", "basis", "basis_right" or "chosen"; has to name all if `knows_shards`.
@@ -213,7 +220,18 @@ class Projector(ABC):
     writes_entries: ClassVar[bool] = False
     """Whether single columns, rows or entries of the weights are written, which weights stored in few bits cannot take."""
     moments_change_shape: ClassVar[bool] = False
-    """Whether R and the moments have another shape after a refresh; such moments can only be reset."""
+    """Whether R and the moments have another shape after a refresh; such moments can only be reset, unless it `narrows`."""
+    uses_weights: ClassVar[bool] = False
+    """Whether `refresh` wants the weights. It is called when the state is made, too, so that there is a subspace from the start."""
+    narrows: ClassVar[bool] = False
+    """Whether each subspace after the first is part of the one before, so that moments of R's shape go along (`Basis.transport`) with
+    `on_refresh="rotate"`. Tensors of its state may change their shape at a refresh."""
+    refreshes: ClassVar[int | None] = None
+    """How many refreshes there are after the first, at multiples of `update_proj_gap`; None has no end."""
+    decays_rest: ClassVar[bool] = True
+    """Whether weights outside of the subspace decay, as usual."""
+    treatment: ClassVar[str] = "low-rank"
+    """What `describe` calls its matrices."""
 
     def __post_init__(self) -> None:
         """Fields are Python's own numbers, as names and checkpoints need them."""
@@ -232,6 +250,19 @@ class Projector(ABC):
         if proj_type not in ("std", "reverse_std", *self.sides):
             raise ValueError(
                 f"proj_type is {proj_type!r}, which projector={self.name!r} cannot do; use std, reverse_std, {', '.join(self.sides)}"
+            )
+
+    def check_group(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError where this projector does not go together with the options of a group."""
+        if self.narrows and options["on_refresh"] == "keep":
+            raise ValueError(
+                f"on_refresh is 'keep', but projector={self.name!r} drops entries at a refresh, and their moments with them; use "
+                'on_refresh="rotate", which keeps the moments of the others, or "reset"'
+            )
+        if not self.decays_rest and (options["cautious"] or options["cautious_decay"]):
+            raise ValueError(
+                f"cautious or cautious_decay is True; they are for whole matrices, and projector={self.name!r} writes to chosen "
+                "entries only: leave both at False, or use another projector"
             )
 
     def space(self, shape: tuple[int, ...], rank: int, proj_type: str, dtype: torch.dtype) -> SubspaceSpec:

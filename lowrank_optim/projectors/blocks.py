@@ -98,6 +98,7 @@ class Blocks(Projector):
     has_channels: ClassVar[bool] = False
     sides: ClassVar[tuple[str, ...]] = ("left", "right", "full")
     moments_change_shape: ClassVar[bool] = True
+    treatment: ClassVar[str] = "in turn"
 
     def __post_init__(self) -> None:
         super().__post_init__()

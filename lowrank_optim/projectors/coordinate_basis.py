@@ -1,7 +1,7 @@
 """Subspaces of single columns, rows or entries: bases that are only indices."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -21,6 +21,7 @@ class _SelectedEntries(ABC):
     """
 
     disjoint: ClassVar[bool] = True
+    decays_rest: ClassVar[bool] = True
     sharding: ParamSharding
 
     @abstractmethod
@@ -60,9 +61,10 @@ class _SelectedEntries(ABC):
         if term is not None:
             # E = G − lift R is 0 on the selected entries and G elsewhere, where nothing has to be subtracted.
             residual = kernels.ResidualTerm(term.grad, self._channel_scale(term.scale), term.ok, term.sign)
-        if residual is not None or isinstance(write.keep, Tensor) or write.keep != 1.0:
+        rest_of_all = write if self.decays_rest else replace(write, keep=1.0)
+        if residual is not None or isinstance(rest_of_all.keep, Tensor) or rest_of_all.keep != 1.0:
             left, right = kernels.no_factors(weight, dtype)
-            kernels.apply_(weight, left, right, residual=residual, start=start, **vars(write))
+            kernels.apply_(weight, left, right, residual=residual, start=start, **vars(rest_of_all))
         if core is None or selected is None:
             return
         kernels.decay_(selected, write.keep, write.ok)
@@ -225,3 +227,67 @@ class ScatteredEntries(_Scattered, EntryBasis):
     def _coordinates(self) -> tuple[Tensor, Tensor]:
         index, cols = self.indices.to(torch.int64).unsqueeze(-1), self.sharding.matrix.shape[-1]  # type: ignore[attr-defined]
         return index // cols, index % cols
+
+
+@dataclass(frozen=True)
+class ChosenEntries(_SelectedEntries):
+    """Single entries of a matrix or of a stack: `indices` (k,), ascending positions in row-major order of its `shape`.
+
+    R is a (k, 1) column, on all processes. Of a sharded parameter, each process reads and writes the entries that lie in its part.
+    """
+
+    indices: Tensor
+    shape: tuple[int, ...]
+    sharding: ParamSharding = field(default=LOCAL, compare=False)
+    decays_rest: ClassVar[bool] = False
+
+    @property
+    def places(self) -> tuple[Tensor, ...]:
+        """The index of each entry along each dimension of the whole matrix or stack."""
+        rest, places = self.indices.to(torch.int64), []
+        for size in reversed(self.shape[1:]):  # torch.unravel_index copies the shape to the device
+            places.append(rest % size)
+            rest = rest // size
+        return rest, *reversed(places)
+
+    def _here(self, matrix: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Which of the entries lie in this part (None: all), and their index there along each dimension."""
+        places = self.places
+        whole = self.sharding.matrix
+        if not whole.splits():
+            return None, places
+        local = [place - whole.offset(dim - matrix.dim()) for dim, place in enumerate(places)]
+        inside = torch.ones_like(places[0], dtype=torch.bool)
+        for place, size in zip(local, matrix.shape, strict=True):
+            inside &= (place >= 0) & (place < size)
+        found = inside.nonzero().squeeze(-1)  # how many there are has to be counted: an accelerator makes the host wait
+        return found, tuple(place[found] for place in local)
+
+    def _get(self, matrix: Tensor) -> Tensor:
+        found, places = self._here(matrix)
+        if found is None:
+            return matrix[places].unsqueeze(-1)
+        return matrix.new_zeros(self.indices.shape).index_put_((found,), matrix[places]).unsqueeze(-1)
+
+    def _set(self, matrix: Tensor, values: Tensor) -> None:
+        found, places = self._here(matrix)
+        values = values.squeeze(-1)
+        matrix.index_put_(places, values if found is None else values[found])
+
+    def _positions(self, matrix: Tensor) -> Tensor:
+        found, places = self._here(matrix)
+        if found is None:
+            return self.indices.to(torch.int64).unsqueeze(-1)
+        position = torch.zeros_like(places[0])
+        for place, size in zip(places, matrix.shape, strict=True):
+            position = position * size + place
+        return position.new_zeros(self.indices.shape).index_put_((found,), position).unsqueeze(-1)
+
+    def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError("single entries have no row or column norms; use coordinates columns or rows")
+
+    def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
+        if old.indices.numel() == 0:
+            return moment.new_zeros(self.indices.shape[0], 1)
+        position = torch.searchsorted(old.indices, self.indices).clamp_(max=old.indices.shape[0] - 1)
+        return torch.where((old.indices[position] == self.indices).unsqueeze(-1), moment[position], 0.0)

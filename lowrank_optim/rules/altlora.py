@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.rules.joint import Answer, Unit
+from lowrank_optim.rules.joint import WRITTEN, Answer, Unit
+from lowrank_optim.rules.pair_lists import Factors, plain_kind
 from lowrank_optim.rules.pair_products import (
     across,
     blend_,
@@ -19,7 +20,7 @@ from lowrank_optim.rules.pair_products import (
     turn_,
 )
 from lowrank_optim.rules.pairs import Pair, PairRule, Side
-from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse, sum_together
+from lowrank_optim.rules.small_matrices import by_kind, in_batches, pseudo_inverse, sum_together, widened
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,32 @@ class AlternatingLoRA(PairRule):
         names = ("exp_avg", "exp_avg_sq") if options["second_moment"] else ("exp_avg",)
         return [{name: torch.zeros(shape, dtype=dtype, device=device) for name in names} for shape in shapes]
 
+    def writes(self, unit: Unit) -> bool:
+        return unit.is_plain and unit.options["experts"] == 1 and not unit.options["second_moment"]
+
     def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
+        kinds = [plain_kind(unit) if self.writes(unit) else None for unit in units]
+
+        def together(numbers: list[int]) -> Sequence[Answer]:
+            alike = [units[n] for n in numbers]
+            return self._directions(alike) if kinds[numbers[0]] is None else self._written(alike)
+
+        return by_kind(kinds, together)
+
+    def _written(self, units: Sequence[Unit]) -> Sequence[Answer]:
+        """The whole step of pairs of one kind."""
+        number, count = _whose_turn(units[0].contexts[1].step)
+        moved, duals = Factors.of(units, [number]), Factors.of(units, [1 - number])
+        inverses = pseudo_inverse(duals.grams(duals.weights), duals.eps)
+        squares = inverses.new_tensor([float(unit.options["scaling"]) ** 2 for unit in units])
+        small = inverses / squares.view(-1, 1, 1)
+        share = 1.0 - mean_decay(float(units[0].options["beta1"]), count)
+        after, cross = moved.step_(small, [share] * len(units))
+        duals.turn_(widened(cross) @ pseudo_inverse(after, moved.eps))
+        answer = (None, WRITTEN) if number else (WRITTEN, None)
+        return [(answer, None) for _ in units]
+
+    def _directions(self, units: Sequence[Unit]) -> Sequence[Answer]:
         pairs = [Pair.of(unit) for unit in units]
         turns = [_turn(pair) for pair in pairs]
         duals = [dual for _, dual, _ in turns]
@@ -119,5 +145,10 @@ def _turn(pair: Pair) -> tuple[Side, Side, int]:
     if pair.a.grad is None or pair.b.grad is None:
         side, dual = (pair.b, pair.a) if pair.a.grad is None else (pair.a, pair.b)
         return side, dual, int(side.context.step)
-    step = int(pair.b.context.step)
-    return (pair.b, pair.a, (step + 1) // 2) if step % 2 else (pair.a, pair.b, step // 2)
+    number, count = _whose_turn(pair.b.context.step)
+    return (pair.b, pair.a, count) if number else (pair.a, pair.b, count)
+
+
+def _whose_turn(step: float) -> tuple[int, int]:
+    """0 for A or 1 for B, which moves in this step, and how many turns it has had with this one."""
+    return int(step) % 2, (int(step) + 1) // 2

@@ -3,13 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.rules.base import Context, Direction, FusedDense, Rule, Transport
-from lowrank_optim.sharding.param_sharding import ParamSharding
+from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,38 @@ class Unit:
     steps: tuple[tuple[float, float | Tensor], ...] = ()
     cautious: bool = True
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether a rule may write the weights itself: all are trained, whole, contiguous and of the compute type, every gradient
+        can be used, and nobody looks at the directions.
+        """
+        if self.cautious or not self.steps or self.options["l1"]:
+            return False
+        for grad, context, (_, keep) in zip(self.grads, self.contexts, self.steps, strict=True):
+            weight = context.weight
+            if (
+                grad is None
+                or type(weight) not in PLAIN
+                or weight.dtype is not grad.dtype
+                or type(keep) is not float
+                or context.ok is not None
+                or context.sharding is not LOCAL
+                or not (weight.is_contiguous() and grad.is_contiguous())
+            ):
+                return False
+        return True
 
-Answer: TypeAlias = tuple[Sequence[Direction | FusedDense | None], Any]
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Written:
+    """In place of a direction: the rule has written the weights itself."""
+
+
+WRITTEN = Written()
+
+Answer: TypeAlias = tuple[Sequence[Direction | FusedDense | Written | None], Any]
 """What to apply to each parameter of a unit (None: leave it as it is), and what `JointRule.finish` is to know of this step."""
 
 
@@ -111,6 +142,12 @@ class JointRule(Rule):
     def unit_elements(self, params: Sequence[Tensor], options: Mapping[str, Any]) -> int:
         """How many numbers a unit keeps in memory while it waits for others; counted on all processes together."""
         return sum(param.numel() for param in params)
+
+    def writes(self, unit: Unit) -> bool:
+        """Whether the rule writes the weights of this unit itself, in `directions_of`, which answers `WRITTEN` for each then.
+        `finish` is not called for them, and nothing of their size is kept while they wait.
+        """
+        return False
 
     def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
         """The directions of many units of one group; they may be computed together."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.rules.base import Direction
-from lowrank_optim.rules.joint import Answer, Unit
+from lowrank_optim.rules.joint import WRITTEN, Answer, Unit
 from lowrank_optim.rules.pair_gradients import check_adam
+from lowrank_optim.rules.pair_lists import Factors, plain_kind
 from lowrank_optim.rules.pair_products import (
     across,
     blend_,
@@ -79,50 +80,69 @@ class Rite(PairRule):
             made.append({name: torch.zeros(each, dtype=dtype, device=device) for name, each in state.items()})
         return made
 
+    def writes(self, unit: Unit) -> bool:
+        return unit.is_plain and unit.options["experts"] == 1
+
     def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
-        pairs = [Pair.of(unit) for unit in units]
-        return by_kind([_kind(pair) for pair in pairs], lambda numbers: self._directions([pairs[n] for n in numbers]))
+        pairs = [None if self.writes(unit) else Pair.of(unit) for unit in units]
+        kinds = [plain_kind(unit) if pair is None else _kind(pair) for unit, pair in zip(units, pairs, strict=True)]
+
+        def together(numbers: list[int]) -> list[Answer]:
+            chosen = [pair for n in numbers if (pair := pairs[n]) is not None]
+            return self._directions(chosen) if chosen else self._written([units[n] for n in numbers])
+
+        return by_kind(kinds, together)
+
+    def _written(self, units: Sequence[Unit]) -> list[Answer]:
+        """The whole step of pairs of one kind; their small matrices stand in stacks (pairs, 2, 1, r, r), A's before B's."""
+        factors, count = Factors.of(units), len(units)
+        steps = [context.step for context in units[0].contexts]
+        both = _Both([state for unit in units for state in unit.states], units[0].options, steps, factors.eps, None)
+        rank = factors.weights[0].shape[0]
+
+        def stack(matrices: Tensor) -> Tensor:
+            return widened(matrices).view(count, 2, 1, rank, rank)
+
+        roots = pseudo_inverse_root(stack(factors.grams(factors.weights)), factors.eps)
+        sizes = roots.new_tensor(factors.long).view(count, 2, 1, 1, 1)
+        scalers, moments = self._scalers(both, roots, stack(factors.grams(factors.grads)) / sizes)
+        after, cross = factors.step_(scalers.flatten(0, 2), count * both.shares(0))
+        changes, moments = self._carried(both, (stack(after), stack(cross), roots), moments)
+        factors.turn_(changes.flatten(0, 2))
+        both.store("exp_avg_gram", moments)
+        return [((WRITTEN, WRITTEN), None) for _ in units]
 
     def _directions(self, pairs: Sequence[Pair]) -> list[Answer]:
-        """Of pairs of one kind; their small matrices stand in stacks (pairs, 2, E, r, r), those of A before those of B."""
+        """Of pairs of one kind; their small matrices stand in stacks (pairs, 2, E, r, r)."""
         sides = [side for pair in pairs for side, _ in pair.sides]
-        options, eps, dtype = pairs[0].options, sides[0].eps, sides[0].weight.dtype
-        beta1, beta2 = map(float, options["betas"])
-        roots = pseudo_inverse_root(stacked(grams(pairs)), eps)
-        duals = roots.flip(1)
+        both = _Both.of(pairs)
+        roots = pseudo_inverse_root(stacked(grams(pairs)), both.eps)
         squares = sum_together([across(_grad(side), _grad(side)) for side in sides], [side.sharding for side in sides])
         means = torch._foreach_mul(squares, [1.0 / side.long for side in sides])
-        moments = self._moments(pairs, duals @ widened(stacked(means)) @ duals, beta2)
-        scalers = pseudo_inverse_root(moments, eps, self._shifts(sides), float(options["eps"]))
-        scalers = (duals @ scalers @ duals).to(dtype)
+        scalers, moments = self._scalers(both, roots, widened(stacked(means)))
+        both.store("exp_avg_gram", moments)
         old = [copy_before(side, pair) for pair in pairs for side, _ in pair.sides]
         moves: list[Direction | None] = []
-        for side, scaler in zip(sides, scalers.flatten(0, 1).unbind(), strict=True):
+        shares = len(pairs) * both.shares(0)
+        for side, scaler, share in zip(sides, scalers.flatten(0, 1).unbind(), shares, strict=True):
             momentum = side.tall(side.state["exp_avg"])
-            blend_(momentum, _grad(side), scaler, 1.0 - mean_decay(beta1, side.context.step), side.ok)
+            blend_(momentum, _grad(side), scaler, share, side.ok)
             moves.append(side.move(momentum.clone() if pairs[0].cautious else momentum))
         return [
             (moves[2 * n : 2 * n + 2], (pair, old[2 * n : 2 * n + 2], root))
             for n, (pair, root) in enumerate(zip(pairs, roots.unbind(), strict=True))
         ]
 
-    def _moments(self, pairs: Sequence[Pair], means: Tensor, beta2: float) -> Tensor:
-        """V ← β̃₂V + (1−β̃₂)·means in the states, and as a stack."""
-        stored = [side.state["exp_avg_gram"] for pair in pairs for side, _ in pair.sides]
-        before = stacked(stored)
-        shares = [1.0 - mean_decay(beta2, side.context.step) for side, _ in pairs[0].sides]
-        after = torch.stack(
-            [before[:, k].lerp(means[:, k].to(before.dtype), share) for k, share in enumerate(shares)], 1
-        )
-        after = where_ok(oks_of(pairs), after, before)
-        torch._foreach_copy_(stored, list(after.flatten(0, 1).unbind()))
-        return after
-
-    def _shifts(self, sides: Sequence[Side]) -> Tensor | float:
-        """ρ of each side, as a stack (pairs, 2, E)."""
-        if "escaped" not in sides[0].state:
-            return 0.0
-        return stacked([side.state["escaped"] for side in sides])
+    def _scalers(self, both: "_Both", roots: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        """W (V + ρI)^(−1/2) W with the new V, and V ← β̃₂V + (1−β̃₂) W gᵀg W/d."""
+        duals = roots.flip(1)
+        before, shares = both.stored("exp_avg_gram"), both.shares(1)
+        squares = (duals @ means @ duals).to(before.dtype)
+        moments = torch.stack([before[:, k].lerp(squares[:, k], share) for k, share in enumerate(shares)], 1)
+        moments = where_ok(both.oks, moments, before)
+        shift = both.stored("escaped") if both.escapes else None
+        scalers = pseudo_inverse_root(moments, both.eps, shift, float(both.options["eps"]))
+        return duals @ scalers @ duals, moments
 
     def finish(self, units: Sequence[tuple[Unit, Any]]) -> Sequence[None]:
         """D ← D (Y_oldᵀ Y_new) K_new⁺, V ← P V Pᵀ."""
@@ -133,34 +153,79 @@ class Rite(PairRule):
         """The end of the step of pairs of one kind."""
         pairs = [pair for pair, _, _ in kept]
         sides = [side for pair in pairs for side, _ in pair.sides]
-        eps, dtype = sides[0].eps, sides[0].weight.dtype
-        momenta = [side.tall(side.state["exp_avg"]) for side in sides]
-        found = grams_after(sides, [each for _, both, _ in kept for each in both], momenta)
-        after, cross = map(stacked, found)
-        roots, oks = pseudo_inverse_root(after, eps), oks_of(pairs)
-        same = torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device)
-        changes = where_ok(oks, (cross @ roots @ roots).flip(1), same).to(dtype)
-        turns = where_ok(oks, (roots @ cross.mT @ torch.stack([root for _, _, root in kept])).flip(1), same)
-        stored = [side.state["exp_avg_gram"] for side in sides]
-        moments = widened(stacked(stored))
-        turned = turns @ moments @ turns.mT
+        both, momenta = _Both.of(pairs), [side.tall(side.state["exp_avg"]) for side in sides]
+        after, cross = map(stacked, grams_after(sides, [each for _, old, _ in kept for each in old], momenta))
+        known = after, cross, torch.stack([root for _, _, root in kept])
+        changes, moments = self._carried(both, known, both.stored("exp_avg_gram"))
         for momentum, change in zip(momenta, changes.flatten(0, 1).unbind(), strict=True):
             turn_(momentum, change)
-        if "escaped" in sides[0].state:
-            beta2 = float(pairs[0].options["betas"][1])
-            for side, own, new in zip(sides, moments.flatten(0, 1), turned.flatten(0, 1), strict=True):
-                self._escape(side, own, new, beta2)
-        torch._foreach_copy_(stored, list(turned.flatten(0, 1).unbind()))
+        both.store("exp_avg_gram", moments)
         return [None for _ in kept]
 
-    def _escape(self, side: Side, before: Tensor, after: Tensor, beta2: float) -> None:
+    def _carried(self, both: "_Both", known: tuple[Tensor, Tensor, Tensor], moments: Tensor) -> tuple[Tensor, Tensor]:
+        """(Y_oldᵀ Y_new) K_new⁺ and P V Pᵀ, from X_newᵀX_new, X_oldᵀX_new and the old K^(−1/2) of each side; ρ in the states."""
+        after, cross, before = known
+        roots = pseudo_inverse_root(after, both.eps)
+        same = torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device)
+        changes = where_ok(both.oks, (cross @ roots @ roots).flip(1), same)
+        turns = where_ok(both.oks, (roots @ cross.mT @ before).flip(1), same)
+        old = widened(moments)
+        new = turns @ old @ turns.mT
+        if both.escapes:
+            self._escape(both, old, new)
+        return changes, new
+
+    def _escape(self, both: "_Both", before: Tensor, after: Tensor) -> None:
         """ρ ← β̃₂(ρ + e), for the next step."""
         values = [torch.linalg.eigvalsh((each + each.mT).nan_to_num() / 2.0) for each in (before, after)]
         largest = (values[0] - values[1]).amax(-1).clamp_min(0.0)
         trace = (values[0] - values[1]).sum(-1).clamp_min(0.0)
-        escaped, decay = side.state["escaped"], mean_decay(beta2, side.context.step + 1.0)
-        grown = (escaped + torch.minimum(largest, trace).to(escaped.dtype)) * decay
-        escaped.copy_(grown if side.ok is None else torch.where(side.ok, grown, escaped))
+        escaped, beta2 = both.stored("escaped"), float(both.options["betas"][1])
+        decays = torch.tensor([[mean_decay(beta2, step + 1.0)] for step in both.steps], dtype=escaped.dtype)
+        grown = (escaped + torch.minimum(largest, trace).to(escaped.dtype)) * decays.to(escaped.device)
+        oks = None if both.oks is None else both.oks.view(-1, 1, 1)
+        both.store("escaped", where_ok(oks, grown, escaped))
+
+
+@dataclass(frozen=True)
+class _Both:
+    """Both sides of pairs of one kind.
+
+    states: of all factors, A's before B's.
+    options, steps: of the first pair: its group's, and the steps that A and B have seen.
+    eps: of the type that Gram matrices were summed in.
+    oks: which pairs may change; None for all.
+    """
+
+    states: Sequence[Mapping[str, Tensor]]
+    options: Mapping[str, Any]
+    steps: Sequence[float]
+    eps: float
+    oks: Tensor | None
+
+    @staticmethod
+    def of(pairs: Sequence[Pair]) -> "_Both":
+        sides = [side for pair in pairs for side, _ in pair.sides]
+        steps = [side.context.step for side in sides[:2]]
+        return _Both([side.state for side in sides], pairs[0].options, steps, sides[0].eps, oks_of(pairs))
+
+    @property
+    def escapes(self) -> bool:
+        """The option `escape`."""
+        return "escaped" in self.states[0]
+
+    def shares(self, number: int) -> list[float]:
+        """1 − β̃ for A and for B, of β₁ or β₂."""
+        beta = float(self.options["betas"][number])
+        return [1.0 - mean_decay(beta, step) for step in self.steps]
+
+    def stored(self, name: str) -> Tensor:
+        """A state tensor of all factors, (pairs, 2, …)."""
+        return stacked([state[name] for state in self.states])
+
+    def store(self, name: str, stack: Tensor) -> None:
+        """Write it back."""
+        torch._foreach_copy_([state[name] for state in self.states], list(stack.flatten(0, 1).unbind()))
 
 
 def _kind(pair: Pair) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.rules.orthogonal import gram_dtype
 from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
@@ -60,13 +61,12 @@ def sum_together(parts: Sequence[Tensor], shardings: Sequence[tuple[TensorShardi
     return sums
 
 
-def _eigen(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues, at least 0, eigenvectors, and which eigenvalues count."""
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, at least 0, and eigenvectors."""
     wide = widened(matrix)
     wide = ((wide + wide.mT) / 2.0).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     values, vectors = torch.linalg.eigh(wide)
-    values = values.clamp_min(0.0)
-    return values, vectors, values > matrix.shape[-1] * eps * values[..., -1:]
+    return values.clamp_min(0.0), vectors
 
 
 def _composed(vectors: Tensor, values: Tensor) -> Tensor:
@@ -77,28 +77,26 @@ def _composed(vectors: Tensor, values: Tensor) -> Tensor:
 
 def pseudo_inverse(gram: Tensor, eps: float) -> Tensor:
     """K⁺."""
-    values, vectors, counts = _eigen(gram, eps)
-    return _composed(vectors, torch.where(counts, values.reciprocal(), 0.0))
+    return kernels.inverse_power(widened(gram), gram.shape[-1] * eps, root=False)
 
 
-def pseudo_inverse_root(gram: Tensor, eps: float, shift: Tensor | float = 0.0, added: float = 0.0) -> Tensor:
+def pseudo_inverse_root(gram: Tensor, eps: float, shift: Tensor | None = None, added: float = 0.0) -> Tensor:
     """Z diag(1/(√(w + shift) + added)) Zᵀ for K = Z diag(w) Zᵀ; 0 where w + shift counts as 0.
 
     Args:
         gram: K.
         eps: of the type that K was summed in.
-        shift: a number, or one for each matrix, (N,).
+        shift: a number for each matrix, (N,); None for 0.
         added: to the roots.
     """
-    values, vectors, _ = _eigen(gram, eps)
-    values = values + (shift.to(values.dtype).unsqueeze(-1) if isinstance(shift, Tensor) else shift)
-    counts = values > gram.shape[-1] * eps * values[..., -1:]
-    return _composed(vectors, torch.where(counts, (values.sqrt() + added).reciprocal(), 0.0))
+    wide = widened(gram)
+    shift = None if shift is None else shift.to(wide.dtype)
+    return kernels.inverse_power(wide, gram.shape[-1] * eps, root=True, shift=shift, added=added)
 
 
 def damped_inverse(gram: Tensor, damping: float, absolute: bool) -> Tensor:
     """(K + δI)⁻¹; δ is `damping`, times tr(K)/r unless it is `absolute`. 0 where K is 0 and δ too."""
-    values, vectors, _ = _eigen(gram, 0.0)
+    values, vectors = _eigen(gram)
     size = damping if absolute else damping * values.mean(-1, keepdim=True)
     shifted = values + size
     return _composed(vectors, torch.where(shifted > 0.0, shifted.reciprocal(), 0.0))
@@ -106,8 +104,8 @@ def damped_inverse(gram: Tensor, damping: float, absolute: bool) -> Tensor:
 
 def sylvester(left: Tensor, right: Tensor, target: Tensor, eps: float) -> Tensor:
     """X with K X + X M = C for symmetric K and M, by their eigenvalues λ and μ; X is 0 where λᵢ + μⱼ counts as 0."""
-    own, q, _ = _eigen(left, eps)
-    other, z, _ = _eigen(right, eps)
+    own, q = _eigen(left)
+    other, z = _eigen(right)
     sums = own.unsqueeze(-1) + other.unsqueeze(-2)
     largest = (own[..., -1:] + other[..., -1:]).unsqueeze(-1)
     inside = q.mT @ widened(target) @ z

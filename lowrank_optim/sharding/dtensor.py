@@ -149,6 +149,7 @@ def low_rank_sharding(
         matrix: the sharding of its matrix view.
         reduced_shape: the whole shape of R.
         contracted: the dimensions of the matrix, −2 and −1, that the projection sums over; of the others, one becomes the rows of R.
+            With −3, R belongs to the stack as a whole.
         coded: whether the moments are stored in row blocks.
     """
     if not isinstance(matrix, MeshSharding):
@@ -159,7 +160,8 @@ def low_rank_sharding(
     cols = matrix.moved({**batch, ndim - 1: ndim - 2}, (*shape[:-2], shape[-1], 1))
     if not contracted:  # whole tensors: R is the gradient
         return MeshParamSharding(matrix=matrix, rows=rows, cols=cols, reduced=matrix, lines=matrix)
-    free = rows if contracted == (-1,) else cols if contracted == (-2,) else matrix.only(-3)
+    kept_whole = matrix.only() if -3 in contracted else matrix.only(-3)
+    free = rows if contracted == (-1,) else cols if contracted == (-2,) else kept_whole
     lines = free.moved({dim: dim for dim in range(ndim - 1)}, reduced_shape)
     partial = tuple(matrix.groups(*contracted))
     one_row = coded and reduced_shape[-1] == 1  # coded as one row, whose blocks would span processes

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.projectors import Refresh
 from lowrank_optim.quantization import coded_moments as coding
 from lowrank_optim.rules import JointRule
 from lowrank_optim.sharding.dtensor import local
@@ -27,7 +28,7 @@ def init_state(param: Tensor, group: Mapping[str, Any], plan: ParamPlan) -> dict
         if group["overlap_threshold"] is not None:
             parts["the step"]["gap"] = kernels.cpu_tensor(group["update_proj_gap"], torch.int64)
             parts["the step"]["overlaps"] = kernels.cpu_tensor([-1.0] * group["queue_size"], torch.float32)
-        parts["the projector"] = plan.projector.init(plan.space, param_key(group, plan, 0), device)
+        parts["the projector"] = _init_projector(param, group, plan)
         parts["the residual"] = plan.residual.init(plan.space, device)
     state = _joined(parts)
     parts["the rule"] = init_moments(group, plan, state, dtype, device)
@@ -40,6 +41,17 @@ def init_state(param: Tensor, group: Mapping[str, Any], plan: ParamPlan) -> dict
         if group["weight_error_bits"] == 16:
             state["weight_error_low"] = torch.zeros(shape, dtype=torch.uint8, device=device)
     return placed(plan, state)
+
+
+def _init_projector(param: Tensor, group: Mapping[str, Any], plan: ParamPlan) -> dict[str, Tensor]:
+    """The projector's state before the first gradient, chosen from the weights where it chooses by them."""
+    assert plan.space is not None
+    key = param_key(group, plan, 0)
+    state = plan.projector.init(plan.space, key, param.device)
+    if not plan.projector.uses_weights:
+        return state
+    weight = plan.view(local(param).detach())
+    return plan.refresh(Refresh(weight, plan.space, state, key, first=True, weight=weight)) or state
 
 
 def _joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

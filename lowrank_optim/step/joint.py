@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_optim import kernels
 from lowrank_optim.rules import Context, FusedDense, JointRule, Unit
+from lowrank_optim.rules.joint import Written
 from lowrank_optim.step.batching import Launch, Shared, Step
 from lowrank_optim.step.caution import cautiously_, is_cautious
 from lowrank_optim.step.param_plan import ParamPlan
@@ -113,12 +114,14 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
             cautious,
         )
         key = (id(rule), plan.group, plan.device, plan.dtype)
-        elements = rule.unit_elements(plan.unit, options)
+        elements = 0 if rule.writes(unit) else rule.unit_elements(plan.unit, options)
         directions, kept = yield Shared(rule.directions_of, (*key, "directions"), unit, elements)
         if len(directions) != len(members):
             raise ValueError(
                 f"{type(rule).__name__}.directions gave {len(directions)} directions for {len(members)} parameters"
             )
+        if any(isinstance(direction, Written) for direction in directions):
+            return
         steps = [0.0] * len(members)
         for number, (member, direction) in enumerate(zip(members, directions, strict=True)):
             if direction is None or grads[number] is None:

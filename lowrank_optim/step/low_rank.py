@@ -66,6 +66,8 @@ def low_rank_step(step: ParamStep, norm: Tensor | None = None, reduced: Tensor |
         if ok is False:
             return
         reduced, squares = seen.reduced, seen.squares
+        if step.pull is not None:
+            reduced = reduced + step.pull(seen.basis, weight)
         if ok is not None:
             reduced = torch.where(ok, reduced, 0.0)
             squares = None if squares is None else torch.where(ok, squares, 0.0)

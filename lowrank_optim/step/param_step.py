@@ -1,6 +1,6 @@
 """What the step of one parameter works on: its weights, moments, subspace and random numbers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -53,6 +53,7 @@ class ParamStep:
     offset: how many steps before a multiple of its gap it is refreshed.
     skipped: the counters of updates that were left out.
     mask_on_device: do on the CPU what accelerators do with gradients that are not finite.
+    pull: what is added to R in this step: a function of the subspace and of the weights' matrix view.
     """
 
     param: Tensor
@@ -63,6 +64,7 @@ class ParamStep:
     offset: int
     skipped: SkippedUpdates
     mask_on_device: bool = False
+    pull: Callable[[Basis, Tensor], Tensor] | None = None
 
     def __enter__(self) -> Self:
         if (master := self.state.get("master")) is not None:
@@ -120,6 +122,8 @@ class ParamStep:
             return False
         gap = state["gap"] if "gap" in state else self.group["update_proj_gap"]  # its own, where refreshes are lazy
         scheduled = latest_refresh(int(state["step"]), int(gap), self.offset)
+        if (most := self.plan.projector.refreshes) is not None:
+            scheduled = min(scheduled, most * int(gap))
         return int(state["last_refresh"]) < scheduled
 
     def key(self, step: int, purpose: int = PURPOSE_BASIS) -> int:

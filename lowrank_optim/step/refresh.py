@@ -21,19 +21,24 @@ def refresh_if_due(step: ParamStep, grad: Tensor, ok: Tensor | None) -> None:
     new = _new_basis(step, grad, now, last)
     if new is None:
         return  # zero or non-finite: keep the old basis and try again on the next step
-    if ok is not None:
+    if ok is not None and not step.plan.projector.narrows:  # which look at no gradient
         new = {n: t if step.plan.is_on_host(n) else torch.where(ok, t, state[n]) for n, t in new.items()}
+    kept: dict[str, Tensor] = {}
     if last >= 0 and (group["on_refresh"] == "rotate" or "gap" in state):
         old, basis = step.basis(), step.basis_of({**state, **new}, now)
         if "gap" in state:
             lengthen_gap(state, float(basis.overlap(old)), group)
-        if group["on_refresh"] == "rotate":
+        if group["on_refresh"] == "rotate" and step.plan.projector.narrows:
+            kept = _narrowed(step, old, basis)
+        elif group["on_refresh"] == "rotate":
             _rotate(step, old, basis, now)
     for name, tensor in new.items():
-        state[name].copy_(tensor)
+        state[name] = state[name].copy_(tensor) if state[name].shape == tensor.shape else tensor
     state["last_refresh"].fill_(now)
-    if group["on_refresh"] == "reset":
+    if group["on_refresh"] == "reset" or step.plan.projector.narrows:
         reset_moments(step)
+    for name, moment in kept.items():
+        step.moments[name].copy_(moment)
 
 
 def _new_basis(step: ParamStep, grad: Tensor, now: int, last: int) -> Mapping[str, Tensor] | None:
@@ -42,7 +47,8 @@ def _new_basis(step: ParamStep, grad: Tensor, now: int, last: int) -> Mapping[st
     if plan.projector.uses_momentum:
         momentum = plan.rule.mean_gradient(step.moments, step.group, moment_steps(step.state, step.group))
     assert plan.space is not None
-    return plan.refresh(Refresh(grad, plan.space, step.state, step.key(now), last < 0, momentum))
+    weight = step.matrix_weight.detach() if plan.projector.uses_weights else None
+    return plan.refresh(Refresh(grad, plan.space, step.state, step.key(now), last < 0, momentum, weight))
 
 
 def _rotate(step: ParamStep, old: Basis, new: Basis, steps: float) -> None:
@@ -54,6 +60,14 @@ def _rotate(step: ParamStep, old: Basis, new: Basis, steps: float) -> None:
     rule.transport(moments, lambda moment, power: new.transport(moment, old, power), group, steps)
     if weight:
         new.apply_(state["error"], moments["exp_avg"], StepParams(weight, 1.0))
+
+
+def _narrowed(step: ParamStep, old: Basis, new: Basis) -> dict[str, Tensor]:
+    """The moments of what is left of a subspace, to the bit; those that are not of R's shape begin anew."""
+    shape = step.plan.moment_shape(step.state)
+    names = step.plan.rule.init(shape, step.group, torch.float32, torch.device("meta"))
+    moments = {name: step.moments[name] for name in names}
+    return {name: new.transport(m, old, 1) for name, m in moments.items() if tuple(m.shape) == tuple(shape)}
 
 
 def reset_moments(step: ParamStep) -> None:

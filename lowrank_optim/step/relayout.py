@@ -1,4 +1,5 @@
-"""The state of a parameter laid out anew, for a group whose rank, parts or bits were changed (`LowRankOptimizer.change_group`).
+"""The state of a parameter laid out anew: for a group whose rank, parts or bits were changed (`LowRankOptimizer.change_group`), and
+for a parameter that keeps its first rows only (`LowRankOptimizer.keep_rows`).
 
 Where the rule stays, moments go along: those of a dense parameter as they are, those of a matrix into the new subspace, if both are
 bases of the same side that were computed from gradients. A smaller basis is the leading columns of the old one, a larger one is the
@@ -123,3 +124,47 @@ def _basis(bases: Mapping[str, Tensor], space: SubspaceSpec) -> Basis:
     if space.side == "full":
         return TwoSidedBasis(bases["basis"], bases["basis_right"], sharding=space.sharding)
     return DenseBasis(bases["basis"], space.side, sharding=space.sharding)
+
+
+# --------------------------------------------------------------------------------------------------------- parameters with fewer rows
+
+
+def replace_data(param: Tensor, data: Tensor) -> None:
+    """Give a parameter other numbers, of another shape, and no gradient. It stays the same object, with its hooks.
+
+    torch remembers the shape for gradients of a parameter as long as any graph lives that it is in, be it of the last loss, and
+    forgets it only where `data` comes in another type: hence the detour.
+    """
+    param.grad = None
+    param.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float16 else torch.float16)
+    param.data = data
+
+
+def keep_rows_(param: Tensor, rows: int) -> None:
+    """Keep the first rows of a parameter and of its gradient; what the others took is freed."""
+    grad = param.grad
+    replace_data(param, param.detach()[:rows].clone())
+    param.grad = None if grad is None else grad[:rows].clone()
+
+
+def opened_rows(step: ParamStep, rows: int) -> dict[str, Tensor]:
+    """The first rows of a dense parameter's moments, decoded, before the parameter changes."""
+    return {name: step.moments[name][:rows].clone() for name in _moment_names(step) if name in step.moments}
+
+
+def fill_rows(state: Mapping[str, Tensor], moments: Mapping[str, Tensor], new: ParamStep) -> None:
+    """Put into the fresh state of a dense parameter with fewer rows what `state`, that of more rows, says of them, in place.
+
+    Every tensor is cut to its first rows, or kept where it has none of its own for each row; codes stay the same codes. Where small
+    tensors are stored in another form, `moments` have the numbers.
+    """
+    for name, tensor in new.state.items():
+        old = state.get(name)
+        if old is None or old.dtype != tensor.dtype or old.shape[1:] != tensor.shape[1:] or old.dim() != tensor.dim():
+            continue
+        tensor.copy_(old if old.shape == tensor.shape else old[: tensor.shape[0]])
+    coded_otherwise = [name for name in moments if state[name].dtype != new.state[name].dtype]
+    for name in coded_otherwise:
+        new.moments[name].copy_(moments[name])
+    if isinstance(new.moments, CodedMoments):
+        new.moments.close(int(new.state["step"]))

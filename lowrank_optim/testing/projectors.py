@@ -56,6 +56,7 @@ def check_projector(projector: Projector) -> None:
     variants: list[dict[str, Any]] = (
         [] if projector.moments_change_shape else [{"on_refresh": "reset"}, {"on_refresh": "rotate"}]
     )
+    variants += [{"on_refresh": "rotate"}] if projector.narrows else []
     variants += [{"proj_type": "full"}] if "full" in projector.sides and not projector.moments_change_shape else []
     if projector.stores_basis:
         variants += [{"basis_bits": 8, "overlap_threshold": 0.5}, {"basis_bits": 4}]
@@ -90,7 +91,8 @@ class Subspace:
         if self.projector.uses_momentum and not first:
             momentum = numbers(self.projector.reduced_shape(self.space, state), 5)
         with promised(self.projector, f"refresh takes the gradient of {self.told}"):
-            return self.projector.refresh(Refresh(grad, self.space, state, key, first, momentum))
+            weight = numbers(self.space.shape, 9) if self.projector.uses_weights else None
+            return self.projector.refresh(Refresh(grad, self.space, state, key, first, momentum, weight))
 
 
 def _subspaces(projector: Projector) -> Iterator[Subspace]:
@@ -117,6 +119,8 @@ def _check_refresh(made: Subspace) -> None:
     """Refreshes are functions of their arguments, of the shapes of `init`, and make no basis of a gradient without any."""
     projector, shapes = made.projector, {n: (t.shape, t.dtype) for n, t in made.begun.items()}
     came = {name: (tensor.shape, tensor.dtype) for name, tensor in made.state.items()}
+    if projector.narrows:  # tensors of another length
+        shapes, came = ({n: (torch.Size([len(s)]), t) for n, (s, t) in told.items()} for told in (shapes, came))
     if came != shapes:
         break_promise(projector, "refresh returns the tensors that init made", f"{came}", f"{shapes}")
     kept, grad = {name: tensor.clone() for name, tensor in made.state.items()}, made.grad.clone()

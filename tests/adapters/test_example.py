@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.long
 def test_every_method_of_the_example_learns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     path = Path(__file__).parents[2] / "examples/lora.py"
     monkeypatch.setattr("sys.argv", [str(path), "--steps", "25"])

@@ -32,6 +32,10 @@ METHODS: dict[str, Callable[..., lo.LoRAOptimizer]] = {
 }
 
 
+RULES = {"rite": rules.Rite, "altlora": rules.AlternatingLoRA}
+"""Rules that step plain factors in one operation."""
+
+
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -93,16 +97,51 @@ def test_caution_masks_what_is_applied_and_leaves_the_momentum_alone():
 
 
 @pytest.mark.parametrize("name", ["rite", "altlora"])
-def test_copies_of_the_factors_and_the_numbers_of_the_step_tell_the_same_change_of_basis(name: str):
-    """A threshold of almost 0 makes the rules keep copies of the factors until they are written."""
+def test_copies_of_the_factors_and_the_numbers_of_the_step_tell_the_same_change_of_basis(name: str, monkeypatch):
+    """A step in one operation, one with directions, and one with copies of the factors, which a threshold of almost 0 asks for."""
     ends = []
-    for l1 in (0.0, 1e-300):
+    for written, l1 in ((True, 0.0), (False, 0.0), (False, 1e-300)):
         pair = (*new_pair(24, 17, 4), 2.0)
+        if not written:
+            monkeypatch.setattr(RULES[name], "writes", lambda *_: False)
         optimizer = METHODS[name]([{**lo.lora_pairs([pair])[0], "l1": l1}], weight_decay=0.3)
         train(optimizer, [pair], range(4))
         ends.append([p.detach() for p in pair[:2]] + [optimizer.state[p]["exp_avg"] for p in pair[:2]])
-    for one, other in zip(*ends, strict=True):
+    for one, other, third in zip(*ends, strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(one, third, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("shape", [(200, 131, 16), (70, 4100, 5)])
+def test_float32_factors_follow_the_path_of_float64(name: str, shape: tuple[int, int, int]):
+    """The operations of the library beside their definitions, over steps that turn the momentum."""
+    ends = []
+    for dtype in (torch.float32, torch.float64):
+        pair = (*new_pair(*shape, dtype), 2.0)
+        begin = [p.detach().double().clone() for p in pair[:2]]
+        optimizer = METHODS[name](lo.lora_pairs([pair]))
+        for step in range(4):
+            for number, p in enumerate(pair[:2]):
+                p.grad = drawn(*p.shape, seed=10 * step + number, dtype=dtype)
+            optimizer.step()
+        ends.append([p.detach().double() - old for p, old in zip(pair[:2], begin, strict=True)])
+    for got, want in zip(*ends, strict=True):
+        assert want.abs().max() > 1e-4
+        assert torch.allclose(got, want, rtol=0.0, atol=5e-7)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_step_in_one_operation_marks_its_factors_as_changed(name: str):
+    """Autograd must notice: a product that was computed before the step has no gradient after it."""
+    a, b = new_pair(24, 17, 4, torch.float32)
+    optimizer = METHODS[name](lo.lora_pairs([(a, b, 1.0)]))
+    for _ in range(2):  # both have had their turn then
+        saved = (b @ a).sum()
+        a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            saved.backward()
 
 
 # -------------------------------------------------------------------------------------------------------- beside the papers

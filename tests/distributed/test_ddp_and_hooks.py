@@ -28,7 +28,7 @@ EXACT = [
 
 
 def build(model, name, **options):
-    return METHODS[name](groups(model, rank=2), **{"lr": 1e-3, "update_proj_gap": 5, **options})
+    return METHODS[name](groups(model, rank=2), **{"lr": 1e-3, "update_proj_gap": 4, **options})
 
 
 def different_data(model, step):
@@ -46,7 +46,7 @@ def with_hook() -> None:
             optimizer = build(model, name, **options)
             if hook:
                 parallel.register_comm_hook(None, LowRankHook(optimizer))
-            for step in range(20):
+            for step in range(10):
                 (parallel(step) + different_data(model, step)).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
                 optimizer.step()
@@ -178,7 +178,7 @@ def in_backward() -> None:
                 optimizer = build(model, name)
                 if hooked:
                     handle = lo.update_in_backward(optimizer, accumulate=accumulate)
-                for step in range(12):
+                for step in range(8):
                     for micro in range(accumulate):
                         model(step + 100 * micro).backward()
                     if hooked:

@@ -28,7 +28,8 @@ from tests.oracles.distributed_harness import (
     whole,
 )
 
-STEPS, GAP = 20, 5
+STEPS, GAP = 10, 4
+"""All are refreshed at the first step, and twice after it."""
 
 
 def build(model: nn.Module, name: str, **options) -> lo.LowRankOptimizer:
@@ -131,7 +132,12 @@ VARIANTS = [
         {"projector": "grassmann_tracking", "proj_type": "left", "on_refresh": "rotate"},
         {"projector": "momentum_svd", "proj_type": "left", "on_refresh": "rotate"},
     )
-] + [("conda", {"rank": 1.0}), ("conda", {"rank": 1.0, "proj_type": "left"})]
+] + [
+    ("conda", {"rank": 1.0}),
+    ("conda", {"rank": 1.0, "proj_type": "left"}),
+    ("sara", {"density": 1.0, "threshold": 0.1, "shrink_at": GAP}),
+    ("sara", {"density": 0.3, "shrink_at": GAP, "state_bits": 8}),
+]
 
 
 def test_every_public_optimizer_is_in_the_matrix():
@@ -140,7 +146,7 @@ def test_every_public_optimizer_is_in_the_matrix():
     public = {kind for kind in public if not issubclass(kind, lo.LoRAOptimizer)}  # (test_pairs_sharded)
     assert public == {*METHODS.values(), *lo.FULL_RANK_METHODS.values()}  # (test_folded_sharded)
     assert {name for name, _ in EVERY} == set(METHODS)
-    assert len(public) == 21
+    assert len(public) == 22
 
 
 def mean_of_gradients():

@@ -154,8 +154,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
-@pytest.mark.parametrize("dies", ["in backward", "in the step", "in a save"])
+REPEATED = pytest.mark.full  # when there is nothing half done, or what another case has half done
+
+
+@pytest.mark.parametrize(
+    ("dies", "in_backward"),
+    [
+        pytest.param("in backward", False, marks=REPEATED),
+        ("in backward", True),
+        ("in the step", False),
+        pytest.param("in the step", True, marks=REPEATED),
+        ("in a save", False),
+        pytest.param("in a save", True, marks=REPEATED),
+    ],
+)
 def test_a_run_of_three_rules_that_is_killed_resumes_to_the_bit(dies, in_backward, undisturbed, tmp_path):
     path = tmp_path / "checkpoint.pt"
     assert in_process(path, in_backward, dies) == -signal.SIGKILL

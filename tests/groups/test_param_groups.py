@@ -172,6 +172,23 @@ def test_convolutions_are_low_rank_as_first_dimension_times_the_rest():
     assert state[model.up.weight]["exp_avg"].shape == (16 * 9, 4)
 
 
+@pytest.mark.parametrize(
+    ("fraction", "shape", "rank"),
+    [
+        (0.25, (40, 30), 8),  # of 7.5
+        (0.25, (40, 26), 6),  # of 6.5: halves go to the even number, as in Python
+        (0.3, (9, 40), 3),  # of 2.7
+        (0.1, (3, 24, 12), 1),  # of 1.2
+        (0.01, (40, 24), 1),  # of 0.24: at least one
+        (1.0, (24, 16), 16),
+    ],
+)
+def test_a_fraction_is_a_rank_to_the_nearest_number_of_the_short_side(fraction, shape, rank):
+    param = nn.Parameter(torch.zeros(shape))
+    optimizer = lo.GaLoreAdamW([param], rank=fraction)
+    assert optimizer.state[param]["exp_avg"].shape == (*shape[:-2], max(shape[-2:]), rank)
+
+
 def test_expert_stacks_are_low_rank_with_a_basis_for_each_expert():
     model = mixtral()
     groups = lo.param_groups(model, rank=8)

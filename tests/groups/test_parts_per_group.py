@@ -200,6 +200,20 @@ def test_a_smaller_rank_keeps_the_leading_directions_and_their_moments(bits: int
     assert int(after.state["step"]) == 3
 
 
+def test_a_smaller_rank_of_both_sides_keeps_the_leading_block_of_the_moments():
+    params = parameters()[:1]
+    optimizer = lo.GaLoreAdamW(params, rank=6, lr=0.01, proj_type="full")
+    train(optimizer, params, range(3))
+    before = {name: tensor.clone() for name, tensor in optimizer.state[params[0]].items()}
+    optimizer.change_group(0, rank=4)
+    after = optimizer.state[params[0]]
+    for name in ("basis", "basis_right"):
+        assert torch.equal(after[name], before[name][:, :4])
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.allclose(after[name], before[name][:4, :4], atol=1e-6)
+    assert int(after["step"]) == 3
+
+
 def test_a_larger_rank_keeps_all_directions_and_adds_orthogonal_ones():
     params = parameters()[:1]
     optimizer = lo.GaLoreAdamW(params, rank=4, lr=0.01)

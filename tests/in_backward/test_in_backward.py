@@ -167,6 +167,7 @@ def test_the_test_for_gradients_notices_ordinary_stepping():
     assert gradients.peak == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+@pytest.mark.long
 def test_peak_memory_of_a_llama_step_is_that_of_backward_with_one_gradient_alive():
     # The benchmark's counting at a small size: "floor" drops every gradient and updates nothing.
     tokens = torch.randint(0, 100, (1, 32), generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import lowrank_optim as lo
 from lowrank_optim.integrations.transformers import InBackward, LowRank, Progress
 
+pytestmark = pytest.mark.long
+
 STEPS = 6
 SETTINGS = {"learning_rate": 5e-3, "weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
 LOW_RANK = {"method": "galore", "rank": 8, "update_proj_gap": 2}

@@ -269,6 +269,7 @@ def test_chosen_indices_are_distinct_ascending_and_in_range(draw, population, co
             assert torch.equal(indices, torch.arange(population))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("draw", [choose, choose_stratified])
 def test_every_index_is_chosen_equally_often(draw):
     population, count, trials = 21, 6, 4000

@@ -11,9 +11,19 @@ from tests.oracles.op_cases import CASES
 CHECKED = [case for case in [*quick_cases(), *(cases[0] for cases in CASES.values())] if "nonfinite" not in case.label]
 """NaN is not equal to NaN for opcheck."""
 
+LAST = {case.op: case for case in CHECKED}
+
 
 @pytest.mark.parametrize("case", CHECKED, ids=str)
-def test_opcheck(case: Case):
+def test_schema_and_fake(case: Case):
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.lowrank_optim, case.op).default, case.make(), test_utils=checks)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", LAST.values(), ids=str)
+def test_every_check(case: Case):
+    """Those of compilation, too, which take half a second and look at the operation more than at its arguments."""
     torch.library.opcheck(getattr(torch.ops.lowrank_optim, case.op).default, case.make())
 
 

@@ -40,8 +40,9 @@ def interpreted(*args: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
-def test_the_op_suite_passes_under_the_interpreter(group):
-    assert interpreted("test_backends.py", "-k", f"triton and {group}") > 500
+def test_the_op_suite_passes_under_the_interpreter(group, request):
+    cases = request.config.getoption("cases")
+    assert interpreted("test_backends.py", "-k", f"triton and {group}", "--cases", cases) > 400
 
 
 @pytest.mark.long
@@ -66,7 +67,9 @@ for variant in variants:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize(
+    "capability", [80, pytest.param(86, marks=pytest.mark.full), 89, 90]
+)  # 86 has the memory of 89
 def test_every_kernel_compiles_ahead_of_time(capability, tmp_path):
     said = child("-c", AHEAD, str(capability), TRITON_CACHE_DIR=str(tmp_path))
     built = {line.split()[0] for line in said.splitlines()}

@@ -126,7 +126,8 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, firs
     return losses
 
 
-@pytest.mark.parametrize("name", sorted(lo.METHODS))
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(lo.METHODS.keys() - {"sara"}))  # single entries of codes cannot be written
 def test_every_method_trains_as_with_float_weights(name: str) -> None:
     method = lo.METHODS[name]
     options = {"projector": "randomized_svd"} if "frugal" in name else {}

@@ -373,6 +373,7 @@ def test_counts_are_exact_and_indices_distinct_ascending_in_range(support):
         assert index[-1] < M * N
 
 
+@pytest.mark.long
 def test_rows_of_a_seeded_support_are_balanced_and_every_element_is_as_likely():
     support = SeededSupport(512, 1376, math.floor(0.03 * 512 * 1376), support_key(0, 0))
     rows = torch.bincount(linear_indices(support, CPU) // 1376, minlength=512)

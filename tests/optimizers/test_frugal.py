@@ -454,7 +454,7 @@ def test_every_column_row_and_entry_is_chosen_equally_often(coordinates: str, de
     param = nn.Parameter(torch.zeros(shape))
     optimizer = build("lion", [param], density=density, coordinates=coordinates, update_proj_gap=1, seed=5)
     draws = []
-    for _ in range(500):
+    for _ in range(300):
         start(optimizer, [param], [torch.ones(shape)])
         draws.append(optimizer.state[param]["indices"].tolist())
     population = {"columns": 20, "rows": 12, "entries": 240}[coordinates]

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ class Model(nn.Module):
         )
 
 
+@cache
 def target(shape: tuple[int, ...], number: int, step: int) -> Tensor:
-    """Low rank (for matrices) and noise."""
+    """Low rank (for matrices) and noise; not to be written to."""
     generator = torch.Generator().manual_seed(1000 * step + number)
     noise = 0.1 * torch.randn(shape, generator=generator)
     if len(shape) < 2:

@@ -311,6 +311,20 @@ def _sparse() -> Iterator[Case]:
         yield case("sltrain_backward_input", made.sltrain_backward_input, (70,), 20, 33, 0, dtype)
 
 
+def _pairs() -> Iterator[Case]:
+    sizes = (70, 1, 2048, 4100, 64, 129)  # ragged tiles, whole ones, several units
+    for rank in (1, 8, 16, 20, 48):
+        for same in (True, False):
+            yield case("thin_grams", made.thin_grams, sizes, rank, same)
+        yield case("pair_step_", made.pair_step, sizes, rank)
+        yield case("thin_turn_", made.thin_turn, sizes, rank)
+    for root, shift in ((True, False), (True, True), (False, False)):
+        for rank in (1, 2, 3, 16, 40):
+            yield case("inverse_power", made.inverse_power, (7,), rank, root, shift)
+    for fill in ("nonfinite", "zeros", "tiny"):
+        yield case("inverse_power", made.inverse_power, (2, 3), 5, True, fill=fill)
+
+
 CASES: dict[str, list[Case]] = {}
 MAKERS = (
     _products,
@@ -326,6 +340,7 @@ MAKERS = (
     _bases,
     _gaussian,
     _sparse,
+    _pairs,
 )
 for _cases in MAKERS:
     for _case in _cases():

@@ -25,6 +25,8 @@ from lowrank_optim.planner.simulation.allocator import (
 from lowrank_optim.planner.simulation.estimate import Probe, deep
 from lowrank_optim.planner.simulation.simulate import Run, simulate
 
+pytestmark = pytest.mark.long
+
 MIB = 2**20
 HIDDEN, FFN, LAYERS, VOCABULARY, RANK = 4096, 11008, 32, 32_000, 1024
 SIDES = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, FFN)] * 3
@@ -142,7 +144,27 @@ def test_weights_and_state_of_spectral_layers_on_llama_7b_are_the_formulas():
     assert run.state["moments"] == 8 * (trained + others)
 
 
-@pytest.mark.long
+def test_weights_and_state_of_weight_normalized_and_ordered_layers_on_llama_7b_are_the_formulas():
+    shapes = [(HIDDEN, HIDDEN)] * 4 + [(FFN, HIDDEN)] * 2 + [(HIDDEN, FFN)]
+    others = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
+    dense = LAYERS * sum(m * n for m, n in shapes)
+    added = LAYERS * sum(8 * (m + n) + n for m, n in shapes)
+    run = built(("LowRankOptimizer", {"rule": "adam"}), ("weight_normalized", {"rank": 8}))
+    assert run.weights == 2 * (dense + added + others) + ROTARY
+    assert run.state["moments"] == 8 * (added + others)
+    factors = LAYERS * sum(min(m, n) * (m + n) for m, n in shapes)
+    run = built(("LowRankOptimizer", {"rule": "adam"}), "ordered")
+    assert run.weights == 2 * (factors + others) + ROTARY
+    assert run.state["moments"] == 8 * (factors + others)
+
+
+def test_a_weight_normalized_base_may_be_planned_in_8_bits():
+    how = {"sequence_length": 16, "device": "cpu", "optimizer": ("LowRankOptimizer", {"rule": "adam"})}
+    plans = [lo.plan(TINY, parametrization="weight_normalized", weight_bits=bits, **how) for bits in (16, 8)]
+    assert plans[1].weights_bytes < plans[0].weights_bytes
+    assert plans[1].optimizer_state_bytes == plans[0].optimizer_state_bytes
+
+
 def test_sltrain_on_llama_7b_peaks_73_percent_below_adamw_and_25_below_galore():
     """Below bounds of theirs: AdamW's weights, gradients and two moments, and GaLore's weights and state, without all else."""
     model, rules = resolve_model("llama-7b"), rules_for("cuda")

@@ -67,6 +67,7 @@ def test_the_leading_vectors_are_kept_and_the_others_are_a_new_sample_of_their_c
         torch.testing.assert_close((first.mT @ second).square().sum((-2, -1)).mean(), torch.tensor(RANK, dtype=F64))
 
 
+@pytest.mark.long
 def test_the_sample_of_the_complement_has_no_preferred_direction():
     """E of P Pᵀ over many keys is a multiple of the identity on what is orthogonal to the leading vector."""
     grad, projector = draw(2, 24, 6), lo.RandomizedSVD(8, 4, 4, "complement", 0.34)
@@ -76,6 +77,7 @@ def test_the_sample_of_the_complement_has_no_preferred_direction():
     torch.testing.assert_close(mean, leading.outer(leading) + rest * (2 / 5), atol=0.05, rtol=0)
 
 
+@pytest.mark.long
 def test_sampled_vectors_are_singular_vectors_with_probabilities_that_follow_their_values():
     values = torch.tensor([8.0, 4.0, 2.0, 1.0, 1.0], dtype=F64)
     gram = torch.diag(values.square())

@@ -26,6 +26,9 @@ def test_three(a, b, made): pass
 def test_chosen(a, b, c, d): pass
 
 def test_alone(): pass
+
+@pytest.mark.parametrize("a", [1, pytest.param(2, marks=pytest.mark.full), 3])
+def test_marked(a): pass
 """
 
 CHOSEN = ["1-2-3-4", "1-2-3-5", "1-2-6-4", "1-7-3-4", "8-2-3-4", "1-2-6-5"]
@@ -64,7 +67,7 @@ def collected(tmp_path_factory):
 
 @pytest.mark.long
 def test_values_are_each_run_once_and_products_are_not(collected):
-    assert collected["values"]["test_product"] == ["4-x-1", "4-x-2", "4-x-3", "5-y-1"]
+    assert collected["values"]["test_product"] == ["4-x-1", "4-x-3", "5-y-2"]
     assert collected["values"]["test_alone"] == [""]
 
 
@@ -72,7 +75,7 @@ def test_values_are_each_run_once_and_products_are_not(collected):
 def test_pairs_are_each_run_once_and_lists_of_chosen_cases_whole(collected):
     pairs = collected["pairs"]
     assert len(collected["all"]["test_three"]) == 8
-    assert len(pairs["test_three"]) < 8
+    assert len(pairs["test_three"]) == 4
     for places in itertools.combinations(range(3), 2):
         seen = {tuple(case.split("-")[place] for place in places) for case in pairs["test_three"]}
         assert len(seen) == 4, places
@@ -82,4 +85,10 @@ def test_pairs_are_each_run_once_and_lists_of_chosen_cases_whole(collected):
 
 @pytest.mark.long
 def test_all_cases_are_all(collected):
-    assert [len(cases) for cases in collected["all"].values()] == [9, 8, 6, 1]
+    assert [len(cases) for cases in collected["all"].values()] == [9, 8, 6, 1, 3]
+
+
+@pytest.mark.long
+def test_a_case_marked_full_runs_with_all_only(collected):
+    assert collected["all"]["test_marked"] == ["1", "2", "3"]
+    assert collected["pairs"]["test_marked"] == collected["values"]["test_marked"] == ["1", "3"]

@@ -179,15 +179,42 @@ def test_what_the_benchmark_sets_itself_is_refused():
         convergence.chosen_methods("galore,adam")
 
 
-def test_only_a_complete_benchmark_is_written_to_the_results():
+def test_a_benchmark_of_the_preset_with_adamw_is_written_to_the_results():
     def complete(*words):
         args, rest = convergence.arguments().parse_known_args(words)
         return convergence.complete(args, convergence.chosen_methods(args.methods), rest)
 
     assert complete()
     assert complete("--dataset", "allenai/c4", "--workers", "1")
-    for words in (["--methods", "adamw,fira"], ["--steps", "9"], ["--seeds", "2"], ["--batch", "4"], ["--batch=4"]):
+    assert complete("--methods", "fira,adamw")
+    for words in (["--methods", "muon,fira"], ["--steps", "9"], ["--seeds", "2"], ["--batch", "4"], ["--batch=4"]):
         assert not complete(*words)
+
+
+def results_of(methods, date, **values):
+    shared = {"rule": "r", "trained_on": "cpu", "longest_ladder": 7, "seeds": 3, "tokens": 9, "threads_of_a_worker": 1}
+    runs = [{"method": name, "val_loss": 1.0, "date": date} for name in methods]
+    rows = {name: {"method": name, "environment": {"date": date}} for name in methods}
+    return shared | {"shared": {"text_digest": "abc"}, "methods": rows, "runs": runs} | values
+
+
+def test_a_benchmark_of_some_methods_takes_the_place_of_their_rows_and_keeps_the_others():
+    old = results_of(["adamw", "muon", "galore"], "old")
+    for row in old["methods"].values():
+        del row["environment"]
+    earlier = {"environment": {"date": "old"}, "results": old}
+    both = convergence.added(results_of(["foam", "adamw"], "new"), earlier)
+    dates = {name: row["environment"]["date"] for name, row in both["methods"].items()}
+    assert list(dates.items()) == [("adamw", "new"), ("muon", "old"), ("galore", "old"), ("foam", "new")]
+    assert [(run["method"], run["date"]) for run in both["runs"]] == [
+        ("muon", "old"),
+        ("galore", "old"),
+        ("foam", "new"),
+        ("adamw", "new"),
+    ]
+    other = results_of(["adamw"], "new", shared={"text_digest": "abd"})
+    with pytest.raises(RunError, match=r"shared is \{'text_digest': 'abd'\} now and was \{'text_digest': 'abc'\}"):
+        convergence.added(other, earlier)
 
 
 def test_a_small_benchmark_runs_and_a_second_call_uses_its_runs(tmp_path, monkeypatch):

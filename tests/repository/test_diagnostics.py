@@ -95,6 +95,7 @@ def basis_matrix(optimizer: lo.LowRankOptimizer, param: Tensor) -> Tensor:
     return vectors[:, values > 0.5]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_energy_and_overlap_of_every_kind_of_subspace(name):
     model, optimizer, overlap = run(name, 4)

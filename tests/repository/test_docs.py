@@ -29,7 +29,6 @@ PARTS = [block.code for block in blocks("docs/extend.md", "python")]
 OF_PROCESSES = ("docs/integrations/ddp.md", "docs/integrations/fsdp2.md")
 OF_TRAINERS = "train_dataset=data"
 OF_CHATS = ("docs/integrations/trl.md", "docs/integrations/peft.md")
-OF_SOME_SECONDS = ("docs/integrations/transformers.md", "docs/integrations/compat.md")
 NEEDS = {f"docs/integrations/{name}.md": name for name in ("trl", "peft", "lightning", "accelerate")}
 """Pages that need a package of others."""
 
@@ -55,9 +54,8 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.long] * (page in OF_SOME_SECONDS)) for page in WITH_PYTHON]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("page", WITH_PYTHON)
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     if page in OF_PROCESSES:
@@ -198,6 +196,7 @@ def test_the_reference_has_every_public_name_once():
 # Write your own, and how it works -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_parts_of_the_page_pass_their_checks_and_train():
     torch.manual_seed(0)
     scope: dict = {}

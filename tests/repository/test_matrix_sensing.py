@@ -39,7 +39,10 @@ example = load_example()
 # --- rates of gradient descent on factors ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids="seed {}".format)
+SEEDS = [0, pytest.param(1, marks=pytest.mark.full)]
+
+
+@pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
 def rates(request: pytest.FixtureRequest) -> dict[str, Tensor]:
     return example.rates(request.param, steps=4000)
 
@@ -233,7 +236,7 @@ def test_known_entries_are_those_of_the_mask_and_the_start_is_near() -> None:
 # --- gross corruption ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids="seed {}".format)
+@pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
 def robust(request: pytest.FixtureRequest) -> dict[str, float]:
     return {name: float(errors[-1]) for name, errors in example.robust(request.param).items()}
 

@@ -74,6 +74,20 @@ def needed_13b(rank: int) -> list[float]:
     return [tables.results("plan_7b")["13b"][f"Q-GaLore rank {rank}, int8 weights, in backward"]["needed"] / GIB]
 
 
+def peak(name: str) -> float:
+    """Of LLaMA-7B, planned."""
+    return float(tables.results("plan_7b")["7b"][name]["peak"])
+
+
+def less_than(name: str) -> float:
+    """By how many per cent the peak of SLTrain is below another."""
+    return 100.0 * (1.0 - peak("SLTrain 8-bit, in backward") / peak(name))
+
+
+def converged(name: str) -> float:
+    return float(tables.results("convergence-cpu")["methods"][name]["val_loss"])
+
+
 def steps(part: str, *names: str) -> list[float]:
     return [tables.results("step_time")[part][name]["over_fused_adamw"] for name in names]
 
@@ -120,6 +134,12 @@ SENTENCES: list[tuple[str, str, Callable[[], list[Any]]]] = [
     ("docs/benchmarks.md", "with {:.2f} MiB of optimizer state", lambda: state("galore")),
     ("docs/benchmarks.md", "with {:.2f} MiB, each", lambda: state("adamw")),
     ("docs/benchmarks.md", "and {:,} tokens for every method", lambda: [tables.results("convergence-cpu")["tokens"]]),
+    ("docs/parametrisations.md", "at a peak of {:.1f} GiB", lambda: [peak("SLTrain 8-bit, in backward") / 2**30]),
+    ("docs/parametrisations.md", "{:.0f} % below AdamW", lambda: [less_than("AdamW")]),
+    ("docs/parametrisations.md", "and {:.0f} % below GaLore", lambda: [less_than("GaLore 8-bit, in backward")]),
+    ("docs/parametrisations.md", "at a validation loss of {:.3f}", lambda: [converged("sltrain")]),
+    ("docs/parametrisations.md", "ends at {:.3f} at the same rank", lambda: [converged("low_rank")]),
+    ("docs/parametrisations.md", "AdamW at {:.3f}.", lambda: [converged("adamw")]),
     (
         "docs/benchmarks.md",
         "takes {:.1f}× the time of torch's fused",

@@ -209,6 +209,23 @@ def test_the_limiter_bounds_growth_and_recovers_at_once_from_a_zero_gradient(met
     assert memory[7] > 0.5 * memory[5]
 
 
+@pytest.mark.parametrize("residual", ["norm_scaled", "gradient_scaled", "complement_scaled"])
+def test_an_ignored_step_leaves_what_was_remembered_of_the_healthy_experts_too(residual):
+    param = nn.Parameter(torch.ones(2, 40, 24))
+    optimizer = lo.LowRankOptimizer([param], rule=lo.Adam(), residual=residual, rank=RANK, lr=LR)
+    optimizer._mask_on_device = True
+    for step in range(3):
+        param.grad = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(step))
+        if step == 2:
+            before = {name: tensor.clone() for name, tensor in optimizer.state[param].items()}
+            param.grad[1, 3, 4] = torch.nan
+        optimizer.step()
+    state = optimizer.state[param]
+    assert (before["limiter_norm"] > 0).all()
+    for name in before.keys() - {"step"}:
+        assert torch.equal(state[name], before[name]), name
+
+
 def test_without_a_limiter_nothing_is_remembered():
     param = nn.Parameter(torch.ones(40, 24))
     optimizer = build("fira", param, limiter=None)

@@ -75,6 +75,7 @@ def run(form: str, device: str | None, monkeypatch: pytest.MonkeyPatch) -> list[
     return [param.detach() for param in params.values()]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:skipped the update", "ignore:rank 7")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_default_device_changes_nothing(form: str, monkeypatch: pytest.MonkeyPatch):

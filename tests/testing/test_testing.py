@@ -139,6 +139,7 @@ def variants() -> Iterator[Any]:
         "random": ("random:gaussian",),
         "coordinate": ("coordinate:rows", "coordinate:entries"),
         "blocks": ("blocks:random", "blocks:mirror"),
+        "smallest_weights": ("smallest_weights:0.3,shrinks",),
     }
     for kind in projectors._BUILDERS:
         yield from map(projectors.from_name, (kind, *names.get(kind, ())))

@@ -16,7 +16,7 @@ import torch
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
@@ -50,6 +50,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "store": _ONE,
     "sparse": _ONE,
     "sampled": _ONE,
+    "thin_grams": _MANY,
+    "pair_step": _MANY,
+    "thin_turn": _MANY,
+    "inverse_power": _ONE,
 }
 """Arguments of every function but the last, the number of threads: the bytes of a structure, or of several and before them their
 number."""

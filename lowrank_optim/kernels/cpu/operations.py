@@ -41,6 +41,7 @@ from lowrank_optim.kernels.cpu.arguments import (
     storable,
 )
 from lowrank_optim.kernels.cpu.code_operations import CodeOperations
+from lowrank_optim.kernels.cpu.pair_operations import PairOperations
 from lowrank_optim.kernels.cpu.sparse_operations import SparseOperations
 from lowrank_optim.kernels.cpu.structures import packer
 from lowrank_optim.kernels.dispatch import call
@@ -84,6 +85,10 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
         "sltrain_forward",
         "sltrain_backward_input",
         "sampled_product",
+        "thin_grams",
+        "pair_step_",
+        "thin_turn_",
+        "inverse_power",
     )
     return {name: getattr(ops, name) for name in names}
 
@@ -101,7 +106,7 @@ def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
     }
 
 
-class Operations(SparseOperations, CodeOperations):
+class Operations(PairOperations, SparseOperations, CodeOperations):
     """The operations, with their arguments, on one library."""
 
     def gaussian_(self, out: Tensor, key: Tensor) -> Declined | None:

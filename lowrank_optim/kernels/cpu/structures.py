@@ -7,10 +7,19 @@ Fields whose names begin with "_" are the library's own: they are 0, and are not
 
 import struct
 from collections.abc import Callable
-from ctypes import Structure, c_bool, c_float, c_int32, c_int64, c_uint16, c_uint64, c_void_p, sizeof
+from ctypes import Structure, c_bool, c_double, c_float, c_int32, c_int64, c_uint16, c_uint64, c_void_p, sizeof
 from typing import cast
 
-_LETTERS = {c_bool: "?", c_int32: "i", c_int64: "q", c_uint16: "H", c_uint64: "Q", c_float: "f", c_void_p: "Q"}
+_LETTERS = {
+    c_bool: "?",
+    c_int32: "i",
+    c_int64: "q",
+    c_uint16: "H",
+    c_uint64: "Q",
+    c_float: "f",
+    c_double: "d",
+    c_void_p: "Q",
+}
 _P, _N = c_void_p, c_int64
 
 
@@ -140,6 +149,33 @@ class SampledArgs(Structure):
 
 class GaussianArgs(Structure):
     _fields_ = (("out", _P), ("numel", _N), ("key", c_uint64))
+
+
+class TallArgs(Structure):
+    _fields_ = (("size", _N), ("rank", _N), ("wide", c_bool))
+
+
+class GramArgs(Structure):
+    _fields_ = (("tall", TallArgs), ("left", _P), ("right", _P), ("out", _P))
+
+
+class PairStepArgs(Structure):
+    _fields_ = (
+        *(("tall", TallArgs), ("weight", _P), ("grad", _P), ("momentum", _P), ("small", _P)),
+        *((name, c_float) for name in ("share", "alpha", "keep")),
+        *(("after", _P), ("cross", _P)),
+    )
+
+
+class TurnArgs(Structure):
+    _fields_ = (("tall", TallArgs), ("form", _P), ("small", _P))
+
+
+class InversePowerArgs(Structure):
+    _fields_ = (
+        *(("count", _N), ("rank", _N), ("matrices", _P), ("shift", _P), ("out", _P)),
+        *(("tolerance", c_double), ("added", c_double), ("root", c_bool)),
+    )
 
 
 def packer(kind: type[Structure]) -> Callable[..., bytes]:

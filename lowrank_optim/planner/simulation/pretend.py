@@ -146,7 +146,10 @@ class Recorder(TorchDispatchMode):
             args, kwargs = _all_meta(args, least), {name: _all_meta(value, least) for name, value in kwargs.items()}
         known = {tensor.untyped_storage()._cdata for tensor in given}
         on_meta = without_numbers or (not given and kwargs.get("device") == META)
-        out = shapes.run(func, args, kwargs) if on_meta else func(*args, **kwargs)
+        if without_numbers and func is _aten.nonzero.default and self.may_read:
+            out: Any = shapes.nonzero(without_numbers[0])
+        else:
+            out = shapes.run(func, args, kwargs) if on_meta else func(*args, **kwargs)
         for tensor in _tensors(out if isinstance(out, (tuple, list)) else (out,)):
             if self.counts(tensor) and tensor.untyped_storage()._cdata not in known:
                 self.watch(tensor)

@@ -98,6 +98,11 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return back[0] if len(back) == 1 else tuple(back) if back else None
 
 
+def nonzero(tensor: Tensor) -> Tensor:
+    """What `tensor.nonzero()` returns at most: the places of all elements."""
+    return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.int64, device=META)
+
+
 def _key(item: Any) -> Any:
     """What decides the result's shape, in a form that can be looked up."""
     if isinstance(item, Tensor):

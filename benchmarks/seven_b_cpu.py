@@ -1,0 +1,258 @@
+"""LLaMA-7B on a machine of 24 GB without a GPU: does it train, and was the planner right about the memory?
+
+    python benchmarks/seven_b_cpu.py                                   # GaLore in 8 bits, 20 steps; hours on 2 cores
+    python benchmarks/seven_b_cpu.py --only qgalore --steps 3
+    python benchmarks/seven_b_cpu.py --only adamw                      # the largest LLaMA that AdamW fits into the same memory
+    python benchmarks/seven_b_cpu.py --model 60m --length 64 --steps 4 # the whole path on a small model
+
+bfloat16 weights, rank 1024, activation checkpointing, updates in backward, one sequence of 2048 bytes of the standard library's
+source a step, as token ids of a vocabulary of 32,000. The gap between refreshes is 10, staggered.
+
+Memory is what the operating system says the process has (resident memory, a thread reads it every 50 ms), less what it had before
+the model was built: interpreter and libraries. The plan is the planner's peak for the CPU. A run is refused where the machine has
+less than the plan free. glibc's allocator keeps freed blocks in its heap and grows beyond the plan: the threshold from which blocks
+go back to the system is set to 1 MB.
+
+`--save FOLDER` writes a checkpoint after each step, tensor by tensor without a second copy of the model, and the same command
+continues it. Each run writes benchmarks/results/seven_b_cpu_NAME.json; that of `--model` is printed only.
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+LOCAL = Path(__file__).resolve().parent
+sys.path[:0] = [str(LOCAL), str(LOCAL / "gpu"), str(LOCAL.parent / "examples")]
+
+import torch  # noqa: E402
+from common import write  # noqa: E402
+from pretraining.configs import SIZES, build_model  # noqa: E402
+from seven_b import DESCENDING, VOCABULARY, fields, text_batches  # noqa: E402
+
+import lowrank_optim as lo  # noqa: E402
+from lowrank_optim.planner.choices import resolve_optimizer  # noqa: E402
+from lowrank_optim.planner.parametrizations import resolve_parametrization  # noqa: E402
+from lowrank_optim.planner.simulation.allocator import GIB  # noqa: E402
+
+GAP, RANK, DENSITY = 10, 1024, 0.05
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, THRESHOLD = -1, -3, 1 << 20
+LOW_RANK = {"rank": RANK, "update_proj_gap": GAP}
+RUNS: dict[str, dict[str, Any]] = {
+    "galore_8bit": {"optimizer": ("galore_8bit", LOW_RANK), "lr": 1e-3},
+    "qgalore": {"optimizer": ("qgalore", LOW_RANK), "weight_bits": 8, "lr": 1e-3},
+    "apollo_mini": {"optimizer": ("apollo_mini", {"update_proj_gap": GAP}), "lr": 1e-3},
+    "sltrain": {
+        "optimizer": ("adamw", {"state_bits": 8}),
+        "parametrization": ("sltrain", {"rank": RANK, "density": DENSITY}),
+        "lr": 1e-3,
+    },
+    "adamw": {"optimizer": ("adamw", {}), "in_backward": False, "lr": 1e-4},
+}
+
+
+# Memory of this process -------------------------------------------------------------------------------------------------------
+
+
+def give_blocks_back() -> None:
+    """Let freed blocks of a megabyte and more go back to the system at once."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not libc.mallopt(M_MMAP_THRESHOLD, THRESHOLD):
+        print("this is not glibc: its allocator may keep memory that was freed")
+        return
+    libc.mallopt(M_TRIM_THRESHOLD, THRESHOLD)
+    print(f"glibc's allocator gives blocks from {THRESHOLD >> 20} MB on back to the system")
+
+
+def resident() -> int:
+    """Bytes of memory that the process has, without files that are only mapped."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def available() -> int:
+    """Bytes that the machine has for another process."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+class Resident:
+    """The largest resident memory, read by a thread; what there was at the beginning counts apart."""
+
+    def __init__(self, every: float = 0.05) -> None:
+        self.before = self.peak = resident()
+        self._every, self._ended = every, threading.Event()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        def watch() -> None:
+            while not self._ended.wait(self._every):
+                self.peak = max(self.peak, resident())
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
+
+
+# One run ----------------------------------------------------------------------------------------------------------------------
+
+
+def predict(run: dict[str, Any], size: str, length: int) -> Any:
+    return lo.plan(
+        fields(size),
+        run["optimizer"],
+        parametrization=run.get("parametrization"),
+        sequence_length=length,
+        in_backward=run.get("in_backward", True),
+        activation_checkpointing=True,
+        weight_bits=run.get("weight_bits", 16),
+        device="cpu",
+    )
+
+
+def build(run: dict[str, Any], size: str, length: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = build_model(size, VOCABULARY, length, torch.device("cpu"), torch.bfloat16, True, 0)
+    if run.get("weight_bits") == 8:
+        model = lo.nn.quantize_weights_(model)
+    if (layers := resolve_parametrization(run.get("parametrization"))) is not None:
+        layers.convert(model)
+    name, options = run["optimizer"]
+    optimizer = resolve_optimizer((name, {"lr": run["lr"], **options})).build(model)
+    if run.get("in_backward", True):
+        lo.update_in_backward(optimizer, max_grad_norm=1.0)
+    return model, optimizer
+
+
+def train(run: dict[str, Any], size: str, length: int, steps: int, folder: Path | None) -> dict[str, Any]:
+    """Memory, losses and times of a run, from the building of the model on."""
+    memory = Resident()
+    losses: list[float] = []
+    seconds: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
+    with memory.watched():
+        began = time.perf_counter()
+        model, optimizer = build(run, size, length)
+        seconds_to_build = time.perf_counter() - began
+        print(f"built in {seconds_to_build:.0f} s, {(resident() - memory.before) / GIB:.2f} GiB", flush=True)
+        if folder is not None:
+            losses = restore(folder, model, optimizer)
+        batches = text_batches(length, torch.device("cpu"))
+        for step in range(len(losses), steps):
+            times = [time.perf_counter()]
+            tokens = batches[step % len(batches)]
+            loss = model(input_ids=tokens, labels=tokens).loss
+            times.append(time.perf_counter())
+            loss.backward()
+            times.append(time.perf_counter())
+            optimizer.step()
+            optimizer.zero_grad()
+            times.append(time.perf_counter())
+            losses.append(float(loss.detach()))
+            for i, part in enumerate(seconds):
+                seconds[part].append(times[i + 1] - times[i])
+            took = [sum(parts) for parts in zip(*seconds.values(), strict=True)]
+            above, left = (memory.peak - memory.before) / GIB, (steps - step - 1) * (median(took[1:] or took))
+            print(
+                f"step {step + 1} of {steps}: loss {losses[-1]:.3f}, {took[-1]:.0f} s, peak {above:.2f} GiB beside "
+                f"{memory.before / GIB:.2f} of interpreter and libraries, about {left / 60:.0f} min left",
+                flush=True,
+            )
+            if folder is not None:
+                save(folder, model, optimizer, losses)
+    if not all(map(math.isfinite, losses)):
+        raise SystemExit(f"a loss is not finite: {losses}")
+    return {
+        "peak_resident_bytes": memory.peak - memory.before,
+        "interpreter_bytes": memory.before,
+        "losses": losses,
+        "seconds": {"build": seconds_to_build, **seconds},
+    }
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+    """Written tensor by tensor from where they lie, and put in the place of the one before at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+    torch.save(content, folder / "checkpoint.pt.tmp")
+    os.replace(folder / "checkpoint.pt.tmp", folder / "checkpoint.pt")
+
+
+def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """The losses of the steps that are done; tensors are read from the file when they are copied."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return []
+    content = torch.load(path, mmap=True, weights_only=True)
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    losses: list[float] = content["losses"]
+    print(f"continuing after step {len(losses)}", flush=True)
+    return losses
+
+
+# The command ------------------------------------------------------------------------------------------------------------------
+
+
+def choose_size(run: dict[str, Any], length: int, limit: int) -> str:
+    """The largest LLaMA whose plan fits."""
+    for size in DESCENDING:
+        if predict(run, size, length).peak_bytes <= limit:
+            return size
+    raise SystemExit(f"no size fits {limit / GIB:.1f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=RUNS, default="galore_8bit", help="the run (default galore_8bit)")
+    parser.add_argument("--model", choices=SIZES, help="this size")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of the sequence (default 2048)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--save", type=Path, metavar="FOLDER", help="write a checkpoint after each step, and continue it"
+    )
+    parser.add_argument("--note", default="", help="what else the machine did, for the JSON")
+    args = parser.parse_args()
+    give_blocks_back()
+    run, free = RUNS[args.only], available()
+    size = args.model or ("7b" if run.get("in_backward", True) else choose_size(run, args.length, free))
+    plan = predict(run, size, args.length)
+    print(f"{args.only}, {size}: {plan.peak_bytes / GIB:.2f} GiB planned, {free / GIB:.2f} GiB free", flush=True)
+    if plan.peak_bytes > free:
+        raise SystemExit(
+            "the machine has less memory free than the plan needs; end other programs, or take a smaller --model"
+        )
+    found = train(run, size, args.length, args.steps, args.save)
+    error = plan.peak_bytes / found["peak_resident_bytes"] - 1.0
+    print(
+        f"peak {found['peak_resident_bytes'] / GIB:.2f} GiB, {plan.peak_bytes / GIB:.2f} planned ({error:+.1%}), "
+        f"loss {found['losses'][0]:.2f} → {found['losses'][-1]:.2f}"
+    )
+    results = {
+        "model": size,
+        "length": args.length,
+        "note": args.note,
+        "planned_bytes": plan.peak_bytes,
+        "error_of_plan": error,
+    }
+    results |= {"run": json.loads(json.dumps(run)), **found}
+    if args.model is None and args.length == 2048:
+        write(f"seven_b_cpu_{args.only}", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Weights replaced by the best matrices of lower rank; they stay dense (Trained Rank Pruning).
+
+`truncate_` does it once. `lowrank_optim.truncate_ranks` does it while a model is trained, and uses what stands here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_optim import kernels
+from lowrank_optim.groups.build import select_matrices
+from lowrank_optim.groups.matrices import matrix_shape, matrix_view, resolve_rank
+from lowrank_optim.groups.parameters import find_parameters
+from lowrank_optim.kernels import WeightError, as_python
+from lowrank_optim.nn.decompositions import rank_for_energy
+from lowrank_optim.nn.reparametrized import Patterns
+from lowrank_optim.sharding.dtensor import dense_sharding, local, matrix_sharding
+
+
+@dataclass(frozen=True)
+class RankCut:
+    """How many singular values σ₁ ≥ σ₂ ≥ … a matrix keeps; one of these is given.
+
+    energy: the smallest k with Σ_{i≤k} σ_i² ≥ energy·Σσ_i².
+    rank: the k largest; a float is a fraction of the short side.
+    threshold: those with σ ≥ threshold, at least one.
+
+    Of a zero matrix, none.
+
+    Raises:
+        ValueError: none or several are given, or one is out of range.
+    """
+
+    energy: float | None = None
+    rank: int | float | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name in ("energy", "rank", "threshold") if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            told = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none of them"
+            raise ValueError(f"give one of energy, rank and threshold, which say how much is kept; got {told}")
+        (name, value), *_ = given.items()
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "energy" and not (number and 0 < value <= 1):
+            raise ValueError(f"energy is {value!r}; it must be a share in (0, 1]")
+        if name == "rank" and not (number and (0 < value <= 1 if isinstance(value, float) else value >= 1)):
+            raise ValueError(
+                f"rank is {value!r}; it must be an int of at least 1, or a fraction of the short side in (0, 1]"
+            )
+        if name == "threshold" and not (number and 0 < value < float("inf")):
+            raise ValueError(f"threshold is {value!r}; it must be a number above 0")
+
+    def kept(self, values: Tensor) -> int:
+        """k for the singular values of a matrix, largest first. The host waits for them."""
+        if not values.numel() or not float(values[0]) > 0:
+            return 0
+        if self.rank is not None:
+            return min(resolve_rank(self.rank, values.numel()), int((values > 0).sum()))
+        if self.energy is not None:
+            return rank_for_energy(values.double().square(), self.energy)
+        return max(int((values >= (self.threshold or 0.0)).sum()), 1)
+
+
+def truncated(matrix: Tensor, cut: RankCut, shrinkage: float = 0.0) -> tuple[Tensor, int]:
+    """U_k max(Σ_k − shrinkage, 0) V_kᵀ and k, for M = U Σ Vᵀ; k is that of the values once they have shrunk.
+
+    With `shrinkage` ηλ, that is the proximal operator of ηλ‖·‖_*, and then the cut. A matrix of which nothing is cut is returned
+    as it is: itself, where its other singular values are those of rounding.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    rounding = float(values[0]) * torch.finfo(matrix.dtype).eps * max(matrix.shape)
+    values = (values - shrinkage).clamp_min(0.0)
+    k = cut.kept(values)
+    if shrinkage == 0.0 and bool((values[k:] <= rounding).all()):
+        return matrix, k
+    return (left[:, :k] * values[:k]) @ right[:k], k
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """A weight of a model that is a matrix, or a stack of them; a convolution as first dimension × the rest.
+
+    name: of the parameter.
+    param: the parameter, sharded or not.
+    layout: as in param groups.
+    """
+
+    name: str
+    param: Tensor
+    layout: str
+
+    def whole(self, error: WeightError | None = None) -> Tensor:
+        """The matrix view of all of the weight, in the compute type, gathered from all processes; a new tensor or a view."""
+        weight = kernels.joined(local(self.param).detach(), error)
+        view, shape = matrix_view(weight, self.layout), matrix_shape(tuple(self.param.shape), self.layout)
+        assert shape is not None
+        sharding = matrix_sharding(self.param, self.layout, shape)
+        return sharding.gather(view, *range(-len(shape), 0)).to(kernels.compute_dtype(self.param.dtype))
+
+    def part(self, matrix: Tensor) -> Tensor:
+        """What this process holds of a whole matrix, in the parameter's own shape."""
+        shape = matrix_shape(tuple(self.param.shape), self.layout)
+        assert shape is not None
+        own = matrix_sharding(self.param, self.layout, shape).part(matrix)
+        own = own.mT if self.layout == "transposed" else own
+        return own.reshape(local(self.param).shape).contiguous()
+
+    def write_(self, matrix: Tensor, rounding_key: int | None = None, error: WeightError | None = None) -> None:
+        """Put a whole matrix into the weight, rounded to nearest, stochastically with a key, or with what that drops in `error`."""
+        start = dense_sharding(self.param).start
+        kernels.store_(local(self.param).detach(), self.part(matrix), rounding_key, start, error)
+
+
+def on_each(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of each matrix of a stack, or of the only one."""
+    return torch.stack([function(matrix) for matrix in stack]) if stack.dim() > 2 else function(stack)
+
+
+def truncated_stack(stack: Tensor, cut: RankCut, shrinkage: float = 0.0) -> tuple[Tensor, int]:
+    """`truncated` of each matrix, and the largest k; a stack of which nothing is cut is returned as it is."""
+    if stack.dim() == 2:
+        return truncated(stack, cut, shrinkage)
+    pairs = [(matrix, *truncated(matrix, cut, shrinkage)) for matrix in stack]
+    most = max(k for _, _, k in pairs)
+    return (stack if all(new is old for old, new, _ in pairs) else torch.stack([new for _, new, _ in pairs])), most
+
+
+def take_matrices(model: nn.Module, include: Patterns, exclude: Patterns) -> list[DenseMatrix]:
+    """The weights that `param_groups` makes low-rank with these patterns.
+
+    Raises:
+        TypeError: no nn.Module.
+        ValueError: a pattern matches nothing; a weight without numbers, or stored in 8 bits; there is none.
+    """
+    chosen = set(map(id, select_matrices(model, include, exclude)))
+    found = [
+        DenseMatrix(entry.names[0], entry.param, entry.layout)
+        for entry in find_parameters(model)
+        if id(entry.param) in chosen and matrix_shape(tuple(entry.param.shape), entry.layout) is not None
+    ]
+    if not found:
+        raise ValueError("the model has no matrix to truncate; embeddings and output heads have to be named by include")
+    for matrix in found:
+        if hasattr(matrix.param, "codes"):
+            raise ValueError(
+                f"{matrix.name} is stored in 8 bits, where a truncated matrix would have its full rank again; exclude it, or call "
+                "lowrank_optim.nn.dequantize_weights_(model) first"
+            )
+        if matrix.param.is_meta:
+            raise ValueError(f"{matrix.name} is on the meta device, and has no singular values")
+    return found
+
+
+@kernels.no_autograd_no_autocast
+def truncate_(
+    model: nn.Module,
+    *,
+    energy: float | None = None,
+    rank: int | float | None = None,
+    threshold: float | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> nn.Module:
+    """Replace weights by the best matrices of lower rank, in place; they stay dense, and the model as fast as it was.
+
+        W = U Σ Vᵀ   →   U_k Σ_k V_kᵀ,   ‖W − U_k Σ_k V_kᵀ‖² = Σ_{i>k} σ_i²
+
+    Convolutions are matrices of their first dimension by the rest. A weight that has this rank already is not touched. To cut the
+    model itself, call `lowrank_optim.nn.factorize_`; to do this while training, `lowrank_optim.truncate_ranks`.
+
+    Args:
+        model: its linear layers, Conv1Ds of transformers, convolutions and stacks of experts; no output heads and no embeddings.
+        energy: in (0, 1]; k is the smallest for which Σ_{i≤k} σ_i² ≥ energy·Σσ_i². What is left has less energy, so that a second
+            cut may cut again.
+        rank: in place of it, k itself; a float in (0, 1] is a fraction of each short side.
+        threshold: in place of it, the smallest singular value that is kept; at least one is.
+        include: patterns of the weights to take, as in `param_groups`.
+        exclude: patterns of weights to leave alone.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: no nn.Module.
+        ValueError: none or several of energy, rank and threshold, or one out of range; a pattern that matches nothing; a weight
+            that is not finite, stored in 8 bits, or on the meta device. Nothing was changed.
+
+    Memory: the singular value decomposition of one m×n matrix at a time, m·d + d·n + d numbers of 4 bytes (8 for float64), d the
+    short side. A sharded weight (`fully_shard`) is gathered for it.
+
+    Example:
+        >>> import torch, lowrank_optim as lo
+        >>> model = lo.nn.truncate_(torch.nn.Sequential(torch.nn.Linear(64, 32)), rank=4)
+        >>> int(torch.linalg.matrix_rank(model[0].weight))
+        4
+
+    Paper: Xu et al., "TRP: Trained Rank Pruning for Efficient Deep Neural Networks", IJCAI 2020, arXiv:2004.14566.
+    """
+    cut = RankCut(*map(as_python, (energy, rank, threshold)))
+    matrices = take_matrices(model, include, exclude)
+    for matrix in matrices:
+        unfit = torch.isfinite(local(matrix.param)).logical_not().sum().float()
+        if bool(dense_sharding(matrix.param).sum(unfit)):
+            raise ValueError(f"{matrix.name} is not finite; it has no singular values")
+    for matrix in matrices:
+        old = matrix.whole()
+        new, _ = truncated_stack(old, cut)
+        if new is not old:
+            matrix.write_(new)
+    return model

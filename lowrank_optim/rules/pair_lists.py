@@ -1,0 +1,78 @@
+"""The factors of many pairs of one kind as lists, for the operations that step them all at once (`kernels.pair_schemas`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_optim import kernels
+from lowrank_optim.rules.joint import Unit
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors as they lie in memory, A and B of each pair, or one of the two.
+
+    weights, grads, momenta: matrices.
+    wide: whether each is A, which lies as r×d.
+    steps: `Unit.steps` of each.
+    """
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    momenta: list[Tensor]
+    wide: list[bool]
+    steps: list[tuple[float, float]]
+
+    @staticmethod
+    def of(units: Sequence[Unit], numbers: Sequence[int] = (0, 1)) -> "Factors":
+        """Those of these places in each unit."""
+        found = Factors([], [], [], [], [])
+        for unit in units:
+            for number in numbers:
+                weight, grad, (alpha, keep) = unit.contexts[number].weight, unit.grads[number], unit.steps[number]
+                assert grad is not None
+                assert isinstance(keep, float)
+                flat = weight.dim() > 2
+                found.weights.append(weight.flatten(1) if flat else weight)
+                found.grads.append(grad.flatten(1) if flat else grad)
+                found.momenta.append(unit.states[number]["exp_avg"])
+                found.wide.append(number == 0)
+                found.steps.append((alpha, keep))
+        return found
+
+    @property
+    def eps(self) -> float:
+        """Of the type of arithmetic."""
+        return torch.finfo(self.weights[0].dtype).eps
+
+    @property
+    def long(self) -> list[int]:
+        """d of each."""
+        return [weight.shape[1 if lies else 0] for weight, lies in zip(self.weights, self.wide, strict=True)]
+
+    def grams(self, forms: list[Tensor]) -> Tensor:
+        """XᵀX of each, (N, r, r)."""
+        return kernels.thin_grams(forms, forms, self.wide)
+
+    def step_(self, small: Tensor, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """D ← (1−share)D + share·g S, X ← κX − αD; X_newᵀX_new and X_oldᵀX_new, (N, r, r).
+
+        Args:
+            small: S of each, (N, r, r), of any type.
+            shares: of each.
+        """
+        numbers = [(share, alpha, keep) for share, (alpha, keep) in zip(shares, self.steps, strict=True)]
+        small = small.to(self.weights[0].dtype).contiguous()
+        return kernels.pair_step_(self.weights, self.grads, self.momenta, small, numbers, self.wide)
+
+    def turn_(self, small: Tensor) -> None:
+        """D ← D S."""
+        kernels.thin_turn_(self.momenta, small.to(self.momenta[0].dtype).contiguous(), self.wide)
+
+
+def plain_kind(unit: Unit) -> tuple[object, ...]:
+    """Units of one kind, and one group, are stepped together: rank, type, and the steps that both factors have seen."""
+    a, b = unit.contexts
+    return "plain", a.weight.shape[0], a.weight.dtype, a.weight.device, a.step, b.step

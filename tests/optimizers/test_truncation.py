@@ -1,0 +1,411 @@
+"""Trained Rank Pruning: truncation while training and at once, against a transcription in float64 and released numbers."""
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowrank_optim as lo
+from tests.oracles.checkpoints import assert_same_run, resume
+from tests.oracles.truncation import reference_sgd, truncate
+
+F64, BF16 = torch.float64, torch.bfloat16
+
+# Of the closed-form convolution below, by the released function at energy 0.9: its first filter, and that of the subgradient.
+GOLDEN_FILTER = [
+    [[0.979564, 0.970688, 1.005233], [0.757818, -0.250294, -0.976039], [0.179658, -0.856953, 0.890154]],
+    [[-0.428168, -0.405275, -0.437677], [-0.941883, -0.755653, 0.212492], [-1.012616, 0.748647, 0.025035]],
+    [[-0.669162, -0.665912, -0.610397], [0.060631, 0.875129, 0.771037], [0.761908, 0.268249, -0.886893]],
+]
+GOLDEN_PULL = [
+    [[0.208098, 0.225608, 0.275062], [0.20761, -0.069455, -0.267074], [0.109479, -0.194048, 0.243573]],
+    [[-0.00113, -0.055754, -0.127385], [-0.194954, -0.174388, 0.070854], [-0.297089, 0.134996, -0.010207]],
+    [[-0.322366, -0.219402, -0.133188], [-0.11162, 0.153565, 0.168974], [0.151623, 0.149621, -0.194946]],
+]
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def falling(seed: int, rows: int, cols: int, rate: float = 0.8) -> Tensor:
+    """A matrix whose singular values fall by this factor."""
+    short = min(rows, cols)
+    u, v = (torch.linalg.qr(draw(seed + side, size, short)).Q for side, size in enumerate((rows, cols)))
+    return (u * rate ** torch.arange(short, dtype=F64)) @ v.T
+
+
+class Net(nn.Module):
+    """A tall and a wide matrix, a convolution, and biases."""
+
+    def __init__(self, dtype: torch.dtype = F64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.up, self.down = nn.Conv2d(3, 6, 3), nn.Linear(24, 40), nn.Linear(40, 24)
+        self.up.weight.data, self.down.weight.data = falling(0, 40, 24), falling(2, 24, 40)
+        self.conv.weight.data = falling(4, 6, 27).view(6, 3, 3, 3)
+        self.to(dtype)
+
+    def forward(self, step: int) -> Tensor:
+        x = self.conv(draw(step, 2, 3, 4, 4).to(self.up.weight.dtype)).view(2, 24)
+        return (self.down(self.up(x).tanh()) - draw(step + 1, 2, 24).to(x.dtype)).square().mean()
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model(step).backward()
+        optimizer.step()
+
+
+def matrices(model: Net) -> list[Tensor]:
+    return [w.detach().clone().flatten(1) for w in (model.conv.weight, model.up.weight, model.down.weight)]
+
+
+def ranks(model: Net) -> list[int]:
+    return [int(torch.linalg.matrix_rank(matrix)) for matrix in matrices(model)]
+
+
+def closed_form_conv() -> nn.Conv2d:
+    a, c, h, w = (
+        torch.arange(n, dtype=F64).view([-1 if i == k else 1 for k in range(4)]) for i, n in enumerate((4, 3, 3, 3))
+    )
+    conv = nn.Conv2d(3, 4, 3, bias=False, dtype=F64)
+    conv.weight.data = torch.cos(a + 2 * c + 0.3 * a * c + 0.7 * h + 1.1 * w * h - 0.5 * a * w)
+    return conv
+
+
+def test_a_convolution_is_that_of_the_released_code():
+    conv = closed_form_conv()
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.0)
+    handle = lo.truncate_ranks(optimizer, conv, energy=0.9, period=2, nuclear_weight=1.0, match_reference=True)
+    (conv(torch.zeros(1, 3, 4, 4, dtype=F64)).sum() * 0).backward()
+    optimizer.step()
+    assert handle.ranks() == {"weight": 3}
+    for got, expected in ((conv.weight.detach(), GOLDEN_FILTER), (conv.weight.grad, GOLDEN_PULL)):
+        torch.testing.assert_close(got[0], torch.tensor(expected, dtype=F64), atol=2e-6, rtol=0)
+    assert float(conv.weight.detach().norm()) == pytest.approx(7.463749, abs=2e-6)
+    once = lo.nn.truncate_(closed_form_conv(), energy=0.9)
+    torch.testing.assert_close(once.weight, conv.weight, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)], ids=["tall", "wide", "square"])
+def test_sgd_with_momentum_is_that_of_the_released_code(shape):
+    start, x, y = falling(0, *shape), draw(5, 12, shape[1]), draw(6, 12, shape[0])
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+    expected = reference_sgd(
+        start.numpy(),
+        lambda w: (x.numpy() @ w.T - y.numpy()).T @ x.numpy() / 12,
+        7,
+        **{"energy": 0.9, "period": 3, "nuclear_weight": 0.05, **options},
+    )
+    model = nn.Linear(*shape[::-1], bias=False, dtype=F64)
+    model.weight.data.copy_(start)
+    optimizer = torch.optim.SGD(model.parameters(), **options)
+    lo.truncate_ranks(optimizer, model, energy=0.9, period=3, nuclear_weight=0.05, match_reference=True)
+    for _ in range(7):
+        optimizer.zero_grad()
+        (0.5 * (model(x) - y).square().sum() / 12).backward()
+        with torch.no_grad():  # a look at the model in between changes nothing
+            model(x)
+        optimizer.step()
+    np.testing.assert_allclose(model.weight.detach().numpy(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, lo.GaLoreAdamW], ids=["torch", "galore"])
+def test_truncation_follows_every_periodth_step_and_singular_values_shrink_by_the_learning_rate(make):
+    model, plain = Net(), Net()
+    optimizers = [make(m.parameters(), lr=0.02, weight_decay=0.0) for m in (model, plain)]
+    handle = lo.truncate_ranks(optimizers[0], model, energy=0.95, period=3, nuclear_weight=2.0)
+    assert handle.ranks() == {}
+    for step in range(6):
+        run(model, optimizers[0], range(step, step + 1))
+        run(plain, optimizers[1], range(step, step + 1))
+        if step % 3 == 2:
+            for got, before in zip(matrices(model), matrices(plain), strict=True):
+                expected, _ = truncate(before.numpy(), 0.95, 0.02 * 2.0)
+                np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-12)
+            assert list(handle.ranks().values()) == ranks(model)
+            assert all(rank < full for rank, full in zip(ranks(model), (6, 24, 24), strict=True))
+            plain.load_state_dict(model.state_dict())
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(matrices(model), matrices(plain), strict=True))
+    assert list(handle.ranks()) == ["conv.weight", "up.weight", "down.weight"]
+
+
+def test_in_gradient_mode_the_step_after_a_truncation_sees_the_subgradient():
+    model, plain = Net(), Net()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
+    lo.truncate_ranks(optimizers[0], model, rank=4, period=2, nuclear_weight=0.3, mode="gradient")
+    for step in range(5):
+        before = matrices(model)
+        run(model, optimizers[0], range(step, step + 1))
+        run(plain, optimizers[1], range(step, step + 1))
+        for got, old, other in zip(matrices(model), before, matrices(plain), strict=True):
+            if step % 2 == 0:  # no truncation after it
+                u, _, vt = torch.linalg.svd(old, full_matrices=False)
+                pull = u[:, :4] @ vt[:4] if step else 0.0
+                torch.testing.assert_close(got, other - 0.1 * 0.3 * pull, atol=1e-12, rtol=0)
+        plain.load_state_dict(model.state_dict())
+    assert ranks(model) != [4, 4, 4]  # the last step was not followed by one
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "late"),
+    [
+        ({"energy": 0.8, "nuclear_weight": 0.5}, torch.float32, True),
+        ({"energy": 0.8, "nuclear_weight": 0.5}, BF16, False),
+        ({"rank": 0.25, "nuclear_weight": 0.5, "mode": "gradient"}, BF16, True),
+        ({"energy": 0.8, "nuclear_weight": 0.5, "match_reference": True}, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_resume_is_exact(settings, dtype, late):
+    """Between two truncations, at one, and after the gradient of one; with stochastic rounding in bfloat16."""
+
+    def build() -> tuple[Net, torch.optim.Optimizer]:
+        model = Net(dtype)
+        rounding = {"stochastic_rounding": True} if dtype == BF16 else {}
+        return model, lo.FiraAdamW(lo.param_groups(model, rank=4), lr=0.02, **rounding)
+
+    whole, optimizer = build()
+    lo.truncate_ranks(optimizer, whole, period=3, **settings)
+    for stop in (2, 3, 4):
+        run(whole, optimizer, range(0 if stop == 2 else stop - 1, stop))
+        model, resumed = build()
+        if not late:
+            lo.truncate_ranks(resumed, model, period=3, **settings)
+        resume(optimizer, whole.parameters(), resumed, model.parameters())
+        if late:
+            lo.truncate_ranks(resumed, model, period=3, **settings)
+        reference, going = copy.deepcopy((whole, optimizer))
+        handle = lo.truncate_ranks(going, reference, period=3, **settings)  # hooks are not copied
+        run(reference, going, range(stop, 8))
+        run(model, resumed, range(stop, 8))
+        assert_same_run(going, reference.parameters(), resumed, model.parameters())
+        assert len(handle.ranks()) == 3
+
+
+def test_updates_in_backward_are_truncated_as_ordinary_ones():
+    ends = []
+    for in_backward in (False, True):
+        model = Net()
+        optimizer = lo.GaLoreAdamW(lo.param_groups(model, rank=4), lr=0.02)
+        lo.truncate_ranks(optimizer, model, energy=0.9, period=2, nuclear_weight=1.0)
+        if in_backward:
+            lo.update_in_backward(optimizer)
+        run(model, optimizer, range(5))
+        ends.append(matrices(model))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (3, 20, 16)], ids=["tall", "wide", "stack"])
+def test_what_is_left_has_the_energy_that_was_asked_for_at_the_smallest_rank(shape):
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(draw(0, *shape))
+
+    stack = draw(0, *shape).view(-1, *shape[-2:])
+    for energy in (0.3, 0.8, 0.99, 1.0):
+        model = lo.nn.truncate_(Holder(), energy=energy, include="experts")
+        for old, new in zip(stack, model.experts.detach().view(-1, *shape[-2:]), strict=True):
+            values, k = torch.linalg.svdvals(old), int(torch.linalg.matrix_rank(new))
+            lost = (old - new).square().sum()
+            assert lost <= (1 - energy) * old.square().sum() + 1e-12
+            torch.testing.assert_close(lost, values[k:].square().sum(), atol=1e-12, rtol=1e-12)
+            assert values[: k - 1].square().sum() < energy * values.square().sum()
+    # The rank does not depend on the size of the weights.
+    for factor in (1e-6, 1e6):
+        model = Holder()
+        model.experts.data *= factor
+        scaled = lo.nn.truncate_(model, energy=0.8, include="experts").experts.detach()
+        plain = lo.nn.truncate_(Holder(), energy=0.8, include="experts").experts.detach()
+        torch.testing.assert_close(scaled / factor, plain, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cut", [{"rank": 5}, {"rank": 0.25}, {"threshold": 0.3}, {"energy": 1.0}], ids=str)
+def test_a_second_cut_changes_no_bit(cut):
+    model = lo.nn.truncate_(Net(), **cut)
+    once = matrices(model)
+    lo.nn.truncate_(model, **cut)
+    assert all(torch.equal(a, b) for a, b in zip(once, matrices(model), strict=True))
+    found = {"rank": [5, 5, 5], "threshold": [6, 6, 6], "energy": [6, 24, 24]}[next(iter(cut))]
+    assert ranks(model) == ([2, 6, 6] if cut == {"rank": 0.25} else found)
+
+
+def test_zero_matrices_stay_and_a_threshold_leaves_at_least_one():
+    model = Net()
+    nn.init.zeros_(model.up.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    handle = lo.truncate_ranks(optimizer, model, threshold=100.0, period=1)
+    run(model, optimizer, range(1))
+    assert handle.ranks() == {"conv.weight": 1, "up.weight": 0, "down.weight": 1}
+    assert not model.up.weight.any()
+    shrunk = Net()
+    optimizer = torch.optim.SGD([{"params": shrunk.parameters(), "lr": 1e-9}])
+    lo.truncate_ranks(optimizer, shrunk, rank=4, period=1, nuclear_weight=1e10)
+    run(shrunk, optimizer, range(1))
+    assert not shrunk.up.weight.any()  # σ ≤ 1 < ηλ = 10
+
+
+def test_a_matrix_that_is_not_finite_is_left_alone_and_counted():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    handle = lo.truncate_ranks(optimizer, model, rank=3, period=1)
+    model.up.weight.data[2, 3] = torch.inf
+    before = model.up.weight.detach().clone()
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.step()
+    assert torch.equal(model.up.weight, before)
+    assert handle.skipped == {"up.weight": 2}
+    assert handle.ranks() == {"conv.weight": 3, "down.weight": 3}
+
+
+def test_frozen_weights_stay_and_tied_ones_are_cut_once():
+    model = Net()
+    model.up.weight.requires_grad_(False)
+    before = model.up.weight.detach().clone()
+    model.tied = nn.Linear(40, 24)
+    model.tied.weight = model.down.weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = lo.truncate_ranks(optimizer, model, rank=3, period=1)
+    run(model, optimizer, range(1))
+    assert torch.equal(model.up.weight, before)
+    assert handle.ranks() == {"conv.weight": 3, "down.weight": 3}
+
+
+def test_what_rounding_drops_is_kept_and_masters_follow():
+    """bfloat16 weights with error bits stand for the float32 matrix, which has the rank to the bit that they keep."""
+    model = Net(BF16)
+    optimizer = lo.GaLoreAdamW(lo.param_groups(model, rank=4), lr=0.02, weight_error_bits=16)
+    lo.truncate_ranks(optimizer, model, rank=3, period=2)
+    run(model, optimizer, range(2))
+    state = optimizer.state[model.up.weight]
+    error = lo.kernels.WeightError(state["weight_error"], state["weight_error_low"])
+    values = torch.linalg.svdvals(lo.kernels.joined(model.up.weight.detach(), error))
+    assert values[3] < 1e-5 * values[0]
+    assert torch.linalg.svdvals(model.up.weight.detach().float())[3] > 1e-4 * values[0]
+
+
+def test_bfloat16_weights_are_rounded_stochastically_where_the_optimizer_rounds_so():
+    """Their mean over seeds is nearer to the matrix of rank 3 than what rounding to nearest leaves."""
+
+    def cut(**options: object) -> Tensor:
+        model = Net(BF16)
+        optimizer = lo.GaLoreAdamW([model.up.weight], rank=4, lr=0.0, **options)
+        lo.truncate_ranks(optimizer, model, rank=3, period=1)
+        model.up.weight.grad = torch.zeros_like(model.up.weight)
+        optimizer.step()
+        return model.up.weight.detach().double()
+
+    u, s, vt = torch.linalg.svd(Net(BF16).up.weight.detach().float(), full_matrices=False)
+    exact = ((u[:, :3] * s[:3]) @ vt[:3]).double()
+    nearest, drawn = cut(), [cut(stochastic_rounding=True, seed=seed) for seed in range(40)]
+    assert torch.equal(cut(stochastic_rounding=True, seed=7), drawn[7])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert (torch.stack(drawn).mean(0) - exact).norm() < 0.5 * (nearest - exact).norm()
+
+
+def test_the_handle_ends_keeps_nothing_alive_and_there_is_one():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lo.truncate_ranks(optimizer, model, rank=3, period=1):
+        with pytest.raises(RuntimeError, match="are truncated already"):
+            lo.truncate_ranks(optimizer, model, rank=3)
+        run(model, optimizer, range(1))
+        assert optimizer.param_groups[0]["truncation_step"] == 1
+    run(model, optimizer, range(1))
+    assert min(ranks(model)) > 3
+    assert not {"truncation_step", "truncation_last", "truncation_ranks"} & optimizer.param_groups[0].keys()
+    handle, gone = lo.truncate_ranks(optimizer, model, rank=3, match_reference=True), weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="does not exist any more"):
+        handle.ranks()
+    handle.remove()
+    assert not model.up._forward_pre_hooks
+
+
+def test_gradients_that_are_freed_in_backward_are_refused():
+    model = Net()
+    optimizer = lo.GaLoreAdamW(lo.param_groups(model, rank=4))
+    attached = lo.update_in_backward(optimizer)
+    with pytest.raises(RuntimeError, match='mode is "gradient"'):
+        lo.truncate_ranks(optimizer, model, rank=3, mode="gradient", nuclear_weight=0.1)
+    attached.remove()
+    lo.truncate_ranks(optimizer, model, rank=3, mode="gradient", nuclear_weight=0.1)
+    lo.update_in_backward(optimizer)
+    model(0).backward()
+    with pytest.raises(RuntimeError, match='mode is "gradient"'):
+        optimizer.step()
+
+
+BAD = [
+    ({}, "give one of energy, rank and threshold.*none of them"),
+    ({"energy": 0.9, "rank": 3}, r"got energy=0.9, rank=3"),
+    ({"energy": 0.0}, r"energy is 0.0; it must be a share in \(0, 1\]"),
+    ({"energy": 1.5}, "energy is 1.5"),
+    ({"energy": True}, "energy is True"),
+    ({"rank": 0}, "rank is 0; it must be an int of at least 1"),
+    ({"rank": 1.5}, "rank is 1.5"),
+    ({"threshold": -0.1}, "threshold is -0.1; it must be a number above 0"),
+    ({"rank": 3, "include": "nowhere"}, "include pattern 'nowhere' matches no parameter"),
+]
+BAD_OF_HANDLES = [
+    ({"rank": 3, "period": 0}, "period is 0; it must be an int of at least 1"),
+    ({"rank": 3, "period": 2.5}, "period is 2.5"),
+    ({"rank": 3, "nuclear_weight": -1.0}, "nuclear_weight is -1.0; it must be a finite number of at least 0"),
+    ({"rank": 3, "mode": "proximal"}, "mode is 'proximal'; valid values are 'decoupled', 'gradient'"),
+    ({"rank": 3, "mode": "decoupled", "match_reference": True}, "match_reference is True, and the released code"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [*BAD, *BAD_OF_HANDLES], ids=[str(o) for o, _ in (*BAD, *BAD_OF_HANDLES)]
+)
+def test_bad_input_is_refused_and_changes_nothing(options, message):
+    model = Net()
+    before, optimizer = matrices(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        lo.truncate_ranks(optimizer, model, **options)
+    if (options, message) in BAD:
+        with pytest.raises(ValueError, match=message):
+            lo.nn.truncate_(model, **options)
+    run(model, optimizer, range(1))
+    assert ranks(model) == [6, 24, 24]
+    assert "truncation_step" not in optimizer.param_groups[0]
+    assert not any(torch.equal(a, b) for a, b in zip(before, matrices(model), strict=True))
+
+
+def test_models_and_optimizers_that_do_not_fit_are_refused():
+    model, other = Net(), Net()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"has none of the matrices of this model \(conv.weight"):
+        lo.truncate_ranks(optimizer, model, rank=3)
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got Net"):
+        lo.truncate_ranks(model, model, rank=3)
+    with pytest.raises(TypeError, match=r"must be an nn.Module"):
+        lo.truncate_ranks(optimizer, [model], rank=3)
+    coded = lo.nn.quantize_weights_(nn.Sequential(nn.Linear(64, 64)))
+    with pytest.raises(ValueError, match=r"0.weight is stored in 8 bits"):
+        lo.nn.truncate_(coded, rank=3)
+    with pytest.raises(ValueError, match="is on the meta device"):
+        lo.nn.truncate_(nn.Linear(8, 8, device="meta"), rank=3)
+    model.down.weight.data[0, 0] = torch.nan
+    before = matrices(model)
+    with pytest.raises(ValueError, match=r"down.weight is not finite"):
+        lo.nn.truncate_(model, rank=3)
+    assert all(torch.equal(a, b) for a, b in zip(before[:2], matrices(model)[:2], strict=True))
+    lo.truncate_ranks(optimizer, other, rank=3, period=1)
+    other.up.weight = nn.Parameter(other.up.weight.detach().clone())
+    optimizer.param_groups[0]["params"] = list(other.parameters())
+    with pytest.raises(RuntimeError, match=r"up.weight is not in the optimizer any more"):
+        run(other, optimizer, range(1))
