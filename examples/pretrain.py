@@ -4,6 +4,7 @@
     python examples/pretrain.py --compare adamw,galore,fira --out runs/a   # several, one table and one plot
     python examples/pretrain.py --out runs/a --compare adamw,galore,fira --resume
     python examples/pretrain.py --sweep adamw,galore --out runs/sweep      # a learning-rate grid for each
+    python examples/pretrain.py --compare adamw,galore --out runs/a --report report.html    # curves, memory, settings: one page
     python examples/pretrain.py --config 7b --budget 24GiB                 # 7B on one card; without a GPU, the plan
     python examples/pretrain.py --config 7b --budget 16GiB --optimizer qgalore
     python examples/pretrain.py --parametrization sltrain --rank 32 --density 0.05       # sparse plus low-rank layers
@@ -28,6 +29,7 @@ from typing import Any, NoReturn
 try:  # before torch, see pretraining/__init__.py
     from pretraining.budget import Budget, plan_run, preset, refusal
     from pretraining.configs import SIZES, build_model
+    from pretraining.page import check_target, write_page
     from pretraining.report import (
         Reporter,
         best_of_each,
@@ -183,6 +185,12 @@ def arguments() -> argparse.ArgumentParser:
     )
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder (default runs/pretrain)")
+    files.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="write curves, memory and settings as one page, which needs no other file",
+    )
     files.add_argument("--resume", action="store_true", help="continue where a run in the folder was stopped")
     files.add_argument("--overwrite", action="store_true", help="delete the run in the folder and start again")
     files.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default 100)")
@@ -261,6 +269,10 @@ def check(args: argparse.Namespace) -> list[tuple[str, str]]:
         raise RunError("--compare and --sweep cannot be combined; --sweep writes a table of its own")
     if args.text and args.dataset:
         raise RunError("--text and --dataset cannot be combined; choose one")
+    if args.report is not None:
+        if args.fsdp or args.ddp:
+            raise RunError("--report needs one process: runs under --fsdp and --ddp write no metrics")
+        check_target(args.report, args.out)
     if args.resume and args.overwrite:
         raise RunError("--resume continues a run and --overwrite deletes it; choose one")
     if args.lr is not None and args.sweep:
@@ -410,7 +422,7 @@ def train(args: argparse.Namespace, run: Run) -> Result:
     label = f"{config.label}, lr {config.lr:g}" if args.sweep else config.label
     try:
         with Reporter(label, config.steps, args.log_every) as reporter:
-            return run.train(args.save_every, reporter)
+            return run.train(args.save_every, reporter, reporter.within_step)
     except DivergedError as error:
         if not args.sweep:
             raise
@@ -493,6 +505,9 @@ def report(args: argparse.Namespace, runs: list[tuple[Result, Path]]) -> None:
             edge = " (at the edge of the grid)" if r.lr in (rates[0], rates[-1]) else ""
             console.print(f"best: {name}, lr {r.lr:g}{edge}, validation loss {r.val_loss:.4f}")
         runs = [(result, folder) for result, folder in runs if result is best.get(result.optimizer)]
+    if args.report is not None and (shown := [run for run in runs if run[0].val_loss is not None]):
+        write_page(shown, args.report)
+        console.print(f"wrote {args.report}")
     if runs := [(result, folder) for result, folder in runs if result.val_loss is not None]:
         plot(runs, written[0])
         console.print("wrote " + ", ".join(map(str, written)))

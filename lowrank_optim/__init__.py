@@ -54,6 +54,8 @@ from lowrank_optim.optimizers import (
     SCALEOptimizer,
     SinkGDAdamW,
     SpectralSchedule,
+    StepProgress,
+    StepWatch,
     SubTrackAdamW,
     SUMOAdamW,
     by_name,
@@ -61,6 +63,7 @@ from lowrank_optim.optimizers import (
     perturb_by_momentum,
     state_bytes,
     truncate_ranks,
+    watch_step,
 )
 from lowrank_optim.projectors import (
     DCT,
@@ -184,6 +187,8 @@ __all__ = [
     "SmallestWeights",
     "SpectralSchedule",
     "StepParams",
+    "StepProgress",
+    "StepWatch",
     "StoredProjector",
     "SubTrackAdamW",
     "SubspaceSpec",
@@ -210,6 +215,7 @@ __all__ = [
     "update_in_backward",
     "update_scalings",
     "usable",
+    "watch_step",
 ]
 
 

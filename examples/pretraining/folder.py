@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "result.json")
-SUMMARY_FILES = ("comparison.json", "comparison.md", "loss.png")
+SUMMARY_FILES = ("comparison.json", "comparison.md", "loss.png", "report.html")
 TEMPORARY = ".tmp"
 LOCK = ".lock"
 

@@ -70,6 +70,8 @@ def train(config: Config, how: str, source: Any, folder: Path, save_every: int, 
         if isinstance(optimizer, lo.GaLoreAdamW) and config.clip <= 0:  # clipping needs the norm of the whole gradient
             called.register_comm_hook(None, lo.distributed.LowRankHook(optimizer))
     attach(config, optimizer)
+    if rank == 0 and isinstance(optimizer, lo.LowRankOptimizer):
+        lo.watch_step(optimizer, lambda progress: print(progress, flush=True))
     scheduler = LambdaLR(optimizer, schedule(config))
     first = _load(folder, model, optimizer, scheduler) if resume else 0
     loss = math.nan

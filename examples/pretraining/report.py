@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lowrank_optim import StepProgress
 from pretraining.folder import TEMPORARY, write_atomically
 from pretraining.run import CUDA_PEAK, Result, Run, read_metrics
 
@@ -57,6 +58,12 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
+
+    def within_step(self, progress: StepProgress) -> None:
+        """How far a long step has come: the first one makes all subspaces."""
+        self.progress.update(self.task, info=str(progress))
+        if not console.is_terminal:
+            console.print(f"{self.name}: {progress}")
 
     def __call__(self, run: Run, row: dict[str, Any]) -> None:
         step = row["step"]

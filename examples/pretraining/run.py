@@ -237,8 +237,16 @@ class Run:
                 "continue with those, or give another --out, or delete that run with --overwrite"
             )
 
-    def train(self, save_every: int, report: Callable[["Run", dict[str, Any]], None]) -> Result:
-        """Train to the last step, from the checkpoint if there is one; `report` is called after every step."""
+    def train(
+        self,
+        save_every: int,
+        report: Callable[["Run", dict[str, Any]], None],
+        within_step: Callable[[lo.StepProgress], None] | None = None,
+    ) -> Result:
+        """Train to the last step, from the checkpoint if there is one.
+
+        `report` is called after every step, `within_step` every ten seconds in one that takes longer.
+        """
         config = self.config
         self.check_config(self.config, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -258,6 +266,8 @@ class Run:
         model = change_layers(config, model)
         optimizer = make_optimizer(config, model)
         in_backward = attach(config, optimizer)
+        if within_step is not None and isinstance(optimizer, lo.LowRankOptimizer):
+            lo.watch_step(optimizer, within_step)
         scheduler = LambdaLR(optimizer, schedule(config))
         with self._resume(model, optimizer, scheduler) as metrics:
             while self.step < config.steps:

@@ -206,6 +206,8 @@ class UpdateInBackward:
             )
         wait_for_host_copy(param)
         self._take(param, None)
+        if optimizer._watch is not None and plan.place in self._done:
+            optimizer._watch.updated(param)
 
     def _take(self, param: Tensor, last: bool | None) -> None:
         """Keep or apply the gradient in `param.grad`; `last` says whether it is the step's last, None that it has to be found out."""
@@ -303,6 +305,8 @@ class UpdateInBackward:
     def _record(self, plan: ParamPlan, norm: Tensor) -> None:
         self._norms[plan.place] = norm
         self._done.add(plan.place)
+        if (watch := self._require_optimizer()._watch) is not None:
+            watch.begin()
 
     def _scale(self, tensor: Tensor, norm: Tensor) -> None:
         """Clip in place by the factor that `norm` or the last step gives; make NaN what the GradScaler has found to be skipped."""

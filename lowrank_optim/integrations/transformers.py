@@ -1,4 +1,5 @@
-"""The Trainer of transformers: `LowRank` builds an optimizer from a model and TrainingArguments, `InBackward` updates in backward.
+"""The Trainer of transformers: `LowRank` builds an optimizer from a model and TrainingArguments, `InBackward` updates in backward,
+`Progress` reports from within long steps.
 
 Nothing of transformers is imported: a model is an `nn.Module`, and TrainingArguments are read by the names of their fields.
 """
@@ -8,7 +9,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from lowrank_optim.groups.names import Pattern
 from lowrank_optim.in_backward import UpdateInBackward, update_in_backward
 from lowrank_optim.optimizers import LowRankOptimizer, by_name
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
+from lowrank_optim.optimizers.watch import StepProgress, StepWatch, to_stderr, watch_step
 
 _log = logging.getLogger("lowrank_optim")
 
@@ -170,7 +172,16 @@ def _target_modules(args: Any) -> list[Pattern] | None:
     return [re.compile(rf"{re.escape(target)}|^(?:{target})\.\w+$") for target in targets]
 
 
-class InBackward:
+class _Callback:
+    """Has every event of a `transformers.TrainerCallback`; those that a subclass does not name do nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("on_"):  # an event that needs nothing
+            return lambda *_, **__: None
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+class InBackward(_Callback):
     """A callback for the Trainer: parameters are updated, and their gradients freed, inside backward (`update_in_backward`).
 
         Trainer(
@@ -234,7 +245,38 @@ class InBackward:
             self.handle.remove()
         self.handle = self._optimizer = None
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("on_"):  # an event that needs nothing
-            return lambda *_, **__: None
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+class Progress(_Callback):
+    """A callback for the Trainer: says how far a long step has come, and how much time is left (`watch_step`).
+
+        Trainer(
+            model=model, args=args, train_dataset=data, callbacks=[Progress()],
+            optimizer_cls_and_kwargs=(LowRank, dict(method="galore", rank=128)),
+        )
+
+    The first step of a large model takes minutes, in which the Trainer's own bar stands still. Shorter steps report nothing. Goes
+    with `InBackward`. Only the first process reports.
+
+    Args:
+        every: seconds from one report to the next.
+        report: called with a `lowrank_optim.StepProgress`; by default its line goes to stderr.
+
+    Raises:
+        TypeError: when training starts, if the optimizer is not of this package.
+    """
+
+    def __init__(self, every: float = 10.0, report: Callable[[StepProgress], None] = to_stderr) -> None:
+        self.every, self.report = every, report
+        self._watch: StepWatch | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
+        """Watch the optimizer of the Trainer."""
+        self.on_train_end(args, state, control)  # of a training that an exception has ended
+        if state.is_world_process_zero:
+            self._watch = watch_step(getattr(optimizer, "optimizer", optimizer), self.report, every=self.every)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report no more."""
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = None

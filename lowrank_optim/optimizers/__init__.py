@@ -25,6 +25,7 @@ from lowrank_optim.optimizers.sizes import state_bytes
 from lowrank_optim.optimizers.spectral_schedule import SpectralSchedule
 from lowrank_optim.optimizers.subtrack import SubTrackAdamW
 from lowrank_optim.optimizers.truncation import RankTruncation, truncate_ranks
+from lowrank_optim.optimizers.watch import StepProgress, StepWatch, watch_step
 
 __all__ = [
     "FULL_RANK_METHODS",
@@ -61,12 +62,15 @@ __all__ = [
     "SaRAAdamW",
     "SinkGDAdamW",
     "SpectralSchedule",
+    "StepProgress",
+    "StepWatch",
     "SubTrackAdamW",
     "by_name",
     "full_precision",
     "perturb_by_momentum",
     "state_bytes",
     "truncate_ranks",
+    "watch_step",
 ]
 
 METHODS: dict[str, type[LowRankOptimizer]] = {

@@ -17,7 +17,7 @@ from lowrank_optim.groups.parts import Part, PartRegistry, as_part
 from lowrank_optim.optimizers import checkpoint
 from lowrank_optim.optimizers.adopt import adopting
 from lowrank_optim.optimizers.change_group import change_group
-from lowrank_optim.optimizers.contracts import Attachment
+from lowrank_optim.optimizers.contracts import Attachment, Watch
 from lowrank_optim.optimizers.keep_rows import keep_rows
 from lowrank_optim.optimizers.owners import check_free
 from lowrank_optim.optimizers.reset_state import reset_state
@@ -91,6 +91,7 @@ class LowRankOptimizer(Optimizer):
     """What `param_groups` is told of the matrices where no rank is asked for; nothing for optimizers that need one."""
 
     _in_backward: Attachment | None = None  # set while `lowrank_optim.update_in_backward` is attached
+    _watch: Watch | None = None  # set while `lowrank_optim.watch_step` reports
     _group_options: ClassVar[Mapping[str, Any]] = {}  # what a subclass keeps in every group besides, with defaults
     _mask_on_device = False  # tests set it, to run on the CPU what accelerators run
 
@@ -185,6 +186,8 @@ class LowRankOptimizer(Optimizer):
                 together(self._steps())
             self._skipped.poll()
             self._end_step()
+            if self._watch is not None:
+                self._watch.end()
         return loss
 
     @kernels.no_autograd_no_autocast
@@ -206,7 +209,7 @@ class LowRankOptimizer(Optimizer):
 
     def _steps(self) -> Iterator[Step]:
         """The steps of all parameters that have a gradient."""
-        norms = first_norms(self.param_groups, self.plans)
+        norms, watch = first_norms(self.param_groups, self.plans), self._watch
         for param, plan in self.plans.items():
             if plan.unit and plan.unit[0] is param:
                 check_unit(plan, self.plans, self.param_groups[plan.group], self.state)
@@ -216,9 +219,12 @@ class LowRankOptimizer(Optimizer):
                     continue
                 plan = self.plans[param]
                 if not plan.unit:
-                    yield self.trained(param).begin(norms.get(param) if norms else None)
+                    step = self.trained(param).begin(norms.get(param) if norms else None)
                 elif is_last_of_unit(param, plan):
-                    yield joint_step(self._members(plan), [norms.get(member) for member in plan.unit])
+                    step = joint_step(self._members(plan), [norms.get(member) for member in plan.unit])
+                else:
+                    continue
+                yield step if watch is None else watch.follow(step, plan.unit or (param,))
 
     def _members(self, plan: ParamPlan) -> list[TrainedParam]:
         """The parameters that are stepped together; those without a gradient have no state here."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lowrank_optim.step.batching import Step
 from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.plans import Plans
 from lowrank_optim.step.trained_param import TrainedParam
@@ -43,6 +44,22 @@ class Attachment(Protocol):
 
     def template(self, param: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Types and shapes of what is kept of unfinished steps in a checkpoint."""
+
+
+class Watch(Protocol):
+    """Who wants to know how far a step has come (`lowrank_optim.watch_step`)."""
+
+    def begin(self) -> None:
+        """A parameter is about to be updated."""
+
+    def updated(self, *params: Tensor) -> None:
+        """Parameters have been updated."""
+
+    def follow(self, step: Step, params: tuple[Tensor, ...]) -> Step:
+        """The step of these parameters, noted at its beginning and its end."""
+
+    def end(self) -> None:
+        """The step is over."""
 
 
 class HasState(Protocol):

@@ -16,7 +16,7 @@ from lowrank_optim.planner.planning import DTYPES, check_sizes, plan
 from lowrank_optim.planner.report import budget_table as show
 from lowrank_optim.planner.report import picture
 from lowrank_optim.planner.report.progress import Report, progress
-from lowrank_optim.planner.search import RECIPES, Question, Row, what_fits
+from lowrank_optim.planner.search import RECIPES, Question, Row, asked, what_fits
 from lowrank_optim.planner.simulation.allocator import parse_bytes
 
 EXAMPLES = """
@@ -25,8 +25,14 @@ examples:
   lowrank-optim plan --model llama-7b --budget 24GiB --plot plan.png
   lowrank-optim plan --model my/config.json --budget 16GiB --sequence-length 512
   lowrank-optim plan --model llama-7b --optimizer galore_8bit --rank 1024 --in-backward --per-layer
+  lowrank-optim plan --model mixtral-8x7b --budget 80GiB --fsdp 8
+  lowrank-optim plan --model dit-xl-2 --batch-size 32
   lowrank-optim plan --model llama-7b --parametrization sltrain --rank 1024 --density 0.05 --option state_bits=8 --in-backward
 """
+
+
+FORMAT = 1
+"""Of what --json writes; docs/memory.md says what is in it. A key that goes or changes its meaning raises it, a new one does not."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,7 +46,10 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", required=True, help="a name (llama-7b, mistral-7b, gpt2, …) or the path of a config.json"
+        "--model",
+        required=True,
+        help="a name (llama-7b, qwen3-8b, gemma-3-4b, mixtral-8x7b, gpt-oss-20b, vit-b-16, dit-xl-2, …), or the path of a "
+        "config.json or of a folder with one",
     )
     parser.add_argument("--budget", help="memory of the card, such as 24GiB (default with a table: 24GiB)")
     parser.add_argument("--optimizer", help=f"plan this one only: {', '.join(names())}, or one of torch.optim")
@@ -64,14 +73,22 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="with --optimizer: an option of it"
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences in a micro-batch (default 1)")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens in a sequence (default 2048)")
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences, images or latents at once (default 1)")
+    parser.add_argument("--sequence-length", type=int, help="of language models: tokens in a sequence (default 2048)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of weights and arithmetic")
     parser.add_argument(
         "--no-checkpointing", action="store_true", help="keep all activations instead of computing them again"
     )
     parser.add_argument("--world-size", type=int, default=1, help="processes; the plan is that of one (default 1)")
-    parser.add_argument("--fsdp", action="store_true", help="with --world-size: FSDP2 instead of DDP")
+    parser.add_argument(
+        "--fsdp",
+        nargs="?",
+        type=int,
+        const=True,
+        default=False,
+        metavar="N",
+        help="FSDP2 instead of DDP, on N processes or on those of --world-size",
+    )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="what it will run on (need not be here)"
     )
@@ -84,11 +101,31 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan and print; returns 0 if it fits (or no budget was named), 1 if not, 2 for input that means nothing."""
     try:
+        args.fsdp, args.world_size = processes(args.fsdp, args.world_size)
         check_sizes(batch_size=args.batch_size, sequence_length=args.sequence_length, world_size=args.world_size)
         return _one(args) if args.optimizer or args.parametrization else _table(args)
     except (PlanError, ValueError) as error:
         sys.stderr.write(f"lowrank-optim plan: {error}\n")
         return 2
+
+
+def processes(fsdp: int | bool, world_size: int) -> tuple[bool, int]:
+    """Whether FSDP2 splits, and over how many processes.
+
+    Raises:
+        PlanError: --fsdp N and --world-size name different numbers, or --fsdp has one process only.
+    """
+    if isinstance(fsdp, bool):
+        if fsdp and world_size == 1:
+            raise PlanError("--fsdp splits over several processes: write --fsdp 4, or --world-size 4 --fsdp")
+        return fsdp, world_size
+    if fsdp < 2:
+        raise PlanError(f"--fsdp {fsdp}: it must be at least 2; leave it out for one process")
+    if world_size not in (1, fsdp):
+        raise PlanError(
+            f"--fsdp {fsdp} and --world-size {world_size} are different numbers of processes: leave one out"
+        )
+    return True, fsdp
 
 
 def _rank(text: str) -> int | float:
@@ -157,7 +194,7 @@ def _one(args: argparse.Namespace) -> int:
         result = _plan(args, args.in_backward, args.weight_bits, report, **how)
         baseline = None if args.plot is None else _plan(args, False, 16, report, optimizer="adamw")
     if args.json:
-        sys.stdout.write(json.dumps(result.to_dict() | {"budget": budget}, indent=2) + "\n")
+        sys.stdout.write(json.dumps({"format": FORMAT} | result.to_dict() | {"budget": budget}, indent=2) + "\n")
     else:
         sys.stdout.write(describe_plan(result, budget) + "\n")
         for change in [] if budget is None or result.fits(budget) else _changes(args):
@@ -202,13 +239,15 @@ def _table(args: argparse.Namespace) -> int:
         args.world_size,
         args.fsdp,
     )
+    model = resolve_model(args.model)
+    question = asked(question, model)
     with progress() as report:
         rows = what_fits(question, progress=report)
         rows, confirmed = confirm(args, question, rows, report)
-    model = resolve_model(args.model)
     parameters = sum(p.numel() for p in model.build(None, None).parameters())
     if args.json:
         content = {
+            "format": FORMAT,
             "question": asdict(question),
             "parameters": parameters,
             "winner": rows[0].title if rows[0].fits else None,
@@ -217,13 +256,13 @@ def _table(args: argparse.Namespace) -> int:
         }
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
     else:
-        parts = [show.heading(question, model.name, parameters), show.table(question, rows)]
+        parts = [show.heading(question, model.name, parameters, model.sample), show.table(question, rows)]
         parts += [show.advice(question, rows, confirmed), show.footnotes(question)]
         sys.stdout.write("\n\n".join(parts) + "\n")
     if args.plot is not None:
         baselines = sorted((row for row in rows if not row.in_backward), key=lambda row: -row.needed)
         bars = [(row.title, row.parts, row.needed) for row in (*baselines, *(row for row in rows if row.in_backward))]
-        picture.draw(bars, question.budget, show.heading(question, model.name, parameters), args.plot)
+        picture.draw(bars, question.budget, show.heading(question, model.name, parameters, model.sample), args.plot)
         sys.stderr.write(f"wrote {args.plot}\n")
     return 0 if rows[0].fits else 1
 
@@ -237,7 +276,7 @@ def confirm(
             break
         recipe = next(recipe for recipe in RECIPES if recipe.title == row.title)
         report(f"{row.title} with all layers")
-        result = _plan(args, recipe.in_backward, recipe.weight_bits, report, **recipe.at_rank(row.rank))
+        result = _plan(args, row.in_backward, recipe.weight_bits, report, **recipe.at_rank(row.rank))
         if result.fits(question.budget):
             return [row, *(other for other in rows if other is not row)], result
     return rows, None

@@ -110,11 +110,11 @@ def describe_plan(plan: MemoryPlan, budget: int | None = None) -> str:
 
 def title(setting: Mapping[str, Any]) -> str:
     """One line that says what was planned."""
-    size = (
-        f"{setting['batch_size']} x {setting['sequence_length']} tokens"
-        if setting["sequence_length"]
-        else "the example batch"
-    )
+    size = "the example batch"
+    if setting["sequence_length"]:
+        size = f"{setting['batch_size']} x {setting['sequence_length']} tokens"
+    elif setting.get("sample"):
+        size = counted(setting["batch_size"], setting["sample"])
     words = [f"{setting['model']} with {setting['optimizer']}"]
     words += [f"{name} {value}" for name, value in setting["options"].items() if name in ("rank", "density")]
     if (layers := setting.get("parametrization")) is not None:
@@ -126,6 +126,12 @@ def title(setting: Mapping[str, Any]) -> str:
     if setting["world_size"] > 1:
         words.append(f"{'FSDP2' if setting['fsdp'] else 'DDP'} on {setting['world_size']}")
     return ", ".join(words)
+
+
+def counted(count: int, sample: str) -> str:
+    """3 and "image of 4 x 4" as "3 images of 4 x 4"."""
+    word, _, rest = sample.partition(" ")
+    return f"{count:,} {word}{'s' * (count != 1)} {rest}"
 
 
 def layer_table(layers: Mapping[str, Mapping[str, int]]) -> str:

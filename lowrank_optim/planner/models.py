@@ -1,86 +1,53 @@
 """Which model is meant: a name, a config.json, a transformers config, or a module; and how it is built without numbers.
 
-transformers is imported when a name or a config needs it; modules of any kind do without.
+transformers is imported when a name or a config needs it; modules of any kind and diffusion transformers do without.
 """
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_optim.planner import dit
+from lowrank_optim.planner.catalog import BUILT_IN
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.simulation.shapes import META
 from lowrank_optim.planner.simulation.simulate import default_dtype, without_numbers
 
+BASIC = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+"""Fields that say the size of a language model."""
 
-def _llama(hidden: int, ffn: int, layers: int, heads: int, vocabulary: int = 32_000, **more: Any) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "tie_word_embeddings": False,
-        **more,
-    }
+SIZES = (
+    *BASIC,
+    *("num_key_value_heads", "head_dim"),
+    *("moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok"),
+    *("image_size", "patch_size", "num_channels"),
+)
+"""Fields that say the size of any model. Where a config lacks one, transformers would silently take that of another model."""
 
-
-def _like(base: Mapping[str, Any], model_type: str, **changes: Any) -> dict[str, Any]:
-    return {**base, "model_type": model_type, **changes}
-
-
-def _gpt2(hidden: int, layers: int, heads: int) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "vocab_size": 50257,
-        "n_embd": hidden,
-        "n_layer": layers,
-        "n_head": heads,
-        "n_positions": 1024,
-    }
-
-
-BUILT_IN: dict[str, dict[str, Any]] = {
-    # The sizes of the C4 experiments that GaLore, Fira and APOLLO report; 7b and 13b are those of LLaMA itself.
-    "llama-60m": _llama(512, 1376, 8, 8),
-    "llama-130m": _llama(768, 2048, 12, 12),
-    "llama-350m": _llama(1024, 2736, 24, 16),
-    "llama-1b": _llama(2048, 5461, 24, 32),
-    "llama-3b": _llama(2560, 6848, 32, 32),
-    "llama-7b": _llama(4096, 11008, 32, 32),
-    "llama-13b": _llama(5120, 13824, 40, 40),
-    "llama-3-8b": _llama(4096, 14336, 32, 32, 128_256, num_key_value_heads=8),
-    "llama-3.2-1b": _llama(2048, 8192, 16, 32, 128_256, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True),
-    "mistral-7b": _like(_llama(4096, 14336, 32, 32), "mistral", num_key_value_heads=8, sliding_window=None),
-    "qwen2.5-0.5b": _like(_llama(896, 4864, 24, 14, 151_936), "qwen2", num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen2.5-7b": _like(_llama(3584, 18944, 28, 28, 152_064), "qwen2", num_key_value_heads=4),
-    "gemma-2b": _like(
-        _llama(2048, 16384, 18, 8, 256_000), "gemma", num_key_value_heads=1, head_dim=256, tie_word_embeddings=True
-    ),
-    "gemma-7b": _like(
-        _llama(3072, 24576, 28, 16, 256_000), "gemma", num_key_value_heads=16, head_dim=256, tie_word_embeddings=True
-    ),
-    "gpt2": _gpt2(768, 12, 12),
-    "gpt2-medium": _gpt2(1024, 24, 16),
-    "gpt2-large": _gpt2(1280, 36, 20),
-    "gpt2-xl": _gpt2(1600, 48, 25),
+ALIASES = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "num_layers"),
+    "num_attention_heads": ("n_head", "num_heads"),
+    "intermediate_size": ("n_inner", "ffn_dim", "mlp_ratio"),
+    "num_experts": ("num_local_experts",),
+    "num_local_experts": ("num_experts",),
 }
-"""config.json fields of the models known by name."""
+"""Other names that the fields have in configs."""
 
-NEEDED = {
-    "vocab_size": ("vocab_size",),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
-}
-"""Fields without which a config would silently mean transformers' default size, and the names that they have."""
+DEFAULT_LENGTH = 2048
+"""Tokens in a sequence where nothing is said."""
+
+_FOREIGN = ("model_type", "architectures", "transformers_version", "quantization_config", "dtype", "torch_dtype")
+"""Fields of a config.json that say nothing about training from it."""
 
 
 @dataclass(frozen=True)
@@ -88,28 +55,59 @@ class ModelChoice:
     """A model that can be built without numbers.
 
     build: on meta tensors, in a type (None: its own); `layers` asks for another number of layers, where `layers` is not None.
-    batch: from (sequences, tokens in each) the model's input, or None where only an example can say.
-    layers: repeated layers of a transformers config; None for modules.
+    batch: from (samples, tokens in each) the model's input, or None where only an example can say.
+    layers: repeated layers of a config; None for modules.
+    width: the hidden size of a config.
+    sample: what one sample is, such as "image of 3 x 224 x 224"; None for sequences of tokens.
+    notes: what was taken out of a config, for the plan's assumptions.
     """
 
     name: str
     build: Callable[[torch.dtype | None, int | None], nn.Module]
     batch: Callable[[int, int], Any] | None
     layers: int | None
+    width: int | None = None
+    sample: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def layers_are_equal(self) -> bool:
+        """Whether all repeated layers have as many parameters as the first ones, so that few of them stand for all."""
+        if self.layers is None or self.layers < 4:
+            return True
+        two, three, all_of_them = (
+            sum(p.numel() for p in self.build(None, layers).parameters()) for layers in (2, 3, self.layers)
+        )
+        return all_of_them == two + (self.layers - 2) * (three - two)
+
+    def length(self, asked: int | None) -> int | None:
+        """Tokens in a sequence: what was asked for, or the default; None for models that read no sequences.
+
+        Raises:
+            PlanError: a length was asked for where there are no tokens.
+        """
+        if self.batch is None or self.sample is not None:
+            if asked is not None and self.sample is not None:
+                raise PlanError(
+                    f"sequence_length is {asked}, but a sample of {self.name} is one {self.sample}: leave it out; batch_size counts "
+                    "samples"
+                )
+            return None
+        return asked or DEFAULT_LENGTH
 
 
 def resolve_model(model: Any) -> ModelChoice:
     """The model that an argument means.
 
     Raises:
-        PlanError: an unknown name (with the nearest ones), a config that lacks fields, transformers missing.
+        PlanError: an unknown name (with the nearest ones), a config that lacks fields or is of another kind, transformers missing.
     """
     if isinstance(model, nn.Module):
         batch = _token_batch if _takes_tokens(model) else None
         return ModelChoice(type(model).__name__, lambda dtype, layers: without_numbers(model, dtype), batch, None)
     if isinstance(model, (str, Path)):
-        name = str(model)
-        return _from_fields(_named_fields(name), Path(name).parent.name if name.endswith(".json") else _canonical(name))
+        name, fields = _named_fields(str(model))
+        return _from_fields(fields, name)
     if isinstance(model, Mapping):
         return _from_fields(dict(model), str(model.get("model_type", "config")))
     if hasattr(model, "model_type") and hasattr(model, "to_dict"):
@@ -120,55 +118,97 @@ def resolve_model(model: Any) -> ModelChoice:
     )
 
 
-def _canonical(name: str) -> str:
-    return name.strip().lower().replace("_", "-").replace(" ", "-")
-
-
-def _named_fields(name: str) -> dict[str, Any]:
-    path = Path(name)
+def _named_fields(text: str) -> tuple[str, Mapping[str, Any]]:
+    """The name and the config of a folder, a config.json, or a model that is known by name."""
+    path = Path(text)
     if path.is_dir():
         path /= "config.json"
     if path.suffix == ".json":
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PlanError(f"model {name!r} cannot be read: {error}") from error
-        if not isinstance(fields, dict):
-            raise PlanError(f"model {name!r} is no config: it holds a JSON {type(fields).__name__}, not an object")
-        return fields
-    known = _canonical(name)
+        return path.resolve().parent.name if path.name == "config.json" else path.stem, _read(path)
+    known = text.strip().lower().replace("_", "-").replace(" ", "-").rpartition("/")[2]
     if known in BUILT_IN:
-        return BUILT_IN[known]
+        return known, BUILT_IN[known]
     near = get_close_matches(known, BUILT_IN, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise PlanError(
-        f"there is no model {name!r}: {hint}Known by name: {', '.join(BUILT_IN)}; or give the path of a config.json"
+        f"there is no model {text!r}: {hint}Known by name: {', '.join(BUILT_IN)}; or give the path of a config.json, or of a folder "
+        "with one (nothing is downloaded)"
     )
 
 
-def _from_fields(fields: dict[str, Any], name: str) -> ModelChoice:
-    missing = [] if fields.get("model_type") else ["model_type"]
-    missing += [field for field, names in NEEDED.items() if not any(alias in fields for alias in names)]
-    if fields.get("model_type") != "gpt2" and not any(f in fields for f in ("intermediate_size", "n_inner", "ffn_dim")):
-        missing.append("intermediate_size")
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanError(f"model {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise PlanError(f"model {str(path)!r} is no config: it holds a JSON {type(fields).__name__}, not an object")
+    return fields
+
+
+def _from_fields(fields: Mapping[str, Any], name: str) -> ModelChoice:
+    if "_class_name" in fields:
+        raise PlanError(
+            f"{name} is a config of diffusers ({fields['_class_name']}), which the planner does not build: build the model with "
+            "diffusers within `with torch.device('meta')`, and pass it with an example_batch"
+        )
+    kind = fields.get("model_type")
+    if kind == "dit":
+        _refuse_missing(name, [field for field in dit.NEEDED if fields.get(field) is None])
+        return _from_dit(fields, name)
+    if not kind:
+        _refuse_missing(name, ["model_type", *(field for field in BASIC if not _has(fields, field, {}))])
+    library = _transformers()
+    if kind not in library.CONFIG_MAPPING:
+        near = get_close_matches(str(kind), [*library.CONFIG_MAPPING, "dit"], n=3)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise PlanError(f"model_type {kind!r} of {name} is not known to transformers {library.__version__}: {hint}")
+    made = library.CONFIG_MAPPING[kind]
+    if "text_config" not in fields:  # what a part of a config leaves out is the default of its class
+        _refuse_missing(name, [field for field in _sizes(made) if not _has(fields, field, made.attribute_map)])
+    given = {key: value for key, value in fields.items() if key not in _FOREIGN}
+    try:
+        config = library.AutoConfig.for_model(kind, **given)
+    except Exception as error:  # whatever its checks of single fields raise
+        raise PlanError(f"the config of {name} ({kind}): {str(error).strip()[:300]}") from error
+    notes = ("the config's quantization left out: weights in the type of the plan",) * ("quantization_config" in fields)
+    return _from_config(config, name, notes)
+
+
+def _sizes(made: Any) -> list[str]:
+    """The fields of a class of configs that have a default, which is the size of one model; None follows from other fields."""
+    arguments, names = inspect.signature(made).parameters, made.attribute_map
+    own = {field: arguments.get(names.get(field, field)) for field in SIZES if names.get(field) not in SIZES}
+    return [field for field, argument in own.items() if argument is not None and argument.default is not None]
+
+
+def _has(fields: Mapping[str, Any], field: str, aliases: Mapping[str, str]) -> bool:
+    names = (field, aliases.get(field, field), *ALIASES.get(field, ()))
+    return any(name in fields for name in names)
+
+
+def _refuse_missing(name: str, missing: list[str]) -> None:
     if missing:
         raise PlanError(
             f"the config of {name} lacks {', '.join(missing)}; without them transformers would take the size of another model"
         )
-    auto = _transformers().AutoConfig
-    given = {
-        key: value
-        for key, value in fields.items()
-        if key not in ("model_type", "architectures", "transformers_version")
-    }
-    try:
-        return _from_config(auto.for_model(fields["model_type"], **given), name)
-    except ValueError as error:
-        raise PlanError(f"model_type {fields['model_type']!r} of {name}: {str(error).splitlines()[0][:200]}") from error
 
 
-def _from_config(config: Any, name: str) -> ModelChoice:
+def _from_config(config: Any, name: str, notes: tuple[str, ...] = ()) -> ModelChoice:
     library = _transformers()
+    if (text := config.get_text_config()) is not config:
+        notes = (*notes, f"only the language model of {name} ({text.model_type}), not what it sees or hears")
+        config = text
+    kinds = library.models.auto.modeling_auto
+    if config.model_type in kinds.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        auto, sample = library.AutoModelForCausalLM, None
+    elif config.model_type in kinds.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        auto, sample = library.AutoModelForImageClassification, _image(config, name)
+    else:
+        raise PlanError(
+            f"{name} ({config.model_type}) is neither a language model nor an image classifier of transformers: pass the model "
+            "itself (an nn.Module; one on the meta device will do) with an example_batch"
+        )
 
     def build(dtype: torch.dtype | None, layers: int | None) -> nn.Module:
         own = copy.deepcopy(config)
@@ -176,10 +216,10 @@ def _from_config(config: Any, name: str) -> ModelChoice:
         if layers is not None:
             own.num_hidden_layers = layers
             if getattr(own, "layer_types", None):
-                own.layer_types = own.layer_types[:layers]
+                own.layer_types = _some_of_each(own.layer_types, layers)
         try:
             with default_dtype(dtype or torch.bfloat16), META:
-                model = library.AutoModelForCausalLM.from_config(own, dtype=dtype or torch.bfloat16)
+                model = auto.from_config(own, dtype=dtype or torch.bfloat16)
         except ValueError as error:
             raise PlanError(
                 f"{name}: {str(error).splitlines()[0][:200]}; pass the model itself (an nn.Module)"
@@ -187,14 +227,64 @@ def _from_config(config: Any, name: str) -> ModelChoice:
         trained: nn.Module = model.train()
         return trained
 
-    positions = getattr(config, "n_positions", None)
-
     def batch(sequences: int, length: int) -> dict[str, Tensor]:
         if positions is not None and length > positions:
             raise PlanError(f"sequence_length is {length}, but {name} has {positions} learned positions")
         return _token_batch(sequences, length)
 
-    return ModelChoice(name, build, batch, config.num_hidden_layers)
+    def images(count: int, length: int) -> dict[str, Tensor]:
+        return {
+            "pixel_values": torch.zeros(count, *_image_shape(config), device=META),
+            "labels": torch.zeros(count, dtype=torch.int64, device=META),
+        }
+
+    positions = getattr(config, "n_positions", None)
+    made = batch if sample is None else images
+    return ModelChoice(name, build, made, config.num_hidden_layers, config.hidden_size, sample, notes)
+
+
+def _some_of_each(types: list[str], layers: int) -> list[str]:
+    """The kinds of the first layers, the last of them replaced by kinds that only later layers have."""
+    first = types[:layers]
+    others = [kind for kind in dict.fromkeys(types) if kind not in first]
+    return [*first[: max(0, layers - len(others))], *others][:layers]
+
+
+def _image_shape(config: Any) -> tuple[int, int, int]:
+    size = config.image_size
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return config.num_channels, height, width
+
+
+def _image(config: Any, name: str) -> str:
+    needed = ("image_size", "num_channels", "hidden_size", "num_hidden_layers")
+    if missing := [field for field in needed if not hasattr(config, field)]:
+        raise PlanError(
+            f"{name} ({config.model_type}) has no {', '.join(missing)}, which the planner needs: pass the model itself (an "
+            "nn.Module) with an example_batch"
+        )
+    return f"image of {' x '.join(map(str, _image_shape(config)))}"
+
+
+def _from_dit(fields: Mapping[str, Any], name: str) -> ModelChoice:
+    size, patch, heads = fields["image_size"], fields["patch_size"], fields["num_attention_heads"]
+    if size % patch or fields["hidden_size"] % heads:
+        raise PlanError(
+            f"the config of {name}: image_size {size} must be a multiple of patch_size {patch}, hidden_size "
+            f"{fields['hidden_size']} of num_attention_heads {heads}"
+        )
+
+    def build(dtype: torch.dtype | None, layers: int | None) -> nn.Module:
+        with default_dtype(dtype or torch.bfloat16), META:
+            return dit.DiT(fields, fields["num_hidden_layers"] if layers is None else layers)
+
+    def batch(count: int, length: int) -> dict[str, Tensor]:
+        latents = torch.zeros(count, fields["num_channels"], size, size, device=META)
+        numbers = torch.zeros(count, dtype=torch.int64, device=META)
+        return {"latents": latents, "timesteps": numbers, "labels": numbers, "noise": latents}
+
+    sample = f"latent of {fields['num_channels']} x {size} x {size}"
+    return ModelChoice(name, build, batch, fields["num_hidden_layers"], fields["hidden_size"], sample)
 
 
 def _token_batch(sequences: int, length: int) -> dict[str, Tensor]:

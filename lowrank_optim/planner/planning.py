@@ -47,11 +47,13 @@ def plan(
 
     Args:
         model: an `nn.Module` (on any device, the meta device too; it is not changed), a transformers config, the path of a
-            config.json, or a name such as "llama-7b" (`planner.models.BUILT_IN`).
+            config.json or of a folder with one, or a name such as "llama-7b" or "mixtral-8x7b" (`planner.catalog.BUILT_IN`):
+            language models, image classifiers, diffusion transformers.
         optimizer: a class or a name of this package or of `torch.optim`, "adamw_8bit" (bitsandbytes'), (class or name, options), or a
             function that builds one for a model. Options of this package's optimizers may hold `rank` (default: a quarter of the
             short side), `density`, `include` and `exclude`, as `param_groups` takes them.
-        batch_size, sequence_length: sequences in a micro-batch and tokens in each, for language models (default 1 × 2048).
+        batch_size: sequences, images or latents in a micro-batch (default 1).
+        sequence_length: tokens in a sequence, for language models (default 2048).
         dtype: of weights and arithmetic; default bfloat16, or, for a module, what it has.
         in_backward: `lowrank_optim.update_in_backward`.
         activation_checkpointing: only the inputs of repeated layers are kept, and layers run again in backward.
@@ -90,13 +92,17 @@ def plan(
     check_sizes(batch_size=batch_size, sequence_length=sequence_length, accumulate=accumulate, world_size=world_size)
     if weight_bits not in (8, 16):
         raise PlanError(f"weight_bits is {weight_bits!r}; it must be 16 (weights as they are) or 8 (int8)")
+    if fsdp and world_size == 1:
+        raise PlanError("fsdp is True, but world_size is 1: give the number of processes that split the model")
+    if in_backward and world_size > 1 and not fsdp:
+        raise PlanError("in_backward and DDP do not go together: set fsdp=True, or in_backward=False")
     if fsdp and weight_bits == 8:
         raise PlanError("fsdp and weight_bits=8 do not go together: int8 weights are not sharded by this version")
     if layers is not None and layers.name not in KEEP_WEIGHTS and weight_bits == 8:
         raise PlanError(f"{layers.name} and weight_bits=8 do not go together: its factors are not stored in int8")
     chosen_dtype = resolve_dtype(dtype, model)
     device = torch.device(device)
-    length = sequence_length or (None if chosen_model.batch is None else 2048)
+    length = chosen_model.length(None if example_batch is not None else sequence_length)
     setting = make_setting(
         chosen_model,
         chosen_optimizer,
@@ -117,6 +123,7 @@ def plan(
         "options": _plain(chosen_optimizer.options),
         "batch_size": batch_size,
         "sequence_length": None if example_batch is not None else length,
+        "sample": None if example_batch is not None else chosen_model.sample,
         "dtype": "own" if chosen_dtype is None else str(chosen_dtype).removeprefix("torch."),
         "in_backward": in_backward,
         "activation_checkpointing": activation_checkpointing,
@@ -127,7 +134,7 @@ def plan(
         "weight_bits": weight_bits,
         "parametrization": None if layers is None else {"name": layers.name} | _plain(layers.options),
     }
-    return summarize(run, described, per_layer)
+    return summarize(run, described, per_layer, chosen_model.notes)
 
 
 def make_setting(
@@ -154,8 +161,10 @@ def make_setting(
     return Setting(build, optimizer.build, batch, loss or default_loss, device, **how)
 
 
-def summarize(run: Run, described: Mapping[str, Any], per_layer: bool = False) -> MemoryPlan:
-    """The plan that a simulated run amounts to."""
+def summarize(
+    run: Run, described: Mapping[str, Any], per_layer: bool = False, notes: tuple[str, ...] = ()
+) -> MemoryPlan:
+    """The plan that a simulated run amounts to; `notes` are assumptions besides."""
     rules, processes = rules_for(torch.device(described["device"]).type), described["world_size"]
     split = processes if described["fsdp"] else 1
     extra = sharding.overhead(run.parameters, processes, described["fsdp"])
@@ -173,8 +182,9 @@ def summarize(run: Run, described: Mapping[str, Any], per_layer: bool = False) -
     }
     peak = sum(kinds.values())
     reserved = peak
-    if rules.block > 1 and processes == 1:
-        reserved = max(peak, reserved_peak(run.timeline.allocations()) + rules.workspace)
+    if rules.block > 1:
+        segments = reserved_peak(run.timeline.allocations(split)) + rules.workspace + sum(extra.values())
+        reserved = max(peak, segments)
     return MemoryPlan(
         **{f"{kind}_bytes": size for kind, size in kinds.items()},
         reserved_bytes=reserved,
@@ -184,7 +194,7 @@ def summarize(run: Run, described: Mapping[str, Any], per_layer: bool = False) -
         phases=phases,
         setting=dict(described),
         layers=snapshot.owners if per_layer else None,
-        assumptions=assumptions(described, bool(rules.context)),
+        assumptions=(*assumptions(described, bool(rules.context)), *notes),
     )
 
 
@@ -198,7 +208,8 @@ def assumptions(setting: Mapping[str, Any], on_gpu: bool) -> tuple[str, ...]:
         said.append("DDP's buckets: a second copy of all gradients")
     if setting["fsdp"]:
         said.append(
-            "FSDP2: two layers' weights and one layer's gradients gathered at a time, besides what is in no layer"
+            "FSDP2: two layers' weights and one layer's gradients gathered at a time, besides what is in no layer; an upper bound, "
+            "as working copies of the optimizer count as those of whole tensors"
         )
     return tuple(said)
 
@@ -224,12 +235,12 @@ def _simulate(setting: Setting, example: Any, progress: Callable[[str], None]) -
 def _batch(model: ModelChoice, sequences: int, length: int | None, example: Any) -> Any:
     if example is not None:
         return map_tensors(example, bare)
-    if model.batch is None or length is None:
+    if model.batch is None:
         raise PlanError(
             f"{model.name} is no language model of transformers, so what it is called with is not known: give example_batch, a dict "
             "(keyword arguments), a tuple (positional arguments) or a tensor; meta tensors do"
         )
-    return model.batch(sequences, length)
+    return model.batch(sequences, length or 0)
 
 
 def map_tensors(item: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -1,7 +1,7 @@
 """What fits a budget: for each optimizer the memory of a set-up, and the largest batch, sequence and rank that the budget holds."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class Row:
     parts: bytes at the peak by kind.
     needed: of the card: peak, the allocator's slack, CUDA context.
     largest_batch: sequences of the length that was asked for; 0 where not even one fits.
-    longest_sequence: tokens of a single sequence, a multiple of 64.
+    longest_sequence: tokens of a single sequence, a multiple of 64; None for images and latents.
     largest_rank: at the batch that was asked for; None where rank means nothing.
     """
 
@@ -91,7 +91,7 @@ class Row:
     when: str
     fits: bool
     largest_batch: int
-    longest_sequence: int
+    longest_sequence: int | None
     largest_rank: int | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,18 +100,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked for all recipes alike."""
+    """What is asked for all recipes alike; `sequence_length` None is the default of the model, see `asked`."""
 
     model: str
     budget: int
     batch_size: int = 1
-    sequence_length: int = 2048
+    sequence_length: int | None = None
     rank: int | None = None
     dtype: str = "bfloat16"
     activation_checkpointing: bool = True
     device: str = "cuda"
     world_size: int = 1
     fsdp: bool = False
+
+
+def asked(question: Question, model: ModelChoice) -> Question:
+    """The question with the sequence length that it means for this model.
+
+    Raises:
+        PlanError: a sequence length for a model that reads none.
+    """
+    return replace(question, sequence_length=model.length(question.sequence_length))
 
 
 def what_fits(
@@ -122,12 +131,14 @@ def what_fits(
     """A row for each recipe (None: `RECIPES`): those that fit first, each part in the recipes' order.
 
     Raises:
-        PlanError: the model is unknown or no language model.
+        PlanError: the model is unknown, or a module.
     """
     model = resolve_model(question.model)
     if model.layers is None or model.batch is None:
-        raise PlanError("the table needs a transformers model by name or config; plan a module with lowrank_optim.plan")
+        raise PlanError("the table needs a model by name or config; plan a module with lowrank_optim.plan")
+    question = asked(question, model)
     rows, recipes = [], RECIPES if recipes is None else recipes
+    recipes = tuple(recipe for recipe in recipes if not (question.fsdp and recipe.weight_bits == 8))  # not sharded
     for number, recipe in enumerate(recipes):
         progress(recipe.title, number / len(recipes))
         rows.append(_Search(question, recipe, model).row())
@@ -141,10 +152,13 @@ class _Search:
     def __init__(self, question: Question, recipe: Recipe, model: ModelChoice) -> None:
         self.question, self.recipe, self.model = question, recipe, model
         self.rules: Rules = rules_for(torch.device(question.device).type)
-        small = model.build(None, 1)
-        self.width = min(min(p.shape) for n, p in small.named_parameters() if p.dim() == 2)
+        assert model.width is not None
+        self.width = model.width
         self.rank = (question.rank or max(1, self.width // 4)) if recipe.takes_rank else None
-        self.tokens = question.batch_size * question.sequence_length
+        ddp = question.world_size > 1 and not question.fsdp
+        self.in_backward = recipe.in_backward and not ddp  # which does not go with it
+        self.length = question.sequence_length or 1  # an image or a latent counts as one token here
+        self.tokens = question.batch_size * self.length
         self.base = self._probe(self.tokens, self.rank)
         self.longer = self._probe(4 * self.tokens, self.rank)
         self.other = None if self.rank is None else self._probe(self.tokens, max(1, self.rank // 2))
@@ -158,7 +172,7 @@ class _Search:
             recipe.title,
             recipe.optimizer,
             self.rank if self.rank is not None else recipe.options.get("rank"),
-            recipe.in_backward,
+            self.in_backward,
             recipe.weight_bits,
             recipe.gives_up,
             {kind: round(size) for kind, size in self.base.kinds[point].items()},
@@ -166,8 +180,8 @@ class _Search:
             needed,
             f"{point[0]}, {point[1]}" + (f" of {point[2]}" if point[2] else ""),
             needed <= question.budget,
-            tokens // question.sequence_length,
-            tokens // 64 * 64,
+            tokens // self.length,
+            None if question.sequence_length is None else tokens // 64 * 64,
             self._rank_that_fits(),
         )
 
@@ -179,8 +193,8 @@ class _Search:
         depth = max(2, int(self.recipe.options.get("active_layers", 1))) if layerwise else 1
         assert self.model.batch is not None
         assert self.model.layers is not None
-        batch = self.model.batch(max(1, tokens // question.sequence_length), question.sequence_length)
-        if tokens < question.sequence_length:
+        batch = self.model.batch(max(1, tokens // self.length), self.length)
+        if tokens < self.length:
             batch = self.model.batch(1, tokens)
 
         def run(layers: int) -> Any:
@@ -194,12 +208,14 @@ class _Search:
                     layers=layers,
                     weight_bits=self.recipe.weight_bits,
                     parametrization=layers_made,
-                    in_backward=self.recipe.in_backward and optimizer.updates_in_backward,
+                    in_backward=self.in_backward and optimizer.updates_in_backward,
                     activation_checkpointing=question.activation_checkpointing,
                     steps=(FIRST, ORDINARY),
                 )
             )
 
+        if not self.model.layers_are_equal:
+            depth = self.model.layers  # no few of them stand for all
         return deep(run, self.rules, self.model.layers, depth, question.world_size, question.fsdp)
 
     def _needed(self, probe: Probe) -> int:

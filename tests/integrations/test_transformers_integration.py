@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lowrank_optim as lo
-from lowrank_optim.integrations.transformers import LowRank
+from lowrank_optim.integrations.transformers import InBackward, LowRank, Progress
 
 pytestmark = pytest.mark.long
 
@@ -217,6 +217,30 @@ def test_logs_show_the_learning_rate_of_the_schedule(tmp_path):
     trainer = trainer_with_factory(tmp_path)
     trainer.train()
     assert logged(trainer, "learning_rate") == pytest.approx([5e-3 * (1 - step / STEPS) for step in range(STEPS)])
+
+
+@pytest.mark.parametrize("callbacks", [[], [InBackward()]], ids=["step", "in backward"])
+def test_progress_reports_from_within_steps_and_ends_with_the_training(callbacks, tmp_path):
+    seen = []
+    trainer = trainer_with_factory(tmp_path, max_steps=2, max_grad_norm=0.0)
+    for callback in (*callbacks, Progress(every=0, report=seen.append)):
+        trainer.add_callback(callback)
+    trainer.train()
+    assert [p.step for p in seen] == [1] * 21 + [2] * 21
+    assert [p.done for p in seen] == [*range(1, 22)] * 2
+    assert seen[0].total == 21
+    assert trainer.optimizer.optimizer._watch is None
+    plain = trainer_with_factory(tmp_path, max_steps=2, max_grad_norm=0.0)
+    plain.train()
+    assert_same_weights(plain.model, trainer.model)
+
+
+def test_progress_of_another_optimizer_is_refused_when_training_starts(tmp_path):
+    trainer = Trainer(model=llama(), args=arguments(tmp_path), train_dataset=Tokens(), callbacks=[Progress()])
+    with pytest.raises(
+        TypeError, match=r"watch_step needs an optimizer of lowrank_optim, got torch\.optim\.adamw\.AdamW"
+    ):
+        trainer.train()
 
 
 def test_resume_from_a_checkpoint_is_exact_and_the_file_loads_with_weights_only(tmp_path):

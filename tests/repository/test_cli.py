@@ -1,6 +1,7 @@
 """The command `lowrank-optim`, as a person or a script meets it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,34 @@ def test_json_holds_all_numbers_and_nothing_else_is_on_stdout(config, capsys):
     assert content["confirmed"]["peak_bytes"] == row["peak"]
 
 
+def documented(heading: str) -> dict[str, set[str]]:
+    """The keys of a table of docs/memory.md behind a sentence, and for each the names in its description."""
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    table = page[page.index(heading) :].split("|---|---|\n")[1].split("\n\n")[0]
+    found = {}
+    for line in table.splitlines():
+        keys, _, text = line.strip("| ").partition(" | ")
+        found |= {key: set(re.findall(r"`(\w+)`", text)) for key in re.findall(r"`(\w+)`", keys)}
+    return found
+
+
+def test_what_json_holds_is_what_the_documentation_says(config, capsys):
+    assert main(["plan", "--model", config, "--optimizer", "sgd", "--json", *SHORT]) == 0
+    plan, said = json.loads(capsys.readouterr().out), documented("With `--optimizer` or")
+    assert plan["format"] == 1
+    assert plan.keys() == said.keys()
+    assert plan["setting"].keys() == said["setting"]
+    assert plan["state"].keys() == said["state"]
+    assert main(["plan", "--model", config, "--fsdp", "2", "--json", *SHORT]) == 0
+    table, said = json.loads(capsys.readouterr().out), documented("Without them it is the table")
+    assert table.keys() == said.keys()
+    assert table["question"].keys() == said["question"]
+    assert table["question"]["world_size"] == 2
+    assert table["question"]["sequence_length"] == 64
+    assert table["rows"][0].keys() == said["rows"]
+    assert table["confirmed"].keys() | {"format", "budget"} == plan.keys()
+
+
 def test_one_optimizer_is_planned_with_its_options(config, capsys):
     one = ("plan", "--model", config, "--optimizer", "galore_8bit", "--rank", "16", "--in-backward", *SHORT)
     assert main([*one, "--budget", "1GiB", "--option", "basis_bits=4", "--per-layer"]) == 0
@@ -128,6 +157,7 @@ def test_a_picture_is_written(config, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--model", "lama-7b"], "did you mean llama-7b"),
+        (["--model", "llama-60m", "--fsdp"], "write --fsdp 4, or --world-size 4 --fsdp"),
         (["--model", "llama-60m", "--optimizer", "adm"], "did you mean"),
         (["--model", "llama-60m", "--budget", "lots"], "write a number and a unit, such as 24GiB"),
         (["--model", "llama-60m", "--in-backward"], "--in-backward needs --optimizer"),

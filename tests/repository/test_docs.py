@@ -189,7 +189,7 @@ def test_the_reference_has_every_public_name_once():
     checks = {f"testing.{name}" for name in lo.testing.__all__}
     checks |= {f"diagnostics.{name}" for name in lo.diagnostics.__all__}
     beside = {"groups.options.Options", "integrations.transformers.LowRank", "integrations.transformers.InBackward"}
-    beside |= {"integrations.compat.install", "integrations.compat.uninstall"}
+    beside |= {"integrations.transformers.Progress", "integrations.compat.install", "integrations.compat.uninstall"}
     assert set(listed) == public | layers | checks | beside
 
 

@@ -248,6 +248,14 @@ SENTENCES: list[tuple[str, str, Callable[[], list[Any]]]] = [
             100 * abs(tables.results("planner_validation")["largest_error"]),
         ],
     ),
+    (
+        "docs/memory.md",
+        "the largest of {} differences is {:.1f} %",
+        lambda: [
+            len(tables.results("planner_families")["cases"]),
+            100 * abs(tables.results("planner_families")["largest_error"]),
+        ],
+    ),
     ("docs/troubleshooting.md", "best at {:.0f} and {:.0f} times the rate of AdamW", rate_over_adamw),
 ]
 

@@ -1,8 +1,10 @@
 """The main job: it learns, it survives SIGKILL at any moment to the same numbers, and it refuses what cannot work."""
 
 import argparse
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import lowrank_optim as lo
 from tests.oracles.processes import Child
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import pretrain  # noqa: E402
+from pretraining import page  # noqa: E402
 from pretraining.configs import SIZES, build_model  # noqa: E402
 from pretraining.run import Run  # noqa: E402
 
@@ -474,3 +478,59 @@ def test_a_damaged_checkpoint_is_reported_and_kept(tmp_path, capsys):
         assert "checkpoint.pt is damaged; delete it" in capsys.readouterr().err
         assert (out / "checkpoint.pt").read_bytes() == damage
         assert len(rows(out)) == 5
+
+
+def test_a_report_is_one_page_with_curves_memory_and_settings(tmp_path, capsys):
+    out, file = tmp_path / "runs", tmp_path / "report.html"
+    run("--compare", "adamw,galore", "--steps", "10", "--out", str(out), "--report", str(file))
+    text = file.read_text(encoding="utf-8")
+    assert "wrote" in capsys.readouterr().out
+    assert text.startswith("<!doctype html>")
+    assert text.rstrip().endswith("</html>")
+    assert not re.search(r'(src|href)="(?!data:)', text)  # nothing from elsewhere
+    assert "<script" not in text
+    image = base64.b64decode(re.search(r"data:image/svg\+xml;base64,([^\"]+)", text)[1]).decode()
+    assert image.count("<svg") == 1
+    cells = re.findall(r"<t[dh]>([^<]*)</t[dh]>", text)
+    results = {r["optimizer"]: r for r in json.loads((out / "comparison.json").read_text())}
+    for name in ("adamw", "galore"):
+        assert any(cell.startswith(f"{results[name]['val_loss']:.4f}") for cell in cells)
+    assert cells[cells.index("weights") + 1] == "3.32 MiB"
+    assert (
+        cells[cells.index("sum") + 1] == "13.27 MiB"
+    )  # 4·869,504 bytes of weights, of gradients and of each of two moments
+    assert cells[cells.index("lr", cells.index("sum")) + 1 :][:2] == ["0.002", "0.016"]  # differs
+    assert cells[cells.index("validation_batches") + 1] == "2"  # the same in both
+    file.unlink()
+    run("--compare", "adamw,galore", "--steps", "10", "--out", str(out), "--report", str(file), "--resume")
+    assert re.sub(r"Written[^<]*|base64,[^\"]*", "", file.read_text()) == re.sub(
+        r"Written[^<]*|base64,[^\"]*", "", text
+    )
+
+
+def test_names_in_a_report_are_text_and_not_html():
+    assert "<b>" not in page.table(["<b>"], [["a & <b>"]])
+    assert "a &amp; &lt;b&gt;" in page.table(["x"], [["a & <b>"]])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("report.txt", "ends with .html"), ("none/report.html", "there is no folder"), ("folder.html", "is a folder")],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_training(target, message, tmp_path, capsys):
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        run("--steps", "1", "--out", str(tmp_path / "run"), "--report", str(tmp_path / target))
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_long_first_step_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    watch = lo.watch_step
+    monkeypatch.setattr(lo, "watch_step", lambda optimizer, report: watch(optimizer, report, every=0))
+    run("--optimizer", "galore", "--steps", "1", "--out", str(tmp_path / "run"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("galore: step 1: ")]
+    assert len(lines) == 39
+    assert lines[-1].startswith("galore: step 1: 39 of 39 parameters, 28 of them with a new basis, ")
+    assert lines[-1].endswith("about 0 s left")

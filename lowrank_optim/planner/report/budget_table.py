@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lowrank_optim.planner.memory_plan import MemoryPlan
+from lowrank_optim.planner.memory_plan import MemoryPlan, counted
 from lowrank_optim.planner.search import RECIPES, SLACK, Question, Row
 from lowrank_optim.planner.simulation.allocator import GIB, format_bytes
 
@@ -41,16 +41,19 @@ def _joined(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(c.ljust(w) if column < 2 else c.rjust(w) for column, (c, w) in pairs).rstrip()
 
 
-def heading(question: Question, name: str, parameters: int) -> str:
-    """What was asked, in one or two lines."""
+def heading(question: Question, name: str, parameters: int, sample: str | None = None) -> str:
+    """What was asked, in one or two lines; `sample` is what the model reads, None for sequences."""
     size = f"{parameters / 1e9:.2f} billion" if parameters >= 1e9 else f"{parameters / 1e6:.0f} million"
     checkpointing = "activation checkpointing" if question.activation_checkpointing else "no activation checkpointing"
     spread = f", {'FSDP2' if question.fsdp else 'DDP'} on {question.world_size} GPUs" if question.world_size > 1 else ""
     return (
         f"Training {name} ({size} parameters) within {format_bytes(question.budget)}\n"
-        f"{question.batch_size} sequence{'s' * (question.batch_size > 1)} of {question.sequence_length:,} tokens, {question.dtype}, "
-        f"{checkpointing}{spread}"
+        f"{counted(question.batch_size, sample or _sequence(question))}, {question.dtype}, {checkpointing}{spread}"
     )
+
+
+def _sequence(question: Question) -> str:
+    return f"sequence of {question.sequence_length:,} tokens"
 
 
 def advice(question: Question, rows: Sequence[Row], confirmed: MemoryPlan | None) -> str:
@@ -104,7 +107,7 @@ def _nothing_fits(question: Question, rows: Sequence[Row]) -> str:
         f"Nothing fits {format_bytes(question.budget)}. The smallest is {smallest.title}, which needs "
         f"{format_bytes(smallest.needed)}."
     ]
-    held = max(rows, key=lambda row: row.longest_sequence)
+    held = max(rows, key=lambda row: row.longest_sequence or 0)
     changes = []
     if held.longest_sequence:
         changes.append(f"shorter sequences: one of {held.longest_sequence:,} tokens fits with {held.title}")
@@ -119,18 +122,32 @@ def _nothing_fits(question: Question, rows: Sequence[Row]) -> str:
     if fixed > question.budget:
         changes.append(f"a smaller model: weights and state alone are {format_bytes(fixed)}")
     if question.world_size == 1:
-        changes.append("several GPUs (--world-size N --fsdp)")
+        changes.append("several GPUs (--fsdp N)")
     return "\n".join([*lines, "What would help:", *(f"  · {change}" for change in changes)])
 
 
 def footnotes(question: Question) -> str:
     """What the columns mean and what was assumed."""
+    ddp = question.world_size > 1 and not question.fsdp
+    of_each = (
+        "" if question.sequence_length is None else f": of {question.sequence_length:,} tokens each; sequence: alone"
+    )
     context = f"unused parts of the allocator's segments ({SLACK:.0%}), and 512 MiB of CUDA context"
     return "\n".join(
         [
             "needs     peak of a step" + (f", {context}" if question.device != "cpu" else ""),
-            f"largest   batch: of {question.sequence_length:,} tokens each; sequence: alone; rank: at this batch",
+            f"largest   batch{of_each}; rank: at this batch",
             "rest      activations, logits, working copies; attention keeps no scores (flash)",
-            "All but the two AdamWs update in backward: a gradient is freed as soon as it is used.",
+            *([] if ddp else ["All but the two AdamWs update in backward: a gradient is freed as soon as it is used."]),
+            *(
+                ["Several processes: of one of them; int8 weights are not sharded, and left out."]
+                if question.fsdp
+                else []
+            ),
+            *(
+                ["Several processes: of one of them. DDP does not go with updates in backward; FSDP2 (--fsdp N) does."]
+                if ddp
+                else []
+            ),
         ]
     )

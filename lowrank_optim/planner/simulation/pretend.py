@@ -16,7 +16,7 @@ shuffles layers by them.
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -130,7 +130,12 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # a wrapper: its own operators come here one by one
-        kwargs = kwargs or {}
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # in backward, the disguise would hide from this function, too, what it looks for
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         given = list(_tensors(args)) + (list(_tensors(kwargs.values())) if kwargs else [])
         without_numbers = [tensor for tensor in given if tensor.is_meta]
         if without_numbers and func in _READS:
@@ -279,15 +284,15 @@ def attention(
         and (attn_mask is None or attn_mask.dim() in (2, 4))
     )
     causal = {"is_causal": is_causal, "scale": scale}
-    if (
-        enable_gqa
-        and plain
-        and (groups := query.shape[1] // key.shape[1]) > 1
-        and (device == "cpu" or attn_mask is not None)
-    ):
+    masked = attn_mask is not None and device != "cpu"  # where no kernel takes groups
+    if enable_gqa and plain and masked and (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if not plain or (device == "cpu" and dropout_p > 0.0):
         return _undisguised(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if (
+        attn_mask is not None and not attn_mask.is_floating_point()
+    ):  # torch makes it one of numbers, which is kept for backward
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     if device == "cpu":
         out: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
@@ -298,8 +303,7 @@ def attention(
         return out
     bias = None
     if attn_mask is not None:
-        mask = attn_mask if attn_mask.is_floating_point() else torch.zeros_like(attn_mask, dtype=query.dtype)
-        bias = mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+        bias = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
     compute_log_sum = torch.is_grad_enabled()
     out = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, compute_log_sum, dropout_p, **causal)[
         0
@@ -342,6 +346,13 @@ def _for_wrappers(device: torch.device) -> Iterator[AbstractContextManager[None]
         yield _replaced(torch, name, on_device(getattr(torch, name)))
 
 
+def _capable(device: torch.device) -> AbstractContextManager[None]:
+    """A GPU that is not there says that it can do what today's can (compute capability 9.0), as mixtures of experts ask it."""
+    if device.type != "cuda":
+        return nullcontext()
+    return _replaced(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
 def one_text_a_row() -> AbstractContextManager[None]:
     """Answers for transformers, which looks into every batch whether it packs several texts into a row: it does not."""
     masks = sys.modules.get("transformers.masking_utils")
@@ -357,6 +368,9 @@ def pretend(device: torch.device) -> Iterator[Recorder]:
         stack.enter_context(Disguise(device))
         # Copies counters to the host now and then, through pinned memory and an event of a real device.
         stack.enter_context(_replaced(SkippedUpdates, "poll", lambda self: None))
+        stack.enter_context(_capable(device))
+        # Draws again until all numbers lie within bounds, which those of meta tensors never do.
+        stack.enter_context(_replaced(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor))
         for replacement in _for_wrappers(device):
             stack.enter_context(replacement)
         yield recorder

@@ -54,9 +54,26 @@ _RUN = frozenset(
 )
 
 
+def grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
+) -> Tensor:
+    """The form of `aten._grouped_mm`, whose own function for meta tensors refuses all types but bfloat16.
+
+    Columns of both, or rows of a against matrices b, or the other way round, are in groups, one for each expert.
+    """
+    groups = offs.numel() if offs is not None else a.shape[0]
+    stacked = (groups,) if a.dim() == b.dim() else ()
+    return torch.empty(*stacked, a.shape[-2], b.shape[-1], dtype=out_dtype or a.dtype, device=META)
+
+
+_OWN: dict[Any, Any] = {}
+if hasattr(torch.ops.aten, "_grouped_mm"):
+    _OWN[torch.ops.aten._grouped_mm.default] = grouped_product
+
+
 def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """func(*args, **kwargs), where at least one tensor, or the device that is asked for, is without numbers."""
-    returns = _returns(func)
+    returns, func = _returns(func), _OWN.get(func, func)
     if returns is None:
         return func(*args, **kwargs)
     try:
@@ -71,7 +88,7 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             _made.clear()
         if returns != "new":
             _made[key] = True
-        elif all(tensor.device == META for tensor in (out if isinstance(out, (tuple, list)) else (out,))):
+        elif all(t is None or t.device == META for t in (out if isinstance(out, (tuple, list)) else (out,))):
             _made[key] = _form(out)
         return out
     if isinstance(returns, str):
@@ -98,12 +115,16 @@ def _key(item: Any) -> Any:
 
 
 def _form(out: Any) -> Any:
+    if out is None:  # such as the gradient of a scale that a normalisation does not have
+        return None
     if isinstance(out, Tensor):
         return (out.shape, out.stride(), out.dtype)
     return (type(out), [_form(part) for part in out])
 
 
 def _make(form: Any) -> Any:
+    if form is None:
+        return None
     if len(form) == 3:
         return torch.empty_strided(form[0], form[1], dtype=form[2], device=META)
     kind, parts = form

@@ -269,8 +269,11 @@ def _claim_state(recorder: Recorder, optimizer: Optimizer, model: nn.Module, lay
 
 
 def _is_split(optimizer: Optimizer, param: Tensor, name: str) -> bool:
-    """Whether FSDP splits a state tensor: all but bases of the side that is not split (see `sharding.param_sharding`)."""
-    if not name.startswith(("basis", "indices")):
+    """Whether FSDP splits a state tensor: all but bases of the side that is not split (see `sharding.param_sharding`).
+
+    Of a stack of experts, whole experts are split, each with its basis.
+    """
+    if not name.startswith(("basis", "indices")) or (param.dim() == 3 and optimizer.state[param][name].dim() == 3):
         return True
     space = optimizer.plan_of(param).space if isinstance(optimizer, LowRankOptimizer) else None
     return space is not None and space.side == "left"

@@ -116,12 +116,12 @@ class Timeline:
                 found[index] = dict(now)
         return found
 
-    def allocations(self) -> Iterator[tuple[int, int]]:
-        """(identity, size) of every event in order, as `allocator.reserved_peak` takes them.
+    def allocations(self, world_size: int = 1) -> Iterator[tuple[int, int]]:
+        """(identity, size) of every event in order, as `allocator.reserved_peak` takes them; a freed block has size 0 there.
 
         Without what was freed while building: a model may be built elsewhere, and its blocks are not the training's.
         """
         gone = {
             block for block, made, moment in self.events if not made and not moment.step and moment.phase == "building"
         }
-        return ((id(block), block.size) for block, _, _ in self.events if block not in gone)
+        return ((id(block), block.share(world_size)) for block, _, _ in self.events if block not in gone)
