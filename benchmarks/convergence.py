@@ -6,12 +6,13 @@
 
 The same LLaMA, the same text in the same order and the same number of tokens for all: `torch.optim.AdamW` (adamw), the same with a
 quarter of the rate for the matrices of the layers (adamw_split), `torch.optim.Muon` on these matrices with AdamW on everything else
-(muon, its updates scaled to AdamW's size so that AdamW's rates fit), and every name in `lowrank_optim.METHODS`. The matrices have a
-quarter of their short side as rank (`SETTINGS` names the exceptions); weight decay, betas, clipping, warm-up and schedule are the
-same. GaLore, Fira and FRUGAL scale the update of the matrices by α = 1/4, and APOLLO's is smaller than Adam's, so that embeddings,
-head and norms learn faster than matrices; adamw_split gives AdamW that advantage too, which is large in a short training of a small
-model. low_rank and sltrain are layers of another form, W = s·B A and W = s·B A + S at the same rank (S has 3 % of the entries), which
-Adam trains from the first step on; what they save of weights and gradients is not in the table.
+(muon, its updates scaled to AdamW's size so that AdamW's rates fit), and every name in `lowrank_optim.METHODS` but sara, which is
+for fine-tuning. The matrices have a quarter of their short side as rank (`SETTINGS` names the exceptions); weight decay, betas,
+clipping, warm-up and schedule are the same. GaLore, Fira and FRUGAL scale the update of the matrices by α = 1/4, and APOLLO's is
+smaller than Adam's, so that embeddings, head and norms learn faster than matrices; adamw_split gives AdamW that advantage too,
+which is large in a short training of a small model. low_rank and sltrain are layers of another form, W = s·B A and W = s·B A + S at
+the same rank (S has 3 % of the entries), which Adam trains from the first step on; what they save of weights and gradients is not
+in the table.
 
 The learning rate of each method is chosen by one rule (`next_rungs`): rates are a factor of 2 apart; begin at the method's starting
 rate with seed 0, and extend towards the better side until the best rate has a worse or diverged neighbour on both sides, or the
@@ -167,7 +168,12 @@ SETTINGS = {
     "sltrain": Setting(8e-3, refreshes=False),
 }
 LAYERS = tuple(name for name in PARAMETRIZATIONS if name != "none")
-METHODS = (*BASELINES, *lo.METHODS, *lo.FULL_RANK_METHODS, *LAYERS)
+METHODS = (
+    *BASELINES,
+    *(name for name in lo.METHODS if name != "sara"),
+    *lo.FULL_RANK_METHODS,
+    *LAYERS,
+)  # sara: fine-tuning
 """Methods that are not in `SETTINGS` take `Setting()`. Starting rates decide how many rates are tried, hardly which one is found."""
 
 

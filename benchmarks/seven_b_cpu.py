@@ -148,6 +148,9 @@ def train(run: dict[str, Any], size: str, length: int, steps: int, folder: Path 
         print(f"built in {seconds_to_build:.0f} s, {(resident() - memory.before) / GIB:.2f} GiB", flush=True)
         if folder is not None:
             losses = restore(folder, model, optimizer)
+            if len(losses) >= steps:
+                raise SystemExit(f"all {steps} steps are done: nothing was measured, and no result written")
+        first = len(losses) + 1
         batches = text_batches(length, torch.device("cpu"))
         for step in range(len(losses), steps):
             times = [time.perf_counter()]
@@ -177,6 +180,7 @@ def train(run: dict[str, Any], size: str, length: int, steps: int, folder: Path 
         "peak_resident_bytes": memory.peak - memory.before,
         "interpreter_bytes": memory.before,
         "losses": losses,
+        "measured_from_step": first,
         "seconds": {"build": seconds_to_build, **seconds},
     }
 

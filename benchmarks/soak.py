@@ -196,6 +196,8 @@ def main() -> None:
     parser.add_argument("--sharded-steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
+    if args.sharded_kills > args.sharded_steps // 5:
+        parser.error("--sharded-kills must be at most a fifth of --sharded-steps: each kill falls into another save")
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         results = {

@@ -69,8 +69,8 @@ class ForwardNoise:
         found = [each.look() for each in self._layers.values()] if self.beta else [True]
         if not any(found):
             raise RuntimeError(
-                "no adapter with noise has a gradient when the optimizer steps (updates in backward free them), so that the noise "
-                "cannot follow gradients. Use beta=0, or call remove() on the handle"
+                "no adapter with noise has a gradient when the optimizer steps (updates in backward free them, step(closure) makes "
+                "them later), so that the noise cannot follow gradients. Use beta=0, or call remove() on the handle"
             )
         self.step += 1
         for each in self._layers.values():
@@ -110,7 +110,8 @@ def noise_in_forward(
     Raises:
         ValueError: no adapters; a layer that is not linear, is sharded, or has a variant such as DoRA, by name; an argument out of
             range.
-        RuntimeError: a layer has noise already; updates in backward with β > 0, which leave no gradients to look at.
+        RuntimeError: a layer has noise already; updates in backward or `step(closure)` with β > 0, where no
+            gradients are left, or there yet, to look at.
 
     Memory: 12m bytes a layer, and a block of 4 MiB at a time. Time: mn random numbers a layer in forward, and again in backward; a
     forward pass of n tokens through each base layer once, and of r tokens at each step.
@@ -197,7 +198,8 @@ class _Layer:
         a, b = self.factors.a, self.factors.b
         if a.grad is None and b.grad is None:
             return False
-        new = projected_row_norms(a, b, a.grad, b.grad, self.factors.scaling)
+        layer: Any = self.factors.layer
+        new = projected_row_norms(a, b, a.grad, b.grad, float(layer.scaling[self.factors.adapter]))
         old = torch.zeros_like(new) if self.norms is None else self.norms
         self.norms = torch.where(torch.isfinite(new).all(), new, old)
         return True

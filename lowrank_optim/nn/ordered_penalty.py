@@ -66,10 +66,12 @@ def proximal_step_(factors: list[nn.Parameter], step_size: float) -> None:
                 f"factors are {factor.dtype}, in which a small shrinkage is rounded away; keep them in float32 (with autocast), or "
                 "add ordered_penalty(model) to the loss"
             )
-    norms = [row_norms(factor).to("cpu", torch.float64) for factor in factors]
-    if not norms:
+    if not factors:
         return
-    kept = prox_factors(nn.utils.rnn.pad_sequence(norms), step_size)
+    found = [row_norms(factor) for factor in factors]
+    joined = torch.cat([norms.to(found[0].device) for norms in found]).to("cpu", torch.float64)
+    norms = joined.split([len(each) for each in found])
+    kept = prox_factors(nn.utils.rnn.pad_sequence(list(norms)), step_size)
     for factor, scale in zip(factors, kept.unbind(1), strict=True):
         rows = dense_sharding(factor).part(scale[: factor.shape[0]].unsqueeze(1), -2)
         local(factor).mul_(rows.to(factor.device, factor.dtype))

@@ -106,7 +106,7 @@ class OrderedRanks:
     def _draw_each(self, layers: list[OrderedLayer]) -> dict[int, int]:
         """b of every layer that has components."""
         draw, self._position = self._position, self._position + 1
-        words = [random_word(make_key(self.seed, n + 1, 0, PURPOSE_RANKS), draw) for n in range(len(layers))]
+        words = [random_word(make_key(self.seed, n + 1, self._cycle, PURPOSE_RANKS), draw) for n in range(len(layers))]
         return {n: 1 + (words[n] * layer.rank >> 32) for n, layer in enumerate(layers) if layer.rank}
 
     def _restart(self) -> None:
@@ -200,3 +200,4 @@ class OrderedRanks:
         if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers) or min(numbers[1:]) < 0:
             raise ValueError(f"the state is {dict(state)}; needed: integers, cycle and position of at least 0")
         self.seed, self._cycle, self._position = numbers
+        self._order = None  # that of another seed

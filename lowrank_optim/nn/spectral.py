@@ -4,7 +4,16 @@ import torch
 from torch import nn
 
 from lowrank_optim.kernels import as_python
-from lowrank_optim.nn.reparametrized import Patterns, TakenLayer, kind_of, matrix_of, put_layers, take_layers, take_over
+from lowrank_optim.nn.reparametrized import (
+    Patterns,
+    TakenLayer,
+    kind_of,
+    matrix_of,
+    put_layers,
+    sharing,
+    take_layers,
+    take_over,
+)
 from lowrank_optim.nn.spectral_linear import SpectralLinear, check_active
 
 
@@ -76,7 +85,7 @@ def spectral_(
     made: dict[int, nn.Module] = {}
     for layer in taken:
         key = id(layer.module.weight)
-        new = _another(shared[key]) if key in shared else _make(layer, options)
+        new = sharing(shared[key]) if key in shared else _make(layer, options)
         shared.setdefault(key, new)
         take_over(layer.module, new)
         made[id(layer.module)] = new
@@ -95,14 +104,4 @@ def _make(layer: TakenLayer, options: dict[str, int]) -> SpectralLinear:
         new.set_weight(matrix_of(old))
     for param in new.parameters():
         param.requires_grad_(old.weight.requires_grad)
-    return new
-
-
-def _another(first: SpectralLinear) -> SpectralLinear:
-    """A layer for another bias, with the parameters and the vectors of the first."""
-    new = SpectralLinear.__new__(SpectralLinear)
-    nn.Module.__init__(new)
-    new.__dict__.update({name: value for name, value in first.__dict__.items() if name not in nn.Module().__dict__})
-    new._parameters.update(first._parameters)
-    new._buffers.update(first._buffers)
     return new

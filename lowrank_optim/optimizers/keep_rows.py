@@ -1,14 +1,18 @@
 """Parameters that become smaller in mid-training: their first rows are kept, and those of their state."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lowrank_optim.groups.matrices import matrix_shape
 from lowrank_optim.optimizers.contracts import HasState
 from lowrank_optim.sharding.dtensor import is_sharded
 from lowrank_optim.step.init_state import init_state
+from lowrank_optim.step.param_plan import check_matrix
 from lowrank_optim.step.relayout import fill_rows, keep_rows_, opened_rows
+from lowrank_optim.step.state_names import WEIGHT_ERROR
 
 
 @torch.no_grad()
@@ -44,6 +48,10 @@ def keep_rows(optimizer: HasState, rows: Mapping[Tensor, int]) -> None:
         optimizer.state[param] = init_state(param, optimizer.param_groups[plan.group], plan)
         if moments is not None and plan.space is None:
             fill_rows(state, moments, optimizer.trained(param))
+            continue
+        for name in ("master", *WEIGHT_ERROR):  # they are of the weights, however these are trained
+            if name in state and name in optimizer.state[param]:
+                optimizer.state[param][name].copy_(state[name][: param.shape[0]])
 
 
 def _check(optimizer: HasState, param: Tensor, count: int) -> None:
@@ -63,3 +71,8 @@ def _check(optimizer: HasState, param: Tensor, count: int) -> None:
         raise ValueError(f"{plan.name} is {tuple(param.shape)} and cannot be cut to {count!r} rows")
     if "micro_batches" in optimizer.state.get(param, {}):
         raise RuntimeError("gradients of an unfinished step are kept: call optimizer.step() first, then keep_rows")
+    group, cut = optimizer.param_groups[plan.group], (count, *param.shape[1:])
+    matrix = matrix_shape(cut, plan.layout)
+    rule = optimizer.plans.parts.of(group).rule_for(matrix)
+    if rule.on_matrices:
+        check_matrix(replace(plan, rule=rule, shape=cut), matrix, group)

@@ -1,7 +1,7 @@
 """Gradients at weights that are pushed along the optimizer's own momentum: LoRA-MGPO, and SAM at the cost of one gradient."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,12 +54,13 @@ class MomentumPerturbation:
                 self._push()
 
     def remove(self) -> None:
-        """Give the weights back as θ, to the bit, and take the hooks away."""
-        if self._hooks:
-            self._restore()
+        """Take the hooks away, and give the weights back as θ, to the bit; those that were written meanwhile stay as they are."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for param in [param for param, version in self._versions.items() if param._version != version]:
+            del self._versions[param]
+        self._restore()
         self._kept.clear()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -80,7 +81,8 @@ class MomentumPerturbation:
         if changed:
             raise RuntimeError(
                 f"{changed[0]} was written while it was perturbed (a loaded checkpoint, an average swapped in, updates in backward), "
-                "so that there is no telling what it is without. Write weights within `with handle.off():`"
+                "so that there is no telling what it is without. Write weights within `with handle.off():`, or call remove(), which "
+                "leaves it as it was written"
             )
         for param in self._versions:
             param.copy_(self._kept[param])
@@ -153,7 +155,18 @@ def perturb_by_momentum(
         if param not in known:
             raise ValueError(f"a parameter {tuple(param.shape)} of params is not trained by this optimizer")
         _check(optimizer, param, known[param])
+    _check_momentum(optimizer, wanted)
     return MomentumPerturbation(optimizer, float(perturb), {param: known[param] for param in wanted})
+
+
+def _check_momentum(optimizer: Optimizer, wanted: Sequence[Tensor]) -> None:
+    """torch's SGD and RMSprop keep none by default."""
+    chosen = {id(param) for param in wanted}
+    for group in optimizer.param_groups:
+        if group.get("momentum") == 0 and not chosen.isdisjoint(map(id, group["params"])) and "rule" not in group:
+            raise ValueError(
+                f"{type(optimizer).__name__} has momentum=0, so that there is none to perturb along; give it a momentum"
+            )
 
 
 def _names(optimizer: Optimizer) -> dict[Tensor, str]:

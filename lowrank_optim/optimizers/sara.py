@@ -125,7 +125,14 @@ class SaRAAdamW(LowRankOptimizer):
         if isinstance(weight, (bool, str)) or not 0.0 <= float(weight) < float("inf"):
             raise ValueError(f"low_rank_weight is {weight!r}; it must be a finite number of at least 0")
         projector = self.parts.of(options).projector
-        if not isinstance(projector, SmallestWeights) or projector.threshold is None or not is_low_rank(options):
+        if not is_low_rank(options):
+            return
+        if not isinstance(projector, SmallestWeights):
+            raise ValueError(
+                f"projector is {options['projector']!r} in a group, but SaRAAdamW trains the entries with the smallest weights; "
+                "leave it out, or use lowrank_optim.GaLoreAdamW, FrugalAdamW or LowRankOptimizer"
+            )
+        if projector.threshold is None:
             return
         if options["density"] != 1.0:
             name = "rank" if options["density"] is None else "density"

@@ -167,8 +167,10 @@ class SpectralSchedule:
             draws, since = divmod(self.steps, self.period)
             self.steps += 1
             for layer in self._layers:
+                if not layer.trained:
+                    continue
                 self._settle(layer, draws, since)
-                if since + 1 == self.period and layer.trained:
+                if since + 1 == self.period:
                     changed = renew(layer, draws + 1, self.mixture, (draws + 1) % self._iterations(layer) == 0)
                     _reset(self.optimizer, [layer.param(name) for name in changed])
         self._old.clear()

@@ -105,13 +105,14 @@ class StepWatch:
         if not self._done.isdisjoint(params):  # in another step: the one before was broken off
             self.end()
             self.begin()
-        self._done.update(param for param in params if param in self._work)
+        known = [param for param in params if param in self._work]  # of a pair, one may be frozen
+        self._done.update(known)
         now, optimizer = time.perf_counter(), self._optimizer()
-        if now - self._reported < self._every or not self._done or optimizer is None:
+        if now - self._reported < self._every or not known or optimizer is None:
             return
         self._reported = now
         share = sum(self._work[param] for param in self._done) / sum(self._work.values())
-        name, step = optimizer.plan_of(params[-1]).name, int(optimizer.state[params[-1]]["step"])
+        name, step = optimizer.plan_of(known[-1]).name, int(optimizer.state[known[-1]]["step"])
         counts = (len(self._done), len(self._work), self._refreshed)
         self._report(StepProgress(step, name, *counts, share, now - self._began))
 

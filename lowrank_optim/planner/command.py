@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,11 @@ def _one(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps({"format": FORMAT} | result.to_dict() | {"budget": budget}, indent=2) + "\n")
     else:
         sys.stdout.write(describe_plan(result, budget) + "\n")
-        for change in [] if budget is None or result.fits(budget) else _changes(args):
+        for change in (
+            []
+            if budget is None or result.fits(budget)
+            else _changes(args, result.setting["sequence_length"] is not None)
+        ):
             sys.stdout.write(f"    · {change}\n")
     if baseline is not None:
         bars = [(p.setting["optimizer"], p.parts(), p.needed_bytes) for p in (baseline, result)]
@@ -206,7 +210,7 @@ def _one(args: argparse.Namespace) -> int:
     return 0 if budget is None or result.fits(budget) else 1
 
 
-def _changes(args: argparse.Namespace) -> list[str]:
+def _changes(args: argparse.Namespace, tokens: bool) -> list[str]:
     """What would take less memory than this set-up."""
     ours = not args.optimizer or resolve_optimizer(args.optimizer).updates_in_backward
     return [
@@ -214,7 +218,9 @@ def _changes(args: argparse.Namespace) -> list[str]:
         *([] if ours else ["a low-rank optimizer, such as --optimizer galore_8bit --in-backward"]),
         *(["leave out --no-checkpointing"] if args.no_checkpointing else []),
         *(["a smaller --batch-size"] if args.batch_size > 1 else []),
-        "a shorter --sequence-length, a lower --rank, --weight-bits 8",
+        *(["a shorter --sequence-length"] if tokens else []),
+        "a lower --rank",
+        *(["--weight-bits 8"] if args.weight_bits == 16 and not args.fsdp else []),
         "without --optimizer: a table of what fits",
     ]
 
@@ -271,12 +277,13 @@ def confirm(
     args: argparse.Namespace, question: Question, rows: list[Row], report: Report
 ) -> tuple[list[Row], MemoryPlan | None]:
     """The first row that a simulation of all layers, allocator included, finds to fit, on top; with that simulation."""
-    for row in rows:
+    for number, row in enumerate(rows):
         if not row.fits:
             break
         recipe = next(recipe for recipe in RECIPES if recipe.title == row.title)
         report(f"{row.title} with all layers")
         result = _plan(args, row.in_backward, recipe.weight_bits, report, **recipe.at_rank(row.rank))
         if result.fits(question.budget):
-            return [row, *(other for other in rows if other is not row)], result
-    return rows, None
+            return sorted(rows, key=lambda row: not row.fits), result
+        rows[number] = replace(row, fits=False)
+    return sorted(rows, key=lambda row: not row.fits), None

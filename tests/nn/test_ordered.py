@@ -251,6 +251,23 @@ def test_independent_draws_are_uniform_in_every_layer():
     assert all(abs(n - 600) < 100 for n in counts["1"].values())
 
 
+def test_independent_draws_after_a_cut_are_others():
+    model = nn.Sequential(OrderedLinear(40, 40, rank=32, dtype=F64))
+    ranks = lo.nn.OrderedRanks(model, mode="independent", seed=1)
+
+    def draws() -> list[int]:
+        found = []
+        for _ in range(8):
+            with ranks.sample() as drawn:
+                found.append(drawn["0"])
+        return found
+
+    before = draws()
+    ranks.shrink_(0.0)
+    assert draws() != before
+    assert ranks.ranks == {"0": 32}
+
+
 @pytest.mark.parametrize("mode", ["one_layer", "independent"])
 def test_draws_go_on_where_a_run_stopped(mode):
     model = small(3, 5)
@@ -263,6 +280,7 @@ def test_draws_go_on_where_a_run_stopped(mode):
         return found
 
     whole, first, second = (lo.nn.OrderedRanks(model, mode, seed=seed) for seed in (7, 7, 0))
+    draws(second, 2)  # what it has drawn of its own seed is forgotten
     expected = draws(whole, 20)
     assert draws(first, 13) == expected[:13]
     file = io.BytesIO()
@@ -667,3 +685,27 @@ def test_rows_are_kept_of_parameters_that_can_be_cut():
     optimizer.keep_rows({weight: 6})
     optimizer.keep_rows({weight: 2})
     assert weight.shape == optimizer.state[weight]["exp_avg"].shape == (2, 4)
+
+
+def test_a_rule_for_matrices_refuses_a_cut_to_nothing_before_anything_is_cut():
+    weights = [nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+    optimizer = lo.LowRankOptimizer(weights, rule="muon")
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"0\.1 \(0, 4\) is no matrix"):
+        optimizer.keep_rows({weights[0]: 3, weights[1]: 0})
+    assert [tuple(weight.shape) for weight in weights] == [(6, 4), (6, 4)]
+    assert all(optimizer.state[weight]["exp_avg"].shape == (6, 4) for weight in weights)
+
+
+def test_what_rounding_left_of_a_projected_factor_is_kept():
+    weight = nn.Parameter(torch.randn(40, 16).to(torch.bfloat16))
+    optimizer = lo.GaLoreAdamW([{"params": [weight], "rank": 4}], lr=1e-3, weight_error_bits=16)
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    whole = lo.full_precision(optimizer, weight)
+    optimizer.keep_rows({weight: 24})
+    assert torch.equal(lo.full_precision(optimizer, weight), whole[:24])
+    assert not torch.equal(whole[:24], weight.detach().float())

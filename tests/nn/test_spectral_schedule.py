@@ -420,3 +420,17 @@ def test_models_and_optimizers_that_do_not_go_together():
         lo.SpectralSchedule([model], sgd(model))
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer, got str"):
         lo.SpectralSchedule(model, "adamw")
+
+
+def test_a_frozen_layer_stays_as_it_is_to_the_bit():
+    model = build(dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    with torch.no_grad():
+        model[0].u_active.mul_(1.5)  # what settling would undo
+    for param in model.parameters():
+        param.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    schedule = lo.SpectralSchedule(model, optimizer, period=2, warmup=1)
+    for _ in range(3):
+        schedule.step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

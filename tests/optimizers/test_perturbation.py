@@ -158,3 +158,30 @@ def test_what_has_no_momentum_of_gradients_is_refused_by_name():
         lo.perturb_by_momentum(optimizer)
     hooks.remove()
     assert torch.equal(params[0], pair(torch.float32)[0])
+
+
+def test_removing_takes_the_hooks_away_and_leaves_what_was_written():
+    params = pair()
+    optimizer = KINDS["dense"](params)
+    handle = lo.perturb_by_momentum(optimizer, 0.05)
+    train(params, optimizer, 1)
+    with handle.off():
+        kept = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        params[0].fill_(7.0)
+    with pytest.raises(RuntimeError, match=r"or call remove\(\), which leaves it as it was written"):
+        optimizer.step()
+    handle.remove()
+    assert torch.equal(params[0], torch.full_like(params[0], 7.0))
+    assert torch.equal(params[1], kept[1])
+    train(params, optimizer, 1)  # nothing is pushed any more
+    before = [p.detach().clone() for p in params]
+    handle.remove()
+    assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
+def test_an_optimizer_without_its_momentum_is_refused(kind):
+    params = pair()
+    with pytest.raises(ValueError, match=rf"{kind.__name__} has momentum=0"):
+        lo.perturb_by_momentum(kind(params, lr=0.1), 0.05)

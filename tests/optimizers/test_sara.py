@@ -312,6 +312,8 @@ def test_bad_input_is_refused(options, message):
 
 def test_bad_groups_and_edits_are_refused():
     param = nn.Parameter(draw(0, 24, 16))
+    with pytest.raises(ValueError, match="projector is 'svd' in a group, but SaRAAdamW"):
+        lo.SaRAAdamW([{"params": [param], "rank": 4, "projector": "svd"}])
     with pytest.raises(ValueError, match="which both say how many"):
         lo.SaRAAdamW([{"params": [param], "density": 0.1}], threshold=0.1)
     model = lo.nn.quantize_weights_(nn.Sequential(nn.Linear(64, 64)))

@@ -124,3 +124,13 @@ def test_bad_input_says_what_to_do():
     lo.watch_step(optimizer)
     with pytest.raises(RuntimeError, match=r"watched already: call remove\(\)"):
         lo.watch_step(optimizer)
+
+
+def test_a_pair_with_a_frozen_factor_is_reported_under_the_other():
+    a, b = nn.Parameter(torch.ones(2, 8)), nn.Parameter(torch.ones(6, 2), requires_grad=False)
+    optimizer = lo.LoRAProAdamW(lo.lora_pairs([(a, b, 1.0)]), lr=1e-2, moments="factors")
+    seen = []
+    with lo.watch_step(optimizer, seen.append, every=0):
+        (b @ a).square().mean().backward()
+        optimizer.step()
+    assert [(p.step, p.done, p.total, p.share) for p in seen] == [(1, 1, 1, 1.0)]

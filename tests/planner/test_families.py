@@ -2,7 +2,9 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import lowrank_optim as lo
-from lowrank_optim.planner import PlanError
+from lowrank_optim.planner import PlanError, command
 from lowrank_optim.planner.catalog import BUILT_IN
 from lowrank_optim.planner.choices import resolve_optimizer
 from lowrank_optim.planner.command import processes
 from lowrank_optim.planner.models import resolve_model
-from lowrank_optim.planner.search import RECIPES, Question, what_fits
+from lowrank_optim.planner.search import RECIPES, Question, Row, what_fits
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from planner_validation import FAMILIES, FAMILY_LIMIT, compare, example, initialize, of_family
@@ -249,3 +251,26 @@ def test_what_does_not_go_with_several_processes_is_neither_planned_nor_in_the_t
     how = {"sequence_length": 16, "rank": 8, "world_size": 4}
     assert [row.title for row in what_fits(Question(tiny, 2**30, fsdp=True, **how), some)] == ["APOLLO-Mini"]
     assert not any(row.in_backward for row in what_fits(Question(tiny, 2**30, **how), some))
+
+
+def test_a_row_that_all_layers_refute_no_longer_fits(monkeypatch):
+    rows = [row_that(fits) for fits in (True, True, False)]
+    rows = [replace(row, title=recipe.title) for row, recipe in zip(rows, RECIPES, strict=False)]
+    answers = iter([False, True])
+    monkeypatch.setattr(command, "_plan", lambda *_, **__: SimpleNamespace(fits=lambda _: next(answers)))
+    question = Question(TINY_DIT, 2**30)
+    checked, confirmed = command.confirm(SimpleNamespace(), question, list(rows), lambda _: None)
+    assert [(row.title, row.fits) for row in checked] == [
+        (rows[1].title, True),
+        (rows[0].title, False),
+        (rows[2].title, False),
+    ]
+    assert confirmed is not None
+    answers = iter([False, False])
+    checked, confirmed = command.confirm(SimpleNamespace(), question, list(rows), lambda _: None)
+    assert confirmed is None
+    assert not any(row.fits for row in checked)
+
+
+def row_that(fits: bool) -> Row:
+    return Row("", "galore", 4, True, 16, "", {}, 1, 1, "", fits, 1, None, None)
