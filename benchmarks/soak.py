@@ -155,7 +155,7 @@ def tensors(content: Any) -> Iterator[torch.Tensor]:
 
 def children(parent: int) -> list[int]:
     """The processes that torchrun has started."""
-    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii").split()]
 
 
 def sharded(folder: Path, steps: int, kills: int, draw: random.Random) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def sharded(folder: Path, steps: int, kills: int, draw: random.Random) -> dict[s
         victim = draw.choice(children(process.pid))
         os.kill(victim, signal.SIGKILL)
         process.wait(timeout=MOST_SECONDS)  # torchrun ends the other
-        latest = (broken / "latest").read_text() if (broken / "latest").exists() else None
+        latest = (broken / "latest").read_text(encoding="utf-8") if (broken / "latest").exists() else None
         killed.append({"step": step, "while_saving": latest != target.name, "latest": latest})
         print(f"killed one of two in the save of step {step}; the latest whole one is {latest}", flush=True)
     finish(begin(broken, *arguments, processes=2), broken)

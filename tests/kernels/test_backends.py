@@ -317,7 +317,8 @@ def test_operations_have_cases_and_backends_no_others():
 def test_the_comparison_sees_one_wrong_element(monkeypatch):
     """The suite above is as good as `compare`."""
     for op, cases in CASES.items():
-        case = next(case for case in cases if "3x257" in case.label or "20 33" in case.label or "3x301" in case.label)
+        small = [case for case in cases if "3x257" in case.label or "20 33" in case.label or "3x301" in case.label]
+        case = small[0] if small else cases[0]  # lists of factors
         want = answer(dispatch._DEFINITIONS[op], case)
         assert want is not None
         assert not compare(case, want, want).failure

@@ -32,8 +32,9 @@ def library(tmp_path_factory) -> Library:
 
 
 SPARSE = {"sltrain_forward", "sltrain_backward_input", "sampled_product"}
-LEFT = {"project", "project_with_norms", "apply_", *SPARSE, "folded_adam_dense_"}
-"""Left to the definitions: products, which call cuBLAS, sparse ones, and folded moments."""
+PAIRS = {"thin_grams", "pair_step_", "thin_turn_", "inverse_power"}
+LEFT = {"project", "project_with_norms", "apply_", *SPARSE, *PAIRS, "folded_adam_dense_"}
+"""Left to the definitions: products, which call cuBLAS, sparse ones, those of pairs, and folded moments."""
 
 
 def test_the_library_does_every_operation_but_those_left_to_definitions(library):

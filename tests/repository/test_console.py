@@ -99,7 +99,7 @@ def test_the_table_of_the_planner_is_the_same_on_every_console_but_for_character
 def test_help_and_errors_of_the_command_are_spelled(model, monkeypatch):
     code, out, _ = printed(monkeypatch, "ascii", "plan", "--help")
     assert code == 0
-    assert "gpt2, ...) or" in " ".join(out.split())
+    assert "dit-xl-2, ...), or" in " ".join(out.split())
     code, out, err = printed(monkeypatch, "ascii", "plan", "--model", "größe–7b")
     assert (code, out) == (2, "")
     assert r"gr\xf6\xdfe-7b" in err
