@@ -138,6 +138,23 @@ def convergence() -> str:
     )
 
 
+def sltrain() -> str:
+    """Bytes and time of one linear layer in four forms."""
+    kinds = ("weights", "gradients", "state", "peak", "all")
+    rows = [row for row in results("sltrain")["layers"] if row["dtype"] == "float32"]
+    return table(
+        ["layer", *kinds, "time ÷ dense"],
+        (
+            [
+                f"{row['shape'][0]}×{row['shape'][1]} {row['form']}",
+                *(f"{row['bytes'][kind] / 2**20:.1f}" for kind in kinds),
+                f"{row['seconds']['pass_over_dense']:.2f}",
+            ]
+            for row in rows
+        ),
+    )
+
+
 def _step_time(part: str) -> str:
     rows = results("step_time")[part]
     return table(
@@ -233,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distributed": distributed,
     "convergence": convergence,
     "convergence-ten": convergence_ten,
+    "sltrain": sltrain,
     "step-time-dense": step_time_dense,
     "step-time-matrices": step_time_matrices,
     "step-time-small": step_time_small,
