@@ -4,8 +4,8 @@ Runs `examples/pretrain.py --sweep …` (about 20 minutes on 2 cores for two opt
 they are, so an interrupted sweep continues.
 
 The losses of low-rank methods differ between machines: matrix products are rounded in another way, and the choice of subspaces
-amplifies the difference. GaLore at its best rate ended at 1.3578, 1.3664, 1.3710 and 1.3738 on four machines, AdamW at 1.3913 on all. The
-committed JSON is that of 1.3710.
+amplifies the difference. GaLore at its best rate ended at 1.3578, 1.3664, 1.3710 and 1.3738 on four machines, AdamW at 1.3913 on all.
+The committed JSON is that of 1.3710.
 """
 
 import argparse
