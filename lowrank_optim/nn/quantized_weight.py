@@ -337,11 +337,27 @@ def _is_shared(weight: QuantizedWeight | WeightView) -> bool:
     return shared
 
 
-def _refuse_memory(weight: Tensor, *_: Any, **__: Any) -> NoReturn:
-    raise RuntimeError(
+def _no_memory(weight: Tensor) -> str:
+    return (
         f"a QuantizedWeight {tuple(weight.shape)} is stored as 8-bit codes and has no memory of type {weight.dtype} to be shared or "
         "replaced; read weight.decoded(), write with weight.copy_(values) under torch.no_grad()"
     )
+
+
+def _refuse_memory(weight: Tensor, *_: Any, **__: Any) -> NoReturn:
+    raise RuntimeError(_no_memory(weight))
+
+
+def _storage(weight: Tensor) -> torch.UntypedStorage:
+    """What `torch.compile` tells memory by. Copies into it would end the process, and resizing would say nothing."""
+    message, storage = _no_memory(weight), weight.untyped_storage()
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(message)
+
+    for name in ("copy_", "resize_"):
+        setattr(storage, name, refuse)
+    return storage
 
 
 _BELOW_DISPATCH: dict[Any, Callable[..., Any]] = {
@@ -354,6 +370,7 @@ _BELOW_DISPATCH: dict[Any, Callable[..., Any]] = {
     Tensor.apply_: _refuse_memory,
     Tensor._typed_storage: _refuse_memory,
     Tensor.storage: _refuse_memory,
+    Tensor.untyped_storage: _storage,
     Tensor.__dlpack__: _refuse_memory,
 }
 """Functions that never reach the dispatcher."""

@@ -230,6 +230,9 @@ REFUSED: dict[str, StepParams] = {
     "dlpack_of_a_view": lambda w: torch.from_dlpack(w[0]),
     "storage": lambda w: w.storage().fill_(0),
     "untyped_storage": lambda w: w.untyped_storage().fill_(0),
+    "copy_into_storage": lambda w: w.untyped_storage().copy_(torch.ones(ROWS, COLS).untyped_storage()),
+    "resize_storage": lambda w: w.untyped_storage().resize_(0),
+    "storage_of_a_view": lambda w: w[0].untyped_storage().fill_(0),
     "foreach_resize": lambda w: torch.ops.aten._foreach_add.Scalar_out([torch.ones(3)], 2.0, out=[w]),
 }
 
