@@ -124,6 +124,13 @@ class ReparametrizedLinear(ReparametrizedLayer):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
 
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x ends in `in_features`."""
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"the input is {tuple(x.shape)}; its last dimension must be in_features, {self.in_features}"
+            )
+
     @property
     def weight(self) -> Tensor:
         """The merged weight, as the plain layer stores it; no gradient flows through it."""

@@ -150,10 +150,7 @@ class SpectralLinear(ReparametrizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """y = ((x V) ∘ Σ) Uᵀ + b, in the type of x, or in autocast's."""
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"the input is {tuple(x.shape)}; its last dimension must be in_features, {self.in_features}"
-            )
+        self.check_input(x)
         return outside_graph(self._product, x)  # type: ignore[no-any-return]
 
     def _product(self, x: Tensor) -> Tensor:
