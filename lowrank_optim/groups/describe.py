@@ -113,7 +113,21 @@ def describe(groups: Iterable[Mapping[str, Any]] | Optimizer) -> str:
     lines.append("total")
     sums["all"] = sum(count for count, _ in sums.values()), total
     totals = [(kind, f"{count:,} tensor{'s' * (count != 1)}", size) for kind, (count, size) in sums.items()]
-    return _render(lines, [(kind, count, f"{size:,}", _percent(size, total)) for kind, count, size in totals])
+    table = _render(lines, [(kind, count, f"{size:,}", _percent(size, total)) for kind, count, size in totals])
+    said = [handle.description for handle in handles_of(groups)] if isinstance(groups, Optimizer) else []
+    return "\n".join(
+        [table, *(line for text in said for line in textwrap.wrap(text, LINE_WIDTH, subsequent_indent="  "))]
+    )
+
+
+def handles_of(optimizer: Optimizer) -> list[Any]:
+    """What acts on the weights of an optimizer after its steps (`truncate_ranks`, an attached `SpectralSchedule`).
+
+    The owners of its hooks that say what they do (`description`), which steps take memory of their own (`heavy_steps`), and come to
+    these when they are asked to (`make_due`).
+    """
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
+    return [owner for owner in owners if hasattr(owner, "heavy_steps")]
 
 
 def _row_of_pair(group: Mapping[str, Any], tensor: Tensor, place: int) -> _Row | None:

@@ -1,6 +1,7 @@
 """Names of parameters: patterns that match them, and short forms for tables and messages."""
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -43,6 +44,15 @@ def collapse_names(names: list[str]) -> str:
         return names[0]
     parts = zip(*(name.split(".") for name in names), strict=True)
     return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts) + f" x{len(names)}"
+
+
+def list_patterns(names: Iterable[str], limit: int = 12) -> str:
+    """Names as a list, those that differ in numbers only as one."""
+    by_pattern: dict[str, list[str]] = {}
+    for name in names:
+        by_pattern.setdefault(star_numbers(name), []).append(name)
+    shown = [collapse_names(alike) for alike in by_pattern.values()]
+    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
 
 
 def shorten(text: str, width: int) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lowrank_optim.groups.names import Pattern, collapse_names, matches, names_itself, star_numbers
+from lowrank_optim.groups.names import Pattern, list_patterns, matches, names_itself
 from lowrank_optim.groups.roles import Role, roles_of
 
 ParamGroup: TypeAlias = dict[str, Any]
@@ -135,8 +135,4 @@ def head_weights(model: nn.Module) -> set[int]:
 
 def list_names(entries: list[FoundParameter], limit: int = 12) -> str:
     """The names of parameters, collapsed, for an error message."""
-    by_pattern: dict[str, list[str]] = {}
-    for entry in entries:
-        by_pattern.setdefault(star_numbers(entry.names[0]), []).append(entry.names[0])
-    shown = [collapse_names(names) for names in by_pattern.values()]
-    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
+    return list_patterns((entry.names[0] for entry in entries), limit)

@@ -81,7 +81,7 @@ def compensate_(
             near = ", ".join(get_close_matches(name, layers, n=4, cutoff=0.3))
             raise ValueError(f"there are statistics of {name!r}, which the model does not have; nearest names: {near}")
     ranks = {name: _check(name, layers[name], reference, rank, statistics) for name in names}
-    made: dict[int, nn.Module] = {}
+    made: dict[int, CompensatedLinear] = {}
     pairs = [(name, *_pair(layers[name], reference, name, ranks[name], statistics[name])) for name in names]
     for name, left, right in pairs:
         if id(layers[name]) not in made:
@@ -89,6 +89,8 @@ def compensate_(
             with torch.no_grad():
                 new.lora_B.copy_(left)
                 new.lora_A.copy_(right)
+    for new in made.values():  # only now, when nothing can fail any more, does the model change
+        new.take_hooks_of_base()
     put_layers(model, made)
     if freeze_rest:
         freeze_all_but(model, [param for new in made.values() for param in new.parameters(recurse=False)])

@@ -89,8 +89,12 @@ def project_outputs(matrix: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
 def rank_for_energy(values: Tensor, energy: float) -> int:
     """The smallest rank, at least 1, whose leading values have at least this share of the sum."""
     sums = values.cumsum(0)
-    reached = sums >= energy * sums[-1] * (1 - 1e-12)
-    return int(reached.nonzero()[0]) + 1
+    return min(count(sums < energy * sums[-1] * (1 - 1e-12)) + 1, len(values))
+
+
+def count(mask: Tensor) -> int:
+    """How many elements are true; the host waits for them. A plan, whose tensors have no numbers, goes on with the most."""
+    return len(mask.nonzero())
 
 
 def nuclear_subgradient(matrix: Tensor) -> Tensor:

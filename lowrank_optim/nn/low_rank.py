@@ -228,8 +228,8 @@ class CompensatedLinear(AdaptedLinear):
     """A linear layer and a pair of factors beside it: y = base(x) + (x Aᵀ) Bᵀ.
 
     Submodule: `base`, the layer as it was, with its bias: an `nn.Linear` (whose weight may be a `QuantizedWeight`), a Conv1D or a
-    `LowRankLinear`. Parameters: `lora_A` (r×n), `lora_B` (m×r), in the type of the base; both 0 at the start. The forward and
-    backward hooks of the base go over to this layer.
+    `LowRankLinear`. Parameters: `lora_A` (r×n), `lora_B` (m×r), in the type of the base; both 0 at the start. Its hooks stay with
+    the base; `take_hooks_of_base` brings them here.
 
     Args:
         base: the layer.
@@ -252,7 +252,7 @@ class CompensatedLinear(AdaptedLinear):
         m, n, device = self.out_features, self.in_features, self.like().device
         check_rank("", rank, m, n)
         self.train_(lora_A=torch.zeros(rank, n, device=device), lora_B=torch.zeros(m, rank, device=device))
-        self.take_hooks_of_base()
+        self.training = base.training
 
     @property
     def rank(self) -> int:

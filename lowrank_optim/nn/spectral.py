@@ -1,5 +1,7 @@
 """`spectral_`: give the linear layers of a model their singular value decompositions for weights."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,7 +16,7 @@ from lowrank_optim.nn.reparametrized import (
     take_layers,
     take_over,
 )
-from lowrank_optim.nn.spectral_linear import SpectralLinear, check_active
+from lowrank_optim.nn.spectral_linear import SpectralLinear, check_active, check_mixture
 
 
 def spectral_(
@@ -24,6 +26,7 @@ def spectral_(
     enhanced: bool = True,
     tangent: bool = False,
     save_projection: bool = False,
+    mixture: float = 0.5,
     seed: int = 0,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -39,9 +42,9 @@ def spectral_(
         …
         optimizer.step(); schedule.step()
 
-    The first triplets are drawn with p_i = ½ (1/d + Σ_i/ΣΣ). Call it before the optimizer is built. `param_groups` knows the
-    parameters: values decay, vectors do not. `merge_` gives plain layers back. A checkpoint of the plain model loads: weights are
-    decomposed.
+    The first triplets are drawn with p_i = mixture/d + (1 − mixture) Σ_i/ΣΣ, as later ones are. Call it before the optimizer is
+    built. `param_groups` knows the parameters: values decay, vectors do not. `merge_` gives plain layers back. A checkpoint of the
+    plain model loads: weights are decomposed.
 
     Args:
         model: its plain `nn.Linear`s and Conv1Ds of transformers become `SpectralLinear`s. Biases, hooks, device and type are kept;
@@ -50,14 +53,15 @@ def spectral_(
         enhanced: leave the factor Σ_i out of the gradients of vectors, as the paper; False gives the true gradients.
         tangent: take the part along the vector out of its gradient, so that moments have none of it.
         save_projection: P = x V is saved for backward, b·N·d bytes a layer for N tokens, and not computed again.
+        mixture: share of the uniform part in the draws, in [0, 1]; the paper has ½.
         seed: of the draws, which are the same on every device and in every process.
         include: patterns of the weights to take, as in `param_groups`; None takes every linear layer but output heads.
         exclude: patterns of weights to leave alone.
 
     Raises:
         TypeError: no nn.Module.
-        ValueError: a rank below 1; a pattern that matches nothing; no layer to take; a weight that is not finite, coded, sharded or
-            tied to a layer of another kind.
+        ValueError: a rank below 1; a mixture that is no share; a pattern that matches nothing; no layer to take; a weight that is
+            not finite, coded, sharded or tied to a layer of another kind.
 
     Memory: weights take more than dense ones, b·(d·(m + n) + d) bytes a layer at b bytes a number, twice as much for square layers.
     Gradients are b·(r·(m + n) + d), two moments of c bytes 2c·(r·(m + n) + d), and forward and backward cost up to twice the
@@ -74,13 +78,15 @@ def spectral_(
 
     Paper: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", arXiv:2405.15481.
     """
-    rank, seed = map(as_python, (rank, seed))
+    rank, mixture, seed = map(as_python, (rank, mixture, seed))
     check_active(rank)
+    check_mixture(mixture)
     taken = take_layers(model, include, exclude, ("linear", "conv1d"), meta=True)
     for path, _, module in taken:
         if not module.weight.is_meta and not bool(torch.isfinite(module.weight).all()):
             raise ValueError(f"{path}.weight is not finite; it has no singular value decomposition")
-    options = {"rank": rank, "enhanced": enhanced, "tangent": tangent, "save_projection": save_projection, "seed": seed}
+    options = {"rank": rank, "enhanced": enhanced, "tangent": tangent, "save_projection": save_projection}
+    options |= {"mixture": mixture, "seed": seed}
     shared: dict[int, SpectralLinear] = {}
     made: dict[int, nn.Module] = {}
     for layer in taken:
@@ -93,11 +99,11 @@ def spectral_(
     return model
 
 
-def _make(layer: TakenLayer, options: dict[str, int]) -> SpectralLinear:
+def _make(layer: TakenLayer, options: dict[str, Any]) -> SpectralLinear:
     old = layer.module
     m, n = matrix_of(old).shape
     with torch.device("meta"):
-        new = SpectralLinear(n, m, **options, position=layer.position, bias=False, dtype=old.weight.dtype)  # type: ignore[arg-type]
+        new = SpectralLinear(n, m, **options, position=layer.position, bias=False, dtype=old.weight.dtype)
     new.plain_class = type(old) if kind_of(old) == "conv1d" else nn.Linear
     new.to_empty(device=old.weight.device)
     if not old.weight.is_meta:

@@ -16,9 +16,6 @@ from lowrank_optim.nn.reparametrized import ReparametrizedLinear
 from lowrank_optim.nn.spectral_product import SpectralProduct
 from lowrank_optim.sharding.dtensor import is_sharded
 
-MIXTURE = 0.5
-"""The share of the uniform part in the first draw, and in later ones where nothing else is said."""
-
 FACTORS = ("sigma", "u_active", "v_active", "u_frozen", "v_frozen", "order")
 
 
@@ -38,10 +35,11 @@ class SpectralLinear(ReparametrizedLinear):
         enhanced: leave the factor Σ_i out of the gradients of vectors, as the paper; False gives the true gradients.
         tangent: take the part along the vector out of its gradient, which the normalisation undoes, so that moments have none of it.
         save_projection: P = x V is saved for backward, b·N·d bytes for N tokens, and not computed again.
+        mixture: share of the uniform part in the draws, in [0, 1].
         seed, position: of the draws; `position` is the layer's number in the model.
 
     Raises:
-        ValueError: a rank below 1.
+        ValueError: a rank below 1, a mixture that is no share.
 
     Memory: weights b·(d·(m + n) + d + m) bytes at b bytes a number, which is more than the b·m·n of a dense layer (twice that of a
     square one). Gradients b·(r·(m + n) + d + m). In a pass, two matrices of tokens × d.
@@ -63,6 +61,7 @@ class SpectralLinear(ReparametrizedLinear):
         enhanced: bool = True,
         tangent: bool = False,
         save_projection: bool = False,
+        mixture: float = 0.5,
         bias: bool = True,
         seed: int = 0,
         position: int = 0,
@@ -71,10 +70,11 @@ class SpectralLinear(ReparametrizedLinear):
     ) -> None:
         super().__init__(in_features, out_features)
         check_active(rank)
+        check_mixture(mixture)
         count = min(in_features, out_features)
         rank = min(rank, count)
         self.enhanced, self.tangent, self.save_projection = enhanced, tangent, save_projection
-        self.seed, self.position = seed, position
+        self.mixture, self.seed, self.position = mixture, seed, position
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
@@ -117,7 +117,7 @@ class SpectralLinear(ReparametrizedLinear):
     def _decomposed(self, weight: Tensor) -> dict[str, Tensor]:
         """Parameters and buffers for a weight, in its type."""
         u, sigma, v = (part.to(weight.dtype) for part in decompose(weight))
-        order = self.draw(sigma, 0, MIXTURE)
+        order = self.draw(sigma, 0, self.mixture)
         rank = self.rank
         trained, rest = order[:rank], order[rank:]
         parts = (sigma, u[:, trained], v[:, trained], u[:, rest], v[:, rest], order)
@@ -221,3 +221,9 @@ def check_active(rank: Any) -> None:
         raise ValueError(
             f"rank is {rank!r}; it must be an integer of at least 1: the triplets whose vectors are trained"
         )
+
+
+def check_mixture(mixture: Any) -> None:
+    """Raise ValueError for something else than a share."""
+    if isinstance(mixture, bool) or not isinstance(mixture, int | float) or not 0 <= mixture <= 1:
+        raise ValueError(f"mixture is {mixture!r}; it must be a share in [0, 1]")

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,15 @@ from lowrank_optim.groups.build import select_matrices
 from lowrank_optim.groups.matrices import matrix_shape, matrix_view, resolve_rank
 from lowrank_optim.groups.parameters import find_parameters
 from lowrank_optim.kernels import WeightError, as_python
-from lowrank_optim.nn.decompositions import rank_for_energy
+from lowrank_optim.nn.decompositions import count, rank_for_energy
 from lowrank_optim.nn.reparametrized import Patterns
 from lowrank_optim.sharding.dtensor import dense_sharding, local, matrix_sharding
+
+CONVOLUTIONS = ("channel", "spatial")
+"""The matrices that convolutions are taken for."""
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Their weights have the dimension of the inputs first."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,10 @@ class RankCut:
         if not values.numel() or not float(values[0]) > 0:
             return 0
         if self.rank is not None:
-            return min(resolve_rank(self.rank, values.numel()), int((values > 0).sum()))
+            return min(resolve_rank(self.rank, values.numel()), count(values > 0))
         if self.energy is not None:
             return rank_for_energy(values.double().square(), self.energy)
-        return max(int((values >= (self.threshold or 0.0)).sum()), 1)
+        return max(count(values >= (self.threshold or 0.0)), 1)
 
 
 def truncated(matrix: Tensor, cut: RankCut, shrinkage: float = 0.0) -> tuple[Tensor, int]:
@@ -74,27 +80,32 @@ def truncated(matrix: Tensor, cut: RankCut, shrinkage: float = 0.0) -> tuple[Ten
     rounding = float(values[0]) * torch.finfo(matrix.dtype).eps * max(matrix.shape)
     values = (values - shrinkage).clamp_min(0.0)
     k = cut.kept(values)
-    if shrinkage == 0.0 and bool((values[k:] <= rounding).all()):
+    if shrinkage == 0.0 and not bool((values[k:] > rounding).any()):
         return matrix, k
     return (left[:, :k] * values[:k]) @ right[:k], k
 
 
 @dataclass(frozen=True)
 class DenseMatrix:
-    """A weight of a model that is a matrix, or a stack of them; a convolution as first dimension × the rest.
+    """A weight of a model that is a matrix, or a stack of them.
 
     name: of the parameter.
     param: the parameter, sharded or not.
-    layout: as in param groups.
+    layout: as in param groups: of a convolution, first dimension × the rest.
+    axes: the four dimensions of a convolution in another order, the first two of which make the rows of the matrix; or none.
     """
 
     name: str
     param: Tensor
     layout: str
+    axes: tuple[int, ...] = ()
 
     def whole(self, error: WeightError | None = None) -> Tensor:
         """The matrix view of all of the weight, in the compute type, gathered from all processes; a new tensor or a view."""
         weight = kernels.joined(local(self.param).detach(), error)
+        if self.axes:
+            kernel = dense_sharding(self.param).gather(weight, *range(-weight.dim(), 0)).permute(self.axes)
+            return kernel.flatten(2).flatten(0, 1).to(kernels.compute_dtype(self.param.dtype))
         view, shape = matrix_view(weight, self.layout), matrix_shape(tuple(self.param.shape), self.layout)
         assert shape is not None
         sharding = matrix_sharding(self.param, self.layout, shape)
@@ -102,6 +113,10 @@ class DenseMatrix:
 
     def part(self, matrix: Tensor) -> Tensor:
         """What this process holds of a whole matrix, in the parameter's own shape."""
+        if self.axes:
+            kernel = matrix.reshape([self.param.shape[axis] for axis in self.axes])
+            back = [self.axes.index(axis) for axis in range(len(self.axes))]
+            return dense_sharding(self.param).part(kernel.permute(back)).contiguous()
         shape = matrix_shape(tuple(self.param.shape), self.layout)
         assert shape is not None
         own = matrix_sharding(self.param, self.layout, shape).part(matrix)
@@ -128,13 +143,18 @@ def truncated_stack(stack: Tensor, cut: RankCut, shrinkage: float = 0.0) -> tupl
     return (stack if all(new is old for old, new, _ in pairs) else torch.stack([new for _, new, _ in pairs])), most
 
 
-def take_matrices(model: nn.Module, include: Patterns, exclude: Patterns) -> list[DenseMatrix]:
-    """The weights that `param_groups` makes low-rank with these patterns.
+def take_matrices(
+    model: nn.Module, include: Patterns, exclude: Patterns, convolutions: str = "channel"
+) -> list[DenseMatrix]:
+    """The weights that `param_groups` makes low-rank with these patterns; `convolutions` as of `truncate_`.
 
     Raises:
         TypeError: no nn.Module.
-        ValueError: a pattern matches nothing; a weight without numbers, or stored in 8 bits; there is none.
+        ValueError: another view; a pattern matches nothing; a weight without numbers, or stored in 8 bits, or a convolution that does
+            not have the view; there is none.
     """
+    if convolutions not in CONVOLUTIONS:
+        raise ValueError(f"convolutions is {convolutions!r}; valid values are {', '.join(map(repr, CONVOLUTIONS))}")
     chosen = set(map(id, select_matrices(model, include, exclude)))
     found = [
         DenseMatrix(entry.names[0], entry.param, entry.layout)
@@ -143,6 +163,9 @@ def take_matrices(model: nn.Module, include: Patterns, exclude: Patterns) -> lis
     ]
     if not found:
         raise ValueError("the model has no matrix to truncate; embeddings and output heads have to be named by include")
+    if convolutions == "spatial":
+        backward = {id(module.weight) for module in model.modules() if isinstance(module, TRANSPOSED)}
+        found = [_spatial(matrix, id(matrix.param) in backward) for matrix in found]
     for matrix in found:
         if hasattr(matrix.param, "codes"):
             raise ValueError(
@@ -154,6 +177,18 @@ def take_matrices(model: nn.Module, include: Patterns, exclude: Patterns) -> lis
     return found
 
 
+def _spatial(matrix: DenseMatrix, is_transposed: bool) -> DenseMatrix:
+    """A convolution as its vertical × its horizontal extent; other weights as they are."""
+    if matrix.layout != "conv":
+        return matrix
+    if matrix.param.dim() != 4:
+        raise ValueError(
+            f"{matrix.name} is {tuple(matrix.param.shape)}; convolutions='spatial' needs kernels of a height and a width: exclude it, "
+            "or take convolutions='channel'"
+        )
+    return replace(matrix, axes=(0, 2, 1, 3) if is_transposed else (1, 2, 0, 3))
+
+
 @kernels.no_autograd_no_autocast
 def truncate_(
     model: nn.Module,
@@ -161,6 +196,7 @@ def truncate_(
     energy: float | None = None,
     rank: int | float | None = None,
     threshold: float | None = None,
+    convolutions: str = "channel",
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> nn.Module:
@@ -168,8 +204,8 @@ def truncate_(
 
         W = U Σ Vᵀ   →   U_k Σ_k V_kᵀ,   ‖W − U_k Σ_k V_kᵀ‖² = Σ_{i>k} σ_i²
 
-    Convolutions are matrices of their first dimension by the rest. A weight that has this rank already is not touched. To cut the
-    model itself, call `lowrank_optim.nn.factorize_`; to do this while training, `lowrank_optim.truncate_ranks`.
+    A weight that has this rank already is not touched. To cut the model itself, call `lowrank_optim.nn.factorize_`; to do this while
+    training, `lowrank_optim.truncate_ranks`.
 
     Args:
         model: its linear layers, Conv1Ds of transformers, convolutions and stacks of experts; no output heads and no embeddings.
@@ -177,6 +213,8 @@ def truncate_(
             cut may cut again.
         rank: in place of it, k itself; a float in (0, 1] is a fraction of each short side.
         threshold: in place of it, the smallest singular value that is kept; at least one is.
+        convolutions: which matrix the kernels a×c×h×w of a convolution from c to a channels are: "channel", a × (c·h·w), of rank k if
+            k kernels and a 1×1 convolution do the same; "spatial", (c·h) × (a·w), if k kernels of height h and then of width w do.
         include: patterns of the weights to take, as in `param_groups`.
         exclude: patterns of weights to leave alone.
 
@@ -186,10 +224,12 @@ def truncate_(
     Raises:
         TypeError: no nn.Module.
         ValueError: none or several of energy, rank and threshold, or one out of range; a pattern that matches nothing; a weight
-            that is not finite, stored in 8 bits, or on the meta device. Nothing was changed.
+            that is not finite, stored in 8 bits, or on the meta device; "spatial" for kernels without height and width. Nothing was
+            changed.
 
-    Memory: the singular value decomposition of one m×n matrix at a time, m·d + d·n + d numbers of 4 bytes (8 for float64), d the
-    short side. A sharded weight (`fully_shard`) is gathered for it.
+    Memory: for one m×n matrix at a time, numbers of 4 bytes (8 for float64): m·d + d·n + d for its singular value decomposition, d
+    the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored so. A sharded weight
+    (`fully_shard`) is gathered for it.
 
     Example:
         >>> import torch, lowrank_optim as lo
@@ -200,7 +240,7 @@ def truncate_(
     Paper: Xu et al., "TRP: Trained Rank Pruning for Efficient Deep Neural Networks", IJCAI 2020, arXiv:2004.14566.
     """
     cut = RankCut(*map(as_python, (energy, rank, threshold)))
-    matrices = take_matrices(model, include, exclude)
+    matrices = take_matrices(model, include, exclude, convolutions)
     for matrix in matrices:
         unfit = torch.isfinite(local(matrix.param)).logical_not().sum().float()
         if bool(dense_sharding(matrix.param).sum(unfit)):

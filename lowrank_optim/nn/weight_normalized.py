@@ -36,8 +36,8 @@ class WeightNormalizedLinear(ReparametrizedLinear):
     of zeros stay zero. Neither W nor its gradient is made (`weight_normalized_product`).
 
     Submodule: `base`, the layer as it was, with its bias: an `nn.Linear` (whose weight may be a `QuantizedWeight`) or a Conv1D.
-    Parameters: `lora_A` (r×n), `lora_B` (m×r), `magnitude` (n or m), in the type of the base. The forward and backward hooks of the
-    base go over to this layer.
+    Parameters: `lora_A` (r×n), `lora_B` (m×r), `magnitude` (n or m), in the type of the base. Its hooks stay with the base, which is
+    read and never called; `take_hooks_of_base` brings them here.
 
     Args:
         base: the layer.
@@ -78,8 +78,7 @@ class WeightNormalizedLinear(ReparametrizedLinear):
         check_rank("", rank, m, n)
         self.plain_class = type(base)
         self.norm, self.detach_norm, self.seed, self.position = norm, detach_norm, seed, position
-        take_hooks(base, self)
-        leave_hooks(base)
+        self.training = base.training
         self.base = base
         like = {"device": weight.device, "dtype": weight.dtype}
         self.lora_A = nn.Parameter(torch.empty(rank, n, **like))
@@ -97,6 +96,11 @@ class WeightNormalizedLinear(ReparametrizedLinear):
         self.lora_A.copy_(draw.mul_(2).sub_(1).div_(self.in_features**0.5))
         self.lora_B.zero_()
         self.magnitude.copy_(direction_norms(self.base_weight, self.lora_A, self.lora_B, self.norm == "row"))
+
+    def take_hooks_of_base(self) -> None:
+        """The forward and backward hooks and the training flag of the base, which has no hooks then."""
+        take_hooks(self.base, self)
+        leave_hooks(self.base)
 
     @property
     def base_weight(self) -> Tensor:
@@ -227,7 +231,7 @@ def weight_normalized_(
     ranks = [_checked_rank(layer, rank) for layer in taken]
     trained: list[nn.Parameter] = []
     shared: dict[int, WeightNormalizedLinear] = {}
-    made: dict[int, nn.Module] = {}
+    made: dict[int, WeightNormalizedLinear] = {}
     for layer, found in zip(taken, ranks, strict=True):
         weight = layer.module.weight
         new = WeightNormalizedLinear(
@@ -241,7 +245,8 @@ def weight_normalized_(
                 param.requires_grad_(weight.requires_grad)
             trained += [param for param in [*own, *([weight] if train_base else [])] if weight.requires_grad]
         made[id(layer.module)] = new
-    for layer in taken:
+    for layer in taken:  # only now, when nothing can fail any more, does the model change
+        made[id(layer.module)].take_hooks_of_base()
         layer.module.weight.requires_grad_(layer.module.weight.requires_grad and train_base)
     put_layers(model, made)
     if freeze_rest:

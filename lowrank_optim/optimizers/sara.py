@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -121,9 +122,7 @@ class SaRAAdamW(LowRankOptimizer):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         super().check_options(options)
-        weight = options["low_rank_weight"]
-        if isinstance(weight, (bool, str)) or not 0.0 <= float(weight) < float("inf"):
-            raise ValueError(f"low_rank_weight is {weight!r}; it must be a finite number of at least 0")
+        check_low_rank_weight(options["low_rank_weight"])
         projector = self.parts.of(options).projector
         if not is_low_rank(options):
             return
@@ -140,6 +139,11 @@ class SaRAAdamW(LowRankOptimizer):
                 f"threshold is {projector.threshold!r} and {name} {options[name]!r}, which both say how many entries are trained; "
                 "with a threshold, build the groups with lowrank_optim.param_groups(model, density=1.0)"
             )
+
+    def _enter(self, params: list[Tensor]) -> None:
+        for number, group in enumerate(self.param_groups):  # which may be edited between two steps
+            check_low_rank_weight(group["low_rank_weight"], f" in param group {number}, which was edited")
+        super()._enter(params)
 
     def trained(
         self, param: Tensor, changed: tuple[Mapping[str, Any], Any, dict[str, Tensor]] | None = None
@@ -170,6 +174,13 @@ class SaRAAdamW(LowRankOptimizer):
     def _end_step(self) -> None:
         super()._end_step()
         self._drawn = None
+
+
+def check_low_rank_weight(weight: Any, where: str = "") -> None:
+    """Raise ValueError for something else than a finite number of at least 0; `where` it was found is part of the message."""
+    number = isinstance(weight, (Real, Tensor)) and not isinstance(weight, bool)
+    if not number or not 0.0 <= float(weight) < float("inf"):
+        raise ValueError(f"low_rank_weight is {weight!r}{where}; it must be a finite number of at least 0")
 
 
 def low_rank_pull(weight: float, basis: Basis, matrix: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lowrank_optim import kernels
+from lowrank_optim.groups.names import list_patterns
 from lowrank_optim.kernels import as_python
 from lowrank_optim.kernels.counter_rng import PURPOSE_TRUNCATION, make_key
 from lowrank_optim.nn.reparametrized import Patterns
@@ -37,6 +38,7 @@ def truncate_ranks(
     nuclear_weight: float = 0.0,
     mode: str | None = None,
     match_reference: bool = False,
+    convolutions: str = "channel",
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> "RankTruncation":
@@ -64,7 +66,7 @@ def truncate_ranks(
 
     Args:
         optimizer: any of torch, or of this package. Only weights that it trains are truncated, and only while they are.
-        model: of the weights: linear layers, Conv1Ds of transformers, convolutions (as first dimension × the rest) and stacks.
+        model: of the weights: linear layers, Conv1Ds of transformers, convolutions and stacks.
         energy: in (0, 1]; k is the smallest for which Σ_{i≤k} σ_i² ≥ energy·Σσ_i². The paper takes 0.98 every 20 steps, its code
             0.9 in every step.
         rank: in place of energy, k itself; a float in (0, 1] is a fraction of each short side.
@@ -73,6 +75,8 @@ def truncate_ranks(
         nuclear_weight: λ ≥ 0; the released code takes 3e-4.
         mode: "decoupled" or "gradient"; None takes "gradient" with `match_reference`, else "decoupled".
         match_reference: see above.
+        convolutions: which matrix the kernels a×c×h×w of a convolution are: "channel", a × (c·h·w) (the paper's NC), or "spatial",
+            (c·h) × (a·w) (its VH), as `lowrank_optim.nn.truncate_` says.
         include: patterns of the weights to take, as in `param_groups`; the paper leaves out the first two layers and 1×1
             convolutions.
         exclude: patterns of weights to leave alone.
@@ -83,15 +87,18 @@ def truncate_ranks(
     Raises:
         TypeError: no optimizer of torch, no nn.Module.
         ValueError: none or several of energy, rank and threshold; a value out of range; a pattern that matches nothing; no weight
-            that the optimizer trains; a weight stored in 8 bits; `match_reference` with "decoupled", or with sharded weights.
+            that the optimizer trains; a weight stored in 8 bits; "spatial" for kernels without height and width; `match_reference`
+            with "decoupled", or with sharded weights.
         RuntimeError: the optimizer has such a handle already; "gradient" with `update_in_backward`, which frees gradients before.
 
     State: numbers of steps, and the ranks, plain numbers in `optimizer.param_groups[0]`, so that a resumed run is exact. Call this
     function before or after `load_state_dict`.
 
-    Memory: no state. At a truncation, the singular value decomposition of one m×n matrix at a time, m·d + d·n + d numbers of 4 bytes
-    (8 for float64 weights), d the short side. A sharded matrix (`fully_shard`, tensor parallel) is gathered for it on every process.
-    The host waits for the singular values.
+    Memory: no state. At a truncation, for one m×n matrix at a time, numbers of 4 bytes (8 for float64 weights): m·d + d·n + d for its
+    singular value decomposition, d the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored
+    so. "gradient" takes as much in the step after it, while gradients are there. A sharded matrix (`fully_shard`, tensor parallel) is
+    gathered for it on every process. The host waits for the singular values. `lowrank_optim.plan` counts it, for a function that
+    builds the optimizer and calls this one; `lowrank_optim.describe(optimizer)` says that it is on.
 
     A matrix that is not finite is left alone and counted (`handle.skipped`). Weights that the optimizer rounds stochastically, or
     whose errors it keeps (`weight_error_bits`), are written so here, too. bfloat16 weights have rank k up to their rounding.
@@ -127,7 +134,7 @@ def truncate_ranks(
         )
     handle = RankTruncation(
         optimizer,
-        _trained(optimizer, take_matrices(model, include, exclude)),
+        _trained(optimizer, take_matrices(model, include, exclude, convolutions)),
         cut,
         period,
         float(nuclear_weight),
@@ -213,6 +220,24 @@ class RankTruncation:
         for name in (STEP, LAST, RANKS):
             if optimizer is not None:
                 optimizer.param_groups[0].pop(name, None)
+
+    @property
+    def description(self) -> str:
+        """What `describe` says of it."""
+        cut = next(f"{name} {value:g}" for name, value in vars(self._cut).items() if value is not None)
+        pull = f", nuclear_weight {self.nuclear_weight:g} ({self.mode})" if self.nuclear_weight else ""
+        names = list_patterns(matrix.name for matrix in self._matrices)
+        return f"ranks truncated to {cut} every {self.period} steps{pull}: {names}"
+
+    @property
+    def heavy_steps(self) -> tuple[str, ...]:
+        """Steps in a row that take memory of their own, for the planner, which calls `make_due` before the first."""
+        after = self.mode == "gradient" and self.nuclear_weight and not self._from_start
+        return ("step with a truncation", *(["step after a truncation"] if after else []))
+
+    def make_due(self) -> None:
+        """Let so many steps have passed that the next one has a truncation."""
+        self._require_optimizer().param_groups[0][STEP] = self.period - (not self._from_start)
 
     def __enter__(self) -> Self:
         return self

@@ -50,8 +50,9 @@ def plan(
             config.json or of a folder with one, or a name such as "llama-7b" or "mixtral-8x7b" (`planner.catalog.BUILT_IN`):
             language models, image classifiers, diffusion transformers.
         optimizer: a class or a name of this package or of `torch.optim`, "adamw_8bit" (bitsandbytes'), (class or name, options), or a
-            function that builds one for a model. Options of this package's optimizers may hold `rank` (default: a quarter of the
-            short side), `density`, `include` and `exclude`, as `param_groups` takes them.
+            function that builds one for a model, with its handles (`truncate_ranks`, an attached `SpectralSchedule`). Options of this
+            package's optimizers may hold `rank` (default: a quarter of the short side), `density`, `include` and `exclude`, as
+            `param_groups` takes them.
         batch_size: sequences, images or latents in a micro-batch (default 1).
         sequence_length: tokens in a sequence, for language models (default 2048).
         dtype: of weights and arithmetic; default bfloat16, or, for a module, what it has.

@@ -345,7 +345,7 @@ def test_a_run_resumes_to_the_bit(make, stop):
 def test_a_state_of_another_schedule_is_refused():
     model = build()
     schedule = lo.SpectralSchedule(model, sgd(model), period=30)
-    for change in ({"period": 31}, {"steps": -1}, {"steps": None}, {"seeds": [1]}, {"mixture": 0.1}):
+    for change in ({"period": 31}, {"steps": -1}, {"steps": None}, {"seeds": [1]}, {"mixtures": [0.1]}):
         with pytest.raises(ValueError, match="this schedule has"):
             schedule.load_state_dict(schedule.state_dict() | change)
     assert schedule.state_dict()["steps"] == 0

@@ -2,6 +2,7 @@
 
 Three steps stand for all: the first one (every subspace is made), an ordinary one, and one in which every subspace is due for a new
 basis (in training, staggering spreads these; what one refresh takes is given back before the next, so all at once peak as one does).
+Steps in which a handle on the optimizer acts (`truncate_ranks`) follow, if there is one.
 """
 
 import copy
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from lowrank_optim.groups.describe import handles_of
 from lowrank_optim.in_backward import update_in_backward
 from lowrank_optim.optimizers import LowRankOptimizer
 from lowrank_optim.planner.errors import PlanError
@@ -104,6 +106,12 @@ def simulate(setting: Setting, progress: Callable[[str], None] = lambda step: No
             with one_text_a_row():
                 _step(model, optimizer, setting, recorder, step)
             _claim_state(recorder, optimizer, model, layer_of)
+        for handle in handles_of(optimizer):
+            handle.make_due()
+            for step in handle.heavy_steps:
+                progress(step)
+                with one_text_a_row():
+                    _step(model, optimizer, setting, recorder, step)
         recorder.moment = Moment("", "end", "")
         state = dict.fromkeys(PARTS, 0)
         for _, name, tensor in _state_tensors(recorder, optimizer):
