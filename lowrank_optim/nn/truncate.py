@@ -183,7 +183,7 @@ def _spatial(matrix: DenseMatrix, is_transposed: bool) -> DenseMatrix:
         return matrix
     if matrix.param.dim() != 4:
         raise ValueError(
-            f"{matrix.name} is {tuple(matrix.param.shape)}; convolutions='spatial' needs kernels of a height and a width: exclude it, "
+            f"{matrix.name} is {tuple(matrix.param.shape)}; convolutions='spatial' needs kernels of height and width: exclude it, "
             "or take convolutions='channel'"
         )
     return replace(matrix, axes=(0, 2, 1, 3) if is_transposed else (1, 2, 0, 3))

@@ -235,6 +235,12 @@ class RankTruncation:
         after = self.mode == "gradient" and self.nuclear_weight and not self._from_start
         return ("step with a truncation", *(["step after a truncation"] if after else []))
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether weights have numbers; in a plan they have none, and are truncated before the step, where that is no matter."""
+        with torch._C.DisableTorchFunction():  # in a plan, tensors say that they are on a device
+            return not any(matrix.param.is_meta for matrix in self._matrices)
+
     def make_due(self) -> None:
         """Let so many steps have passed that the next one has a truncation."""
         self._require_optimizer().param_groups[0][STEP] = self.period - (not self._from_start)
@@ -333,7 +339,7 @@ class ForwardHook:
 
     def __call__(self, module: nn.Module, _: object) -> None:
         """Called by torch before the module's forward."""
-        if self._handle is not None and module.training and torch.is_grad_enabled():
+        if self._handle is not None and module.training and torch.is_grad_enabled() and self._handle.has_numbers:
             self._handle.truncate_if_due()
 
     def __reduce__(self) -> tuple[type["ForwardHook"], tuple[()]]:

@@ -12,13 +12,14 @@ SHAPES = {"tall": (90, 70), "wide": (66, 90), "few": (80, 80), "experts": (3, 20
 
 
 class Layers(nn.Module):
-    """Linear layers of SHAPES, which is where matrices are looked for, and a stack."""
+    """Linear layers of SHAPES, which is where matrices are looked for, a convolution, and a stack."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         for name, (rows, cols) in list(SHAPES.items())[:3]:
             setattr(self, name, nn.Linear(cols, rows, bias=False))
+        self.kernels = nn.Conv2d(8, 12, (3, 2), bias=False)
         self.experts = nn.Parameter(0.1 * torch.randn(SHAPES["experts"]))
 
     def forward(self, step: int):
@@ -57,7 +58,7 @@ def check_sara() -> None:
 
 def check_truncation() -> None:
     for settings in (
-        {"energy": 0.5, "nuclear_weight": 1.0},
+        {"energy": 0.5, "nuclear_weight": 1.0, "convolutions": "spatial"},
         {"rank": 7, "nuclear_weight": 0.1, "mode": "gradient"},
     ):
         alone, sharded = Layers(), shard(Layers())

@@ -355,6 +355,7 @@ def not_finite() -> nn.Module:
 BAD = {
     "rank zero": (lambda: nn.Sequential(nn.Linear(8, 8)), {"rank": 0}, "rank is 0"),
     "rank a fraction": (lambda: nn.Sequential(nn.Linear(8, 8)), {"rank": 0.5}, "rank is 0.5"),
+    "mixture": (lambda: nn.Sequential(nn.Linear(8, 8)), {"mixture": 1.5, "include": "0"}, r"mixture is 1\.5"),
     "rank true": (lambda: nn.Sequential(nn.Linear(8, 8)), {"rank": True}, "rank is True"),
     "a pattern": (lambda: nn.Sequential(nn.Linear(8, 8)), {"include": "lin"}, "lin"),
     "no layer": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1)), {}, "no plain"),

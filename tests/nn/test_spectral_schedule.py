@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_optim as lo
+from lowrank_optim.kernels.counter_rng import PURPOSE_TRIPLETS, make_key
 from lowrank_optim.nn import SpectralLinear
+from lowrank_optim.nn.spectral_linear import draw_triplets
 from tests.oracles.decompositions import closed_form_inputs, closed_form_weight
 from tests.oracles.spectral import SGD, Adam, DenseSpectral
 
@@ -105,6 +107,78 @@ def test_training_follows_the_equations_over_draws_and_decompositions(make, enha
 
 def test_values_stop_at_zero_and_keep_their_moments():
     assert follow(adamw, 14, iterations=100) > 3
+
+
+def test_staggered_layers_follow_the_equations_at_steps_of_their_own():
+    """Three layers, draws every 6 steps and decompositions every 12: the second is 2 steps early, the third 4."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(N, M, bias=False, dtype=F64) for _ in range(3))
+    for layer in model:
+        layer.weight.data.mul_(4)  # so that no value becomes 0, and no two are equal
+    lo.nn.spectral_(model, rank=RANK)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    schedule = lo.SpectralSchedule(model, optimizer, period=6, iterations=2, warmup=3, stagger=True)
+    expected = [DenseSpectral(layer.weight, layer.active.tolist(), lambda _: Adam(LR)) for layer in model]
+    x, y = data()
+    drawn: list[list[int]] = [[], [], []]
+    for step in range(26):
+        grads = [(x @ each.weight.mT - y).mT @ x / 30 for each in expected]
+        before = [layer.active.tolist() for layer in model]
+        sum(0.5 * (layer(x) - y).square().sum() / 30 for layer in model).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        for number, (layer, each, grad) in enumerate(zip(model, expected, grads, strict=True)):
+            clock = step + 2 * number
+            shares = [min(1, (min(clock % length, step) + 1) / 3) for length in (6, 12)]
+            each.step(grad, share=shares[0], share_sigma=shares[1])
+            torch.testing.assert_close(layer.weight, each.weight, atol=1e-9, rtol=1e-9)
+            if clock % 12 == 11:
+                each.decompose(each.weight)
+            if clock % 6 == 5:
+                each.draw(layer.active.tolist())
+                drawn[number].append(step)
+            else:
+                assert layer.active.tolist() == before[number]
+    assert drawn == [[5, 11, 17, 23], [3, 9, 15, 21], [1, 7, 13, 19, 25]]
+    assert len({tuple(layer.active.tolist()) for layer in model}) > 1
+
+
+def test_the_first_draw_and_later_ones_have_the_mixture_of_the_layers():
+    for mixture in (0.0, 0.5, 1.0):
+        model = build(mixture=mixture, seed=4)
+        layer = model[0]
+        key = make_key(4, layer.position, 0, PURPOSE_TRIPLETS)
+        assert torch.equal(layer.order, draw_triplets(layer.sigma, RANK, mixture, key))
+        schedule = lo.SpectralSchedule(model, torch.optim.SGD(model.parameters(), lr=0.0), period=1, warmup=0)
+        schedule.step()
+        key = make_key(4, layer.position, 1, PURPOSE_TRIPLETS)
+        assert torch.equal(layer.order, draw_triplets(layer.sigma, RANK, mixture, key))
+        assert schedule.state_dict()["mixtures"] == [mixture]
+    other = lo.SpectralSchedule(model, torch.optim.SGD(model.parameters(), lr=0.0), period=1, warmup=0, mixture=0.0)
+    other.step()
+    key = make_key(4, layer.position, 1, PURPOSE_TRIPLETS)
+    assert torch.equal(layer.order, draw_triplets(layer.sigma, RANK, 0.0, key))
+
+
+def test_a_plan_counts_a_decomposition_and_describe_says_what_is_done():
+    model = nn.Sequential(nn.Linear(96, 128, bias=False))
+
+    def attached(model: nn.Module, attach: bool = True) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(model.parameters())
+        schedule = lo.SpectralSchedule(model, optimizer, stagger=True)
+        if attach:
+            schedule.attach()
+        return optimizer
+
+    how = {"parametrization": ("spectral", {"rank": 8, "include": "0"}), "example_batch": torch.zeros(4, 96)}
+    plans = [lo.plan(model, lambda m, a=on: attached(m, a), device="cuda", **how) for on in (True, False)]
+    m, n = 128, 96
+    assert plans[0].when.startswith("step with a decomposition, optimizer")
+    assert plans[0].peak_bytes - plans[1].peak_bytes > 4 * 3 * m * n
+    optimizer = attached(build())
+    said = "triplets drawn every 200 steps, weights decomposed after some draws: 0"
+    assert lo.describe(optimizer).splitlines()[-1] == said
 
 
 def test_vectors_leave_the_right_angle_between_decompositions():
@@ -321,9 +395,10 @@ def test_a_weight_that_is_not_finite_is_named_when_it_is_decomposed():
 @pytest.mark.parametrize("stop", [3, 4, 7])
 def test_a_run_resumes_to_the_bit(make, stop):
     def start() -> tuple[nn.Module, torch.optim.Optimizer, lo.SpectralSchedule]:
-        model = build(dtype=torch.float32)
+        model = build(dtype=torch.float32, mixture=0.2)
         optimizer = make(model)
-        return model, optimizer, lo.SpectralSchedule(model, optimizer, period=4, iterations=2, warmup=3)
+        how = {"period": 4, "iterations": 2, "warmup": 3, "stagger": make is own_adam}
+        return model, optimizer, lo.SpectralSchedule(model, optimizer, **how)
 
     whole = start()
     train(*whole, 13)
@@ -397,6 +472,7 @@ BAD = {
     "mixture": ({"mixture": 1.5}, "mixture is 1.5"),
     "mixture nan": ({"mixture": float("nan")}, "mixture is nan"),
     "mixture word": ({"mixture": "half"}, "mixture is 'half'"),
+    "stagger": ({"stagger": 3}, "stagger is 3; it must be True or False"),
 }
 
 

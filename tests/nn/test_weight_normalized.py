@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_optim as lo
-from lowrank_optim.nn import QuantizedWeight, WeightNormalizedLinear, weight_normalized_product
+from lowrank_optim.nn import CompensatedLinear, QuantizedWeight, WeightNormalizedLinear, weight_normalized_product
 from tests.nn.test_decompositions_transformers import build as build_transformer
 from tests.nn.test_decompositions_transformers import gpt2, llama, vit
 from tests.oracles import reference
@@ -345,6 +346,38 @@ def test_tied_layers_share_and_frozen_ones_stay_frozen():
     lo.nn.weight_normalized_(alone, rank=0.25, freeze_rest=True)
     assert alone["a"].rank == 9
     assert {name for name, p in alone.named_parameters() if p.requires_grad} == {"a.lora_A", "a.lora_B", "a.magnitude"}
+
+
+@pytest.mark.parametrize("function", ["weight_normalized_", "compensate_"])
+def test_a_failure_in_a_late_layer_leaves_the_model_as_it_was(monkeypatch, function):
+    model = nn.Sequential(nn.Linear(N, N), nn.Linear(N, N)).double()
+    reference, x, calls = copy.deepcopy(model), torch.randn(50, N, dtype=F64), []
+    handle = model[0].register_forward_hook(lambda *_: calls.append(1))
+    statistics = lo.nn.collect_statistics(reference, [x], include=["0", "1"], side="input")
+    kind, name = (
+        (CompensatedLinear, "train_") if function == "compensate_" else (WeightNormalizedLinear, "reset_parameters")
+    )
+    options = (
+        {"reference": reference, "statistics": statistics} if function == "compensate_" else {"include": ["0", "1"]}
+    )
+    works, layers = getattr(kind, name), []
+
+    def fail(layer: nn.Module, **tensors: Tensor) -> None:
+        layers.append(layer)
+        if len(layers) == 2:
+            raise MemoryError("no more")
+        works(layer, **tensors)
+
+    monkeypatch.setattr(kind, name, fail)
+    convert = partial(getattr(lo.nn, function), **options)
+    with pytest.raises(MemoryError):
+        convert(model, rank=RANK)
+    assert len(layers) == 2
+    assert torch.equal(model(x), reference(x))
+    assert calls == [1]
+    assert all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in model)
+    handle.remove()
+    assert not model[0]._forward_hooks
 
 
 def test_hooks_copies_pickles_and_a_second_conversion():

@@ -329,6 +329,31 @@ def test_bad_groups_and_edits_are_refused():
         run(optimizer, [param], range(1))
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), True, "a", None], ids=str)
+@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
+def test_an_edited_low_rank_weight_is_checked_before_anything_changes(value, in_backward):
+    params = [nn.Parameter(draw(i, 70, 80)) for i in range(2)]
+    optimizer = lo.SaRAAdamW([{"params": [p]} for p in params], density=0.1, low_rank_weight=0.1)
+    if in_backward:
+        lo.update_in_backward(optimizer)
+    before = [p.detach().clone() for p in params]
+
+    def step() -> None:
+        sum((p * (i + 1)).sum() for i, p in enumerate(params)).backward()
+        optimizer.step()
+
+    optimizer.param_groups[1]["low_rank_weight"] = value
+    with pytest.raises(
+        ValueError, match=r"low_rank_weight is .* in param group 1, which was edited; it must be a finite"
+    ):
+        step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    assert float(optimizer.state[params[0]]["step"]) == 0
+    optimizer.param_groups[1]["low_rank_weight"] = torch.tensor(0.2)
+    step()
+    assert not any(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
 def test_a_checkpoint_of_another_threshold_is_refused_and_changes_nothing():
     saved, own = (lo.SaRAAdamW([nn.Parameter(draw(0, 24, 16))], threshold=tau) for tau in (0.4, 0.5))
     before = copy.deepcopy(own.state_dict())

@@ -313,6 +313,87 @@ def test_bfloat16_weights_are_rounded_stochastically_where_the_optimizer_rounds_
     assert (torch.stack(drawn).mean(0) - exact).norm() < 0.5 * (nearest - exact).norm()
 
 
+def spatial(weight: np.ndarray) -> np.ndarray:
+    """(c·h) × (a·w) of kernels a×c×h×w, entry by entry."""
+    a, c, h, w = weight.shape
+    matrix = np.empty((c * h, a * w))
+    for i, j, y, x in np.ndindex(a, c, h, w):
+        matrix[j * h + y, i * w + x] = weight[i, j, y, x]
+    return matrix
+
+
+def test_spatial_kernels_are_those_of_the_formula_and_a_column_and_a_row_do_the_same():
+    conv = nn.Conv2d(3, 4, (3, 5), bias=False, dtype=F64)
+    start, kept = spatial(conv.weight.detach().numpy()), 2
+    lo.nn.truncate_(conv, rank=kept, convolutions="spatial")
+    u, s, vt = np.linalg.svd(start, full_matrices=False)
+    np.testing.assert_allclose(spatial(conv.weight.detach().numpy()), u[:, :2] * s[:2] @ vt[:2], rtol=0, atol=1e-13)
+    x = draw(1, 2, 3, 9, 11)
+    tall = torch.tensor(u[:, :kept] * s[:kept]).T.reshape(kept, 3, 3, 1)
+    wide = torch.tensor(vt[:kept]).reshape(kept, 4, 1, 5).transpose(0, 1)
+    both = nn.functional.conv2d(nn.functional.conv2d(x, tall), wide)
+    torch.testing.assert_close(conv(x), both, atol=1e-12, rtol=1e-12)
+    back = nn.ConvTranspose2d(4, 3, (3, 5), bias=False, dtype=F64)  # kernels 4×3×3×5, the inputs first
+    start = spatial(back.weight.detach().transpose(0, 1).numpy())
+    lo.nn.truncate_(back, energy=0.7, convolutions="spatial")
+    expected, _ = truncate(start, 0.7)
+    np.testing.assert_allclose(spatial(back.weight.detach().transpose(0, 1).numpy()), expected, rtol=0, atol=1e-13)
+
+
+def test_spatial_kernels_in_training_are_those_of_the_released_code():
+    """Against the transcription on the matrix of one convolution that lies channels last."""
+    conv = closed_form_conv()
+    start = spatial(conv.weight.detach().numpy())
+    conv = conv.to(memory_format=torch.channels_last)
+    goal = draw(3, 4, 3, 3, 3)
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+    expected = reference_sgd(
+        start, lambda m: m - spatial(goal.numpy()), 5, energy=0.9, period=2, nuclear_weight=0.05, **options
+    )
+    optimizer = torch.optim.SGD(conv.parameters(), **options)
+    how = {"energy": 0.9, "period": 2, "nuclear_weight": 0.05, "match_reference": True, "convolutions": "spatial"}
+    handle = lo.truncate_ranks(optimizer, conv, **how)
+    for _ in range(5):
+        optimizer.zero_grad()
+        conv(torch.zeros(1, 3, 3, 3, dtype=F64))  # the forward pass that truncates
+        (0.5 * (conv.weight - goal).square().sum()).backward()
+        optimizer.step()
+    np.testing.assert_allclose(spatial(conv.weight.detach().numpy()), expected, rtol=0, atol=1e-12)
+    assert 0 < handle.ranks()["weight"] < 9
+
+
+def test_a_plan_counts_the_decomposition_of_the_largest_matrix_and_describe_says_what_is_done():
+    """To the byte: float32 of a 16-bit matrix, its decomposition, what is left of it, and the product."""
+    model = nn.Sequential(nn.Linear(96, 128, bias=False), nn.Linear(128, 64, bias=False)).to(BF16)
+    batch = torch.zeros(4, 96, dtype=BF16)
+
+    def build(model: nn.Module, **options: object) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        lo.truncate_ranks(optimizer, model, **options)
+        return optimizer
+
+    def bytes_of(**options: object) -> int:
+        made = lo.plan(model, lambda m: build(m, **options), example_batch=batch, device="cpu")
+        assert "truncation" in made.when or options.get("match_reference")
+        return made.temporaries_bytes
+
+    m, n = 128, 96
+    found = {k: 4 * (m * n + (m * n + n * n + n) + k * m + m * n) for k in (5, n)}
+    assert bytes_of(rank=5) == found[5]
+    assert bytes_of(rank=5, match_reference=True, nuclear_weight=0.1) == found[5]
+    assert bytes_of(energy=0.9) == bytes_of(threshold=0.1) == found[n]  # k is not known: the most
+    late = lo.plan(
+        model,
+        lambda m: build(m, rank=5, mode="gradient", nuclear_weight=0.1),
+        example_batch=batch,
+        device="cuda",
+    )
+    assert late.phases["step after a truncation, optimizer"] > 1.003 * late.phases["ordinary step, optimizer"]
+    shown = lo.describe(build(model, energy=0.9, nuclear_weight=0.1))
+    said = "ranks truncated to energy 0.9 every 20 steps, nuclear_weight 0.1 (decoupled): *.weight x2"
+    assert shown.splitlines()[-1] == said
+
+
 def test_the_handle_ends_keeps_nothing_alive_and_there_is_one():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -358,6 +439,7 @@ BAD = [
     ({"rank": 1.5}, "rank is 1.5"),
     ({"threshold": -0.1}, "threshold is -0.1; it must be a number above 0"),
     ({"rank": 3, "include": "nowhere"}, "include pattern 'nowhere' matches no parameter"),
+    ({"rank": 3, "convolutions": "VH"}, "convolutions is 'VH'; valid values are 'channel', 'spatial'"),
 ]
 BAD_OF_HANDLES = [
     ({"rank": 3, "period": 0}, "period is 0; it must be an int of at least 1"),
@@ -397,6 +479,10 @@ def test_models_and_optimizers_that_do_not_fit_are_refused():
     coded = lo.nn.quantize_weights_(nn.Sequential(nn.Linear(64, 64)))
     with pytest.raises(ValueError, match=r"0.weight is stored in 8 bits"):
         lo.nn.truncate_(coded, rank=3)
+    with pytest.raises(
+        ValueError, match=r"0.weight is \(8, 8, 3\); convolutions='spatial' needs kernels of height and width"
+    ):
+        lo.nn.truncate_(nn.Sequential(nn.Conv1d(8, 8, 3)), rank=3, convolutions="spatial")
     with pytest.raises(ValueError, match="is on the meta device"):
         lo.nn.truncate_(nn.Linear(8, 8, device="meta"), rank=3)
     model.down.weight.data[0, 0] = torch.nan
