@@ -35,7 +35,7 @@ def compensate_(
 
     the least error of any pair of this rank on the data. B A projects Δ, so that no input gets worse than without it, however few
     the data; the paper's form has an inverse of a root of H in it, and can. The layers stay as they are, 8-bit weights too, as
-    `base` of a `CompensatedLinear`.
+    `base` of a `CompensatedLinear`. Layers with tied weights keep sharing them, and have pairs of their own, for their own data.
 
     Args:
         model: compressed: by `quantize_weights_`, by `factorize_(method="svd")`, by pruning; layers have the names of the

@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank_optim as lo
 from lowrank_optim.nn import OrderedLinear
+from lowrank_optim.nn.ordered import row_norms
 from lowrank_optim.nn.ordered_penalty import prox_factors
 from tests.nn.test_decompositions_transformers import build as build_transformer
 from tests.nn.test_decompositions_transformers import gpt2, llama, vit
 from tests.oracles.decompositions import F64, closed_form_inputs, closed_form_weight, truncated
+from tests.oracles.runs import check_resume_and_in_backward
 
 M, N = 20, 33
 
@@ -86,6 +88,9 @@ def test_golden_numbers():
     def close(found: Tensor, numbers: list[float]) -> None:
         torch.testing.assert_close(found.detach(), torch.tensor(numbers, dtype=F64), atol=2e-6, rtol=0)
 
+    flat = row_norms(layer.in_factor) * row_norms(layer.out_factor)  # of single components
+    close(flat, [3.206127, 2.290701, 2.103774, 0.625025, 0.355074, 0.004169])
+    assert (row_norms(layer.in_factor) + row_norms(layer.out_factor)).sum().item() == pytest.approx(12.411084, abs=2e-6)
     close(layer.importance(), [8.584869, 5.378742, 3.088041, 0.984268, 0.359243, 0.004169])
     penalty = lo.nn.ordered_penalty(model)
     penalty.backward()
@@ -106,7 +111,16 @@ def test_golden_numbers():
     assert losses == pytest.approx([8.833912, 8.570994, 4.931343, 7.735083], abs=2e-6)
     layer.active_rank = None
     close(layer.importance(), [7.6881, 4.993068, 2.899249, 0.961506, 0.35488, 0.004036])
-    close(layer.weight[0], [0.920067, -0.388341, -0.598171, 0.889992, -0.134603, -0.776318, 0.772852, 0.17448])
+    rows = [
+        [0.920067, -0.388341, -0.598171, 0.889992, -0.134603, -0.776318, 0.772852, 0.17448],
+        [0.481234, -0.901814, 0.712562, -0.04018, -0.656282, 0.914694, -0.558568, -0.20373],
+        [-0.41144, -0.076667, 0.51069, -0.795276, 0.851753, -0.661646, 0.26231, 0.247909],
+        [-0.894131, 0.803671, -0.685864, 0.540768, -0.368321, 0.167607, 0.051721, -0.278985],
+        [-0.580661, 0.51724, -0.467766, 0.423662, -0.377981, 0.333796, -0.296025, 0.260331],
+        [0.225998, -0.503035, 0.704109, -0.818668, 0.831461, -0.742718, 0.554722, -0.277041],
+    ]
+    for found, numbers in zip(layer.weight, rows, strict=True):
+        close(found, numbers)
     assert lo.nn.OrderedRanks(model).shrink_(0.5, optimizer) == {"0": (6, 4)}
     close(model(x)[0], [0.192799, 0.190644, -0.132489, -0.101121, -0.103508, 0.092017])
 
@@ -474,6 +488,13 @@ def test_gradients_are_cut_and_unfinished_ones_refused():
     assert other[0].rank == 40
     handle.discard()
     handle.remove()
+
+
+def test_a_run_with_a_penalty_resumes_and_updates_in_backward():
+    def make() -> nn.Module:
+        return pair_of_models()[0]
+
+    check_resume_and_in_backward(make, adam)
 
 
 def test_a_projected_factor_begins_afresh_and_rank_zero_goes_on():

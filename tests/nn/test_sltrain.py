@@ -228,6 +228,12 @@ def test_numbers_of_the_released_code():
     assert losses == pytest.approx([21.267556, 19.442329, 17.969516], abs=2e-6)
     last = torch.tensor([0.031906, -0.093121, 0.145692, -0.156768, 0.240777, -0.214857, 0.277995, -0.3269, 0.362761])
     torch.testing.assert_close(layer.sparse_value.detach(), last.double(), atol=2e-6, rtol=0)
+    b = [0.11332, 0.094776, 0.052304, -0.005106, -0.063361, -0.067747]
+    b += [-0.053262, 0.037288, 0.041776, 0.099112, 0.056222, 0.03978]
+    a = [0.007639, 0.101544, 0.147929, 0.186604, 0.200292, 0.157427, 0.117826, 0.049833]
+    a += [0.166357, 0.196206, 0.185179, 0.153745, 0.106196, 0.012289, -0.038084, -0.135468]
+    for factor, numbers in ((layer.lora_B, b), (layer.lora_A, a)):
+        torch.testing.assert_close(factor.detach().flatten(), torch.tensor(numbers).double(), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("support", ["random", "uniform", "columns"])

@@ -105,6 +105,26 @@ def test_training_follows_the_equations_over_draws_and_decompositions(make, enha
     follow(make, 19, iterations=2, enhanced=enhanced, tangent=tangent, scale=4)
 
 
+@pytest.mark.parametrize("tangent", [False, True])
+def test_a_step_of_sgd_changes_the_weight_to_the_first_order_as_the_equations_say(tangent):
+    """−η [Σ_i (u_iᵀGv_i) u_iv_iᵀ + Σ_{i trained} Σ_i ((I − u_iu_iᵀ) G v_iv_iᵀ + u_iu_iᵀ G (I − v_iv_iᵀ))]."""
+    model, rate = build(scale=4, tangent=tangent), 1e-8
+    layer, (x, y) = model[0], data()
+    before, sigma = layer.weight, layer.sigma.detach().clone()
+    u, v = layer.vectors(layer.u_active, layer.v_active)
+    grad = (x @ before.mT + layer.bias.detach() - y).mT @ x / 30
+    change = torch.zeros_like(before)
+    for i in range(M):
+        a, b = u[:, i : i + 1], v[:, i : i + 1]
+        change += (a.mT @ grad @ b) * a @ b.mT
+        if i in layer.active.tolist():
+            outside = (torch.eye(M, dtype=F64) - a @ a.mT) @ grad @ b @ b.mT
+            change += sigma[i] * (outside + a @ a.mT @ grad @ (torch.eye(N, dtype=F64) - b @ b.mT))
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    train(model, optimizer, lo.SpectralSchedule(model, optimizer, warmup=0), 1)
+    torch.testing.assert_close((before - layer.weight) / rate, change, atol=1e-5, rtol=1e-5)
+
+
 def test_values_stop_at_zero_and_keep_their_moments():
     assert follow(adamw, 14, iterations=100) > 3
 

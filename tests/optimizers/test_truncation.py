@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -81,6 +82,9 @@ def closed_form_conv() -> nn.Conv2d:
 
 def test_a_convolution_is_that_of_the_released_code():
     conv = closed_form_conv()
+    values = torch.linalg.svdvals(lo.nn.truncate_(closed_form_conv(), energy=1.0).weight.detach().flatten(1))
+    expected = torch.tensor([5.146023, 4.821396, 2.445431, 0.681858], dtype=F64)
+    torch.testing.assert_close(values, expected, atol=2e-6, rtol=0)
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.0)
     handle = lo.truncate_ranks(optimizer, conv, energy=0.9, period=2, nuclear_weight=1.0, match_reference=True)
     (conv(torch.zeros(1, 3, 4, 4, dtype=F64)).sum() * 0).backward()
@@ -477,8 +481,9 @@ def test_models_and_optimizers_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match=r"must be an nn.Module"):
         lo.truncate_ranks(optimizer, [model], rank=3)
     coded = lo.nn.quantize_weights_(nn.Sequential(nn.Linear(64, 64)))
-    with pytest.raises(ValueError, match=r"0.weight is stored in 8 bits"):
-        lo.nn.truncate_(coded, rank=3)
+    for call in (lo.nn.truncate_, partial(lo.truncate_ranks, torch.optim.SGD(coded.parameters(), lr=0.1))):
+        with pytest.raises(ValueError, match=r"0.weight is stored in 8 bits"):
+            call(coded, rank=3)
     with pytest.raises(
         ValueError, match=r"0.weight is \(8, 8, 3\); convolutions='spatial' needs kernels of height and width"
     ):
