@@ -85,7 +85,12 @@ def spectral_(
     for path, _, module in taken:
         if not module.weight.is_meta and not bool(torch.isfinite(module.weight).all()):
             raise ValueError(f"{path}.weight is not finite; it has no singular value decomposition")
-    options = {"rank": rank, "enhanced": enhanced, "tangent": tangent, "save_projection": save_projection}
+    options: dict[str, Any] = {
+        "rank": rank,
+        "enhanced": enhanced,
+        "tangent": tangent,
+        "save_projection": save_projection,
+    }
     options |= {"mixture": mixture, "seed": seed}
     shared: dict[int, SpectralLinear] = {}
     made: dict[int, nn.Module] = {}
