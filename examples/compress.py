@@ -149,7 +149,8 @@ def plot(points: list[Point], path: Path) -> None:
     axes.axhline(whole.loss, color="black", linewidth=1, linestyle="--", label=f"the whole model, {size(whole.bytes)}")
     for colour, method in zip(COLOURS, dict.fromkeys(point.method for point in others), strict=False):
         line = sorted((point.bytes / 2**20, point.loss) for point in others if point.method == method)
-        axes.plot(*zip(*line, strict=True), color=colour, marker="o", markersize=5, linewidth=1.6, label=method)
+        style = "o-" if len(line) > 1 else "o"
+        axes.plot(*zip(*line, strict=True), style, color=colour, markersize=5, linewidth=1.6, label=method)
     axes.set_xlabel("size of the checkpoint (MiB)")
     axes.set_ylabel("loss on held-out text (nats per token)")
     axes.set_title("A trained model, compressed without further training", fontsize=11)
@@ -164,7 +165,7 @@ def plot(points: list[Point], path: Path) -> None:
 
 def show(point: Point, whole: Point) -> None:
     print(
-        f"{point.method:20} {point.setting:30} {size(point.bytes):>11} {100 * point.bytes / whole.bytes:5.1f} %"
+        f"{point.method:20} {point.setting:30} {point.bytes / 2**20:9.2f} MiB {100 * point.bytes / whole.bytes:5.1f} %"
         f"  loss {point.loss:.4f} ({point.loss - whole.loss:+.4f})"
     )
 

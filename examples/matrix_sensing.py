@@ -466,8 +466,10 @@ def plot(
 
     parts = (rate_curves, scale_curves, robust_curves, completion_curves, subspace_curves)
     count = sum(curves is not None for curves in parts)
-    figure, axes = plt.subplots(1, count, figsize=(5.4 * count, 4.2), squeeze=False, layout="constrained")
-    panels = iter(axes[0])
+    columns = min(count, 3)  # as wide as a page
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.4 * columns, 4.2 * rows), squeeze=False, layout="constrained")
+    panels = iter(axes.flat)
     if rate_curves is not None:
         axis = next(panels)
         for name, errors in rate_curves.items():
@@ -484,12 +486,14 @@ def plot(
         axis.legend(fontsize=8, loc="lower left")
     if scale_curves is not None:
         axis = next(panels)
+        colours = {alpha: f"C{number}" for number, alpha in enumerate(dict.fromkeys(a for a, _ in scale_curves))}
         for (alpha, changed), errors in scale_curves.items():
-            axis.semilogy(errors, "-" if changed else "--", label=f"α = {alpha:g}" + ", one step changed" * changed)
+            style = {"linestyle": "-" if changed else "--", "color": colours[alpha]}
+            axis.semilogy(errors, **style, label=f"α = {alpha:g}" + ", one step changed" * changed)
         axis.set(
             title="A small start", xlabel="iteration T", ylabel=r"$\|X - X^*\|_F^2$", ylim=(1e-26, 1e2), xlim=(0, 3000)
         )
-        axis.legend(fontsize=8, loc="upper right")
+        axis.legend(fontsize=8, loc="lower right")
     if robust_curves is not None:
         axis = next(panels)
         for name, errors in robust_curves.items():
@@ -501,7 +505,10 @@ def plot(
     if completion_curves is not None:
         axis = next(panels)
         for name, (errors, work) in completion_curves.items():
-            axis.semilogy(torch.arange(1, len(errors) + 1), errors, label=f"{name}: {work / 1e6:.0f} M multiplications")
+            wide = 4.0 if name.startswith("exact") else 1.5  # that of three rounds lies on it
+            label = f"{name}: {work / 1e6:.0f} M multiplications"
+            axis.semilogy(torch.arange(1, len(errors) + 1), errors, linewidth=wide, label=label)
+        axis.set_xticks(range(0, 1 + max(len(errors) for errors, _ in completion_curves.values()), 5))
         axis.set(title="Completion: 30 % of the entries", xlabel="iteration", ylabel=r"$\|UV^T - M\|_F\,/\,\|M\|_F$")
         axis.legend(fontsize=8, loc="lower left")
     if subspace_curves is not None:
@@ -514,8 +521,10 @@ def plot(
         axis.set_yticks(ticks, labels=[f"{tick:.0%}" for tick in ticks])
         axis.minorticks_off()
         axis.legend(fontsize=8, loc="lower left")
-    for axis in axes[0]:
+    for axis in axes.flat[:count]:
         axis.grid(alpha=0.3)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

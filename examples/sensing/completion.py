@@ -162,7 +162,7 @@ def completion(seed: int = 0, iterations: int = 20) -> dict[str, tuple[Tensor, i
     problem = completion_problem(300, 240, 5, 0.3, rng)
     exact = "exact, scipy" if importlib.util.find_spec("scipy") else "exact"
     solvers: dict[str, Solver] = {exact: exact_rows}
-    solvers |= {f"sketch, {rounds} rounds": sketched_rows(rounds, rng) for rounds in (3, 1, 0)}
+    solvers |= {f"sketch, {rounds} round{'s' * (rounds != 1)}": sketched_rows(rounds, rng) for rounds in (3, 1, 0)}
     starts = seed + 1
     return {
         name: alternating_minimisation(problem, 5, solver, iterations, torch.Generator().manual_seed(starts))

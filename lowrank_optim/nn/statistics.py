@@ -87,8 +87,8 @@ def collect_statistics(
     """Run a model over some data and give the statistics of its layers: what `factorize_` and `compensate_` need of the data.
 
     The model runs without gradients in evaluation mode; its training flags are what they were afterwards. Layers that get the same
-    tensor (queries, keys and values) share one covariance. Layers that did not run are not in the result. Under DDP the numbers are
-    those of this process.
+    tensor (queries, keys and values) share one covariance. Layers that did not run are not in the result. Under DDP and fully_shard
+    the numbers are those of this process's rows.
 
     Args:
         model: with plain `nn.Linear`s (8-bit weights, too), Conv1Ds of transformers, and `nn.Embedding`s.
