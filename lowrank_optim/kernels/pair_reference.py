@@ -117,7 +117,7 @@ def widened(matrices: Tensor) -> Tensor:
 
 
 def escaped_of(before: Tensor, after: Tensor) -> Tensor:
-    """What a change of coordinates loses of V, the least of two measures: the largest loss of an eigenvalue, and that of the trace."""
+    """What a change of coordinates loses of V: the less of the largest loss of an eigenvalue and the loss of the trace."""
     values = [torch.linalg.eigvalsh((each + each.mT).nan_to_num() / 2.0) for each in (before, after)]
     losses = values[0] - values[1]
     return torch.minimum(losses.amax(-1).clamp_min(0.0), losses.sum(-1).clamp_min(0.0))

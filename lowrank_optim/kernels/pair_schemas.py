@@ -132,8 +132,8 @@ def rite_step_(
 
     `momenta` are D and `moments` V, (…, r, r), of each; `escaped` ρ, (1,), or there are none. `known`, (N, r² + 2)
     float64, is for a backend to keep what saves it work in the next step; zeros where that is nothing. Its last number is 1 where the
-    weights are others than those that the step before has written, as far as the backend looks. `numbers`: 1−β̃₁, 1−β̃₂, the decay of ρ,
-    α and κ, a row for each A and one for each B. `scalars`: tolerance, added, as of `inverse_power`.
+    weights are others than those that the step before has written, as far as the backend looks. `numbers`: 1−β̃₁, 1−β̃₂, the decay of
+    ρ, α and κ, a row for each A and one for each B. `scalars`: tolerance, added, as of `inverse_power`.
     """
     op = "rite_step_"
     _check_factors(op, wide, weights=weights, grads=grads, momenta=momenta)

@@ -23,8 +23,8 @@ class Unit:
     contexts: of each.
     steps: (α, κ) of each: a direction N without a step of its own makes the weights κW − αN, before rounding.
     cautious: directions are looked at before they are applied, and modified then; fused steps are not taken.
-    memo: what a rule may keep from one step to the next beside the state, to save work: no number of a step may depend on it, for it is
-        in no checkpoint.
+    memo: what a rule may keep from one step to the next beside the state, to save work: no number of a step may depend on it, for
+        it is in no checkpoint.
     """
 
     grads: tuple[Tensor | None, ...]

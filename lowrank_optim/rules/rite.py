@@ -30,7 +30,7 @@ from lowrank_optim.rules.pairs import Pair, PairRule, Side
 from lowrank_optim.rules.small_matrices import by_kind, pseudo_inverse_root, sum_together, widened
 
 CHANGED = (
-    "factors of LoRARiteAdamW are others than those that its last step has written (an average was swapped in, or a checkpoint loaded). "
+    "factors of LoRARiteAdamW are others than those that its last step has written (an average was swapped in, or weights loaded). "
     "They are taken as they are, with the moments in the same coordinates. Later changes are taken without a warning"
 )
 
@@ -58,7 +58,8 @@ class Rite(PairRule):
     escape: ρ grows by what the change of coordinates loses of V: ρ ← β̃₂(ρ + e), e the least of two measures, the largest loss of an
         eigenvalue and the loss of the trace.
 
-    Memory of a pair: 4r(m+n) + 8r² bytes, half of AdamW's; 8 bytes more with `escape`.
+    Memory of a pair: 4r(m+n) + 8r² bytes, half of AdamW's; 8 bytes more with `escape`. Beside the state, 16r² bytes on a CPU:
+    K^(−1/2) of the weights that a step wrote is kept for the next one, which sees by all their bits whether they are the same.
     """
 
     name: ClassVar[str] = "lora_rite"
