@@ -460,7 +460,7 @@ def inverse_power(batch: Shape, rank: int, root: bool, shift: bool = False, fill
     return grams, shifts, arguments.pack_scalars(1e-9, 0.01 if shift else 0.0), root
 
 
-def rite_step(sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32, escape: bool = False) -> Arguments:
+def rite_step(sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32) -> Arguments:
     """Factors that are far from singular, after a step or two."""
 
     def near(seed: int) -> list[Tensor]:
@@ -469,11 +469,10 @@ def rite_step(sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32, escap
 
     grams = [positive(n, (rank, rank), F64) for n in range(len(sizes))]
     moments = [((x @ x.mT + torch.eye(rank, dtype=F64)) / rank)[None].to(dtype) for x in grams]
-    escaped = [positive(n, (1,), dtype) for n in range(len(sizes))] if escape else []
     numbers = torch.tensor([[0.1, 0.01, 0.999, 0.03, 0.9], [0.1, 0.01, 0.999, 0.05, 1.0]], dtype=F64)
     known = torch.zeros(len(sizes), rank**2 + 2, dtype=F64)
     scalars = arguments.pack_scalars(1e-6 * rank, 1e-6)
-    return near(1), near(2), near(3), moments, escaped, known, numbers, scalars, factors(1, sizes, rank)[1]
+    return near(1), near(2), near(3), moments, [], known, numbers, scalars, factors(1, sizes, rank)[1]
 
 
 def case(op: str, make: Callable[..., Arguments], *args: Any, **options: Any) -> Case:
