@@ -35,7 +35,7 @@ LEVELS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
-KERNELS = ("adam", "codes", "weights", "sparse", "pairs", "eigen")
+KERNELS = ("adam", "codes", "weights", "sparse", "pairs", "eigen", "rite")
 SOURCES = [str(SOURCE / f"{name}.cpp") for name in KERNELS]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

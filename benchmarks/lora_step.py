@@ -40,6 +40,20 @@ def pairs(layers: int, rank: int) -> list[tuple[nn.Parameter, nn.Parameter, floa
     return made
 
 
+Pairs = list[tuple[nn.Parameter, nn.Parameter, float]]
+
+
+def own_copy(made: Pairs) -> Pairs:
+    """Other weights with the same gradients: an optimizer's weights are written by nobody else."""
+
+    def copied(factor: nn.Parameter) -> nn.Parameter:
+        copy = nn.Parameter(factor.detach().clone())
+        copy.grad = factor.grad
+        return copy
+
+    return [(copied(a), copied(b), s) for a, b, s in made]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed steps (default 5)")
@@ -49,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     made = pairs(args.layers, args.rank)
     flat = [factor for a, b, _ in made for factor in (a, b)]
-    optimizers = {name: make(lo.lora_pairs(made)) for name, make in METHODS.items()}
+    optimizers = {name: make(lo.lora_pairs(own_copy(made))) for name, make in METHODS.items()}
     steps = {"fused_adamw": torch.optim.AdamW(flat, lr=1e-4, fused=True).step}
     steps |= {name: optimizer.step for name, optimizer in optimizers.items()}
     times = rounds_of(steps, args.rounds, warmup=1, clock=time.process_time)

@@ -10,7 +10,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 11;
+constexpr int ABI_VERSION = 12;
 #define LOWRANK_TEXT_(x) #x
 #define LOWRANK_TEXT(x) LOWRANK_TEXT_(x)
 #ifdef __clang__
@@ -23,7 +23,7 @@ constexpr int ABI_VERSION = 11;
 #endif
 
 #define LOWRANK_ROW(level) {#level, level::adam_kernels, level::code_kernels, level::weight_kernels, level::sparse_kernels, \
-                            level::pair_kernels, level::eigen_kernels}
+                            level::pair_kernels, level::eigen_kernels, level::rite_kernels}
 #ifdef LOWRANK_X86
 const Level LEVELS[] = {LOWRANK_ROW(avx512), LOWRANK_ROW(avx2), LOWRANK_ROW(baseline)};
 #else

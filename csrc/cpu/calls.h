@@ -22,6 +22,7 @@ struct Level {
   const SparseKernels& sparse;
   const PairKernelsFor& pairs;
   const EigenKernels& eigen;
+  const RiteKernelsFor& rite;
 };
 
 // The instruction set in use.

@@ -267,6 +267,7 @@ struct PairStepArgs {
   const f32* small;
   float share, alpha, keep;
   f32 *after, *cross;
+  uint64_t* marks;  // of the library: one for each unit, see PairKernels; or null
 };
 
 // thin_turn_: X ← X S.
@@ -286,8 +287,30 @@ struct InversePowerArgs {
   bool root;
 };
 
-// Working memory of a thread, in floats: two matrices and three lines of vectors of at most 64 bytes.
-inline int64_t eigen_floats(int64_t rank) { return 16 * rank * (2 * rank + 3); }
+// Working memory of a thread, in floats: three matrices and three lines of vectors of at most 64 bytes.
+inline int64_t eigen_floats(int64_t rank) { return 16 * rank * (3 * rank + 3); }
+
+// rite_step_ of one factor; its neighbour, at an even or odd place, is the other one of its pair. With `moment` V (rank × rank), `share`
+// and `square_share` 1 − β̃ of both moments; `added` to the roots of V, and `tolerance` as in InversePowerArgs. `known`, which may be
+// null: what is known of the weights, rank · rank numbers, KNOWN_MORE after them; zeros where that is nothing.
+struct RiteArgs {
+  TallArgs tall;
+  f32* weight;
+  const f32* grad;
+  f32 *momentum, *moment;
+  f64* known;
+  float share, alpha, keep;
+  double square_share, tolerance, added;
+};
+
+// After (XᵀX)^(−1/2) of the weights X that a step wrote: their mark, as an integer of 64 bits, and 1 where the step after it has found
+// other weights, else 0.
+constexpr int64_t KNOWN_MORE = 2;
+
+// What a group of factors keeps between the two halves of a step, in floats: two matrices of vectors. Working memory besides: five
+// matrices and three lines.
+inline int64_t rite_kept_floats(int64_t rank) { return 16 * rank * 2 * rank; }
+inline int64_t rite_floats(int64_t rank) { return 16 * rank * (5 * rank + 3); }
 
 // Rows of a tile of a tall matrix, and of a unit of work.
 constexpr int64_t TALL_TILE = 64, TALL_UNIT = 2048;
@@ -349,6 +372,8 @@ struct PairKernels {
   void (*gram)(const GramArgs&, int64_t unit, float* part, float* scratch);
   void (*step)(const PairStepArgs&, int64_t unit, float* parts, float* scratch);
   void (*turn)(const TurnArgs&, int64_t unit, float* none, float* scratch);
+  // A number that other weights have not, but by a chance of 2⁻⁶⁴ or so; `step` finds it for those that it writes.
+  uint64_t (*mark)(const TallArgs&, const f32* weight, int64_t unit, float* scratch);
 };
 typedef const PairKernels& (*PairKernelsFor)(int64_t rank, bool wide);
 
@@ -358,6 +383,15 @@ struct EigenKernels {
   void (*inverse_power)(const InversePowerArgs&, int64_t unit, float* none, float* scratch);
 };
 
+// The small matrices of up to `matrices` factors, whole pairs, before and after their step. `sums`: of each factor, GᵀG after XᵀX, and
+// then W_oldᵀW_new after W_newᵀW_new; XᵀX is not there where (XᵀX)^(−1/2) is `known`. `small`: what the gradients are multiplied by, and then the momenta.
+struct RiteKernels {
+  int matrices;
+  void (*before)(const RiteArgs* factors, int count, bool known, const double* sums, float* kept, float* small, float* scratch);
+  void (*after)(const RiteArgs* factors, int count, const double* sums, const float* kept, float* small, float* scratch);
+};
+typedef const RiteKernels& (*RiteKernelsFor)(int64_t rank);
+
 #define LOWRANK_TABLES(level)                \
   namespace level {                          \
   extern const AdamKernels adam_kernels;     \
@@ -366,6 +400,7 @@ struct EigenKernels {
   extern const SparseKernels sparse_kernels; \
   extern const PairKernelsFor pair_kernels;  \
   extern const EigenKernels eigen_kernels;   \
+  extern const RiteKernelsFor rite_kernels;  \
   }
 LOWRANK_TABLES(baseline)
 #ifdef LOWRANK_X86

@@ -23,13 +23,13 @@ struct Seen {
   int64_t down, along;
 };
 
-// HEIGHT rows and WIDTH vectors of out ← factor · from + left right; a null `from`, which lies as `out` does, stands for zeros.
+// HEIGHT rows and WIDTH vectors of out ← factor · from + left right; a null `from` stands for zeros.
 template <int HEIGHT, int WIDTH>
-INLINE void block(const Seen& left, const float* right, int64_t stride, int count, const f32* from, float factor, f32* out,
-                  int64_t out_stride) {
+INLINE void block(const Seen& left, const float* right, int64_t stride, int count, const f32* from, int64_t from_stride,
+                  float factor, f32* out, int64_t out_stride) {
   Floats sums[HEIGHT][WIDTH];
   for (int i = 0; i < HEIGHT; ++i) {
-    for (int v = 0; v < WIDTH; ++v) sums[i][v] = from ? factor * All{}.load(from + i * out_stride + v * LANES) : Floats{};
+    for (int v = 0; v < WIDTH; ++v) sums[i][v] = from ? factor * All{}.load(from + i * from_stride + v * LANES) : Floats{};
   }
   for (int k = 0; k < count; ++k) {
     Floats row[WIDTH];
@@ -61,7 +61,7 @@ INLINE void add(const Shape& s, const Seen& left, const float* right, bool symme
     for (int row = first; row < last; row += HIGH) {
       if (asked < QUARTERS) ask(asked++);
       float* out = part + row * stride + col;
-      block<HIGH, VECTORS>({left.data + row * left.down, left.down, left.along}, right + col, stride, DEPTH, out, 1.0f, out, stride);
+      block<HIGH, VECTORS>({left.data + row * left.down, left.down, left.along}, right + col, stride, DEPTH, out, stride, 1.0f, out, stride);
     }
   };
   for (int col = 0; col < s.padded(); col += STRIP) {
@@ -73,7 +73,7 @@ INLINE void add(const Shape& s, const Seen& left, const float* right, bool symme
       rows(col, 0, col + 8);
       while (asked < QUARTERS) ask(asked++);
       float* out = part + (col + 8) * (stride + 1);
-      block<8, 1>({left.data + (col + 8) * left.down, left.down, left.along}, right + col + 8, stride, DEPTH, out, 1.0f, out, stride);
+      block<8, 1>({left.data + (col + 8) * left.down, left.down, left.along}, right + col + 8, stride, DEPTH, out, stride, 1.0f, out, stride);
     }
   }
 }
@@ -86,8 +86,8 @@ INLINE void times(const Shape& s, const f32* x, const float* small, const f32* f
     if (row % (DEPTH / QUARTERS) == 0) ask(row / (DEPTH / QUARTERS));
     for (int col = 0; col < s.padded(); col += STRIP) {
       const int64_t at = row * stride + col;
-      block<HIGH, VECTORS>({x + row * stride, stride, 1}, small + col, stride, int(s.rank()), from ? from + at : nullptr, factor, out + at,
-                           stride);
+      block<HIGH, VECTORS>({x + row * stride, stride, 1}, small + col, stride, int(s.rank()), from ? from + at : nullptr, stride,
+                           factor, out + at, stride);
     }
   }
 }
@@ -95,8 +95,8 @@ INLINE void times(const Shape& s, const f32* x, const float* small, const f32* f
 // The same for the lines of DEPTH rows of a wide matrix, where they are: the lines of `out` are those of Sᵀ times those of X, which
 // may be its own.
 template <class Shape, class Ask>
-INLINE void times_lines(const Shape& s, const f32* x, const float* small, const f32* from, float factor, f32* out, float* room,
-                        const Ask& ask) {
+INLINE void times_lines(const Shape& s, const f32* x, const float* small, const f32* from, float factor, f32* out, int64_t out_stride,
+                        float* room, const Ask& ask) {
   const int64_t stride = s.padded();
   for (int col = 0; col < DEPTH; col += STRIP) {
     if (col % (DEPTH / QUARTERS) == 0) ask(col / (DEPTH / QUARTERS));
@@ -104,8 +104,8 @@ INLINE void times_lines(const Shape& s, const f32* x, const float* small, const 
       EACH(j, STRIP) room[k * STRIP + j] = x[k * s.size + col + j];
     }
     for (int row = 0; row < s.padded(); row += HIGH) {
-      const int64_t at = row * s.size + col;
-      block<HIGH, VECTORS>({small + row, 1, stride}, room, STRIP, int(s.rank()), from ? from + at : nullptr, factor, out + at, s.size);
+      block<HIGH, VECTORS>({small + row, 1, stride}, room, STRIP, int(s.rank()), from ? from + row * s.size + col : nullptr, s.size, factor,
+                           out + row * out_stride + col, out_stride);
     }
   }
 }
@@ -232,6 +232,31 @@ INLINE void pad(const Shape& s, const f32* small, float factor, float* to) {
   }
 }
 
+// Words that are mixed into a number, as many at a time as four vectors have: each lane is a polynomial of those that come to it.
+class Mark {
+ public:
+  INLINE void add(const float* x, int64_t count) {  // a multiple of 16 floats, as tiles have
+    constexpr int WIDTH = int(sizeof lanes_ / sizeof *lanes_);
+    int64_t j = 0;
+    for (; j + WIDTH * LANES <= count; j += WIDTH * LANES) {
+      for (int k = 0; k < WIDTH; ++k) lanes_[k] = lanes_[k] * PRIME + Words(All{}.load(x + j + k * LANES));
+    }
+    for (; j < count; j += LANES) lanes_[0] = lanes_[0] * PRIME + Words(All{}.load(x + j));
+  }
+
+  INLINE uint64_t value() const {
+    uint64_t found = 1;
+    for (const Words& lane : lanes_) {
+      for (int k = 0; k < LANES; ++k) found = (found ^ lane[k]) * 0x9E3779B97F4A7C15u ^ found >> 29;
+    }
+    return found;
+  }
+
+ private:
+  static constexpr uint32_t PRIME = 0x01000193u;
+  Words lanes_[4] = {};
+};
+
 // -------------------------------------------------------------------------------------------------------------------- kernels
 
 template <int RANK, bool WIDE>
@@ -259,19 +284,27 @@ void step(const PairStepArgs& args, int64_t unit, float* part, float* scratch) {
   float *small = scratch, *grad = small + s.square(), *momentum = grad + tile, *old = momentum + tile, *next = old + tile,
         *upright = next + tile;
   float *after = part, *cross = part + s.square();
+  Mark mark;
   pad(s, args.small, args.share, small);
   __builtin_memset(part, 0, size_t(2 * s.square()) * 4);
   const float rest = 1.0f - args.share, keep = args.keep, size = -args.alpha;
   s.each(unit, [&](int64_t row, int n) __attribute__((always_inline)) {
     if (WIDE && s.full(n)) {
       f32 *m = args.momentum + row, *w = args.weight + row;
-      times_lines(s, args.grad + row, small, m, rest, m, grad, s.asking(args.weight, row));
+      // Lines are a power of two apart more often than not: what is read twice is read from a tile that lies together.
+      times_lines(s, args.grad + row, small, m, rest, momentum, DEPTH, grad, s.asking(args.weight, row));
       for (int i = 0; i < lines; ++i) {
-        EACH(j, DEPTH) next[i * DEPTH + j] = w[i * s.size + j] * keep + size * m[i * s.size + j];
+        EACH(j, DEPTH) {
+          const float moved = momentum[i * DEPTH + j], before = w[i * s.size + j];
+          m[i * s.size + j] = moved;
+          old[i * DEPTH + j] = before;
+          next[i * DEPTH + j] = before * keep + size * moved;
+        }
       }
+      if (args.marks) mark.add(next, tile);
       turn_round<false>(next, DEPTH, lines, DEPTH, upright, lines);
       add(s, {upright, 1, lines}, upright, true, after, s.asking(args.grad, row));
-      add(s, {w, s.size, 1}, upright, false, cross, s.asking(args.momentum, row));
+      add(s, {old, DEPTH, 1}, upright, false, cross, s.asking(args.momentum, row));
       for (int i = 0; i < lines; ++i) {
         EACH(j, DEPTH) w[i * s.size + j] = next[i * DEPTH + j];
       }
@@ -281,11 +314,24 @@ void step(const PairStepArgs& args, int64_t unit, float* part, float* scratch) {
     f32* moved = !WIDE && s.full(n) ? args.momentum + row * s.rank() : momentum;
     times(s, g, small, m, rest, moved, s.asking(args.weight, row));
     EACH(j, tile) next[j] = w[j] * keep + size * moved[j];
+    if (args.marks) mark.add(next, tile);
     add(s, {next, 1, s.padded()}, next, true, after, s.asking(args.grad, row));
     add(s, {w, 1, s.padded()}, next, false, cross, s.asking(args.momentum, row));
     if (moved == momentum) s.write(args.momentum, row, n, momentum);
     s.write(args.weight, row, n, next);
   });
+  if (args.marks) args.marks[unit] = mark.value();
+}
+
+template <int RANK, bool WIDE>
+uint64_t mark(const TallArgs& tall, const f32* x, int64_t unit, float* room) {
+  const Shape<RANK, WIDE> s(tall);
+  Mark found;
+  s.each(unit, [&](int64_t row, int n) __attribute__((always_inline)) {
+    if (!WIDE || !s.full(n)) return found.add(s.read(x, row, n, room), s.tile());
+    for (int i = 0; i < s.rank(); ++i) found.add(x + i * s.size + row, DEPTH);
+  });
+  return found.value();
 }
 
 template <int RANK, bool WIDE>
@@ -294,14 +340,14 @@ void turn(const TurnArgs& args, int64_t unit, float*, float* scratch) {
   float *small = scratch, *form = small + s.square(), *moved = form + s.tile();
   pad(s, args.small, 1.0f, small);
   s.each(unit, [&](int64_t row, int n) __attribute__((always_inline)) {
-    if (WIDE && s.full(n)) return times_lines(s, args.form + row, small, nullptr, 0.0f, args.form + row, form, s.asking(args.form, row));
+    if (WIDE && s.full(n)) return times_lines(s, args.form + row, small, nullptr, 0.0f, args.form + row, s.size, form, s.asking(args.form, row));
     times(s, s.read(args.form, row, n, form), small, nullptr, 0.0f, moved, s.asking(args.form, row));
     s.write(args.form, row, n, moved);
   });
 }
 
 template <int RANK, bool WIDE>
-constexpr PairKernels kernels = {gram<RANK, WIDE>, step<RANK, WIDE>, turn<RANK, WIDE>};
+constexpr PairKernels kernels = {gram<RANK, WIDE>, step<RANK, WIDE>, turn<RANK, WIDE>, mark<RANK, WIDE>};
 
 const PairKernels& kernels_for(int64_t rank, bool wide) {
   if (rank == 16) return wide ? kernels<16, true> : kernels<16, false>;

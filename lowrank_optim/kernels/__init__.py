@@ -19,6 +19,7 @@ from lowrank_optim.kernels.api import (
     pair_step_,
     project,
     project_with_norms,
+    rite_step_,
     rmsprop_direct_,
     sgd_direct_,
     store_,
@@ -58,6 +59,7 @@ from lowrank_optim.kernels.host import (
     no_autograd_no_autocast,
     outside_graph,
 )
+from lowrank_optim.kernels.pair_reference import escaped_of
 from lowrank_optim.kernels.reference import ResidualTerm, decay_
 from lowrank_optim.kernels.rounding import WeightError, joined, stochastic_round
 from lowrank_optim.kernels.sparse_reference import low_rank, token_rows
@@ -87,6 +89,7 @@ __all__ = [
     "decode_adam",
     "definition",
     "encode_adam",
+    "escaped_of",
     "fold_means",
     "folded_adam_dense_call",
     "inverse_power",
@@ -107,6 +110,7 @@ __all__ = [
     "pair_step_",
     "project",
     "project_with_norms",
+    "rite_step_",
     "rmsprop_direct_",
     "row_chunks",
     "row_norms",

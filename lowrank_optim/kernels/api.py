@@ -220,3 +220,20 @@ def inverse_power(
     """The inverse, or its root, of symmetric matrices, see `pair_reference.inverse_power`."""
     result: Tensor = call("inverse_power", matrices, shift, pack_scalars(tolerance, added), root)
     return result
+
+
+def rite_step_(
+    weights: Sequence[Tensor],  # modified in place
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],  # modified in place
+    moments: Sequence[Tensor],  # modified in place
+    escaped: Sequence[Tensor],  # modified in place
+    known: Tensor,  # modified in place
+    numbers: Sequence[tuple[float, float, float, float, float]],
+    tolerance: float,
+    added: float,
+    wide: Sequence[bool],
+) -> None:
+    """A step of LoRA-RITE, see `pair_schemas.rite_step_`."""
+    tables = cpu_tensor(numbers, torch.float64), pack_scalars(tolerance, added)
+    call("rite_step_", weights, grads, momenta, moments, escaped, known, *tables, wide)

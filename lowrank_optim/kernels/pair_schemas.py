@@ -110,6 +110,56 @@ def thin_turn_(forms: Sequence[Tensor], small: Tensor, wide: Sequence[bool]) -> 
     _check_small("thin_turn_", small, forms, wide)
 
 
+RITE_NUMBERS = ("share", "square_share", "decay", "alpha", "keep")
+
+
+@operation(
+    "rite_step_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] moments, Tensor(d!)[] escaped, "
+    "Tensor(e!) known, Tensor numbers, Tensor scalars, bool[] wide) -> ()"
+)
+def rite_step_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    escaped: Sequence[Tensor],
+    known: Tensor,
+    numbers: Tensor,
+    scalars: Tensor,
+    wide: Sequence[bool],
+) -> None:
+    """A step of LoRA-RITE (`rules.Rite`) for the factors A, B, A, B, … of many pairs.
+
+    `momenta` are D and `moments` V, (…, r, r), of each; `escaped` ρ, (1,), or there are none. `known`, (N, r² + 2)
+    float64, is for a backend to keep what saves it work in the next step; zeros where that is nothing. Its last number is 1 where the
+    weights are others than those that the step before has written, as far as the backend looks. `numbers`: 1−β̃₁, 1−β̃₂, the decay of
+    ρ, α and κ, a row for each A and one for each B. `scalars`: tolerance, added, as of `inverse_power`.
+    """
+    op = "rite_step_"
+    _check_factors(op, wide, weights=weights, grads=grads, momenta=momenta)
+    if len(weights) % 2 or len(moments) != len(weights) or len(escaped) not in (0, len(weights)):
+        refuse(
+            op,
+            f"there are {len(weights)} factors, {len(moments)} moments and {len(escaped)} escaped; needed: as many moments as "
+            "factors, two of each pair, and as many escaped, or none",
+        )
+    first = weights[0]
+    rank = first.shape[0 if wide[0] else 1]
+    for name, others, size in (("moments", moments, (rank, rank)), ("escaped", escaped, (1,))):
+        for number, x in enumerate(others):
+            if x.dtype is not first.dtype or x.shape[-len(size) :] != size or x.numel() != size[0] ** len(size):
+                refuse(op, f"{name}[{number}] is {said(x)}; needed: {size} {first.dtype} on {first.device}")
+            if x.device != first.device or not x.is_contiguous():
+                check_contiguous(op, **{f"{name}[{number}]": x})
+                refuse(op, f"{name}[{number}] is {said(x)}; needed: {size} {first.dtype} on {first.device}")
+    if known.shape != (len(weights), rank**2 + 2) or known.dtype != torch.float64 or not known.is_contiguous():
+        refuse(op, f"known is {said(known)}; needed: {(len(weights), rank**2 + 2)} torch.float64, contiguous")
+    needed = (2, len(RITE_NUMBERS))
+    if numbers.shape != needed or numbers.dtype != torch.float64 or not numbers.is_cpu:
+        refuse(op, f"numbers is {said(numbers)}; needed: {needed} torch.float64 on cpu, {', '.join(RITE_NUMBERS)}")
+    check_host(op, "scalars", scalars, torch.float64, ("tolerance", "added"))
+
+
 def _power(matrices: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(matrices, memory_format=torch.contiguous_format)
 

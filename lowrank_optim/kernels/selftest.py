@@ -460,6 +460,21 @@ def inverse_power(batch: Shape, rank: int, root: bool, shift: bool = False, fill
     return grams, shifts, arguments.pack_scalars(1e-9, 0.01 if shift else 0.0), root
 
 
+def rite_step(sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32) -> Arguments:
+    """Factors that are far from singular, after a step or two."""
+
+    def near(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(x.shape, generator=generator, dtype=F64).to(dtype) for x in factors(1, sizes, rank)[0]]
+
+    grams = [positive(n, (rank, rank), F64) for n in range(len(sizes))]
+    moments = [((x @ x.mT + torch.eye(rank, dtype=F64)) / rank)[None].to(dtype) for x in grams]
+    numbers = torch.tensor([[0.1, 0.01, 0.999, 0.03, 0.9], [0.1, 0.01, 0.999, 0.05, 1.0]], dtype=F64)
+    known = torch.zeros(len(sizes), rank**2 + 2, dtype=F64)
+    scalars = arguments.pack_scalars(1e-6 * rank, 1e-6)
+    return near(1), near(2), near(3), moments, [], known, numbers, scalars, factors(1, sizes, rank)[1]
+
+
 def case(op: str, make: Callable[..., Arguments], *args: Any, **options: Any) -> Case:
     """A case whose label is its arguments."""
     words = [*map(_word, args), *(f"{name}={_word(value)}" for name, value in options.items())]
@@ -522,3 +537,4 @@ def quick_cases() -> Iterator[Case]:
     yield case("pair_step_", pair_step, (70, 150), 16)
     yield case("thin_turn_", thin_turn, (70, 150), 5)
     yield case("inverse_power", inverse_power, (5,), 6, True, shift=True)
+    yield case("rite_step_", rite_step, (70, 150), 4)

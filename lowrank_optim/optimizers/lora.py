@@ -126,7 +126,7 @@ class LoRARiteAdamW(LoRAOptimizer):
     there is no clipping and no skipping of large updates. Clip by `torch.nn.utils.clip_grad_norm_` if needed.
 
     Weights that something else changes between two steps (an average swapped in, say) are taken as they are, with the moments in the
-    same coordinates.
+    same coordinates. For float32 factors on a CPU that is seen, and warned of once.
 
     Args:
         params, lr, weight_decay, adamw_lr, **options: as for `LoRAOptimizer`.

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
@@ -23,6 +23,8 @@ class Unit:
     contexts: of each.
     steps: (α, κ) of each: a direction N without a step of its own makes the weights κW − αN, before rounding.
     cautious: directions are looked at before they are applied, and modified then; fused steps are not taken.
+    memo: what a rule may keep from one step to the next beside the state, to save work: no number of a step may depend on it, for
+        it is in no checkpoint.
     """
 
     grads: tuple[Tensor | None, ...]
@@ -31,6 +33,7 @@ class Unit:
     contexts: tuple[Context, ...]
     steps: tuple[tuple[float, float | Tensor], ...] = ()
     cautious: bool = True
+    memo: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def is_plain(self) -> bool:

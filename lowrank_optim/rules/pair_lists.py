@@ -73,6 +73,6 @@ class Factors:
 
 
 def plain_kind(unit: Unit) -> tuple[object, ...]:
-    """Units of one kind, and one group, are stepped together: rank, type, and the steps that both factors have seen."""
+    """Units of one kind, and one group, are stepped together: rank, type, the steps that both factors have seen, their α and κ."""
     a, b = unit.contexts
-    return "plain", a.weight.shape[0], a.weight.dtype, a.weight.device, a.step, b.step
+    return "plain", a.weight.shape[0], a.weight.dtype, a.weight.device, a.step, b.step, unit.steps

@@ -1,12 +1,15 @@
 """LoRA-RITE: Adam on a pair, with moments in coordinates in which the choice of the two factors makes no difference."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lowrank_optim import kernels
 from lowrank_optim.rules.base import Direction
 from lowrank_optim.rules.joint import WRITTEN, Answer, Unit
 from lowrank_optim.rules.pair_gradients import check_adam
@@ -25,6 +28,11 @@ from lowrank_optim.rules.pair_products import (
 )
 from lowrank_optim.rules.pairs import Pair, PairRule, Side
 from lowrank_optim.rules.small_matrices import by_kind, pseudo_inverse_root, sum_together, widened
+
+CHANGED = (
+    "factors of LoRARiteAdamW are others than those that its last step has written (an average was swapped in, or weights loaded). "
+    "They are taken as they are, with the moments in the same coordinates. Later changes are taken without a warning"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ class Rite(PairRule):
     escape: ρ grows by what the change of coordinates loses of V: ρ ← β̃₂(ρ + e), e the least of two measures, the largest loss of an
         eigenvalue and the loss of the trace.
 
-    Memory of a pair: 4r(m+n) + 8r² bytes, half of AdamW's; 8 bytes more with `escape`.
+    Memory of a pair: 4r(m+n) + 8r² bytes, half of AdamW's; 8 bytes more with `escape`. Beside the state, 16r² bytes on a CPU:
+    K^(−1/2) of the weights that a step wrote is kept for the next one, which sees by all their bits whether they are the same.
     """
 
     name: ClassVar[str] = "lora_rite"
@@ -94,23 +103,37 @@ class Rite(PairRule):
         return by_kind(kinds, together)
 
     def _written(self, units: Sequence[Unit]) -> list[Answer]:
-        """The whole step of pairs of one kind; their small matrices stand in stacks (pairs, 2, 1, r, r), A's before B's."""
-        factors, count = Factors.of(units), len(units)
-        steps = [context.step for context in units[0].contexts]
-        both = _Both([state for unit in units for state in unit.states], units[0].options, steps, factors.eps, None)
-        rank = factors.weights[0].shape[0]
-
-        def stack(matrices: Tensor) -> Tensor:
-            return widened(matrices).view(count, 2, 1, rank, rank)
-
-        roots = pseudo_inverse_root(stack(factors.grams(factors.weights)), factors.eps)
-        sizes = roots.new_tensor(factors.long).view(count, 2, 1, 1, 1)
-        scalers, moments = self._scalers(both, roots, stack(factors.grams(factors.grads)) / sizes)
-        after, cross = factors.step_(scalers.flatten(0, 2), count * both.shares(0))
-        changes, moments = self._carried(both, (stack(after), stack(cross), roots), moments)
-        factors.turn_(changes.flatten(0, 2))
-        both.store("exp_avg_gram", moments)
+        """The whole step of pairs of one kind."""
+        factors, first = Factors.of(units), units[0]
+        (beta1, beta2), steps = first.options["betas"], [context.step for context in first.contexts]
+        numbers = [
+            (1.0 - mean_decay(beta1, step), 1.0 - mean_decay(beta2, step), mean_decay(beta2, step + 1.0), alpha, keep)
+            for step, (alpha, keep) in zip(steps, factors.steps[:2], strict=True)
+        ]
+        states = [state for unit in units for state in unit.states]
+        known = self._known(first.memo, factors.weights)
+        kernels.rite_step_(
+            *(factors.weights, factors.grads, factors.momenta),
+            [state["exp_avg_gram"] for state in states],
+            [state["escaped"] for state in states] if first.options["escape"] else [],
+            known,
+            numbers,
+            factors.weights[0].shape[0] * factors.eps,
+            float(first.options["eps"]),
+            factors.wide,
+        )
+        if not first.memo.get("warned") and not kernels.is_watched() and bool(known[:, -1].any()):
+            first.memo["warned"] = True
+            warnings.warn(CHANGED, RuntimeWarning, stacklevel=2)
         return [((WRITTEN, WRITTEN), None) for _ in units]
+
+    def _known(self, memo: dict[str, Any], weights: Sequence[Tensor]) -> Tensor:
+        """What is known of these weights from the step before: zeros where that is nothing."""
+        if len(memo.get("weights", ())) != len(weights) or not all(map(is_, memo["weights"], weights)):
+            rank = min(weights[0].shape)
+            memo |= {"weights": weights, "known": torch.zeros(len(weights), rank**2 + 2, dtype=torch.float64)}
+        known: Tensor = memo["known"]
+        return known
 
     def _directions(self, pairs: Sequence[Pair]) -> list[Answer]:
         """Of pairs of one kind; their small matrices stand in stacks (pairs, 2, E, r, r)."""
@@ -177,12 +200,9 @@ class Rite(PairRule):
 
     def _escape(self, both: "_Both", before: Tensor, after: Tensor) -> None:
         """ρ ← β̃₂(ρ + e), for the next step."""
-        values = [torch.linalg.eigvalsh((each + each.mT).nan_to_num() / 2.0) for each in (before, after)]
-        largest = (values[0] - values[1]).amax(-1).clamp_min(0.0)
-        trace = (values[0] - values[1]).sum(-1).clamp_min(0.0)
         escaped, beta2 = both.stored("escaped"), float(both.options["betas"][1])
         decays = torch.tensor([[mean_decay(beta2, step + 1.0)] for step in both.steps], dtype=escaped.dtype)
-        grown = (escaped + torch.minimum(largest, trace).to(escaped.dtype)) * decays.to(escaped.device)
+        grown = (escaped + kernels.escaped_of(before, after).to(escaped.dtype)) * decays.to(escaped.device)
         oks = None if both.oks is None else both.oks.view(-1, 1, 1)
         both.store("escaped", where_ok(oks, grown, escaped))
 

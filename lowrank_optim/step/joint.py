@@ -112,6 +112,7 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
             ),
             tuple((0.0, 1.0) if write is None else (write.alpha, write.keep) for write in writes),
             cautious,
+            plan.memo,
         )
         key = (id(rule), plan.group, plan.device, plan.dtype)
         elements = 0 if rule.writes(unit) else rule.unit_elements(plan.unit, options)

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -59,6 +59,7 @@ class ParamPlan:
     unit_shapes: of what this process holds of each of them, as the rule sees them.
     folded: the shape of its moments on all processes, where that is not the gradient's (`Rule.moment_shape`).
     sum_dtype: the type that sums of the subspace are carried out in, where that is not the compute type (`exact_sums`).
+    memo: `rules.Unit.memo` of a unit, with its first parameter.
     """
 
     name: str
@@ -79,6 +80,7 @@ class ParamPlan:
     unit_shapes: tuple[tuple[int, ...], ...] = ()
     sum_dtype: torch.dtype | None = None
     folded: tuple[int, ...] | None = None
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def side(self) -> str | None:

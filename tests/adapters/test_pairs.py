@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_optim as lo
-from lowrank_optim import rules
+from lowrank_optim import kernels, rules
 from lowrank_optim.rules import small_matrices
 from tests.oracles import pairs as oracle
 
@@ -142,6 +143,52 @@ def test_a_step_in_one_operation_marks_its_factors_as_changed(name: str):
         optimizer.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             saved.backward()
+
+
+def float32_run(steps: int, reload_at: int | None = None) -> tuple[list[Tensor], lo.LoRARiteAdamW]:
+    """Pairs that take more than one tile, and not whole ones, of which nothing is known any more after `reload_at` steps."""
+    made = [(*new_pair(m, n, 16, torch.float32), 2.0) for m, n in ((200, 131), (64, 2200), (70, 300))]
+    optimizer = lo.LoRARiteAdamW(lo.lora_pairs(made), lr=1e-3)
+    params = [p for pair in made for p in pair[:2]]
+    for step in range(steps):
+        if step == reload_at:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for number, p in enumerate(params):
+            p.grad = drawn(*p.shape, seed=10 * step + number, dtype=torch.float32)
+        optimizer.step()
+    return params, optimizer
+
+
+def test_what_rite_knows_of_its_own_weights_changes_no_bit():
+    """K^(−1/2) that a step has left behind is that of the weights, however they were summed."""
+    whole, optimizer = float32_run(5)
+    again, other = float32_run(5, reload_at=3)
+    for one, two in zip(whole, again, strict=True):
+        assert torch.equal(one, two)
+        for name, tensor in optimizer.state[one].items():
+            assert torch.equal(tensor, other.state[two][name])
+
+
+@pytest.mark.skipif(isinstance(kernels.backends()["cpu"], kernels.Unavailable), reason="the library is not built")
+@pytest.mark.parametrize("through_data", [True, False])
+def test_rite_sees_weights_that_others_have_written_and_goes_on_from_those(through_data: bool):
+    """A write to .data leaves no trace in autograd's counters."""
+    ends = []
+    for forgets in (False, True):
+        params, optimizer = float32_run(3)
+        with torch.no_grad():
+            (params[3].data if through_data else params[3])[5, 7] += 0.5
+        if forgets:
+            optimizer.plans[params[0]].memo.clear()
+        for number, p in enumerate(params):
+            p.grad = drawn(*p.shape, seed=number, dtype=torch.float32)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            optimizer.step()
+            optimizer.step()
+        assert [str(each.message)[:28] for each in said] == ([] if forgets else ["factors of LoRARiteAdamW are"])
+        ends.append(params)
+    assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------- beside the papers

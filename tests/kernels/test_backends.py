@@ -469,6 +469,10 @@ def test_what_an_operation_cannot_take_is_refused_before_anything_changes(op, pl
         ),
         ("pair_step_", 5, None, [True], "weights has 2 factors, weights 2, wide 1; needed: as many of each"),
         ("thin_turn_", 0, None, [], "forms is empty; needed: one factor at least"),
+        ("rite_step_", 3, 1, torch.ones(1, 3, 2), r"moments\[1\] is \(1, 3, 2\).*needed: \(3, 3\) torch.float32"),
+        ("rite_step_", 3, None, [], "there are 2 factors, 0 moments and 0 escaped; needed: as many moments"),
+        ("rite_step_", 5, None, torch.ones(2, 9).double(), r"known is \(2, 9\).*needed: \(2, 11\) torch.float64"),
+        ("rite_step_", 6, None, torch.ones(2, 4), r"numbers is \(2, 4\).*needed: \(2, 5\).*share, square_share"),
         ("inverse_power", 0, None, torch.ones(3, 4), r"matrices is \(3, 4\).*needed: \(…, r, r\)"),
         ("inverse_power", 1, None, torch.ones(4), r"shift is \(4,\) torch.float32.*needed: \(5,\) torch.float64"),
         ("inverse_power", 2, None, torch.ones(2), r"scalars is \(2,\).*\[tolerance, added\]"),
@@ -479,6 +483,7 @@ def test_what_an_operation_on_pairs_cannot_take_is_refused_before_anything_chang
         "thin_grams": lambda: made.thin_grams((70, 50), 3),
         "pair_step_": lambda: made.pair_step((70, 50), 3),
         "thin_turn_": lambda: made.thin_turn((70, 50), 3),
+        "rite_step_": lambda: made.rite_step((70, 50), 3),
         "inverse_power": lambda: made.inverse_power((5,), 3, True, shift=True),
     }[op]
     args = list(make())

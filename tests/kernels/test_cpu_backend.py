@@ -68,7 +68,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # ------------------------------------------------------------------------------------------------------------------ same bits
 
 
-FUSED = ("thin_grams", "pair_step_", "thin_turn_")
+FUSED = ("thin_grams", "pair_step_", "thin_turn_", "rite_step_")
 """Products that are fused with their additions, which the baseline cannot do."""
 
 
@@ -156,6 +156,7 @@ LARGE = [
     case("pair_step_", made.pair_step, (5000, 4100, 70), 16),
     case("thin_turn_", made.thin_turn, (5000, 4100, 70), 20),
     case("inverse_power", made.inverse_power, (41,), 16, True),
+    case("rite_step_", made.rite_step, (5000, 4100, 70, 300, 129, 2048), 16),
 ]
 """More elements than one thread keeps to itself."""
 

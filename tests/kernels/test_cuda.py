@@ -32,7 +32,7 @@ def library(tmp_path_factory) -> Library:
 
 
 SPARSE = {"sltrain_forward", "sltrain_backward_input", "sampled_product"}
-PAIRS = {"thin_grams", "pair_step_", "thin_turn_", "inverse_power"}
+PAIRS = {"thin_grams", "pair_step_", "thin_turn_", "inverse_power", "rite_step_"}
 LEFT = {"project", "project_with_norms", "apply_", *SPARSE, *PAIRS, "folded_adam_dense_"}
 """Left to the definitions: products, which call cuBLAS, sparse ones, those of pairs, and folded moments."""
 

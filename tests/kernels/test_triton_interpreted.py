@@ -35,7 +35,7 @@ def test_the_backend_is_interpreted_and_serves_cpu_tensors():
     assert LOADED.devices == {"cpu"}
     assert "interpreted" in LOADED.about
     left = {"adam_direct_with_norms_", "coded_adam_direct_with_norms_"}  # to their definitions: the others, then norms
-    left |= {"thin_grams", "pair_step_", "thin_turn_", "inverse_power"}  # of pairs, on the CPU only
+    left |= {"thin_grams", "pair_step_", "thin_turn_", "inverse_power", "rite_step_"}  # of pairs, on the CPU only
     assert set(OPS) == set(dispatch._DEFINITIONS) - left
 
 

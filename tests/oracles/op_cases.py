@@ -318,6 +318,8 @@ def _pairs() -> Iterator[Case]:
             yield case("thin_grams", made.thin_grams, sizes, rank, same)
         yield case("pair_step_", made.pair_step, sizes, rank)
         yield case("thin_turn_", made.thin_turn, sizes, rank)
+    for rank in (1, 5, 16, 20):
+        yield case("rite_step_", made.rite_step, (70, 129, 2048, 4100, 64, 300), rank)
     for root, shift in ((True, False), (True, True), (False, False)):
         for rank in (1, 2, 3, 16, 40):
             yield case("inverse_power", made.inverse_power, (7,), rank, root, shift)

@@ -16,7 +16,7 @@ import torch
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 11
+ABI_VERSION = 12
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"
@@ -54,6 +54,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "pair_step": _MANY,
     "thin_turn": _MANY,
     "inverse_power": _ONE,
+    "rite_step": _MANY,
 }
 """Arguments of every function but the last, the number of threads: the bytes of a structure, or of several and before them their
 number."""

@@ -89,6 +89,7 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
         "pair_step_",
         "thin_turn_",
         "inverse_power",
+        "rite_step_",
     )
     return {name: getattr(ops, name) for name in names}
 

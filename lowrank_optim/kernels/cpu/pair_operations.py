@@ -20,6 +20,7 @@ pack_gram = packer(structures.GramArgs)
 pack_pair_step = packer(structures.PairStepArgs)
 pack_turn = packer(structures.TurnArgs)
 pack_inverse_power = packer(structures.InversePowerArgs)
+pack_rite = packer(structures.RiteArgs)
 
 
 def _size(factor: Tensor, wide: bool) -> int:
@@ -94,3 +95,35 @@ class PairOperations(OnLibrary):
         arguments = pack_inverse_power(count, rank, matrices.data_ptr(), *places, *scalars.tolist(), root)
         self.library.call("inverse_power", arguments)
         return out
+
+    def rite_step_(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        momenta: Sequence[Tensor],
+        moments: Sequence[Tensor],
+        escaped: Sequence[Tensor],
+        known: Tensor,
+        numbers: Tensor,
+        scalars: Tensor,
+        wide: Sequence[bool],
+    ) -> Declined | None:
+        if escaped or not (rank := _rank(weights, wide)):
+            return NotImplemented
+        added = scalars.tolist()
+        of_side = [
+            (share, alpha, keep, square_share, *added) for share, square_share, _, alpha, keep in numbers.tolist()
+        ]
+        place, step = known.data_ptr(), 8 * known.shape[1]
+        rows = [
+            pack_rite(
+                *(weight.shape[lies], rank, lies),
+                *(weight.data_ptr(), grad.data_ptr(), momentum.data_ptr(), moment.data_ptr(), place + n * step),
+                *of_side[n % 2],
+            )
+            for n, (weight, grad, momentum, moment, lies) in enumerate(
+                zip(weights, grads, momenta, moments, wide, strict=True)
+            )
+        ]
+        self.library.call_many("rite_step", rows)
+        return None

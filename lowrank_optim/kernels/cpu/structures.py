@@ -163,7 +163,7 @@ class PairStepArgs(Structure):
     _fields_ = (
         *(("tall", TallArgs), ("weight", _P), ("grad", _P), ("momentum", _P), ("small", _P)),
         *((name, c_float) for name in ("share", "alpha", "keep")),
-        *(("after", _P), ("cross", _P)),
+        *(("after", _P), ("cross", _P), ("_marks", _P)),
     )
 
 
@@ -175,6 +175,14 @@ class InversePowerArgs(Structure):
     _fields_ = (
         *(("count", _N), ("rank", _N), ("matrices", _P), ("shift", _P), ("out", _P)),
         *(("tolerance", c_double), ("added", c_double), ("root", c_bool)),
+    )
+
+
+class RiteArgs(Structure):
+    _fields_ = (
+        *(("tall", TallArgs), ("weight", _P), ("grad", _P), ("momentum", _P), ("moment", _P), ("known", _P)),
+        *((name, c_float) for name in ("share", "alpha", "keep")),
+        *((name, c_double) for name in ("square_share", "tolerance", "added")),
     )
 
 
