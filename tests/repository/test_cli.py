@@ -203,6 +203,15 @@ def test_the_example_plans_a_run_without_a_gpu_and_refuses_what_does_not_fit(tmp
     (run / "config.json").write_text('{"model": "cpu", "optimizer": "galore", "steps": 800, "corpus": "other"}')
     before = sorted(tmp_path.rglob("*"))
     small = ["--config", "9m", "--length", "64", "--bpe", "1000"]
+    plan_run, planned = pretrain.plan_run, []
+
+    def plan_once(*given):
+        """A budget does not change what a run takes."""
+        if not planned:
+            planned.append(plan_run(*given))
+        return planned[0]
+
+    monkeypatch.setattr(pretrain, "plan_run", plan_once)
     pretrain.main([*small, "--budget", "2GiB"])
     dry = capsys.readouterr().out
     assert "LLaMA 9m with galore_8bit, rank 64, 1 x 64 tokens, bfloat16, updates in backward" in dry
