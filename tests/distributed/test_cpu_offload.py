@@ -27,11 +27,11 @@ from tests.oracles.distributed_harness import (
 )
 
 SHAPES = {"tall": (26, 10), "wide": (10, 33), "three": (3, 40), "experts": (3, 14, 9), "vector": (13,)}
-STEPS = 6
+STEPS = 4
 
 
 def build(model: nn.Module, name: str, **options) -> lo.LowRankOptimizer:
-    options = {"lr": 1e-2, "update_proj_gap": 4, **options}
+    options = {"lr": 1e-2, "update_proj_gap": 2, **options}
     if name in lo.LAYERWISE_METHODS:
         return METHODS[name](layers(model), period=3, **options)
     return METHODS[name](groups(model, rank=2), **options)

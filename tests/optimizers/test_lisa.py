@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import lowrank_optim as lo
 from lowrank_optim.optimizers.layer_sampling import draw_layers
-from tests.oracles.checkpoints import in_fresh_process, one_thread, resumed_runs
+from tests.oracles.checkpoints import one_thread, resumed_runs
+from tests.oracles.processes import Child
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 32, 48, 40, 8
 
@@ -169,10 +170,11 @@ def print_draws(seed: int) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_draw_the_same_layers():
+def test_two_processes_draw_the_same_layers(tmp_path):
+    """With other hashes, too: in the resumed runs below."""
     with torch.random.fork_rng(), one_thread():
         drawn = draws(seed=1)
-    assert in_fresh_process(__name__, "print_draws", 2) == f"{drawn}\n"
+    assert Child(tmp_path / "drawn", print_draws, 2).finish() == f"{drawn}\n"
     assert [len(awake) for awake in drawn] == [13, 13]
 
 

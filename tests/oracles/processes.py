@@ -15,6 +15,9 @@ from typing import Any
 
 IMPORTED_ONCE = [
     "lowrank_optim",
+    *(f"lowrank_optim.kernels.cpu.{name}" for name in ("code_operations", "operations", "pair_operations")),
+    *(f"lowrank_optim.kernels.torch.{name}" for name in ("coded_adam", "sparse")),
+    *(f"lowrank_optim.kernels.triton.{name}" for name in ("coded", "elementwise", "folded", "products", "sparse")),
     "pytest",
     "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
@@ -22,7 +25,7 @@ IMPORTED_ONCE = [
     "torch.distributed.tensor",
     "transformers.models.llama.modeling_llama",
 ]
-"""What tests import, and what torch imports within its functions (`torch._dynamo`, which takes most of a second)."""
+"""What tests import, and what is imported within functions: by torch (`torch._dynamo`, most of a second), and backends."""
 
 
 def preload() -> None:

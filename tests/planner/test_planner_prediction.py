@@ -21,7 +21,8 @@ from planner_validation import CONFIG, cases, compare
 
 pytestmark = pytest.mark.long
 
-DEEP = {**CONFIG, "num_hidden_layers": 9}
+DEEP = {**CONFIG, "num_hidden_layers": 6}
+"""A layer more than the deepest of the shallow models that stand for it: 4 and 5 for LISA, 2 and 3 for the others."""
 
 
 @pytest.mark.parametrize("batch", ["long", "short"])
@@ -39,7 +40,8 @@ DEEP = {**CONFIG, "num_hidden_layers": 9}
 def test_prediction_is_within_3_percent_of_what_the_allocator_measured(
     batch, optimizer, in_backward, checkpointing, weight_bits
 ):
-    how = {"in_backward": in_backward, "checkpointing": checkpointing, "dtype": "bfloat16", "weight_bits": weight_bits}
+    dtype = "float32" if batch == "long" else "bfloat16"  # whose products take 15 times as long on many CPUs
+    how = {"in_backward": in_backward, "checkpointing": checkpointing, "dtype": dtype, "weight_bits": weight_bits}
     found = compare({"optimizer": optimizer, "batch": batch, **how})
     assert abs(found["error"]) < 0.03, found
 
@@ -69,7 +71,8 @@ def test_two_shallow_models_tell_the_peak_of_a_deep_one_to_the_byte(recipe, chec
         return simulate(make_setting(model, optimizer, batch=model.batch(1, 64), **how))
 
     rules, depth = rules_for("cuda"), 2 if recipe.optimizer == "lisa" else 1
-    guessed, known = deep(run, rules, 9, depth), probe(run(9), rules, 9, depth)
+    layers = DEEP["num_hidden_layers"]
+    guessed, known = deep(run, rules, layers, depth), probe(run(layers), rules, layers, depth)
     assert guessed.peak[1] == known.peak[1]
     point = known.peak[0]
     assert guessed.kinds[guessed.peak[0]] == pytest.approx(known.kinds[point])

@@ -13,6 +13,12 @@ import pytest
 from lowrank_optim.cli import main
 from lowrank_optim.planner import search
 from lowrank_optim.planner.report.budget_table import code
+from tests.oracles.planned import two_recipes
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import pretrain  # noqa: E402
 
 pytestmark = pytest.mark.long
 
@@ -32,8 +38,7 @@ SHORT = ("--sequence-length", "64")
 
 @pytest.fixture(autouse=True)
 def few_recipes(monkeypatch):
-    """Two in place of seven, for the sake of time; `test_planner_prediction` has them all."""
-    monkeypatch.setattr(search, "RECIPES", tuple(r for r in search.RECIPES if r.optimizer in ("adamw", "galore_8bit")))
+    two_recipes(monkeypatch)
 
 
 @pytest.fixture
@@ -149,7 +154,8 @@ def test_a_picture_is_written(config, tmp_path, capsys):
         main(["plan", "--model", config, "--optimizer", "sgd", "--plot", str(picture.with_name("b.png")), *SHORT]) == 0
     )
     assert picture.with_name("b.png").exists()
-    assert main(["plan", "--model", config, "--plot", str(tmp_path / "none" / "plan.png"), *SHORT]) == 2
+    nowhere = str(tmp_path / "none" / "plan.png")
+    assert main(["plan", "--model", config, "--optimizer", "sgd", "--plot", nowhere, *SHORT]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
@@ -190,27 +196,32 @@ def test_the_package_does_not_import_the_planner_nor_transformers():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-ROOT = Path(__file__).parents[2]
-
-
-def test_the_example_plans_a_run_without_a_gpu_and_refuses_what_does_not_fit(tmp_path):
+def test_the_example_plans_a_run_without_a_gpu_and_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "pretrain" / "galore"  # what `make pretrain` leaves in the default folder
     run.mkdir(parents=True)
     (run / "config.json").write_text('{"model": "cpu", "optimizer": "galore", "steps": 800, "corpus": "other"}')
     before = sorted(tmp_path.rglob("*"))
-    small = [sys.executable, str(ROOT / "examples/pretrain.py"), "--config", "9m", "--length", "64", "--bpe", "1000"]
+    small = ["--config", "9m", "--length", "64", "--bpe", "1000"]
+    plan_run, planned = pretrain.plan_run, []
 
-    def start(budget: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([*small, "--budget", budget], capture_output=True, text=True, check=False, cwd=tmp_path)
+    def plan_once(*given):
+        """A budget does not change what a run takes."""
+        if not planned:
+            planned.append(plan_run(*given))
+        return planned[0]
 
-    dry = start("2GiB")
-    assert dry.returncode == 0, dry.stderr
-    assert "LLaMA 9m with galore_8bit, rank 64, 1 x 64 tokens, bfloat16, updates in backward" in dry.stdout
-    assert "this was a dry run" in dry.stdout
-    refused = start("530MiB")
-    assert refused.returncode == 2
-    assert "does not fit" in refused.stderr
-    assert "GaLore 8-bit" in refused.stderr
+    monkeypatch.setattr(pretrain, "plan_run", plan_once)
+    pretrain.main([*small, "--budget", "2GiB"])
+    dry = capsys.readouterr().out
+    assert "LLaMA 9m with galore_8bit, rank 64, 1 x 64 tokens, bfloat16, updates in backward" in dry
+    assert "this was a dry run" in dry
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([*small, "--budget", "530MiB"])
+    assert stop.value.code == 2
+    refused = capsys.readouterr().err
+    assert "does not fit" in refused
+    assert "GaLore 8-bit" in refused
     assert sorted(tmp_path.rglob("*")) == before  # a plan writes nothing
 
 

@@ -15,7 +15,7 @@ import lowrank_optim as lo
 from lowrank_optim import console
 from lowrank_optim.cli import main
 from lowrank_optim.kernels import dispatch
-from lowrank_optim.planner import search
+from tests.oracles.planned import two_recipes
 
 pytestmark = pytest.mark.long
 
@@ -71,7 +71,7 @@ def spelled(text: str, encoding: str) -> str:
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "RECIPES", tuple(r for r in search.RECIPES if r.optimizer in ("adamw", "galore_8bit")))
+    two_recipes(monkeypatch)
     path = tmp_path / "small" / "config.json"
     path.parent.mkdir()
     path.write_text(json.dumps(FIELDS), encoding="utf-8")

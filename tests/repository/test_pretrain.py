@@ -28,6 +28,7 @@ pytestmark = pytest.mark.long
 TEXT = argparse.__file__  # real text of 100 kB that is on every machine
 SMALL = ["--text", TEXT, "--length", "32", "--batch", "4", "--validation-batches", "2", "--validate-every", "10"]
 SMALL += ["--save-every", "5", "--update-proj-gap", "4", "--device", "cpu"]
+FEW_TOKENS = ["--length", "16", "--batch", "2"]  # for bfloat16, whose products are slow on many CPUs
 
 
 def rows(folder: Path) -> list[dict]:
@@ -177,7 +178,7 @@ def count_file_operations(monkeypatch, fatal: int | None = None) -> list[str]:
 
 def test_a_run_killed_in_any_of_its_file_operations_loses_nothing(tmp_path, monkeypatch):
     arguments = ["--optimizer", "galore", "--dtype", "bfloat16", "--option", "stochastic_rounding=True"]
-    arguments += ["--steps", "4", "--save-every", "2", "--update-proj-gap", "2"]
+    arguments += ["--steps", "4", "--save-every", "2", "--update-proj-gap", "2", *FEW_TOKENS]
     with monkeypatch.context() as patch:
         operations = count_file_operations(patch)
         run(*arguments, "--out", str(tmp_path / "whole"))
@@ -291,7 +292,7 @@ def test_accumulated_micro_batches_give_the_steps_of_one_large_batch(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", *pretrain.lo.METHODS])
 def test_every_optimizer_trains_in_bfloat16_autocast(optimizer, tmp_path):
     out = tmp_path / "run"
-    run("--optimizer", optimizer, "--steps", "10", "--dtype", "autocast", "--out", str(out))
+    run("--optimizer", optimizer, "--steps", "10", "--dtype", "autocast", *FEW_TOKENS, "--out", str(out))
     assert rows(out)[-1]["val_loss"] < rows(out)[0]["loss"]
 
 

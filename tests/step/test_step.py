@@ -309,20 +309,20 @@ def test_importing_the_package_loads_no_heavy_libraries():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("bits", [32, 8])
-def test_nothing_keeps_a_gradient_alive_after_the_step(bits):
+def test_nothing_keeps_a_gradient_alive_after_the_step():
     """Not even for the garbage collector, and not from the first step, which looks for the backends."""
-    code = f"""
+    code = """
 import gc, weakref, torch, lowrank_optim as lo
 gc.disable()
-params = [torch.nn.Parameter(torch.zeros(128, 128)) for _ in range(4)]
-optimizer = lo.GaLoreAdamW([dict(params=params[:2], rank=None), dict(params=params[2:], rank=8)], state_bits={bits})
-for _ in range(2):
-    for p in params:
-        p.grad = torch.randn(128, 128)
-    grads = [weakref.ref(p.grad) for p in params]
-    optimizer.step()
-    optimizer.zero_grad()
-    assert [grad() for grad in grads] == [None] * 4
+for bits in (32, 8):
+    params = [torch.nn.Parameter(torch.zeros(128, 128)) for _ in range(4)]
+    optimizer = lo.GaLoreAdamW([dict(params=params[:2], rank=None), dict(params=params[2:], rank=8)], state_bits=bits)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn(128, 128)
+        grads = [weakref.ref(p.grad) for p in params]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert [grad() for grad in grads] == [None] * 4, bits
 """
     subprocess.run([sys.executable, "-c", code], check=True)
