@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_optim.planner.simulation import shapes
+from lowrank_optim.planner.simulation.replay import Replays, repeated
 from lowrank_optim.planner.simulation.shapes import META
 from lowrank_optim.planner.simulation.timeline import Block, Moment, Timeline
 from lowrank_optim.step.nonfinite import SkippedUpdates
@@ -112,6 +113,11 @@ class Recorder(TorchDispatchMode):
         block = self._blocks[key] = Block(size, self.moment.layer, self._in_forward())
         self.timeline.events.append((block, True, self.moment))
         weakref.finalize(storage, self._freed, key)
+
+    def block_of(self, tensor: Tensor) -> Block | None:
+        """The record of a tensor's storage, if there is one."""
+        with torch._C.DisableTorchFunction():
+            return self._blocks.get(tensor.untyped_storage()._cdata)
 
     def _in_forward(self) -> bool:
         """Whether this is a forward pass; those that a checkpoint repeats within backward enable gradients, backward does not."""
@@ -373,4 +379,6 @@ def pretend(device: torch.device) -> Iterator[Recorder]:
         stack.enter_context(_replaced(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor))
         for replacement in _for_wrappers(device):
             stack.enter_context(replacement)
+        replays = Replays(recorder.timeline, lambda: recorder.moment, recorder.block_of)
+        stack.enter_context(repeated(replays, _replaced))
         yield recorder
