@@ -1,4 +1,4 @@
-"""Functions whose allocations are known: what a call allocates and frees is recorded once, and repeated for arguments of the same form.
+"""Functions whose allocations are known: what a call allocates and frees is recorded once, and repeated for arguments alike in form.
 
 Layers are equal, so that the long loops of a step (over the blocks of a coded moment, over the parts of a support) come again for
 each of them, on tensors that have no numbers. A repeated call makes the events of the recorded one and new tensors for its results:
