@@ -285,10 +285,10 @@ def attention(
     """Scaled dot-product attention by the kernel that torch chooses on the device, so that what it keeps for backward is counted.
 
     On accelerators, as aten/src/ATen/native/transformers/cuda/sdp_utils.cpp chooses: flash attention for 16-bit types without a mask,
-    memory-efficient attention otherwise; neither forms the scores. Where key and value have fewer heads than the query (groups), flash
-    attention takes them with `enable_gqa`, memory-efficient attention from torch 2.14 on (`EFFICIENT_TAKES_GROUPS`); the math kernel,
-    which is left before, repeats the heads and forms the scores. On the CPU: its flash kernel. All for 4-D inputs with head sizes up
-    to 256; anything else is torch's own choice for meta tensors, the math kernel.
+    memory-efficient attention otherwise; neither forms the scores. Where key and value have fewer heads than the query (groups),
+    flash attention takes them with `enable_gqa`, and memory-efficient attention from torch 2.14 on (`EFFICIENT_TAKES_GROUPS`); the
+    math kernel, which is left before, repeats the heads and forms the scores. On the CPU: its flash kernel. All for 4-D inputs with
+    head sizes up to 256; anything else is torch's own choice for meta tensors, the math kernel.
     """
     plain = (
         query.dim() == 4
