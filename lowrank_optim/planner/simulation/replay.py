@@ -78,7 +78,8 @@ def form(item: Any) -> Hashable:
             return (item.shape, item.stride(), item.dtype, value)
     if isinstance(item, Mapping):
         return tuple([(name, form(value)) for name, value in item.items()])
-    return item
+    known: Hashable = item
+    return known
 
 
 def _of_moments(moments: CodedMoments, *args: Any) -> Hashable:
