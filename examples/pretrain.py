@@ -21,6 +21,7 @@ checkpoint.pt, loss.png and result.json to its folder; killed at any moment, it 
 import argparse
 import ast
 import os
+import shlex
 import sys
 from dataclasses import replace
 from difflib import get_close_matches
@@ -522,6 +523,12 @@ def report(args: argparse.Namespace, runs: list[tuple[Result, Path]]) -> None:
         console.print("wrote " + ", ".join(map(str, written)))
 
 
+def resume_command(arguments: list[str]) -> str:
+    """The command that goes on with the run of these arguments."""
+    kept = [argument for argument in arguments if argument not in ("--overwrite", "--resume")]
+    return shlex.join(["python", sys.argv[0], *kept, "--resume"])
+
+
 def main(argv: list[str] | None = None) -> None:
     accept_any_text()
     parser = arguments()
@@ -539,7 +546,11 @@ def main(argv: list[str] | None = None) -> None:
     except (DataError, FolderError, RunError) as error:
         refuse(error)
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped; the same command with --resume continues\n")
+        command = resume_command(sys.argv[1:] if argv is None else argv)
+        parser.exit(
+            130,
+            f"\n{parser.prog}: stopped. This goes on from the last checkpoint to the same numbers:\n\n    {command}\n",
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -16,7 +17,11 @@ from lowrank_optim import StepProgress
 from pretraining.folder import TEMPORARY, write_atomically
 from pretraining.run import CUDA_PEAK, Result, Run, read_metrics
 
-console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+ON_TERMINAL = sys.stdout.isatty()
+# A file or a pipe has no width: lines there are as long as they are.
+console = Console(
+    highlight=False, soft_wrap=not ON_TERMINAL, width=None if ON_TERMINAL or "COLUMNS" in os.environ else 160
+)
 
 # Distinguishable for colour-blind readers (Okabe and Ito, 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -42,7 +47,7 @@ class Reporter:
         self.val = ""
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=max(4, min(20, console.width - 80))),
             MofNCompleteColumn(),
             TextColumn("{task.fields[info]}"),
             TimeRemainingColumn(compact=True),
@@ -72,12 +77,12 @@ class Reporter:
             console.print(bytes_table(self.name, run.bytes))
             if self.first:
                 console.print(f"{self.name}: continuing after step {self.first}")
+                for earlier in read_metrics(run.folder, self.first):  # the run goes on as if it had not been stopped
+                    self._take(earlier)
             # The steps of an earlier process say nothing about the speed of this one.
             self.progress.reset(self.task, completed=self.first)
             self.began, self.began_seconds, self.began_tokens = time.perf_counter(), row["seconds"], row["tokens"]
-        self.smooth = row["loss"] if self.smooth is None else 0.95 * self.smooth + 0.05 * row["loss"]
-        if "val_loss" in row:
-            self.val = f", val {row['val_loss']:.4f}"
+        self._take(row)
         info = f"loss {self.smooth:.4f}{self.val}"
         if row["seconds"] > self.began_seconds:
             rate = (row["tokens"] - self.began_tokens) / (row["seconds"] - self.began_seconds)
@@ -86,6 +91,12 @@ class Reporter:
         if not console.is_terminal and (step % self.every == 0 or step == self.steps):
             left = (time.perf_counter() - self.began) / max(step - self.first - 1, 1) * (self.steps - step)
             console.print(f"{self.name} {step}/{self.steps}: {info}, {left:.0f} s left")
+
+    def _take(self, row: dict[str, Any]) -> None:
+        """The running mean of the loss, and the last validation loss."""
+        self.smooth = row["loss"] if self.smooth is None else 0.95 * self.smooth + 0.05 * row["loss"]
+        if "val_loss" in row:
+            self.val = f", val {row['val_loss']:.4f}"
 
 
 def bytes_table(name: str, sizes: dict[str, int]) -> Table:
@@ -139,9 +150,38 @@ def results_rows(results: list[Result]) -> list[list[str]]:
     return rows
 
 
-def results_table(results: list[Result]) -> Table:
-    header, *rows = results_rows(results)
-    table = Table(title="Results", title_justify="left")
+LESS = ("ms/step", "train loss", "weights", "peak GPU memory", "lr")
+"""Columns that a narrow console goes without, in this order."""
+
+
+def _width(rows: list[list[str]]) -> int:
+    """Characters in a line of the table: a bar and two blanks for each column, and a bar."""
+    cells = (max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*rows, strict=True))
+    return sum(cell + 3 for cell in cells) + 1
+
+
+def fitted(rows: list[list[str]], width: int) -> list[list[str]]:
+    """Rows of a table that fits: headers and percentages in lines of their own first, then fewer columns."""
+    if _width(rows) <= width:
+        return rows
+    header, *others = rows
+    rows = [[cell.replace(" ", "\n") for cell in header]]
+    rows += [[cell.replace(" (", "\n(") for cell in row] for row in others]
+    for name in LESS:
+        if _width(rows) > width and name in header:
+            place = header.index(name)
+            header = header[:place] + header[place + 1 :]
+            rows = [row[:place] + row[place + 1 :] for row in rows]
+    return rows
+
+
+def results_table(results: list[Result], width: int | None = None) -> Table:
+    """The results, in a table for a console of this width (None: that of this process)."""
+    whole = results_rows(results)
+    header, *rows = fitted(whole, console.width if width is None else width)
+    left_out = [name for name in whole[0] if name not in {cell.replace("\n", " ") for cell in header}]
+    caption = f"not shown here: {', '.join(left_out)} (result.json has all)" if left_out else None
+    table = Table(title="Results", title_justify="left", caption=caption, caption_justify="left")
     for column in header:
         table.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
     for row in rows:

@@ -401,6 +401,7 @@ class Run:
         return metrics
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_metrics(folder: Path, steps: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a run's metrics, of its first `steps` steps."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[:steps]]

@@ -14,7 +14,7 @@ from lowrank_optim.planner.models import ModelChoice, resolve_model
 from lowrank_optim.planner.parametrizations import KEEP_WEIGHTS, ParametrizationChoice, resolve_parametrization
 from lowrank_optim.planner.simulation import sharding
 from lowrank_optim.planner.simulation.allocator import reserved_peak, rules_for
-from lowrank_optim.planner.simulation.pretend import bare
+from lowrank_optim.planner.simulation.pretend import EFFICIENT_TAKES_GROUPS, bare
 from lowrank_optim.planner.simulation.simulate import DataInForward, Run, Setting, simulate
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -204,6 +204,10 @@ def assumptions(setting: Mapping[str, Any], on_gpu: bool) -> tuple[str, ...]:
     said = []
     if on_gpu:
         said.append("attention by the flash or memory-efficient kernel, which keep no scores")
+        if setting["dtype"] not in ("bfloat16", "float16") and not EFFICIENT_TAKES_GROUPS:
+            said.append(
+                "attention with fewer heads of key and value by the math kernel, which keeps scores (torch before 2.14)"
+            )
         said.append("a CUDA context of 512 MiB, a cuBLAS workspace of 32 MiB, allocations in multiples of 512 bytes")
     if setting["world_size"] > 1 and not setting["fsdp"]:
         said.append("DDP's buckets: a second copy of all gradients")

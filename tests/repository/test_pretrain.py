@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import lowrank_optim as lo
 from tests.oracles.processes import Child
@@ -21,7 +23,8 @@ sys.path.insert(0, str(EXAMPLES))
 import pretrain  # noqa: E402
 from pretraining import page  # noqa: E402
 from pretraining.configs import SIZES, build_model  # noqa: E402
-from pretraining.run import Run  # noqa: E402
+from pretraining.report import results_table  # noqa: E402
+from pretraining.run import CUDA_PEAK, Result, Run  # noqa: E402
 
 pytestmark = pytest.mark.long
 
@@ -95,6 +98,72 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers(what, tmp_path):
     undisturbed.finish()
     finish_afresh(broken, *arguments, "--resume")
     assert rows(broken) == rows(whole)
+
+
+def test_a_resumed_run_shows_what_the_undisturbed_one_shows_and_the_stopped_one_says_how_to_go_on(
+    tmp_path, capsys, monkeypatch
+):
+    def shown():
+        """Running mean and last validation loss of every step, by its number."""
+        found = re.findall(r"^adamw (\d+)/14: (loss [\d.]+(?:, val [\d.]+)?)", capsys.readouterr().out, re.MULTILINE)
+        return dict(found)
+
+    arguments = ["--optimizer", "adamw", "--steps", "14", "--log-every", "1", "--validate-every", "4"]
+    run(*arguments, "--out", str(tmp_path / "whole"))
+    undisturbed = shown()
+    save = Run._save
+
+    def stop(self, *args):
+        save(self, *args)
+        if self.step == 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_save", stop)
+    monkeypatch.setattr(sys, "argv", ["examples/pretrain.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments, "--overwrite", "--out", str(tmp_path / "broken"))
+    assert stopped.value.code == 130
+    streams = capsys.readouterr()
+    last = streams.err.strip().splitlines()[-1].strip()
+    assert last == pretrain.shlex.join(
+        ["python", "examples/pretrain.py", *SMALL, *arguments, "--out", str(tmp_path / "broken"), "--resume"]
+    )
+    monkeypatch.setattr(Run, "_save", save)
+    run(*arguments, "--out", str(tmp_path / "broken"), "--resume")
+    resumed = shown()
+    assert list(resumed) == ["11", "12", "13", "14"]
+    assert resumed == {step: undisturbed[step] for step in resumed}
+
+
+def results(*names: str) -> list[Result]:
+    sizes = {"weights": 3_478_016, "gradients": 3_478_016, "state: exp_avg": 2_600_000}
+    peak = {CUDA_PEAK: 21_234_567_890}
+    rows = [
+        Result(name, 1.6e-2, 800, 1_638_400, 1.2345, 1.358 + i / 100, 91.0, sizes, peak) for i, name in enumerate(names)
+    ]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("width", "missing"),
+    [
+        (140, []),
+        (100, []),
+        (80, ["ms/step"]),
+        (60, ["ms/step", "train loss", "peak GPU memory"]),
+        (46, ["ms/step", "train loss", "peak GPU memory", "lr"]),
+    ],
+)
+def test_the_table_of_results_is_not_cut_on_a_narrow_console(width, missing):
+    file = io.StringIO()
+    Console(file=file, width=width).print(results_table(results("adamw", "galore_adafactor"), width))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for number in ("galore_adafactor", "1.3680", "(+0.7 %)", "2.48 MiB", "(100 %)"):
+        assert number in text
+    note = " ".join(text.partition("not shown here:")[2].split())
+    assert set(note.partition(" (result.json")[0].split(", ")) == set(missing or [""])
 
 
 def test_a_comparison_that_is_killed_continues_its_second_run_and_leaves_the_first(tmp_path):

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_optim.planner.simulation import shapes
+from lowrank_optim.planner.simulation.replay import Replays, repeated
 from lowrank_optim.planner.simulation.shapes import META
 from lowrank_optim.planner.simulation.timeline import Block, Moment, Timeline
 from lowrank_optim.step.nonfinite import SkippedUpdates
@@ -112,6 +113,11 @@ class Recorder(TorchDispatchMode):
         block = self._blocks[key] = Block(size, self.moment.layer, self._in_forward())
         self.timeline.events.append((block, True, self.moment))
         weakref.finalize(storage, self._freed, key)
+
+    def block_of(self, tensor: Tensor) -> Block | None:
+        """The record of a tensor's storage, if there is one."""
+        with torch._C.DisableTorchFunction():
+            return self._blocks.get(tensor.untyped_storage()._cdata)
 
     def _in_forward(self) -> bool:
         """Whether this is a forward pass; those that a checkpoint repeats within backward enable gradients, backward does not."""
@@ -261,6 +267,10 @@ def _target(args: Sequence[Any], kwargs: dict[str, Any]) -> torch.device | None:
     return None
 
 
+EFFICIENT_TAKES_GROUPS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
+"""Whether memory-efficient attention takes fewer heads of key and value than of the query (pytorch/pytorch#191085)."""
+
+
 def attention(
     device: str,
     query: Tensor,
@@ -274,9 +284,11 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention by the kernel that torch chooses on the device, so that what it keeps for backward is counted.
 
-    On accelerators: flash attention for 16-bit types without a mask, memory-efficient attention otherwise; neither forms the scores.
-    On the CPU: its flash kernel. All for 4-D inputs with head sizes up to 256; anything else is torch's own choice for meta tensors,
-    which forms the scores.
+    On accelerators, as aten/src/ATen/native/transformers/cuda/sdp_utils.cpp chooses: flash attention for 16-bit types without a mask,
+    memory-efficient attention otherwise; neither forms the scores. Where key and value have fewer heads than the query (groups),
+    flash attention takes them with `enable_gqa`, and memory-efficient attention from torch 2.14 on (`EFFICIENT_TAKES_GROUPS`); the
+    math kernel, which is left before, repeats the heads and forms the scores. On the CPU: its flash kernel. All for 4-D inputs with
+    head sizes up to 256; anything else is torch's own choice for meta tensors, the math kernel.
     """
     plain = (
         query.dim() == 4
@@ -284,9 +296,9 @@ def attention(
         and (attn_mask is None or attn_mask.dim() in (2, 4))
     )
     causal = {"is_causal": is_causal, "scale": scale}
-    masked = attn_mask is not None and device != "cpu"  # where no kernel takes groups
-    if enable_gqa and plain and masked and (groups := query.shape[1] // key.shape[1]) > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    flash = query.dtype in (torch.float16, torch.bfloat16) and attn_mask is None and query.shape[-1] % 8 == 0
+    if plain and device != "cpu" and not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        plain = enable_gqa and (flash or EFFICIENT_TAKES_GROUPS)
     if not plain or (device == "cpu" and dropout_p > 0.0):
         return _undisguised(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if (
@@ -298,7 +310,7 @@ def attention(
             query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
         return out
-    if query.dtype in (torch.float16, torch.bfloat16) and attn_mask is None and query.shape[-1] % 8 == 0:
+    if flash:
         out = _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, **causal)[0]
         return out
     bias = None
@@ -373,4 +385,6 @@ def pretend(device: torch.device) -> Iterator[Recorder]:
         stack.enter_context(_replaced(torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor))
         for replacement in _for_wrappers(device):
             stack.enter_context(replacement)
+        replays = Replays(recorder.timeline, lambda: recorder.moment, recorder.block_of)
+        stack.enter_context(repeated(replays, _replaced))
         yield recorder
