@@ -338,7 +338,7 @@ class _Driver:
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return -1  # no real one: kernels are kept by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -347,7 +347,7 @@ class _Driver:
 @contextmanager
 def launched_by_nobody() -> Iterator[None]:
     """On CPU tensors, everything that Triton's backend does on a GPU, but for the last call: nothing runs."""
-    real, compile_ = dispatch._try, triton.compiler.compile
+    real, compile_, driver = dispatch._try, triton.compiler.compile, triton.runtime.driver._active
     ways: dict[str, Any] = {"triton": Loaded(frozenset({"cpu"}), TRITON), "torch": real("torch")}
     dispatch._try = cache(lambda name: ways.get(name, Unavailable("not asked for")))
     triton.compiler.compile = lambda *_, **__: _Compiled()
@@ -357,7 +357,7 @@ def launched_by_nobody() -> Iterator[None]:
     try:
         yield
     finally:
-        dispatch._try, triton.compiler.compile = real, compile_
+        dispatch._try, triton.compiler.compile, triton.runtime.driver._active = real, compile_, driver
         if chosen is not None:
             os.environ[dispatch.VARIABLE] = chosen
         dispatch.forget()

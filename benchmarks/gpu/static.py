@@ -1,7 +1,7 @@
 """What can be known of a GPU without one: every kernel of a LLaMA-7B step in machine code, and an estimate of the step.
 
     python benchmarks/gpu/static.py                   # four architectures; writes benchmarks/results/gpu_static.json in a few minutes
-    python benchmarks/gpu/static.py --capability 89   # one of them, anew
+    python benchmarks/gpu/static.py --capability 89   # one of them anew, or with --cuda the CUDA kernels alone
     python benchmarks/gpu/static.py --measure         # on a GPU: the same launches, measured beside the estimate
 
 Triton's kernels are compiled as a step would (`lowrank_optim/kernels/triton/ahead.py`), those of csrc/cuda by nvcc where it is on the
@@ -32,9 +32,9 @@ import torch
 LOCAL = Path(__file__).resolve().parent
 sys.path[:0] = [str(LOCAL), str(LOCAL.parent)]
 
+import common  # noqa: E402
 import launches  # noqa: E402
 import tables  # noqa: E402
-from common import write  # noqa: E402
 from launches import METHODS, SEVEN_B, SLTRAIN, Work  # noqa: E402
 from limits import GPUS, Gpu, occupancy  # noqa: E402
 
@@ -87,18 +87,41 @@ def cuda_kernels(capability: int) -> list[dict[str, Any]]:
     return read_ptxas(log, capability)
 
 
+def names_in(mangled: str) -> list[str]:
+    """The names in a mangled one, each of which stands behind its length."""
+    found, at = [], 0
+    while (length := re.compile(r"\d+").search(mangled, at)) is not None:
+        at = length.end() + int(length[0])
+        found.append(mangled[length.end() : at])
+    return found
+
+
 def read_ptxas(log: str, capability: int) -> list[dict[str, Any]]:
     """What `ptxas -v` says of each kernel."""
     found = []
     for part in log.split("Compiling entry function '")[1:]:
-        names = re.findall(r"\d+((?:over_|Many|[A-Z])[A-Za-z_]+?)(?=I|E|N|v)", part.partition("'")[0])
-        spilled = [int(size) for size in re.findall(r"(\d+) bytes spill", part)[:2]]
+        spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill", part)[:2])
         registers = re.search(r"Used (\d+) registers", part)
         assert registers is not None, part
-        row = of_code(capability, int(registers[1]), sum(spilled), 0.0, CUDA_THREADS)
-        faults = [f"spills {sum(spilled)} bytes"] if sum(spilled) else []
-        found.append({"kernel": " ".join(dict.fromkeys(names)), **row, "faults": faults})
+        _, *names = names_in(part.partition("'")[0])  # without that of the namespace
+        row = {"kernel": " ".join(names), **of_code(capability, int(registers[1]), spilled, 0.0, CUDA_THREADS)}
+        found.append(row | {"faults": [f"spills {spilled} bytes"] if spilled else []})
     return found
+
+
+def said(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The faults of kernels, taken out of their rows, in one list."""
+    wrong = [f"{row['kernel']} {fault}" for row in rows for fault in row.pop("faults")]
+    for error in wrong:
+        print(f"  ERROR: {error}", flush=True)
+    return wrong
+
+
+def cuda_anew(found: dict[str, Any], capability: int) -> dict[str, Any]:
+    """The results of an architecture, with the CUDA kernels compiled again."""
+    rows = cuda_kernels(capability)
+    old = [error for error in found["errors"] if not error.startswith("over_")]
+    return found | {"cuda": rows, "errors": old + said(rows)}
 
 
 # The estimate -----------------------------------------------------------------------------------------------------------------------
@@ -148,10 +171,7 @@ def of_capability(capability: int, host: dict[str, float]) -> dict[str, Any]:
     kernels = triton_kernels(variants, capability)
     cuda = cuda_kernels(capability)
     print(f"sm_{capability}: {len(kernels)} Triton kernels, {len(cuda)} CUDA kernels", flush=True)
-    wrong = [f"{row['kernel']} {fault}" for row in (*kernels, *cuda) for fault in row.pop("faults")]
-    for error in wrong:
-        print(f"  ERROR: {error}", flush=True)
-    found: dict[str, Any] = {"triton": kernels, "cuda": cuda, "errors": wrong}
+    found: dict[str, Any] = {"triton": kernels, "cuda": cuda, "errors": said([*kernels, *cuda])}
     if capability in ESTIMATED:
         found["gpu"] = {"name": gpu.name, "bytes_per_second": gpu.bytes, "flops_per_second": gpu.flops}
         found["estimates"] = {name: estimate(steps[name], gpu, host[name]) for name in ALL}
@@ -257,7 +277,7 @@ def measure() -> None:
                 f"    {kernel}: {1e3 * pair['measured_seconds']:.2f} ms, {1e3 * pair['roofline_seconds']:.2f} by its roofline"
             )
         torch.cuda.empty_cache()
-    write("gpu_measured", results)
+    common.write("gpu_measured", results)
 
 
 def main() -> int:
@@ -265,13 +285,24 @@ def main() -> int:
     parser.add_argument(
         "--capability", type=int, choices=GPUS, help="one architecture, beside what is written of the others"
     )
+    parser.add_argument(
+        "--cuda", action="store_true", help="the CUDA kernels anew, beside what is written of the others"
+    )
     parser.add_argument("--measure", action="store_true", help="on the GPU that is here")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="where --measure writes")
     args = parser.parse_args()
     if args.measure:
         if not torch.cuda.is_available():
             raise SystemExit("there is no GPU here to measure")
+        common.RESULTS = args.out
         measure()
         return 0
+    if args.cuda:
+        content = tables.results("gpu_static")
+        old = content["architectures"]
+        content["architectures"] = {key: cuda_anew(found, int(key)) for key, found in old.items()}
+        common.write("gpu_static", content)
+        return int(any(found["errors"] for found in content["architectures"].values()))
     host = {name: launches.host_seconds(name, GPUS[90]) for name in ALL}
     for name, seconds in host.items():
         print(f"host: {name}: {1e6 * seconds:.1f} µs a launch", flush=True)
@@ -279,7 +310,7 @@ def main() -> int:
     for capability in [args.capability] if args.capability else reversed(GPUS):
         results[str(capability)] = of_capability(capability, host)
         content = {"note": NOTE, "model": vars(SEVEN_B), "host_seconds_per_launch": host, "architectures": results}
-        write("gpu_static", content)
+        common.write("gpu_static", content)
     return int(any(found["errors"] for found in results.values()))
 
 
