@@ -350,11 +350,14 @@ class Tile:
     stages: int
 
 
-def project_tile(lines: int, rank: int, halved: bool, kib: int) -> Tile:
-    """Tiles 128 wide; a stage of 128 × 64 bfloat16 and two 64 × 128 is 48 KiB, one of float32 at half the depth 32 KiB."""
+def project_tile(lines: int, rank: int, halved: bool, norms: bool, kib: int) -> Tile:
+    """Tiles 128 wide; a stage of 128 × 64 bfloat16 and two 64 × 128 is 48 KiB, one of float32 at half the depth 32 KiB.
+
+    Sums of squares take registers beside the operands, which lie in them before Hopper: the full depth would spill.
+    """
     tall = halved or kib >= 220
     rows, cols = min(128 if tall else 64, max(16, power_of_two(lines))), min(128, max(16, power_of_two(rank)))
-    depth = 64 if halved and kib >= 160 else 32
+    depth = 64 if halved and kib >= (220 if norms else 160) else 32
     stages = 4 if kib >= 220 and halved else 3 if kib > 64 else 2
     return Tile(rows, cols, depth, 8 if rows * cols >= 64 * 128 else 4, stages)
 
@@ -388,7 +391,7 @@ def _projected(grad: Tensor, basis: Tensor, right: bool, norms: bool) -> Any:
     high, low = (
         (b, None) if grad.dtype != torch.bfloat16 else (b.bfloat16(), None) if precision == "medium" else halves(b)
     )
-    tile = project_tile(lines, rank, grad.dtype == torch.bfloat16, shared_kib(grad))
+    tile = project_tile(lines, rank, grad.dtype == torch.bfloat16, norms, shared_kib(grad))
     count = parts(lines, rank, depth, batch, tile, processors(grad))
     part = -(-depth // (count * tile.depth)) * tile.depth
     count = -(-depth // part)
