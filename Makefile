@@ -16,7 +16,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(
 # A run in the folder is continued, or with ARGS=--overwrite deleted.
 RESUME := $(if $(filter --overwrite,$(ARGS)),,--resume)
 
-.PHONY: setup check test test-all matrix integrations lint docs dist dist-check pretrain clean
+.PHONY: setup check test test-all matrix integrations lint docs dist dist-check pretrain seven-b clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -74,6 +74,9 @@ dist-check: $(READY)   ## what `make dist` built installs and runs: the wheels w
 
 pretrain: $(READY)   ## the main job: a small LLaMA on real text, GaLoreAdamW beside AdamW
 	$(BIN)/python examples/pretrain.py --compare adamw,galore --out runs/pretrain $(RESUME) $(ARGS)
+
+seven-b: $(READY)   ## LLaMA-7B, trained in the memory of a machine with 24 GB and no GPU; hours. ARGS="--only qgalore --steps 3"
+	$(BIN)/python benchmarks/seven_b_cpu.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-* build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,8 +5,9 @@
     python benchmarks/seven_b_cpu.py --only adamw                      # the largest LLaMA that AdamW fits into the same memory
     python benchmarks/seven_b_cpu.py --model 60m --length 64 --steps 4 # the whole path on a small model
 
-bfloat16 weights, rank 1024, activation checkpointing, updates in backward, one sequence of 2048 bytes of the standard library's
-source a step, as token ids of a vocabulary of 32,000. The gap between refreshes is 10, staggered.
+bfloat16 weights, rank 1024, activation checkpointing, updates in backward, one sequence of `--length` bytes of the standard library's
+source a step, as token ids of a vocabulary of 32,000. The gap between refreshes is 10, staggered. On a processor without units for
+bfloat16, linear layers multiply in float32, a tile of the weight at a time: torch's own products are eight times slower there.
 
 Memory is what the operating system says the process has (resident memory, a thread reads it every 50 ms), less what it had before
 the model was built: interpreter and libraries. The plan is the planner's peak for the CPU. A run is refused where the machine has
@@ -18,7 +19,6 @@ continues it. Each run writes benchmarks/results/seven_b_cpu_NAME.json; that of 
 """
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -37,6 +37,7 @@ sys.path[:0] = [str(LOCAL), str(LOCAL / "gpu"), str(LOCAL.parent / "examples")]
 import torch  # noqa: E402
 from common import write  # noqa: E402
 from pretraining.configs import SIZES, build_model  # noqa: E402
+from pretraining.host import available, fast_products, give_blocks_back, resident  # noqa: E402
 from seven_b import DESCENDING, VOCABULARY, fields, text_batches  # noqa: E402
 
 import lowrank_optim as lo  # noqa: E402
@@ -45,7 +46,6 @@ from lowrank_optim.planner.parametrizations import resolve_parametrization  # no
 from lowrank_optim.planner.simulation.allocator import GIB  # noqa: E402
 
 GAP, RANK, DENSITY = 10, 1024, 0.05
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, THRESHOLD = -1, -3, 1 << 20
 LOW_RANK = {"rank": RANK, "update_proj_gap": GAP}
 RUNS: dict[str, dict[str, Any]] = {
     "galore_8bit": {"optimizer": ("galore_8bit", LOW_RANK), "lr": 1e-3},
@@ -61,28 +61,6 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 # Memory of this process -------------------------------------------------------------------------------------------------------
-
-
-def give_blocks_back() -> None:
-    """Let freed blocks of a megabyte and more go back to the system at once."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt") or not libc.mallopt(M_MMAP_THRESHOLD, THRESHOLD):
-        print("this is not glibc: its allocator may keep memory that was freed")
-        return
-    libc.mallopt(M_TRIM_THRESHOLD, THRESHOLD)
-    print(f"glibc's allocator gives blocks from {THRESHOLD >> 20} MB on back to the system")
-
-
-def resident() -> int:
-    """Bytes of memory that the process has, without files that are only mapped."""
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
-
-
-def available() -> int:
-    """Bytes that the machine has for another process."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 class Resident:
@@ -141,7 +119,7 @@ def train(run: dict[str, Any], size: str, length: int, steps: int, folder: Path 
     memory = Resident()
     losses: list[float] = []
     seconds: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
-    with memory.watched():
+    with memory.watched(), fast_products(torch.device("cpu"), torch.bfloat16):
         began = time.perf_counter()
         model, optimizer = build(run, size, length)
         seconds_to_build = time.perf_counter() - began
@@ -231,8 +209,8 @@ def main() -> None:
     )
     parser.add_argument("--note", default="", help="what else the machine did, for the JSON")
     args = parser.parse_args()
-    give_blocks_back()
-    run, free = RUNS[args.only], available()
+    print(give_blocks_back())
+    run, free = RUNS[args.only], available() or 0
     size = args.model or ("7b" if run.get("in_backward", True) else choose_size(run, args.length, free))
     plan = predict(run, size, args.length)
     print(f"{args.only}, {size}: {plan.peak_bytes / GIB:.2f} GiB planned, {free / GIB:.2f} GiB free", flush=True)
@@ -254,7 +232,7 @@ def main() -> None:
         "error_of_plan": error,
     }
     results |= {"run": json.loads(json.dumps(run)), **found}
-    if args.model is None and args.length == 2048:
+    if args.model is None:
         write(f"seven_b_cpu_{args.only}", results)
 
 

@@ -6,6 +6,7 @@
     python examples/pretrain.py --sweep adamw,galore --out runs/sweep      # a learning-rate grid for each
     python examples/pretrain.py --compare adamw,galore --out runs/a --report report.html    # curves, memory, settings: one page
     python examples/pretrain.py --config 7b --budget 24GiB                 # 7B on one card; without a GPU, the plan
+    python examples/pretrain.py --config 7b --budget 24GiB --device cpu    # really, in the host's memory: minutes a step
     python examples/pretrain.py --config 7b --budget 16GiB --optimizer qgalore
     python examples/pretrain.py --parametrization sltrain --rank 32 --density 0.05       # sparse plus low-rank layers
     python examples/pretrain.py --config 7b --parametrization sltrain --density 0.05 --budget 24GiB
@@ -29,6 +30,7 @@ from typing import Any, NoReturn
 try:  # before torch, see pretraining/__init__.py
     from pretraining.budget import Budget, plan_run, preset, refusal
     from pretraining.configs import SIZES, build_model
+    from pretraining.host import available, give_blocks_back
     from pretraining.page import check_target, write_page
     from pretraining.report import (
         Reporter,
@@ -354,9 +356,16 @@ def within_budget(args: argparse.Namespace, configs: list[Config], device: torch
         found = plan_run(config, vocabulary, torch.device("cuda") if dry else device)
         if not found.fits(budget.size):
             raise RunError("--budget\n\n" + refusal(config, vocabulary, budget.size, found))
+        if device.type == "cpu" and not dry and (free := available()) is not None and free < found.peak_bytes:
+            raise RunError(
+                f"--budget: the run takes {found.peak_bytes / 2**30:.1f} GiB, but the machine has {free / 2**30:.1f} GiB free; "
+                "end other programs, or take a smaller --config"
+            )
         console.print(describe_plan(found, budget.size))
     if device.type == "cuda":
         budget.limit(device)
+    elif device.type == "cpu" and not dry:
+        console.print(give_blocks_back())
     if dry:
         console.print("\nThere is no GPU here, so this was a dry run; --device cpu trains on the CPU.")
 

@@ -28,8 +28,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Tensors and plain containers only: nothing in the file is executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Tensors and plain containers only: nothing in the file is executed. A tensor is read when it is copied, but on Windows."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
 
 
 def random_state() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pretraining.baselines import BASELINES
 from pretraining.configs import build_model
 from pretraining.data import FileBatches, StreamedBatches
 from pretraining.folder import write_atomically
+from pretraining.host import fast_products
 from pretraining.layers import parametrize
 
 Batches = FileBatches | StreamedBatches
@@ -269,7 +270,7 @@ class Run:
         if within_step is not None and isinstance(optimizer, lo.LowRankOptimizer):
             lo.watch_step(optimizer, within_step)
         scheduler = LambdaLR(optimizer, schedule(config))
-        with self._resume(model, optimizer, scheduler) as metrics:
+        with self._resume(model, optimizer, scheduler) as metrics, fast_products(self.device, DTYPES[config.dtype]):
             while self.step < config.steps:
                 began = time.perf_counter()
                 lr = scheduler.get_last_lr()[0]
