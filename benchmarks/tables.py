@@ -244,6 +244,48 @@ def rule_step() -> str:
     return table(["rule", "÷ fused AdamW"], ([f"`{name}`", f"{ratio:.2f}"] for name, ratio in rows.items()))
 
 
+def gpu_kernels() -> str:
+    """What the kernels of a 7B step take of a GPU, by their machine code: the most of any variant, the least for occupancy."""
+    rows = []
+    for capability, found in sorted(results("gpu_static")["architectures"].items()):
+        for kernel in sorted({row["kernel"] for row in found["triton"]}):
+            variants = [row for row in found["triton"] if row["kernel"] == kernel]
+            counts = [sum(row["tensor_core"].values()) for row in variants]
+            rows.append(
+                [
+                    f"sm_{capability} `{kernel.removesuffix('_kernel')}`",
+                    str(len(variants)),
+                    *(f"{max(row[key] for row in variants):g}" for key in ("registers", "spilled_bytes", "shared_kib")),
+                    f"{min(row['occupancy'] for row in variants):.0%}",
+                    str(min(counts)),
+                ]
+            )
+    heads = ["variants", "registers", "bytes spilled", "shared KiB", "occupancy", "tensor-core instructions"]
+    return table(["kernel", *heads], rows)
+
+
+def gpu_estimate() -> str:
+    """Estimated seconds of a 7B step on two GPUs."""
+    found = results("gpu_static")["architectures"]
+    first, second = (found[key] for key in ("89", "90"))
+    rows = []
+    for name, row in first["estimates"].items():
+        other = second["estimates"][name]
+        rows.append(
+            [
+                name,
+                f"{row['kernel_launches']:,}",
+                f"{row['torch_operations']:,}",
+                f"{row['bytes'] / 1e9:,.0f}",
+                f"{row['flops'] / 1e12:,.1f}",
+                f"{1e3 * row['host_seconds']:,.0f}",
+                *(f"{1e3 * each['device_seconds']:,.0f}" for each in (row, other)),
+            ]
+        )
+    names = (f"{each['gpu']['name']}, ms (estimate)" for each in (first, second))
+    return table(["step", "our kernels", "torch's", "GB", "Tflop", "host, ms", *names], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "memory-7b-short": memory_7b_short,
     "memory-7b": memory_7b,
@@ -260,6 +302,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "in-backward": in_backward,
     "sweep": sweep,
     "rule-step": rule_step,
+    "gpu-kernels": gpu_kernels,
+    "gpu-estimate": gpu_estimate,
 }
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under nine minutes: tests marked gpu, benchmarks/step_time.py, benchmarks/kernels.py.
+# Everything that needs a GPU, in about ten minutes: tests marked gpu, benchmarks/step_time.py, benchmarks/kernels.py, and the steps of
+# benchmarks/gpu/static.py, measured beside their estimate.
 #
 #     bash benchmarks/gpu/run.sh                  from anywhere; installs nothing, and uses the Python that PYTHON names
 #
@@ -66,6 +67,7 @@ if [ -f benchmarks/step_time.py ]; then
     find benchmarks/results -name 'step*time*.json' -newer "$OUT/tests-gpu.log" -exec cp {} "$OUT" \;
   fi
 fi
+part estimate 120 "$PYTHON" benchmarks/gpu/static.py --measure --out "$OUT"
 part kernels 140 "$PYTHON" benchmarks/kernels.py --seconds 90 --rounds 10 --out "$OUT"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -208,6 +209,18 @@ def test_nvcc_compiles_for_every_target(compiled_for_all):
     library = open_library(str(compiled_for_all))
     assert library.build_info.startswith("nvcc")
     assert not library.on_host
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_no_kernel_spills(compiled_for_all):
+    tool = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
+    command = [tool, "-res-usage", str(compiled_for_all)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stacks = re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+)", said)
+    assert len(stacks) >= len(TARGETS) * 11
+    # The sine of float64 has an array for large angles.
+    assert not [name for name, stack in stacks if int(stack) and "Gaussian" not in name]
 
 
 @pytest.mark.slow

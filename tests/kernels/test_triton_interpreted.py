@@ -237,7 +237,7 @@ def test_tiles_of_wide_strides_use_64_bit_offsets_within():
     """Rows 2²⁵ elements apart: the last of a tile's 128 is beyond 2³¹ from its first."""
     assert 128 * 2**25 >= 2**31
     seen = []
-    launching.record(lambda kernel, args, options: seen.append(options))
+    launching.record(lambda kernel, grid, args, options: seen.append(options))
     try:
         for step in (2**12, 2**25):
             weight = torch.empty(step + 40, dtype=BF16).as_strided((2, 40), (step, 1))

@@ -4,11 +4,13 @@ The recorded arguments are specialised as Triton's launcher does (multiples of 1
 Not for a process with TRITON_INTERPRET=1, whose kernels are Python functions.
 """
 
+import io
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,12 @@ from lowrank_optim.kernels.triton import launching
 TARGETS = (80, 86, 89, 90)
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
 """Shared memory that a program may have, by compute capability."""
+
+PRODUCTS = frozenset({"project_kernel", "apply_kernel", "sparse_kernel", "sampled_kernel"})
+"""Kernels that multiply matrices: for tensor cores."""
+
+_TENSOR_CORE = re.compile(rb"\b(?:H|HG|I|IG|Q|QG|D|B)MMA\b")
+"""Instructions of the machine code that are for tensor cores: HMMA, and HGMMA of Hopper, and those of other types."""
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -51,7 +59,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Built:
-    """A cubin and what it takes: registers of a thread, bytes of its stack (for registers that spill), KiB of shared memory."""
+    """A cubin and what it takes.
+
+    shared_kib: shared memory of a program.
+    registers: of a thread.
+    spilled: bytes that a thread's instructions store to memory and load again for want of registers.
+    stack: bytes of a thread's memory: for what is spilled, and arrays of library functions.
+    The last three are None where ptxas does not say them.
+    """
 
     variant: Variant
     capability: int
@@ -59,12 +74,23 @@ class Built:
     shared_kib: float
     registers: int | None
     spilled: int | None
+    stack: int | None
+
+    @property
+    def threads(self) -> int:
+        """Of a program."""
+        return 32 * int(dict(self.variant.options)["num_warps"])
 
 
-def _describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Variant:
-    values = dict(zip(kernel.arg_names, args, strict=False)) | {
-        name: value for name, value in options.items() if name in kernel.arg_names
-    }
+def named(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a launch by name, constants included."""
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    return dict(zip(kernel.arg_names, args, strict=False)) | constants
+
+
+def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Variant:
+    """What Triton would compile for a launch."""
+    values = named(kernel, args, options)
     signature, constants, aligned = {}, {}, []
     for place, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
@@ -87,44 +113,73 @@ def _describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Va
 
 
 @contextmanager
-def recorded(kib: int = 227) -> Iterator[list[Variant]]:
-    """The launches of everything that is called inside, on a device with so much shared memory; nothing runs."""
-    found: dict[Variant, None] = {}
-    shared = launching._shared_kib
+def handed_to(recorder: launching.Recorder, kib: int, processors: int | None = None) -> Iterator[None]:
+    """Every launch inside goes to `recorder`, as on a device with so much shared memory and so many multiprocessors; none runs."""
+    before = launching._shared_kib, launching._processors
     launching._shared_kib = lambda device: kib  # type: ignore[assignment]
-    launching.record(lambda kernel, args, options: found.setdefault(_describe(kernel, args, options)))
-    variants: list[Variant] = []
+    if processors is not None:
+        launching._processors = lambda device: processors  # type: ignore[assignment]
+    launching.record(recorder)
     try:
-        yield variants
+        yield
     finally:
         launching.record(None)
-        launching._shared_kib = shared
-        variants.extend(found)
+        launching._shared_kib, launching._processors = before
+
+
+@contextmanager
+def recorded(kib: int = 227) -> Iterator[list[Variant]]:
+    """The different launches of everything that is called inside, see `handed_to`."""
+    found: dict[Variant, None] = {}
+    variants: list[Variant] = []
+    with handed_to(lambda kernel, grid, args, options: found.setdefault(describe(kernel, args, options)), kib):
+        try:
+            yield variants
+        finally:
+            variants.extend(found)
 
 
 def build(variant: Variant, capability: int) -> Built:
-    """Compile one variant to a cubin."""
+    """Compile one variant to a cubin, whatever Triton's cache holds: what ptxas says of it is in no cache."""
     attributes = {(place,): [["tt.divisibility", 16]] for place in variant.aligned}
     source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
-    cubin = made.asm["cubin"]
-    registers, spilled = _resources(cubin)
-    return Built(variant, capability, cubin, made.metadata.shared / 1024, registers, spilled)
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(io.StringIO()) as said:
+        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(variant.options))
+    return Built(variant, capability, made.asm["cubin"], made.metadata.shared / 1024, *_resources(said.getvalue()))
 
 
-def _resources(cubin: bytes) -> tuple[int | None, int | None]:
-    """Registers and stack of a thread, from the cuobjdump that comes with triton."""
+def _resources(log: str) -> tuple[int | None, int | None, int | None]:
+    """Registers, spilled bytes and stack of a thread, from what ptxas says."""
+    used = re.search(r"Used (\d+) registers", log)
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = int(used[1]) if used else None
+    return (registers, None, None) if frame is None else (registers, int(frame[2]) + int(frame[3]), int(frame[1]))
+
+
+def tensor_core_instructions(cubin: bytes) -> dict[str, int] | None:
+    """How many instructions for tensor cores the machine code has, by name; None without the nvdisasm that comes with triton."""
     try:
-        tool = triton.knobs.nvidia.cuobjdump.path
+        tool = triton.knobs.nvidia.nvdisasm.path
     except (AttributeError, RuntimeError):
-        return None, None
+        return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [tool, "-res-usage", str(path)]
-        said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
-    registers, stack = re.search(r"REG:(\d+)", said), re.search(r"STACK:(\d+)", said)
-    return (int(registers[1]) if registers else None), (int(stack[1]) if stack else None)
+        code = subprocess.run([tool, "-c", str(path)], capture_output=True, check=True).stdout
+    return dict(Counter(name.decode() for name in _TENSOR_CORE.findall(code)))
+
+
+def faults(built: Built) -> list[str]:
+    """What must not be: more shared memory than there is, registers that spill, a product without tensor cores."""
+    found = []
+    if built.shared_kib > SHARED_KIB[built.capability]:
+        found.append(f"takes {built.shared_kib} KiB of shared memory")
+    if built.spilled:
+        found.append(f"spills {built.spilled} bytes")
+    if built.variant.name in PRODUCTS and tensor_core_instructions(built.cubin) == {}:
+        found.append("has no instruction for tensor cores")
+    return found
 
 
 def variants_of(calls: list[Callable[[], object]], capability: int) -> list[Variant]:

@@ -16,13 +16,13 @@ INTERPRETED_PROCESSORS = 8
 """How many multiprocessors the interpreter pretends to have: enough that its small matrices take the split paths too."""
 
 Grid = tuple[int, ...]
-Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+Recorder = Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], object]
 
 _recorder: Recorder | None = None
 
 
 def record(recorder: Recorder | None) -> None:
-    """Hand every launch to `recorder` (kernel, arguments, options) from now on, and run none; None runs them again."""
+    """Hand every launch to `recorder` (kernel, grid, arguments, options) from now on, and run none; None runs them again."""
     global _recorder
     _recorder = recorder
 
@@ -49,7 +49,7 @@ def launch(
         return
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fuse, **constants}
     if _recorder is not None:
-        _recorder(kernel, args, options)
+        _recorder(kernel, grid, args, options)
         return
     with _device(on.device):
         kernel[grid](*args, **options)

@@ -350,11 +350,14 @@ class Tile:
     stages: int
 
 
-def project_tile(lines: int, rank: int, halved: bool, kib: int) -> Tile:
-    """Tiles 128 wide; a stage of 128 × 64 bfloat16 and two 64 × 128 is 48 KiB, one of float32 at half the depth 32 KiB."""
+def project_tile(lines: int, rank: int, halved: bool, norms: bool, kib: int) -> Tile:
+    """Tiles 128 wide; a stage of 128 × 64 bfloat16 and two 64 × 128 is 48 KiB, one of float32 at half the depth 32 KiB.
+
+    Sums of squares take registers beside the operands, which lie in them before Hopper: the full depth would spill.
+    """
     tall = halved or kib >= 220
     rows, cols = min(128 if tall else 64, max(16, power_of_two(lines))), min(128, max(16, power_of_two(rank)))
-    depth = 64 if halved and kib >= 160 else 32
+    depth = 64 if halved and kib >= (220 if norms else 160) else 32
     stages = 4 if kib >= 220 and halved else 3 if kib > 64 else 2
     return Tile(rows, cols, depth, 8 if rows * cols >= 64 * 128 else 4, stages)
 
@@ -388,7 +391,7 @@ def _projected(grad: Tensor, basis: Tensor, right: bool, norms: bool) -> Any:
     high, low = (
         (b, None) if grad.dtype != torch.bfloat16 else (b.bfloat16(), None) if precision == "medium" else halves(b)
     )
-    tile = project_tile(lines, rank, grad.dtype == torch.bfloat16, shared_kib(grad))
+    tile = project_tile(lines, rank, grad.dtype == torch.bfloat16, norms, shared_kib(grad))
     count = parts(lines, rank, depth, batch, tile, processors(grad))
     part = -(-depth // (count * tile.depth)) * tile.depth
     count = -(-depth // part)
@@ -435,9 +438,12 @@ def project_with_norms(grad: Tensor, basis: Tensor, right: bool) -> Any:
 # --------------------------------------------------------------------------------------------------------------------- apply_
 
 
-def apply_tile(rows: int, cols: int, kib: int, halved: bool, narrow: bool) -> Tile:
-    """Tiles of 128 × 128, or `narrow` 128 × 64; a stage of factors at depth 32, float32 or halved, is 32 or 24 KiB."""
-    height, width = min(128, max(16, power_of_two(rows))), min(64 if narrow else 128, max(16, power_of_two(cols)))
+def apply_tile(rows: int, cols: int, kib: int, halved: bool, narrow: bool, short: bool) -> Tile:
+    """Tiles of 128 × 128, or `narrow` 128 × 64 or `short` 64 × 64; a stage of factors at depth 32, float32 or halved, is 32 or
+    24 KiB for the largest."""
+    height, width = (
+        min(64 if less else 128, max(16, power_of_two(size))) for size, less in ((rows, short), (cols, narrow))
+    )
     depth = 64 if halved and kib >= 220 else 32
     stages = 3 if depth == 64 else 4 if kib >= 160 else 3 if kib > 96 else 2
     return Tile(height, width, depth, 8 if height * width >= 128 * 64 else 4, stages)
@@ -494,9 +500,11 @@ def apply_(
     )
     batch, rows, cols = w.shape
     kib = shared_kib(weight)
-    # Two accumulators, and three products at a time of operands in registers (before Hopper), need a smaller tile.
-    narrow = from_a is not None or (kib < 220 and (g is not None or stored == torch.float32))
-    tile = apply_tile(rows, cols, kib, a is not None and a.dtype == torch.bfloat16, narrow)
+    # What has to stay in registers beside the sum: a gradient, float32 weights, what was rounded off, a second sum (before Hopper
+    # operands, too). A larger tile would spill.
+    narrow = g is not None or stored == torch.float32
+    short = from_a is not None and kib < 220
+    tile = apply_tile(rows, cols, kib, a is not None and a.dtype == torch.bfloat16, narrow, short)
     steps = [step for t in (w, a, b, g, scale, from_a, from_b) for step in _strides(t)]
     alpha, factor = scalars.tolist()
     stochastic, (key, start, *_) = key_and_start(rounding)
