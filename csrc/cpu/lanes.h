@@ -215,10 +215,17 @@ INLINE double total_of(const Floats* sums) {
 INLINE double sum_of_squares(const f32* x, int n) {
   constexpr int PARTS = 16 / LANES;
   Floats sums[PARTS] = {};
-  over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
-    const Floats value = part.load(x + j);
-    sums[j / LANES % PARTS] += value * value;
-  });
+  const auto add = [&](const f32* from) __attribute__((always_inline)) {
+    for (int k = 0; k < PARTS; ++k) {
+      const Floats value = All{}.load(from + k * LANES);
+      sums[k] += value * value;
+    }
+  };
+  int j = 0;
+  for (; j + 16 <= n; j += 16) add(x + j);
+  float last[16] = {};  // the rest, with zeros after it, which change no sum
+  EACH(k, n - j) last[k] = x[j + k];
+  if (j < n) add(last);
   return total_of<1>(sums);
 }
 
