@@ -232,16 +232,17 @@ INLINE void pad(const Shape& s, const f32* small, float factor, float* to) {
   }
 }
 
-// Words that are mixed into a number, as many at a time as four vectors have: each lane is a polynomial of those that come to it.
+// Words that are mixed into a number, as many at a time as four vectors have. Each word takes high bits down before the next one:
+// without, changes of signs and exponents, which are what is often changed in all elements at once, would cancel.
 class Mark {
  public:
   INLINE void add(const float* x, int64_t count) {  // a multiple of 16 floats, as tiles have
     constexpr int WIDTH = int(sizeof lanes_ / sizeof *lanes_);
     int64_t j = 0;
     for (; j + WIDTH * LANES <= count; j += WIDTH * LANES) {
-      for (int k = 0; k < WIDTH; ++k) lanes_[k] = lanes_[k] * PRIME + Words(All{}.load(x + j + k * LANES));
+      for (int k = 0; k < WIDTH; ++k) lanes_[k] = mixed(lanes_[k], Words(All{}.load(x + j + k * LANES)));
     }
-    for (; j < count; j += LANES) lanes_[0] = lanes_[0] * PRIME + Words(All{}.load(x + j));
+    for (; j < count; j += LANES) lanes_[0] = mixed(lanes_[0], Words(All{}.load(x + j)));
   }
 
   INLINE uint64_t value() const {
@@ -253,8 +254,12 @@ class Mark {
   }
 
  private:
-  static constexpr uint32_t PRIME = 0x01000193u;
   Words lanes_[4] = {};
+
+  INLINE static Words mixed(Words lane, Words word) {
+    lane = (lane ^ word) * 0x9E3779B1u;
+    return lane ^ lane >> 15;
+  }
 };
 
 // -------------------------------------------------------------------------------------------------------------------- kernels

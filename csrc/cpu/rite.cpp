@@ -41,10 +41,6 @@ INLINE void multiply(int n, const Doubles* a, const Doubles* b, Doubles* out) {
   }
 }
 
-INLINE void copy(int size, const Doubles* from, Doubles* to) {
-  for (int i = 0; i < size; ++i) to[i] = from[i];
-}
-
 // to ← (from + fromᵀ) / 2
 INLINE void symmetric_part(int n, const Doubles* from, Doubles* to) {
   for (int i = 0; i < n; ++i) {

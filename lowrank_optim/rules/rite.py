@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -94,6 +93,9 @@ class Rite(PairRule):
 
     def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
         pairs = [None if self.writes(unit) else Pair.of(unit) for unit in units]
+        for unit, pair in zip(units, pairs, strict=True):
+            if pair is not None:  # whose weights are written elsewhere
+                unit.memo.pop("known", None)
         kinds = [plain_kind(unit) if pair is None else _kind(pair) for unit, pair in zip(units, pairs, strict=True)]
 
         def together(numbers: list[int]) -> list[Answer]:
@@ -111,7 +113,7 @@ class Rite(PairRule):
             for step, (alpha, keep) in zip(steps, factors.steps[:2], strict=True)
         ]
         states = [state for unit in units for state in unit.states]
-        known = self._known(first.memo, factors.weights)
+        known = self._known(units, factors.weights)
         kernels.rite_step_(
             *(factors.weights, factors.grads, factors.momenta),
             [state["exp_avg_gram"] for state in states],
@@ -123,16 +125,26 @@ class Rite(PairRule):
             factors.wide,
         )
         if not first.memo.get("warned") and not kernels.is_watched() and bool(known[:, -1].any()):
-            first.memo["warned"] = True
+            for unit in units:
+                unit.memo["warned"] = True
             warnings.warn(CHANGED, RuntimeWarning, stacklevel=2)
         return [((WRITTEN, WRITTEN), None) for _ in units]
 
-    def _known(self, memo: dict[str, Any], weights: Sequence[Tensor]) -> Tensor:
-        """What is known of these weights from the step before: zeros where that is nothing."""
-        if len(memo.get("weights", ())) != len(weights) or not all(map(is_, memo["weights"], weights)):
-            rank = min(weights[0].shape)
-            memo |= {"weights": weights, "known": torch.zeros(len(weights), rank**2 + 2, dtype=torch.float64)}
-        known: Tensor = memo["known"]
+    def _known(self, units: Sequence[Unit], weights: Sequence[Tensor]) -> Tensor:
+        """Two rows for each pair: what is known of its weights since its last step, or zeros where that is nothing."""
+        places = [unit.memo.get("known", (None, 0)) for unit in units]
+        known: Tensor | None = places[0][0]
+        shape = (len(weights), min(weights[0].shape) ** 2 + 2)
+        if (
+            known is None
+            or known.shape != shape
+            or any(table is not known or row != 2 * n for n, (table, row) in enumerate(places))
+        ):
+            known = torch.zeros(shape, dtype=torch.float64)
+            for n, (unit, (table, row)) in enumerate(zip(units, places, strict=True)):
+                if table is not None and table.shape[1] == shape[1]:
+                    known[2 * n : 2 * n + 2] = table[row : row + 2]
+                unit.memo["known"] = (known, 2 * n)
         return known
 
     def _directions(self, pairs: Sequence[Pair]) -> list[Answer]:

@@ -4,6 +4,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -179,7 +180,8 @@ def test_rite_sees_weights_that_others_have_written_and_goes_on_from_those(throu
         with torch.no_grad():
             (params[3].data if through_data else params[3])[5, 7] += 0.5
         if forgets:
-            optimizer.plans[params[0]].memo.clear()
+            for plan in optimizer.plans.values():
+                plan.memo.clear()
         for number, p in enumerate(params):
             p.grad = drawn(*p.shape, seed=number, dtype=torch.float32)
         with warnings.catch_warnings(record=True) as said:
@@ -189,6 +191,52 @@ def test_rite_sees_weights_that_others_have_written_and_goes_on_from_those(throu
         assert [str(each.message)[:28] for each in said] == ([] if forgets else ["factors of LoRARiteAdamW are"])
         ends.append(params)
     assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
+
+
+EDITS = {
+    "one factor doubled, the other halved": lambda a, b: (a.mul_(2.0), b.mul_(0.5)),
+    "the sign of a component": lambda a, b: (a[3].neg_(), b[:, 3].neg_()),
+    "all signs": lambda a, b: (a.neg_(), b.neg_()),
+    "two rows exchanged": lambda a, b: a.copy_(a[[1, 0, *range(2, len(a))]]),
+}
+
+
+@pytest.mark.skipif(isinstance(kernels.backends()["cpu"], kernels.Unavailable), reason="the library is not built")
+@pytest.mark.parametrize("edit", EDITS)
+def test_rite_sees_edits_of_whole_factors_whose_bits_could_cancel(edit: str):
+    """Signs and exponents of all elements, in sizes that are powers of two."""
+    ends = []
+    for forgets in (False, True):
+        pair = new_pair(1024, 1024, 16, torch.float32)
+        optimizer = lo.LoRARiteAdamW(lo.lora_pairs([(*pair, 2.0)]), lr=1e-3)
+        for step in range(4):
+            if step == 2:
+                with torch.no_grad():
+                    EDITS[edit](*pair)
+                if forgets:
+                    optimizer.plans[pair[0]].memo.clear()
+            for number, p in enumerate(pair):
+                p.grad = drawn(*p.shape, seed=10 * step + number, dtype=torch.float32)
+            said = pytest.warns(RuntimeWarning, match="are others than") if step == 2 and not forgets else nullcontext()
+            with said:
+                optimizer.step()
+        ends.append(pair)
+    assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
+
+
+@pytest.mark.skipif(isinstance(kernels.backends()["cpu"], kernels.Unavailable), reason="the library is not built")
+def test_rite_takes_pairs_that_step_now_and_then_for_what_they_are():
+    """What is known of a pair goes with it, whichever others step beside it: nobody has written these weights."""
+    pairs = [(*new_pair(40, 30, 4, torch.float32), 1.0) for _ in range(3)]
+    optimizer = lo.LoRARiteAdamW(lo.lora_pairs(pairs), lr=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step, left_out in enumerate([0, None, 0, 2, None, 1, None]):
+            for number, (a, b, _) in enumerate(pairs):
+                for k, p in enumerate((a, b)):
+                    grad = drawn(*p.shape, seed=100 * step + 2 * number + k, dtype=torch.float32)
+                    p.grad = None if number == left_out else grad
+            optimizer.step()
 
 
 # -------------------------------------------------------------------------------------------------------- beside the papers
