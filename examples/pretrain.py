@@ -106,7 +106,9 @@ LOW_RANK_OPTIONS = ("update_proj_gap", "scale", "proj_type", "projector", "on_re
 
 def arguments() -> argparse.ArgumentParser:
     methods = ", ".join(["adamw", *lo.METHODS, *lo.FULL_RANK_METHODS, *lo.LAYERWISE_METHODS])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     what = parser.add_argument_group("what to train")
     what.add_argument("--model", default="cpu", choices=SIZES, help="size (default cpu, under a million parameters)")
     what.add_argument(

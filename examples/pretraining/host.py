@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lowrank_optim.nn import QuantizedWeight
 
@@ -23,7 +24,7 @@ def give_blocks_back() -> str:
 
     glibc keeps freed blocks in its heap otherwise, which grows beyond what is in use.
     """
-    libc = ctypes.CDLL(None)
+    libc = None if os.name == "nt" else ctypes.CDLL(None)
     if not hasattr(libc, "mallopt") or not libc.mallopt(MMAP_THRESHOLD, BLOCK):
         return "this is not glibc: its allocator may keep memory that was freed"
     libc.mallopt(TRIM_THRESHOLD, BLOCK)
@@ -36,7 +37,7 @@ def available() -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def resident() -> int:
@@ -47,7 +48,7 @@ def resident() -> int:
 
 def multiplies_bfloat16() -> bool:
     """Whether the processor has fast products of bfloat16. Without, torch's are several times slower than those of float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def fast_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -69,13 +70,19 @@ def float32_products() -> Iterator[None]:
     def wide_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _Linear.apply(input, weight, bias) if input.dtype == torch.bfloat16 else linear(input, weight, bias)
 
-    def wide_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def wide_attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any
+    ) -> Tensor:
         if query.dtype != torch.bfloat16:
-            return attention(query, key, value, *rest, **options)
-        mask = options.get("attn_mask")
-        if mask is not None and mask.is_floating_point():
-            options["attn_mask"] = mask.float()
-        return attention(query.float(), key.float(), value.float(), *rest, **options).to(query.dtype)
+            return attention(query, key, value, attn_mask, *rest, **options)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.float()
+
+        def product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attention(query.float(), key.float(), value.float(), attn_mask, *rest, **options).to(query.dtype)
+
+        # What is kept for backward is 16-bit, as planned: float32 is made again there.
+        return checkpoint(product, query, key, value, use_reentrant=False)
 
     F.linear, F.scaled_dot_product_attention = wide_linear, wide_attention
     try:
@@ -103,7 +110,7 @@ class _Linear(torch.autograd.Function):
         result = x.new_empty(wide.shape[0], weight.shape[0])
         for part, tile in _tiles(weight):
             result[:, part] = wide @ tile.mT if bias is None else torch.addmm(bias[part].float(), wide, tile.mT)
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -111,7 +118,7 @@ class _Linear(torch.autograd.Function):
         rows = grads[0].reshape(-1, weight.shape[0])
         for_x, for_weight = ctx.needs_input_grad[:2]
         wide = x.reshape(-1, x.shape[-1]).float() if for_weight else None
-        grad_x = torch.zeros(len(rows), weight.shape[1]) if for_x else None
+        grad_x = rows.new_zeros(len(rows), weight.shape[1], dtype=torch.float32) if for_x else None
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype) if for_weight else None
         for part, tile in _tiles(weight):
             outer = rows[:, part].float()

@@ -124,9 +124,13 @@ def handles_of(optimizer: Optimizer) -> list[Any]:
     """What acts on the weights of an optimizer after its steps (`truncate_ranks`, an attached `SpectralSchedule`).
 
     The owners of its hooks that say what they do (`description`), which steps take memory of their own (`heavy_steps`), and come to
-    these when they are asked to (`make_due`).
+    these when they are asked to (`make_due`). Of a wrapper (Accelerate's), those of the optimizer inside.
     """
-    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    if hooks is None:
+        inner = getattr(optimizer, "optimizer", None)
+        return [] if inner is None else handles_of(inner)
+    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
     return [owner for owner in owners if hasattr(owner, "heavy_steps")]
 
 

@@ -243,7 +243,8 @@ class RankTruncation:
 
     def make_due(self) -> None:
         """Let so many steps have passed that the next one has a truncation."""
-        self._require_optimizer().param_groups[0][STEP] = self.period - (not self._from_start)
+        group = self._require_optimizer().param_groups[0]
+        group[STEP], group[LAST] = self.period - (not self._from_start), -1
 
     def __enter__(self) -> Self:
         return self

@@ -204,9 +204,10 @@ def assumptions(setting: Mapping[str, Any], on_gpu: bool) -> tuple[str, ...]:
     said = []
     if on_gpu:
         said.append("attention by the flash or memory-efficient kernel, which keep no scores")
-        if setting["dtype"] not in ("bfloat16", "float16") and not EFFICIENT_TAKES_GROUPS:
+        if not EFFICIENT_TAKES_GROUPS:
+            when = " and a mask" if setting["dtype"] in ("bfloat16", "float16") else ""
             said.append(
-                "attention with fewer heads of key and value by the math kernel, which keeps scores (torch before 2.14)"
+                f"attention with fewer heads of key and value{when} by the math kernel, which keeps scores (torch before 2.14)"
             )
         said.append("a CUDA context of 512 MiB, a cuBLAS workspace of 32 MiB, allocations in multiples of 512 bytes")
     if setting["world_size"] > 1 and not setting["fsdp"]:

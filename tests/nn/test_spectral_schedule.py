@@ -196,6 +196,10 @@ def test_a_plan_counts_a_decomposition_and_describe_says_what_is_done():
     m, n = 128, 96
     assert plans[0].when.startswith("step with a decomposition, optimizer")
     assert plans[0].peak_bytes - plans[1].peak_bytes > 4 * 3 * m * n
+    # The last step that is simulated decomposes, and takes the moments: the state is what there was before.
+    trained = 4 * (8 * (m + n) + min(m, n))
+    assert plans[0].state == plans[1].state
+    assert sum(plans[0].state.values()) == pytest.approx(2 * trained, rel=0.01)
     optimizer = attached(build())
     said = "triplets drawn every 200 steps, weights decomposed after some draws: 0"
     assert lo.describe(optimizer).splitlines()[-1] == said

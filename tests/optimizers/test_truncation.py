@@ -500,3 +500,32 @@ def test_models_and_optimizers_that_do_not_fit_are_refused():
     optimizer.param_groups[0]["params"] = list(other.parameters())
     with pytest.raises(RuntimeError, match=r"up.weight is not in the optimizer any more"):
         run(other, optimizer, range(1))
+
+
+def test_describe_finds_the_handle_inside_of_a_wrapper():
+    """Accelerate's optimizer is a torch one by class, and has none of its attributes."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+    model = nn.Sequential(nn.Linear(12, 8, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lo.truncate_ranks(optimizer, model, rank=3, period=7)
+    assert lo.describe(Wrapper(optimizer)) == lo.describe(optimizer)
+    assert "every 7 steps" in lo.describe(optimizer)
+
+
+def test_a_step_that_was_made_due_truncates_also_where_the_counter_comes_to_the_step_of_the_last_truncation():
+    model = nn.Sequential(nn.Linear(12, 8, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    handle = lo.truncate_ranks(optimizer, model, rank=3, period=2)
+    for _ in range(2):
+        model[0].weight.grad = torch.zeros_like(model[0].weight)
+        optimizer.step()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(8, 12, generator=torch.Generator().manual_seed(0)))
+    handle.make_due()
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    optimizer.step()
+    assert torch.linalg.matrix_rank(model[0].weight) == 3

@@ -1,5 +1,8 @@
 """Repeated calls: a timeline with them is the one of running everything, event by event; and what cannot be repeated is not."""
 
+import math
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -117,3 +120,19 @@ def test_calls_on_other_shapes_or_with_other_values_on_the_host_are_run():
         assert replay.form({"step": torch.tensor(1)}) != replay.form({"step": torch.tensor(2)})
         with pytest.raises(replay.Unlike):
             replay.form(torch.zeros(9))
+
+
+def test_calls_of_another_thread_are_run(monkeypatch):
+    """Which trains with real tensors, while this one plans."""
+    monkeypatch.setattr(replay, "REPEATED", ((Kept, "pure", lambda kept, x: tuple(x.shape)),))
+    kept, found = Kept(), []
+    with pretend(torch.device("cuda")):
+        for _ in range(2):
+            kept.pure(torch.zeros(4, 3, device="cuda"))
+        assert kept.calls == 1
+        thread = threading.Thread(target=lambda: found.append(kept.pure(torch.ones(4, 3))["sum"]))
+        thread.start()
+        thread.join()
+    assert kept.calls == 2
+    assert found[0].device.type == "cpu"
+    torch.testing.assert_close(found[0], torch.full((4, 3), 1.0 + math.e))

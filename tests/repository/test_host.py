@@ -66,6 +66,20 @@ def test_a_checkpointed_model_computes_its_layers_again_with_the_same_products(m
     assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+def test_attention_is_rounded_once_and_keeps_no_float32_for_backward():
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(2, 4, 9, 8, generator=generator).to(BF16).requires_grad_() for _ in range(3))
+    mask = torch.zeros(9, 9, dtype=BF16).masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -1e4)
+    wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*wide, mask.double())
+    kept = []
+    with host.float32_products(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        found = F.scaled_dot_product_attention(query, key, value, mask)
+    assert found.dtype == BF16
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
+    assert all(tensor.dtype == BF16 for tensor in kept)
+
+
 def counted(function, calls):
     def call(*args):
         calls.append(None)

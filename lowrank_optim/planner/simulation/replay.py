@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -125,12 +126,15 @@ class Replays:
     ) -> None:
         self.timeline, self.moment, self.block_of = timeline, moment, block_of
         self._tapes: dict[Hashable, _Tape] = {}
+        self._thread = get_ident()
 
     def repeating(self, function: Callable[..., Any], key_of: Key) -> Callable[..., Any]:
         """The function, run for arguments that are new, and repeated for others."""
 
         @wraps(function)
         def call(*args: Any) -> Any:
+            if get_ident() != self._thread:  # which trains, while this one plans
+                return function(*args)
             try:
                 key = (function, self.moment().phase, torch.is_grad_enabled(), key_of(*args))
                 tape = self._tapes.get(key)

@@ -106,16 +106,15 @@ def simulate(setting: Setting, progress: Callable[[str], None] = lambda step: No
             with one_text_a_row():
                 _step(model, optimizer, setting, recorder, step)
             _claim_state(recorder, optimizer, model, layer_of)
+        state = _bytes_of_state(recorder, optimizer)  # a decomposition may take some away
         for handle in handles_of(optimizer):
             handle.make_due()
             for step in handle.heavy_steps:
                 progress(step)
                 with one_text_a_row():
                     _step(model, optimizer, setting, recorder, step)
+                _claim_state(recorder, optimizer, model, layer_of)
         recorder.moment = Moment("", "end", "")
-        state = dict.fromkeys(PARTS, 0)
-        for _, name, tensor in _state_tensors(recorder, optimizer):
-            state[part_of(name)] += storage_bytes(tensor)
         parameters = {
             name: (storage_bytes(param), layer_of[name], param.requires_grad)
             for name, param in model.named_parameters()
@@ -274,6 +273,13 @@ def _claim_state(recorder: Recorder, optimizer: Optimizer, model: nn.Module, lay
     for param, name, tensor in _state_tensors(recorder, optimizer):
         rows = tensor.shape[0] if _is_split(optimizer, param, name) and tensor.dim() > 0 and tensor.shape[0] > 1 else 0
         recorder.claim(tensor, "optimizer_state", layers.get(param, ""), part_of(name), rows)
+
+
+def _bytes_of_state(recorder: Recorder, optimizer: Optimizer) -> dict[str, int]:
+    found = dict.fromkeys(PARTS, 0)
+    for _, name, tensor in _state_tensors(recorder, optimizer):
+        found[part_of(name)] += storage_bytes(tensor)
+    return found
 
 
 def _is_split(optimizer: Optimizer, param: Tensor, name: str) -> bool:
