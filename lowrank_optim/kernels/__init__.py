@@ -59,7 +59,7 @@ from lowrank_optim.kernels.host import (
     no_autograd_no_autocast,
     outside_graph,
 )
-from lowrank_optim.kernels.pair_reference import escaped_of
+from lowrank_optim.kernels.pair_reference import escaped_of, widened
 from lowrank_optim.kernels.reference import ResidualTerm, decay_
 from lowrank_optim.kernels.rounding import WeightError, joined, stochastic_round
 from lowrank_optim.kernels.sparse_reference import low_rank, token_rows
@@ -123,4 +123,5 @@ __all__ = [
     "thin_turn_",
     "token_rows",
     "unpack_key",
+    "widened",
 ]

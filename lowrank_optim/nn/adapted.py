@@ -13,9 +13,8 @@ from lowrank_optim.nn.reparametrized import (
     ReparametrizedLayer,
     ReparametrizedLinear,
     kind_of,
-    leave_hooks,
     matrix_of,
-    take_hooks,
+    move_hooks,
 )
 
 
@@ -85,8 +84,7 @@ class AdaptedLayer(ReparametrizedLayer):
 
     def take_hooks_of_base(self) -> None:
         """The forward and backward hooks and the training flag of the base, which has no hooks then."""
-        take_hooks(self.base, self)
-        leave_hooks(self.base)
+        move_hooks(self.base, self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -311,10 +311,10 @@ def take_hooks(old: nn.Module, new: nn.Module) -> None:
             new.__dict__[name] = old.__dict__[name]
 
 
-def leave_hooks(old: nn.Module) -> None:
-    """Take all forward and backward hooks from a module that another one, which has them now, goes on calling or reading."""
-    for name in HOOKS:
-        old.__dict__[name] = nn.Module().__dict__[name]
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """`take_hooks` from a module that the new one goes on calling or reading: it has none then."""
+    take_hooks(old, new)
+    old.__dict__.update({name: nn.Module().__dict__[name] for name in HOOKS})
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ from lowrank_optim.nn.reparametrized import (
     ReparametrizedLinear,
     TakenLayer,
     kind_of,
-    leave_hooks,
+    move_hooks,
     put_layers,
-    take_hooks,
     take_layers,
 )
 from lowrank_optim.nn.weight_normalized_product import WeightNormalizedProduct, direction_norms, merged_weight
@@ -99,8 +98,7 @@ class WeightNormalizedLinear(ReparametrizedLinear):
 
     def take_hooks_of_base(self) -> None:
         """The forward and backward hooks and the training flag of the base, which has no hooks then."""
-        take_hooks(self.base, self)
-        leave_hooks(self.base)
+        move_hooks(self.base, self)
 
     @property
     def base_weight(self) -> Tensor:

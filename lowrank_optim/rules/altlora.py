@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_optim.kernels import widened
 from lowrank_optim.rules.joint import WRITTEN, Answer, Unit
 from lowrank_optim.rules.pair_lists import Factors, plain_kind
 from lowrank_optim.rules.pair_products import (
@@ -20,7 +21,7 @@ from lowrank_optim.rules.pair_products import (
     turn_,
 )
 from lowrank_optim.rules.pairs import Pair, PairRule, Side
-from lowrank_optim.rules.small_matrices import by_kind, in_batches, pseudo_inverse, sum_together, widened
+from lowrank_optim.rules.small_matrices import by_kind, in_batches, pseudo_inverse, sum_together
 
 
 @dataclass(frozen=True)

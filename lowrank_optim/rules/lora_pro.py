@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lowrank_optim.kernels import widened
 from lowrank_optim.rules.joint import Answer, Unit
 from lowrank_optim.rules.pair_gradients import ADAM, MOMENTS, GradientPairRule, check_adam
 from lowrank_optim.rules.pair_products import across, times
 from lowrank_optim.rules.pairs import Pair
-from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse, sum_together, sylvester, widened
+from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse, sum_together, sylvester
 from lowrank_optim.sharding.param_sharding import LOCAL, MeshParamSharding, ParamSharding
 
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowrank_optim.kernels import widened
 from lowrank_optim.kernels.compute import CACHE_ELEMENTS
 from lowrank_optim.rules.pairs import Pair, Side
-from lowrank_optim.rules.small_matrices import sum_together, widened
+from lowrank_optim.rules.small_matrices import sum_together
 
 
 def across(left: Tensor, right: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
+from lowrank_optim.kernels import widened
 from lowrank_optim.rules.base import Direction
 from lowrank_optim.rules.joint import WRITTEN, Answer, Unit
 from lowrank_optim.rules.pair_gradients import check_adam
@@ -26,7 +27,7 @@ from lowrank_optim.rules.pair_products import (
     where_ok,
 )
 from lowrank_optim.rules.pairs import Pair, PairRule, Side
-from lowrank_optim.rules.small_matrices import by_kind, pseudo_inverse_root, sum_together, widened
+from lowrank_optim.rules.small_matrices import by_kind, pseudo_inverse_root, sum_together
 
 CHANGED = (
     "factors of LoRARiteAdamW are others than those that its last step has written (an average was swapped in, or weights loaded). "

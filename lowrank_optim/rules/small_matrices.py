@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.rules.orthogonal import gram_dtype
+from lowrank_optim.kernels import widened
 from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
 Function: TypeAlias = Callable[..., Tensor]
-
-
-def widened(matrix: Tensor) -> Tensor:
-    """The matrix in the type of small decompositions."""
-    return matrix if matrix.dtype == torch.float64 else matrix.to(gram_dtype(matrix.dtype, matrix.device))
 
 
 def by_kind(kinds: Sequence[Hashable], function: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
