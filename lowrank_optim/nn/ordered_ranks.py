@@ -14,6 +14,8 @@ from lowrank_optim.kernels import as_python
 from lowrank_optim.kernels.counter_rng import PURPOSE_RANKS, make_key, random_bits, random_word
 from lowrank_optim.nn.ordered_cut import check_held, keep_components_, kept_rank
 from lowrank_optim.nn.ordered_penalty import OrderedLayer, ordered_layers, proximal_step_
+from lowrank_optim.nn.plain_layers import check_not_gathered
+from lowrank_optim.sharding.gathered import reshard
 
 MODES = ("one_layer", "independent")
 
@@ -130,7 +132,7 @@ class OrderedRanks:
             raise ValueError(
                 f"step_size is {step_size!r}; it must be a number of at least 0: learning rate times penalty"
             )
-        layers = ordered_layers(self.model)
+        layers = self._resharded()
         proximal_step_([factor for layer in layers for factor in layer.factors if factor.requires_grad], step_size)
 
     # ------------------------------------------------------------------------------------------------------------ shrink
@@ -168,7 +170,7 @@ class OrderedRanks:
                 "the model is wrapped in DistributedDataParallel, whose buckets of gradients are made for its present shapes; make "
                 "OrderedRanks of model.module, shrink it and wrap it anew"
             )
-        layers = ordered_layers(self.model)
+        layers = self._resharded()
         ranks = {layer.path: (layer.rank, kept_rank(layer, threshold)) for layer in layers}
         rows: dict[Tensor, int] = {}
         for layer in layers:
@@ -179,6 +181,14 @@ class OrderedRanks:
         if rows:
             self._restart()
         return ranks
+
+    def _resharded(self) -> list[OrderedLayer]:
+        """The layers, none of them gathered by `fully_shard`: what is written to gathered factors is lost."""
+        gathered, layers = reshard(self.model), ordered_layers(self.model)
+        for layer in layers:
+            for factor in layer.factors:
+                check_not_gathered(layer.path, factor, gathered)
+        return layers
 
     # ------------------------------------------------------------------------------------------------------------- resume
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lowrank_optim.kernels import as_python
 from lowrank_optim.nn.decompositions import widened
-from lowrank_optim.nn.reparametrized import Patterns, find_layers, kind_of, matrix_of
+from lowrank_optim.nn.plain_layers import kind_of
+from lowrank_optim.nn.reparametrized import Patterns, find_layers, matrix_of
 
 
 @dataclass(frozen=True, eq=False)

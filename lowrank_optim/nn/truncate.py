@@ -15,8 +15,10 @@ from lowrank_optim.groups.matrices import matrix_shape, matrix_view, resolve_ran
 from lowrank_optim.groups.parameters import find_parameters
 from lowrank_optim.kernels import WeightError, as_python
 from lowrank_optim.nn.decompositions import count, rank_for_energy
+from lowrank_optim.nn.plain_layers import check_not_gathered
 from lowrank_optim.nn.reparametrized import Patterns
 from lowrank_optim.sharding.dtensor import dense_sharding, local, matrix_sharding
+from lowrank_optim.sharding.gathered import reshard
 
 CONVOLUTIONS = ("channel", "spatial")
 """The matrices that convolutions are taken for."""
@@ -155,6 +157,7 @@ def take_matrices(
     """
     if convolutions not in CONVOLUTIONS:
         raise ValueError(f"convolutions is {convolutions!r}; valid values are {', '.join(map(repr, CONVOLUTIONS))}")
+    gathered = reshard(model)
     chosen = set(map(id, select_matrices(model, include, exclude)))
     found = [
         DenseMatrix(entry.names[0], entry.param, entry.layout)
@@ -167,6 +170,7 @@ def take_matrices(
         backward = {id(module.weight) for module in model.modules() if isinstance(module, TRANSPOSED)}
         found = [_spatial(matrix, id(matrix.param) in backward) for matrix in found]
     for matrix in found:
+        check_not_gathered(matrix.name, matrix.param, gathered)
         if hasattr(matrix.param, "codes"):
             raise ValueError(
                 f"{matrix.name} is stored in 8 bits, where a truncated matrix would have its full rank again; exclude it, or call "
