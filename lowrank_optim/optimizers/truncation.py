@@ -75,8 +75,9 @@ def truncate_ranks(
         nuclear_weight: λ ≥ 0; the released code takes 3e-4.
         mode: "decoupled" or "gradient"; None takes "gradient" with `match_reference`, else "decoupled".
         match_reference: see above.
-        convolutions: which matrix the kernels a×c×h×w of a convolution are: "channel", a × (c·h·w) (the paper's NC), or "spatial",
-            (c·h) × (a·w) (its VH), as `lowrank_optim.nn.truncate_` says.
+        convolutions: which matrix the kernels a×c×h×w of a convolution are: "channel", a × (c·h·w) (the paper's NC), "spatial",
+            (c·h) × (a·w) (its VH), or "filter", a matrix c × (h·w) for each kernel (its ND); with groups, those of each group by
+            themselves, as `lowrank_optim.nn.truncate_` says. (The released code takes no account of groups.)
         include: patterns of the weights to take, as in `param_groups`; the paper leaves out the first two layers and 1×1
             convolutions.
         exclude: patterns of weights to leave alone.

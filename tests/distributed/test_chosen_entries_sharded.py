@@ -20,6 +20,7 @@ class Layers(nn.Module):
         for name, (rows, cols) in list(SHAPES.items())[:3]:
             setattr(self, name, nn.Linear(cols, rows, bias=False))
         self.kernels = nn.Conv2d(8, 12, (3, 2), bias=False)
+        self.grouped = nn.Conv2d(8, 12, (3, 2), groups=2, bias=False)
         self.experts = nn.Parameter(0.1 * torch.randn(SHAPES["experts"]))
 
     def forward(self, step: int):
@@ -59,6 +60,7 @@ def check_sara() -> None:
 def check_truncation() -> None:
     for settings in (
         {"energy": 0.5, "nuclear_weight": 1.0, "convolutions": "spatial"},
+        {"energy": 0.5, "nuclear_weight": 1.0, "convolutions": "filter"},
         {"rank": 7, "nuclear_weight": 0.1, "mode": "gradient"},
     ):
         alone, sharded = Layers(), shard(Layers())
