@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_optim as lo
+from lowrank_optim.optimizers.truncation import RankTruncation
 from tests.oracles.checkpoints import assert_same_run, resume
 from tests.oracles.decompositions import closed_form_inputs, closed_form_weight
 from tests.oracles.truncation import kernel_places, reference_sgd, truncate, truncate_kernels
@@ -609,6 +610,21 @@ def test_describe_finds_the_handle_inside_of_a_wrapper():
     lo.truncate_ranks(optimizer, model, rank=3, period=7)
     assert lo.describe(Wrapper(optimizer)) == lo.describe(optimizer)
     assert "every 7 steps" in lo.describe(optimizer)
+
+
+def test_a_forward_pass_looks_at_the_weights_only_where_a_truncation_is_due(monkeypatch):
+    """Each layer has a hook, and there are many layers."""
+    looks, whether = [], RankTruncation.has_numbers.fget
+    monkeypatch.setattr(RankTruncation, "has_numbers", property(lambda handle: looks.append(1) or whether(handle)))
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(8)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lo.truncate_ranks(optimizer, model, rank=3, period=2, match_reference=True)
+    counts = []
+    for _ in range(4):
+        model(torch.randn(3, 12)).sum().backward()
+        optimizer.step()
+        counts.append(len(looks))
+    assert counts == [1, 1, 2, 2]
 
 
 def test_a_step_that_was_made_due_truncates_also_where_the_counter_comes_to_the_step_of_the_last_truncation():
