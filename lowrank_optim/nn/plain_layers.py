@@ -57,8 +57,9 @@ def check_layer(path: str, module: nn.Linear, meta: bool, coded: bool, hint: str
             f"{path}.weight is sharded (DTensor); replace the layers before fully_shard or parallelize_module"
         )
     check_not_gathered(f"{path}.weight", weight, gathered)
-    if not weight.is_floating_point():
-        raise ValueError(f"{path}.weight is {weight.dtype}; floating-point weights are needed")
+    check_real(path, weight)
+    if not weight.numel():
+        raise ValueError(f"{path}.weight is {tuple(weight.shape)}, without elements; exclude it")
     if weight.is_meta and not meta:
         raise ValueError(
             f"{path}.weight is on the meta device and has no numbers; materialise the model first{hint and f', or {hint}'}"
@@ -67,6 +68,12 @@ def check_layer(path: str, module: nn.Linear, meta: bool, coded: bool, hint: str
         raise ValueError(
             f"{path} has a forward of its own, set by another library; replace the layers before that, or exclude it"
         )
+
+
+def check_real(path: str, weight: Tensor) -> None:
+    """Raise ValueError for a weight of complex numbers or of integers."""
+    if not weight.is_floating_point():
+        raise ValueError(f"{path}.weight is {weight.dtype}; floating-point weights are needed")
 
 
 def check_not_gathered(name: str, param: Tensor, gathered: Collection[int]) -> None:

@@ -179,8 +179,8 @@ def take_matrices(
 
     Raises:
         TypeError: no nn.Module.
-        ValueError: another view; a pattern matches nothing; a weight without numbers, or stored in 8 bits, or a convolution that does
-            not have the view; there is none.
+        ValueError: another view; a pattern matches nothing; a weight without numbers, not floating point, or stored in 8 bits; a
+            convolution that does not have the view; there is none.
     """
     if convolutions not in CONVOLUTIONS:
         raise ValueError(f"convolutions is {convolutions!r}; valid values are {', '.join(map(repr, CONVOLUTIONS))}")
@@ -202,6 +202,8 @@ def take_matrices(
                 f"{matrix.name} is stored in 8 bits, where a truncated matrix would have its full rank again; exclude it, or call "
                 "lowrank_optim.nn.dequantize_weights_(model) first"
             )
+        if not matrix.param.is_floating_point():
+            raise ValueError(f"{matrix.name} is {matrix.param.dtype}; floating-point weights are needed: exclude it")
         if matrix.param.is_meta:
             raise ValueError(f"{matrix.name} is on the meta device, and has no singular values")
     return found
@@ -264,8 +266,8 @@ def truncate_(
     Raises:
         TypeError: no nn.Module.
         ValueError: none or several of energy, rank and threshold, or one out of range; a pattern that matches nothing; a weight
-            that is not finite, stored in 8 bits, or on the meta device; "spatial" for kernels without height and width. Nothing was
-            changed.
+            that is not finite, complex, stored in 8 bits, or on the meta device; "spatial" for kernels without height and width.
+            Nothing was changed.
 
     Memory: for one m×n matrix at a time, numbers of 4 bytes (8 for float64): m·d + d·n + d for its singular value decomposition, d
     the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored so. Of a stack of matrices

@@ -34,9 +34,9 @@ class Layers(nn.Module):
         return loss
 
 
-def sara(model: nn.Module) -> lo.SaRAAdamW:
-    groups = lo.param_groups(model, density=0.3)
-    return lo.SaRAAdamW(groups, lr=1e-2, low_rank_weight=0.2, shrink_at=3)
+def sara(model: nn.Module, threshold: float | None = None) -> lo.SaRAAdamW:
+    groups = lo.param_groups(model, density=0.3 if threshold is None else 1.0)
+    return lo.SaRAAdamW(groups, lr=1e-2, low_rank_weight=0.2, shrink_at=3, threshold=threshold)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -44,12 +44,17 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def check_sara() -> None:
+    for threshold in (None, 0.03):
+        check_sara_by(threshold)
+
+
+def check_sara_by(threshold: float | None) -> None:
     alone, sharded = Layers(), shard(Layers())
-    reference, optimizer = sara(alone), sara(sharded)
+    reference, optimizer = sara(alone, threshold), sara(sharded, threshold)
     train(alone, reference, range(6))
     train(sharded, optimizer, range(3))
     state = get_optimizer_state_dict(sharded, optimizer)
-    fresh = sara(sharded)  # chooses from weights that have moved, until the checkpoint says which they were
+    fresh = sara(sharded, threshold)  # chooses from weights that have moved, until the checkpoint says which they were
     set_optimizer_state_dict(sharded, fresh, state)
     train(sharded, fresh, range(3, 6))
     assert distance(weights(sharded), weights(alone)) < 2e-6

@@ -780,6 +780,37 @@ def test_models_that_cannot_be_factorised():
         lo.nn.factorize_(model, energy=0.9)
 
 
+EMPTY = {
+    "factorize_": {"rank": 1},
+    "sltrain_": {"rank": 1, "density": 0.1, "init": "fresh"},
+    "weight_normalized_": {"rank": 1},
+    "ordered_": {},
+    "spectral_": {"rank": 1},
+    "select_ranks": {"reduction": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_weights_without_elements_and_complex_ones_are_named(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        empty = nn.Sequential(nn.Linear(0, 8))
+    with pytest.raises(ValueError, match=r"0\.weight is \(8, 0\), without elements; exclude it"):
+        getattr(lo.nn, name)(empty, include="0", **EMPTY[name])
+    complex_one = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"0\.weight is torch\.complex64; floating-point weights are needed"):
+        getattr(lo.nn, name)(complex_one, include="0", **EMPTY[name])
+
+
+def test_tied_layers_count_once_among_singular_values():
+    model, single = decaying(), decaying()
+    model["twin"] = nn.Linear(40, 24, dtype=F64)
+    model["twin"].weight = model["layer2"].weight
+    ranks = lo.nn.select_ranks(model, reduction=0.5, min_ratio=0.0)
+    expected = lo.nn.select_ranks(single, reduction=0.5, min_ratio=0.0)
+    assert ranks == expected | {"twin": expected["layer2"]}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -810,6 +841,9 @@ def test_bad_input_of_collect_statistics():
     for batches in (x, {"x": x}, 3):
         with pytest.raises(TypeError, match="must be an iterable of batches"):
             lo.nn.collect_statistics(model, batches)
+    complex_one = nn.Sequential(nn.Linear(32, 8, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"0\.weight is torch\.complex64; floating-point weights are needed"):
+        lo.nn.collect_statistics(complex_one, [x], include="0")
     with pytest.raises(ValueError, match="no batches"):
         lo.nn.collect_statistics(model, iter([]))
     with pytest.raises(ValueError, match="the input of 0 is not finite"):

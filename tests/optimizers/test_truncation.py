@@ -580,6 +580,10 @@ def test_models_and_optimizers_that_do_not_fit_are_refused():
     for call in (lo.nn.truncate_, partial(lo.truncate_ranks, torch.optim.SGD(coded.parameters(), lr=0.1))):
         with pytest.raises(ValueError, match=r"0.weight is stored in 8 bits"):
             call(coded, rank=3)
+    complex_one = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64))
+    for call in (lo.nn.truncate_, partial(lo.truncate_ranks, torch.optim.SGD(complex_one.parameters(), lr=0.1))):
+        with pytest.raises(ValueError, match=r"0.weight is torch.complex64; floating-point weights are needed"):
+            call(complex_one, rank=3, include="0")
     with pytest.raises(
         ValueError, match=r"0.weight is \(8, 8, 3\); convolutions='spatial' needs kernels of height and width"
     ):
