@@ -43,6 +43,22 @@ class OrderedRanks:
 
     Raises:
         ValueError: an unknown mode; a model without ordered layers.
+
+    Memory: 8 bytes for each pair of a cycle ("one_layer"); `prox_` keeps a few float64 numbers on the CPU for each component, and
+    `shrink_` copies what is left of one tensor at a time. Components that a draw leaves out have gradients of 0, not None: gradients
+    and state are those of all r until `shrink_`.
+
+    Example:
+        >>> import torch, lowrank_optim as lo
+        >>> model = lo.nn.ordered_(torch.nn.Sequential(torch.nn.Linear(16, 8)), include="0")
+        >>> ranks = lo.nn.OrderedRanks(model)
+        >>> with ranks.sample() as drawn:
+        ...     loss = model(torch.randn(4, 16)).square().mean()
+        ...     loss.backward()
+        >>> list(drawn), ranks.shrink_(threshold=1e-7)
+        (['0'], {'0': (8, 8)})
+
+    Paper: Horváth et al., "Maestro: Uncovering Low-Rank Structures via Trainable Decomposition", ICML 2024, arXiv:2308.14929.
     """
 
     def __init__(

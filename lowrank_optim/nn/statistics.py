@@ -87,6 +87,8 @@ def collect_statistics(
 ) -> dict[str, Statistics]:
     """Run a model over some data and give the statistics of its layers: what `factorize_` and `compensate_` need of the data.
 
+        μ = E[x],   C = E[(x − μ)(x − μ)ᵀ]        over all rows x of a layer's input (n numbers) or output (m numbers)
+
     The model runs without gradients in evaluation mode; its training flags are what they were afterwards. Layers that get the same
     tensor (queries, keys and values) share one covariance. Layers that did not run are not in the result. Under DDP and fully_shard
     the numbers are those of this process's rows.
