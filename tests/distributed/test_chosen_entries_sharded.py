@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import lowrank_optim as lo
 from tests.oracles.distributed_harness import distance, shard, spawn, train, weights
@@ -81,6 +83,12 @@ def check_truncation() -> None:
     lo.nn.truncate_(once, rank=3)
     assert int(torch.linalg.matrix_rank(weights(once)["tall.weight"])) == 3
     assert distance(weights(once), weights(lo.nn.truncate_(Layers(), rank=3))) < 1e-5
+    split = Layers()  # along columns, as tensor parallelism does
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    split.tall.weight = nn.Parameter(distribute_tensor(split.tall.weight.detach(), mesh, [Shard(1)]))
+    lo.nn.truncate_(split, rank=3)
+    assert split.tall.weight.placements == (Shard(1),)
+    assert distance(weights(split), weights(once)) < 1e-5
     with pytest.raises(ValueError, match="match_reference is True and weights are sharded"):
         lo.truncate_ranks(sgd(once), once, rank=3, match_reference=True)
 
