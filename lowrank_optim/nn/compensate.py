@@ -12,11 +12,11 @@ from lowrank_optim.kernels import as_python
 from lowrank_optim.nn.decompositions import output_axes, project_outputs, widened
 from lowrank_optim.nn.factorize import freeze_all_but
 from lowrank_optim.nn.low_rank import CompensatedLinear, LowRankLinear, check_rank_option, resolved_rank
-from lowrank_optim.nn.plain_layers import check_not_gathered, kind_of
+from lowrank_optim.nn.plain_layers import kind_of
 from lowrank_optim.nn.reparametrized import Patterns, matrix_of, put_layers
 from lowrank_optim.nn.statistics import Moments, Statistics, check_statistics
 from lowrank_optim.sharding.dtensor import is_sharded
-from lowrank_optim.sharding.gathered import reshard
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 
 
 def compensate_(

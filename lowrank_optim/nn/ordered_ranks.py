@@ -14,8 +14,7 @@ from lowrank_optim.kernels import as_python
 from lowrank_optim.kernels.counter_rng import PURPOSE_RANKS, make_key, random_bits, random_word
 from lowrank_optim.nn.ordered_cut import check_held, keep_components_, kept_rank
 from lowrank_optim.nn.ordered_penalty import OrderedLayer, ordered_layers, proximal_step_
-from lowrank_optim.nn.plain_layers import check_not_gathered
-from lowrank_optim.sharding.gathered import reshard
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 
 MODES = ("one_layer", "independent")
 

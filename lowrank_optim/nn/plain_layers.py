@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lowrank_optim.groups.parameters import FoundParameter
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.sharding.dtensor import is_sharded
+from lowrank_optim.sharding.gathered import check_not_gathered
 
 Kind: TypeAlias = Literal["linear", "conv1d", "embedding", "convolution"]
 
@@ -74,12 +75,3 @@ def check_real(path: str, weight: Tensor) -> None:
     """Raise ValueError for a weight of complex numbers or of integers."""
     if not weight.is_floating_point():
         raise ValueError(f"{path}.weight is {weight.dtype}; floating-point weights are needed")
-
-
-def check_not_gathered(name: str, param: Tensor, gathered: Collection[int]) -> None:
-    """Raise ValueError for a parameter that a `fully_shard` around the model has gathered."""
-    if id(param) in gathered:
-        raise ValueError(
-            f"{name} is gathered for a while by fully_shard, which was called on a module around this one; call this before "
-            "fully_shard, or with that module"
-        )

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from lowrank_optim.groups.build import select_matrices
 from lowrank_optim.groups.names import Pattern
-from lowrank_optim.nn.plain_layers import check_not_gathered
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.sharding.dtensor import is_sharded
-from lowrank_optim.sharding.gathered import reshard
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 
 SCALE = "weight_scale"
 """Name, in a state dict, of the scales beside the codes that stand under "weight"."""

@@ -16,10 +16,10 @@ from lowrank_optim.groups.build import select_matrices
 from lowrank_optim.groups.names import Pattern
 from lowrank_optim.groups.parameters import find_parameters
 from lowrank_optim.groups.roles import Role
-from lowrank_optim.nn.plain_layers import KIND_NAMES, Kind, check_layer, check_not_gathered, check_owners, kind_of
+from lowrank_optim.nn.plain_layers import KIND_NAMES, Kind, check_layer, check_owners, kind_of
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.sharding.dtensor import is_sharded
-from lowrank_optim.sharding.gathered import reshard
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 
 Patterns = Pattern | Iterable[Pattern] | None
 

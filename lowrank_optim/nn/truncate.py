@@ -15,10 +15,9 @@ from lowrank_optim.groups.matrices import matrix_shape, matrix_view, resolve_ran
 from lowrank_optim.groups.parameters import find_parameters
 from lowrank_optim.kernels import WeightError, as_python
 from lowrank_optim.nn.decompositions import count, rank_for_energy
-from lowrank_optim.nn.plain_layers import check_not_gathered
 from lowrank_optim.nn.reparametrized import Patterns
 from lowrank_optim.sharding.dtensor import dense_sharding, local, matrix_sharding
-from lowrank_optim.sharding.gathered import reshard
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 
 CONVOLUTIONS = ("channel", "spatial", "filter")
 """The matrices that convolutions are taken for: NC, VH and ND of the paper."""

@@ -11,10 +11,9 @@ from torch.optim import Optimizer
 
 from lowrank_optim.kernels import compute_dtype
 from lowrank_optim.nn.decompositions import widened
-from lowrank_optim.nn.plain_layers import check_not_gathered
 from lowrank_optim.nn.spectral_linear import SpectralLinear, decompose
 from lowrank_optim.sharding.dtensor import dense_sharding, is_sharded, local
-from lowrank_optim.sharding.gathered import reshard
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
 VECTORS = ("u_active", "v_active")

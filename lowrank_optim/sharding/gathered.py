@@ -1,9 +1,10 @@
 """Weights that `fully_shard` (FSDP2) has gathered: plain tensors for a while, which nothing should be made of."""
 
 import sys
+from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_optim.sharding.dtensor import is_sharded
 
@@ -25,6 +26,9 @@ def reshard(model: nn.Module) -> set[int]:
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
+        if isinstance(
+            module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+        ):  # the latter is refused by `check_owner`
             within |= set(map(id, module.modules()))
     return {
         id(param)
@@ -33,3 +37,12 @@ def reshard(model: nn.Module) -> set[int]:
         for param in module.parameters(recurse=False)
         if not is_sharded(param)
     }
+
+
+def check_not_gathered(name: str, param: Tensor, gathered: Collection[int]) -> None:
+    """Raise ValueError for a parameter that a `fully_shard` around the model has gathered."""
+    if id(param) in gathered:
+        raise ValueError(
+            f"{name} is gathered for a while by fully_shard, which was called on a module around this one; call this before "
+            "fully_shard, or with that module"
+        )

@@ -101,6 +101,20 @@ def check_truncation() -> None:
         lo.truncate_ranks(optimizer, model, rank=3, include=["0", "2"])
 
 
+def check_groups() -> None:
+    """An optimizer of gathered weights would train nothing: no gradient comes to them."""
+    model = gathered(shard(build()))
+    optimizer = lo.GaLoreAdamW(lo.param_groups(model, rank=4, include=["0", "2"]), lr=0.1)
+    assert all(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"])
+    before = weights(model)
+    model(x()).square().mean().backward()
+    optimizer.step()
+    assert not any(torch.equal(old, weights(model)[name]) for name, old in before.items())
+    outer = gathered(shard(nn.Sequential(build())))
+    with pytest.raises(ValueError, match=r"^0\.weight is gathered for a while"):
+        lo.param_groups(outer[0], rank=4)
+
+
 def spectral(look: bool) -> dict[str, torch.Tensor]:
     """Weights after some steps; a look at the model before each call of the schedule leaves it gathered."""
     model = shard(lo.nn.spectral_(build(), rank=3, include=["0", "2"]))
@@ -146,7 +160,7 @@ def check_schedules() -> None:
 
 
 def compare() -> None:
-    for check in (check_conversions, check_merge, check_ignored, check_truncation, check_schedules):
+    for check in (check_conversions, check_merge, check_ignored, check_groups, check_truncation, check_schedules):
         check()
 
 
