@@ -219,7 +219,8 @@ class LowRankOptimizer(Optimizer):
         for number, group in enumerate(self.param_groups):
             if (plain := whole.get(number)) is not None:
                 writes = [member.write(None, 1.0, None) for member in self._members(plain.plan)]
-                yield plain.step(tuple((write.alpha, float(write.keep)) for write in writes))
+                sizes = tuple((write.alpha, float(write.keep)) for write in writes)
+                yield plain.step(sizes, self._skipped, self.plans)
                 continue
             for param in group["params"]:
                 if param.grad is None or not self._admits(param, group):

@@ -70,6 +70,8 @@ class UnitLists:
     steps: `Unit.steps`, those of every unit.
     scalings: s of each pair.
     memos: `Unit.memo` of each.
+    finite: a bool for each parameter, true, to be set to false where its gradient is not finite; the units of such ones stay as they
+        are. None where gradients may be used as they come. Of rules that `finds_nonfinite`.
     """
 
     weights: Sequence[Tensor]
@@ -80,6 +82,7 @@ class UnitLists:
     steps: tuple[tuple[float, float], ...]
     scalings: Sequence[float]
     memos: Sequence[dict[str, Any]]
+    finite: Tensor | None = None
 
     @staticmethod
     def of(units: Sequence[Unit]) -> "UnitLists":
@@ -145,6 +148,8 @@ class JointRule(Rule):
     """Whether some members of a unit may be frozen."""
     finishes: ClassVar[bool] = False
     """Whether `finish` is to be called when the weights are written."""
+    finds_nonfinite: ClassVar[bool] = False
+    """Whether `write_lists` sees which gradients are not finite, so that nobody has to read them before."""
 
     @abstractmethod
     def init_joint(

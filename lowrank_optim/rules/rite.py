@@ -63,6 +63,7 @@ class Rite(PairRule):
 
     name: ClassVar[str] = "lora_rite"
     finishes: ClassVar[bool] = True
+    finds_nonfinite: ClassVar[bool] = True
     state_lies: ClassVar[Mapping[str, str]] = {"exp_avg_gram": "whole", "escaped": "whole"}
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
@@ -124,6 +125,7 @@ class Rite(PairRule):
             factors.weights[0].shape[0] * factors.eps,
             float(options["eps"]),
             factors.wide,
+            units.finite,
         )
         if units.memos[0].get("warned") or kernels.is_watched() or not bool(known[:, -1].any()):
             return None

@@ -18,6 +18,7 @@ from lowrank_optim.rules.joint import PLAIN, UnitLists
 from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Shared, Step
 from lowrank_optim.step.caution import is_cautious
+from lowrank_optim.step.nonfinite import SkippedUpdates
 from lowrank_optim.step.param_plan import ParamPlan
 
 _COMPUTE = (torch.float32, torch.float64)
@@ -25,7 +26,7 @@ _COMPUTE = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class PlainGroup:
-    """A group all of whose units are plain, and have gradients that can be used.
+    """A group all of whose units are plain, and have gradients that can be used, as far as the rule does not find out by itself.
 
     params, states: of all units, in order.
     plan: of the first one.
@@ -65,20 +66,35 @@ class PlainGroup:
             grads.append(grad)
             if number % rule.arity == 0:
                 memos.append(plan.memo)
-        if group["on_nonfinite"] != "propagate" and not bool(torch.stack(kernels.norms(grads)).isfinite().all()):
+        known = group["on_nonfinite"] == "propagate" or (group["on_nonfinite"] == "skip" and rule.finds_nonfinite)
+        if not known and not bool(torch.stack(kernels.norms(grads)).isfinite().all()):
             return None
         return PlainGroup(params, held, group, plans[params[0]], memos)
 
-    def step(self, sizes: tuple[tuple[float, float], ...]) -> Step:
-        """The step of all units; `sizes` are `Unit.steps` of each of them."""
+    @property
+    def rule(self) -> JointRule:
+        """Of all units."""
+        assert isinstance(self.plan.rule, JointRule)
+        return self.plan.rule
+
+    def step(
+        self, sizes: tuple[tuple[float, float], ...], skipped: SkippedUpdates, plans: Mapping[Tensor, ParamPlan]
+    ) -> Step:
+        """The step of all units; `sizes` are `Unit.steps` of each of them, `skipped` counts those that are left out."""
         counters = [state["step"] for state in self.states]
         torch._foreach_add_(counters, 1.0)
-        rule = self.plan.rule
-        assert isinstance(rule, JointRule)
+        rule = self.rule
         said: str | None = None
+        left_out = False
         for units in self._kinds(torch.stack(counters).tolist(), sizes, rule.arity):
             key = id(rule), self.plan.group, "lists", *units.counts
             said = (yield Shared(_write, key, (rule, units), 0)) or said
+            if units.finite is not None and not bool(units.finite.all()):
+                for number in (~units.finite).nonzero().flatten().tolist():
+                    skipped.add(plans[units.weights[number]].name, kernels.cpu_tensor(True, torch.bool))
+                    left_out = True
+        if left_out:
+            skipped.warn()
         if said:
             warnings.warn(said, RuntimeWarning, stacklevel=2)
 
@@ -91,6 +107,7 @@ class PlainGroup:
             first = self.params[unit * arity]
             key = first.shape[0], first.dtype, *counts[unit * arity : (unit + 1) * arity]
             alike.setdefault(key, []).append(unit)
+        checks = self.group["on_nonfinite"] == "skip" and self.rule.finds_nonfinite
         scalings = self.group.get("scalings") or [1.0] * len(self.memos)
         for (_, _, *seen), numbers in alike.items():
             places = [unit * arity + k for unit in numbers for k in range(arity)]
@@ -104,6 +121,7 @@ class PlainGroup:
                 sizes,
                 [float(scalings[unit]) for unit in numbers],
                 [self.memos[unit] for unit in numbers],
+                torch.ones(len(places), dtype=torch.bool) if checks else None,
             )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lowrank_optim as lo
 from lowrank_optim import kernels
+from lowrank_optim.kernels import selftest as made
 from lowrank_optim.step.joint_lists import PlainGroup
 from tests.adapters.test_pairs import METHODS, drawn
 
@@ -114,7 +115,8 @@ def test_what_is_unusual_is_stepped_one_by_one_with_the_same_bits(name: str, how
                 spoil(optimizer, pairs, how)
             optimizer.step()
         ends.append(bits_of(optimizer, pairs))
-    usual = how == "maximize"
+        assert optimizer.skipped_updates() == ({"0.2": 1} if how == "nan" else {})
+    usual = how == "maximize" or (how == "nan" and name == "rite")  # which sees by itself what is not finite
     assert asked[0]
     assert asked[1:2] == ([] if how == "watched" else [usual])
     assert len(asked) == (1 if how == "watched" else 3)
@@ -163,3 +165,36 @@ def test_the_warning_of_edited_weights_comes_when_everything_has_moved(watched: 
         ends.append([*bits_of(optimizer, pairs), other.detach()])
     for one, two in zip(*ends, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, 1e30])
+def test_rite_leaves_pairs_alone_whose_gradients_have_no_norm_and_says_which(
+    backend: str, what: float, monkeypatch: Any
+):
+    """1e30 has one, but its square is above what float32 holds, as `kernels.norms` has it too."""
+    monkeypatch.setenv("LOWRANK_OPTIM_BACKEND", backend)
+    if backend == "cpu" and isinstance(kernels.backends()["cpu"], kernels.Unavailable):
+        pytest.skip("the library is not built")
+    sizes = (70, 150, 2300, 64, 129, 90, 33, 40, 80, 20)
+    usual, spoilt = made.rite_step(sizes, 16), made.rite_step(sizes, 16)
+    before = made.rite_step(sizes, 16)
+    spoilt[1][3][5, 7] = what
+    finite = torch.zeros(len(sizes), dtype=torch.bool)
+    kernels.call("rite_step_", *usual, finite)
+    assert finite.all()
+    kernels.call("rite_step_", *spoilt, finite)
+    assert finite.tolist() == [n != 3 for n in range(len(sizes))]
+    norms = torch.stack(kernels.norms(spoilt[1]))
+    assert torch.equal(norms.isfinite(), finite)
+    for each in (0, 2, 3):
+        for n, (got, good, old) in enumerate(zip(spoilt[each], usual[each], before[each], strict=True)):
+            assert torch.equal(got, old if n in (2, 3) else good)
+            assert not torch.equal(got, old) or n in (2, 3)
+    assert backend == "reference" or torch.equal(spoilt[5][[0, 1, 8]], usual[5][[0, 1, 8]])
+    assert not spoilt[5][2:4].any()  # nothing is known of what was not written
+
+
+def test_the_flags_of_rite_have_a_place_for_each_factor():
+    with pytest.raises(ValueError, match=r"finite is \(3,\) torch.bool.*needed: \(2,\) torch.bool"):
+        kernels.call("rite_step_", *made.rite_step((70, 50), 3), torch.ones(3, dtype=torch.bool))
