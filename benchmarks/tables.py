@@ -253,7 +253,7 @@ def gpu_kernels() -> str:
             counts = [sum(row["tensor_core"].values()) for row in variants]
             rows.append(
                 [
-                    f"sm_{capability} `{kernel.removesuffix('_kernel')}`",
+                    f"sm_{capability}\u00a0`{kernel.removesuffix('_kernel')}`",
                     str(len(variants)),
                     *(f"{max(row[key] for row in variants):g}" for key in ("registers", "spilled_bytes", "shared_kib")),
                     f"{min(row['occupancy'] for row in variants):.0%}",
