@@ -1,4 +1,4 @@
-"""SIGTERM, which a scheduler sends before it takes the machine: the step in progress ends, its checkpoint is written, and the run stops."""
+"""SIGTERM, which a scheduler sends before it takes the machine: the step in progress ends and is saved, and the run stops."""
 
 import signal
 import sys
