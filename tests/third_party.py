@@ -45,7 +45,13 @@ PROJECTS = (
     Project(
         "transformers",
         "transformers",
-        ("test_transformers_integration", "test_in_backward_trainer", "test_model_families", "test_compat"),
+        (
+            "test_transformers_integration",
+            "test_in_backward_trainer",
+            "test_model_families",
+            "test_renamed_weights",
+            "test_compat",
+        ),
         "Trainer: factory, callback, resume; LLaMA, GPT-2, Qwen3, Mixtral, T5, ViT; flags of galore_torch and apollo_torch",
         "transformers",
     ),
