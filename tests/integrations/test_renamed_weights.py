@@ -1,7 +1,7 @@
 """Families whose weights transformers renames in its files (Mixtral, ViT): a run that the Trainer resumes, AdamW beside GaLore.
 
-Its Trainer loads the file by the model's own names and leaves what it does not find as it was. A model that `from_pretrained` has read
-from the checkpoint goes on to the bit.
+Its Trainer loads the file by the model's own names and leaves what it does not find as it was. A model that `from_pretrained` has
+read from the checkpoint goes on to the bit.
 """
 
 import pytest
