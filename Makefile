@@ -16,7 +16,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(
 # A run in the folder is continued, or with ARGS=--overwrite deleted.
 RESUME := $(if $(filter --overwrite,$(ARGS)),,--resume)
 
-.PHONY: setup check test test-all matrix integrations lint docs dist dist-check pretrain seven-b clean
+.PHONY: setup check test test-all matrix integrations integrations-axolotl lint docs dist dist-check pretrain seven-b clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -48,6 +48,15 @@ integrations:   ## the tests with trainers of others, which are installed in .ve
 	.venv-integrations/bin/pip install --quiet --disable-pip-version-check --no-deps torchtitan==0.3.0 spmd_types==0.2.3 \
 		torch_checkpointing==0.1.0 torchdata==0.11.0 llamafactory==0.9.5
 	.venv-integrations/bin/python tests/third_party.py $(ARGS)
+
+# Of axolotl's dependencies only those that training on a CPU imports; its TRL is another than the newest.
+integrations-axolotl:   ## the tests with axolotl, in .venv-axolotl; writes its line of docs/integrations/tested.md
+	$(MAKE) setup VENV=.venv-axolotl
+	.venv-axolotl/bin/pip install --quiet --disable-pip-version-check --no-deps axolotl==0.19.0 trl==1.9.0 axolotl-contribs-lgpl==0.0.7 \
+		axolotl-contribs-mit==0.0.6 addict==2.4.0 distro==1.9.0 evaluate==0.4.6 fastcore==2.2.41 fire==0.7.1 httpcore==1.0.9 \
+		httpx==0.28.1 llvmlite==0.50.0 numba==0.68.1 opentelemetry-api==1.45.2 posthog==7.91.1 protobuf==7.36.2 termcolor==3.3.0 \
+		wandb==0.31.0
+	.venv-axolotl/bin/python tests/third_party.py --only axolotl $(ARGS)
 
 lint: $(READY)   ## style and types
 	$(BIN)/ruff check .

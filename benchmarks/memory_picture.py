@@ -43,7 +43,7 @@ def gibibytes(row: Mapping[str, int]) -> dict[str, float]:
 def draw(rows: Mapping[str, Mapping[str, int]], path: Path) -> None:
     """Write the picture; its words and numbers stay text."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lowrank_optim", "font.size": 11}):
-        figure, axes = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
+        figure, axes = plt.subplots(figsize=(6.8, 4.6), layout="constrained")
         for place, (name, title) in enumerate(reversed(ROWS.items())):
             left = 0.0
             for kind, size in gibibytes(rows[name]).items():
@@ -58,7 +58,7 @@ def draw(rows: Mapping[str, Mapping[str, int]], path: Path) -> None:
         axes.text(CARD + 0.4, len(ROWS) - 0.55, f"a card of {CARD} GiB", va="bottom")
         axes.set_yticks(range(len(ROWS)), list(reversed(ROWS.values())))
         axes.set_xlim(0, 75)
-        axes.set_xlabel("GiB at the peak of a step: LLaMA-7B, 1 × 2048 tokens, bfloat16, rank 1024")
+        axes.set_xlabel("GiB at the peak of a step of LLaMA-7B\n1 × 2048 tokens, bfloat16, rank 1024")
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

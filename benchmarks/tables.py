@@ -89,6 +89,18 @@ def distributed() -> str:
     return table(["processes", *heads], rows)
 
 
+def planner_processes() -> str:
+    """Peaks of one of two processes, planned and measured."""
+    names = {"adamw": "AdamW", "galore": "GaLore", "galore_8bit": "GaLore 8-bit", "apollo": "APOLLO"}
+    rows = []
+    for row in results("planner_processes")["rows"]:
+        sizes = [row["planned"][kind] for kind in ("weights", "state", "peak")]
+        sizes += [row["measured"][kind] for kind in ("least peak", "peak")]
+        title = f"{row['how']}, {names[row['optimizer']]}" + (", in backward" if row["in_backward"] else "")
+        rows.append([title, *(f"{size / 2**20:.2f}" for size in sizes)])
+    return table(["MiB", "weights", "state", "peak, planned", "measured, least", "measured, most"], rows)
+
+
 def bytes_in_words(size: float) -> str:
     """MiB, KiB or bytes, whichever is readable."""
     if size >= 2**20:
@@ -253,7 +265,7 @@ def gpu_kernels() -> str:
             counts = [sum(row["tensor_core"].values()) for row in variants]
             rows.append(
                 [
-                    f"sm_{capability} `{kernel.removesuffix('_kernel')}`",
+                    f"sm_{capability}\u00a0`{kernel.removesuffix('_kernel')}`",
                     str(len(variants)),
                     *(f"{max(row[key] for row in variants):g}" for key in ("registers", "spilled_bytes", "shared_kib")),
                     f"{min(row['occupancy'] for row in variants):.0%}",
@@ -290,6 +302,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory-7b-short": memory_7b_short,
     "memory-7b": memory_7b,
     "distributed": distributed,
+    "planner-processes": planner_processes,
     "convergence": convergence,
     "convergence-ten": convergence_ten,
     "sltrain": sltrain,

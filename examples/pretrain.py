@@ -15,7 +15,7 @@
 
 The default text is the source code of Python's standard library, which is on every machine. A run writes metrics.jsonl,
 checkpoint.pt, loss.png and result.json to its folder; killed at any moment, it continues with --resume to the same numbers
-(on a GPU with --deterministic).
+(on a GPU with --deterministic). On SIGTERM it finishes the step, saves it and says how to go on.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import ast
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -61,6 +62,7 @@ from pretraining.data import (
 from pretraining.folder import FolderError, check_folder, delete_runs, only_process
 from pretraining.layers import PARAMETRIZATIONS
 from pretraining.run import Config, DivergedError, Result, Run, RunError, attach, change_layers, make_optimizer
+from pretraining.stopping import STATUS, Terminated, catch_sigterm
 
 import lowrank_optim as lo
 from lowrank_optim.console import accept_any_text
@@ -543,16 +545,24 @@ def main(argv: list[str] | None = None) -> None:
     def refuse(message: object) -> NoReturn:
         parser.exit(2, f"{parser.prog}: {message}\n")
 
+    def stop(status: int, where: str) -> NoReturn:
+        command = resume_command(sys.argv[1:] if argv is None else argv)
+        parser.exit(
+            status, f"\n{parser.prog}: stopped. This goes on from {where} to the same numbers:\n\n    {command}\n"
+        )
+
+    several = (
+        args.fsdp or args.ddp
+    )  # torchrun ends its processes by SIGTERM when one has failed: they must not wait for it
     try:
-        train_all(args)
+        with nullcontext() if several else catch_sigterm():
+            train_all(args)
     except (DataError, FolderError, RunError) as error:
         refuse(error)
     except KeyboardInterrupt:
-        command = resume_command(sys.argv[1:] if argv is None else argv)
-        parser.exit(
-            130,
-            f"\n{parser.prog}: stopped. This goes on from the last checkpoint to the same numbers:\n\n    {command}\n",
-        )
+        stop(130, "the last checkpoint")
+    except Terminated as stopped:
+        stop(STATUS, "the last checkpoint" if stopped.step is None else f"step {stopped.step}, which is saved,")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """`make integrations`: the tests with trainers and packages of others, in an environment of their own that has them.
 
+axolotl wants another TRL than the newest, and has an environment for itself: `make integrations-axolotl`.
 The results go to third_party.json beside this file and into the table of docs/integrations/tested.md.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,7 +45,13 @@ PROJECTS = (
     Project(
         "transformers",
         "transformers",
-        ("test_transformers_integration", "test_in_backward_trainer", "test_model_families", "test_compat"),
+        (
+            "test_transformers_integration",
+            "test_in_backward_trainer",
+            "test_model_families",
+            "test_renamed_weights",
+            "test_compat",
+        ),
         "Trainer: factory, callback, resume; LLaMA, GPT-2, Qwen3, Mixtral, T5, ViT; flags of galore_torch and apollo_torch",
         "transformers",
     ),
@@ -63,8 +72,14 @@ PROJECTS = (
         "accelerate",
     ),
     Project("torchtitan", "torchtitan", ("test_torchtitan",), "container of optimizers, resume; not its trainer"),
+    Project(
+        "axolotl", "axolotl", ("test_axolotl",), "its command line with the plugin of the page, in backward, resume"
+    ),
     Project("LLaMA-Factory", "llamafactory", ("test_llama_factory",), "registry of optimizers; not its trainer"),
 )
+
+ALONE = ("axolotl",)
+"""Projects that need an environment for themselves."""
 
 COLUMNS = ("project", "version", "what", "passed", "failed", "skipped", "date")
 
@@ -77,10 +92,10 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def files() -> list[str]:
-    """The files of all projects; a name that no file or more than one has is an error."""
+def files(projects: Sequence[Project] | None = None) -> list[str]:
+    """The files of the projects (None: of all); a name that no file or more than one has is an error."""
     found = []
-    for name in (name for project in PROJECTS for name in project.files):
+    for name in (name for project in (PROJECTS if projects is None else projects) for name in project.files):
         there = sorted((ROOT / "tests").rglob(f"{name}.py"))
         if len(there) != 1:
             raise ValueError(f"PROJECTS names {name}, and {len(there)} files under tests/ have this name; one must.")
@@ -88,10 +103,10 @@ def files() -> list[str]:
     return found
 
 
-def pages() -> list[str]:
+def pages(projects: Sequence[Project] = PROJECTS) -> list[str]:
     """The tests that run the code of the pages."""
     test = "tests/repository/test_docs.py::test_code_of_the_page_runs"
-    return [f"{test}[docs/integrations/{project.page}.md]" for project in PROJECTS if project.page]
+    return [f"{test}[docs/integrations/{project.page}.md]" for project in projects if project.page]
 
 
 def count(report: Path) -> dict[str, dict[str, int]]:
@@ -128,6 +143,14 @@ def results_of(counts: dict[str, dict[str, int]], date: str) -> dict[str, Any]:
     return {"python": platform.python_version(), "torch": version("torch"), "projects": projects}
 
 
+def merged(new: dict[str, Any], ran: Sequence[Project], before: dict[str, Any]) -> dict[str, Any]:
+    """The new results of the projects that ran, the former ones of the others."""
+    names = {project.name for project in ran}
+    former = {project["project"]: project for project in before["projects"]}
+    rows = [row if row["project"] in names else former.get(row["project"], row) for row in new["projects"]]
+    return {**new, "projects": rows}
+
+
 def table(results: dict[str, Any]) -> str:
     """The page's table."""
     lines = [
@@ -146,17 +169,23 @@ def write(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs all; exit status 1 if a test failed or was skipped, since here nothing is missing."""
+    """Runs all but axolotl, or what --only names; exit status 1 if a test failed or was skipped, since here nothing is missing."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--only", choices=[project.name for project in PROJECTS])
+    args, rest = parser.parse_known_args()
+    chosen = [p for p in PROJECTS if (p.name == args.only if args.only else p.name not in ALONE)]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files(), *pages(), *sys.argv[1:]]
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files(chosen), *pages(chosen), *rest]
         subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False)
         if not report.exists():
             sys.exit("pytest ended without a report")
         results = results_of(count(report), datetime.now(timezone.utc).strftime("%Y-%m-%d"))
+    results = merged(results, chosen, json.loads(RESULTS.read_text(encoding="utf-8")))
     write(results)
     print(table(results))
-    sys.exit(any(project["failed"] or project["skipped"] for project in results["projects"]))
+    names = {project.name for project in chosen}
+    sys.exit(any(row["failed"] or row["skipped"] for row in results["projects"] if row["project"] in names))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pretraining.data import FileBatches, StreamedBatches
 from pretraining.folder import write_atomically
 from pretraining.host import fast_products
 from pretraining.layers import parametrize
+from pretraining.stopping import Terminated, termination
 
 Batches = FileBatches | StreamedBatches
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
@@ -247,6 +248,9 @@ class Run:
         """Train to the last step, from the checkpoint if there is one.
 
         `report` is called after every step, `within_step` every ten seconds in one that takes longer.
+
+        Raises:
+            Terminated: SIGTERM came; the step that it came in is saved.
         """
         config = self.config
         self.check_config(self.config, self.folder)
@@ -270,7 +274,8 @@ class Run:
         if within_step is not None and isinstance(optimizer, lo.LowRankOptimizer):
             lo.watch_step(optimizer, within_step)
         scheduler = LambdaLR(optimizer, schedule(config))
-        with self._resume(model, optimizer, scheduler) as metrics, fast_products(self.device, DTYPES[config.dtype]):
+        fast = fast_products(self.device, DTYPES[config.dtype])
+        with self._resume(model, optimizer, scheduler) as metrics, fast, termination.training():
             while self.step < config.steps:
                 began = time.perf_counter()
                 lr = scheduler.get_last_lr()[0]
@@ -296,8 +301,10 @@ class Run:
                 # torch.optim.AdamW makes its state in the first step; before that there is nothing to count.
                 self.bytes = self.bytes or exact_bytes(model, optimizer, in_backward)
                 report(self, row)
-                if self.step % save_every == 0 or self.step == config.steps:
+                if self.step % save_every == 0 or self.step == config.steps or termination.came:
                     self._save(model, optimizer, scheduler, metrics)
+                if termination.came:
+                    raise Terminated(self.step)
         self.bytes = self.bytes or exact_bytes(
             model, optimizer, in_backward
         )  # killed between the last checkpoint and the result

@@ -68,15 +68,16 @@ class LowRankOptimizer(Optimizer):
         ValueError: a value out of range; a parameter that cannot be trained (complex, sparse); parts that do not go together.
         RuntimeError: another optimizer, which is still alive, updates one of the parameters in backward.
 
-    State (plain tensors; `m×n` the matrix, `r` the rank, 4 bytes an element, 8 for float64 parameters), made for parameters that
-    require a gradient, and at the first step for others:
-        step: 0-d float32 on the CPU, the steps in which the parameter had a gradient (skipped ones included).
-        last_refresh: 0-d int64 on the CPU, the step (from 0) of the last successful refresh; −1 before the first.
-        basis: d×r, orthonormal columns on the projected side d; `basis_right` besides where both sides are projected; `indices` for
-            coordinates; nothing for random bases.
-        the rule's moments, of R's shape: m×r (right), n×r (left) or r×r (full).
-        with fewer bits, codes in place of basis and moments, and their scales (`lowrank_optim.quantization`); with
-        `overlap_threshold`, `gap` and `overlaps` on the CPU; the residual's `limiter_norm` or `error`.
+    State: plain tensors, made for parameters that require a gradient, and at the first step for others. `m×n` is the matrix, `r` the
+    rank, an element has 4 bytes (8 for float64 parameters).
+
+    * `step`: 0-d float32 on the CPU, the steps in which the parameter had a gradient (skipped ones included).
+    * `last_refresh`: 0-d int64 on the CPU, the step (from 0) of the last successful refresh; −1 before the first.
+    * `basis`: d×r, orthonormal columns on the projected side d; `basis_right` besides where both sides are projected; `indices` for
+      coordinates; nothing for random bases.
+    * the rule's moments, of R's shape: m×r (right), n×r (left) or r×r (full).
+    * with fewer bits, codes in place of basis and moments, and their scales (`lowrank_optim.quantization`).
+    * with `overlap_threshold`, `gap` and `overlaps` on the CPU; the residual's `limiter_norm` or `error`.
 
     Example:
         >>> import torch, lowrank_optim as lo

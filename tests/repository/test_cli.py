@@ -56,7 +56,7 @@ def test_a_table_names_a_winner_and_the_code_that_trains_it(config, capsys):
     assert "within 1 GiB" in printed.out
     assert "→ AdamW" in printed.out
     assert "torch.optim.AdamW(model.parameters())" in printed.out
-    assert "simulating" in printed.err
+    assert printed.err == ""  # no terminal, no progress
     assert all(len(line) <= 110 for line in printed.out.splitlines())
 
 

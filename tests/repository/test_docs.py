@@ -22,6 +22,7 @@ from lowrank_optim.groups.options import _FIXED
 from lowrank_optim.planner import command as command_line
 from tests.repository import pages
 from tests.repository.pages import PAGES, ROOT, blocks, text
+from tests.repository.test_packaging import PROJECT
 
 EXTEND, ARCHITECTURE = text("docs/extend.md"), text("docs/architecture.md")
 PARTS = [block.code for block in blocks("docs/extend.md", "python")]
@@ -107,10 +108,26 @@ def test_every_block_has_a_language_that_the_tests_know():
         assert set(opened) <= {"python", "bash", "text"}, page
 
 
+WIDEST = 90
+"""Characters of a line of code that a page shows at 1280 pixels, with the sizes of docs/site.css."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_code_of_the_page_fits_beside_the_two_columns(page):
+    code = [line for found in ("python", "bash") for block in blocks(page, found) for line in block.code.splitlines()]
+    assert [line for line in code if len(line) > WIDEST] == []
+
+
 # Commands of a shell ------------------------------------------------------------------------------------------------------------
 
 COMMANDS = sorted(
-    {line for page in PAGES for block in blocks(page, "bash") for line in block.code.splitlines() if line}
+    {
+        line
+        for page in PAGES
+        for block in blocks(page, "bash")
+        for line in block.code.replace("\\\n", " ").splitlines()
+        if line and not line.startswith("#")
+    }
 )
 
 
@@ -128,7 +145,10 @@ def test_what_a_command_names_is_there(command):
         doctor.add_parser(subparsers)
         parser.parse_args(words)
     elif program == "pip":
-        assert words == ["install", "."]
+        extras = PROJECT["optional-dependencies"]
+        known = {re.split("[><=]", wanted)[0] for extra in extras.values() for wanted in extra}
+        assert words[0] == "install"
+        assert set(words[1:]) <= known | {"."}
     elif program in ("python", "torchrun", "bash"):
         script = next(word for word in words if word.endswith((".py", ".sh")))
         folder = (ROOT / script).parent
@@ -184,12 +204,20 @@ def test_the_reference_has_every_public_name_once():
         for name in re.findall(r"^::: lowrank_optim\.([\w.]+)$", text(page), flags=re.MULTILINE)
     ]
     assert len(listed) == len(set(listed))
+    modules = [name for name in listed if (ROOT / "lowrank_optim" / name.replace(".", "/")).with_suffix(".py").exists()]
+    assert modules == [], "the page shows a module in place of its function: write module.function"
+    listed = [re.sub(r"(?:^optimizers\.|)(\w+)\.\1$", r"\1", name) for name in listed]
     public = {name for name in lo.__all__ if name not in ("__version__", "distributed", "nn")}
     layers = {f"nn.{name}" for name in lo.nn.__all__} | {f"distributed.{name}" for name in lo.distributed.__all__}
     checks = {f"testing.{name}" for name in lo.testing.__all__}
     checks |= {f"diagnostics.{name}" for name in lo.diagnostics.__all__}
     beside = {"groups.options.Options", "integrations.transformers.LowRank", "integrations.transformers.InBackward"}
-    beside |= {"integrations.transformers.Progress", "integrations.compat.install", "integrations.compat.uninstall"}
+    beside |= {
+        "change_group",
+        "integrations.transformers.Progress",
+        "integrations.compat.install",
+        "integrations.compat.uninstall",
+    }
     assert set(listed) == public | layers | checks | beside
 
 

@@ -123,10 +123,24 @@ def muon(*names: str) -> list[float]:
     return [tables.results("muon_step")["over_torch"][name] for name in names]
 
 
+def of_the_plan() -> list[float]:
+    """The least and the most peak of several processes, as shares of the planned one."""
+    rows = tables.results("planner_processes")["rows"]
+    shares = [[row["measured"][kind] / row["planned"]["peak"] for row in rows] for kind in ("least peak", "peak")]
+    return [min(shares[0]), max(shares[1])]
+
+
+def test_shares_of_several_processes_are_planned_to_the_byte():
+    for row in tables.results("planner_processes")["rows"]:
+        for kind in ("weights", "state"):
+            assert row["planned"][kind] == row["measured"][kind], row
+
+
 SENTENCES: list[tuple[str, str, Callable[[], list[Any]]]] = [
     ("README.md", "AdamW at {:.3f} with", lambda: losses("adamw")),
     ("README.md", "with {:.2f} MiB of state", lambda: state("galore")),
     ("README.md", "with {:.2f} MiB, each", lambda: state("adamw")),
+    ("docs/memory.md", "is between {:.2f} and {:.2f} of the planned", of_the_plan),
     ("docs/benchmarks.md", "{:.4f} and 1.3738 on four of them", lambda: losses("galore")),
     ("docs/benchmarks.md", "where AdamW's is {:.4f} on all", lambda: losses("adamw")),
     ("docs/benchmarks.md", "The JSON is that of {:.4f}", lambda: losses("galore")),

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,50 @@ def test_a_resumed_run_shows_what_the_undisturbed_one_shows_and_the_stopped_one_
     resumed = shown()
     assert list(resumed) == ["11", "12", "13", "14"]
     assert resumed == {step: undisturbed[step] for step in resumed}
+
+
+def test_sigterm_saves_the_step_that_it_came_in_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    arguments = ["--optimizer", "galore", "--steps", "12", "--save-every", "100"]
+    run(*arguments, "--out", str(tmp_path / "whole"))
+    gradients = Run._gradients
+
+    def terminated_in_the_fourth_step(self, model):
+        if self.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return gradients(self, model)
+
+    monkeypatch.setattr(Run, "_gradients", terminated_in_the_fourth_step)
+    before, broken = signal.getsignal(signal.SIGTERM), tmp_path / "broken"
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments, "--out", str(broken))
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    said = capsys.readouterr().err
+    assert "SIGTERM: stops after this step, and saves it" in said
+    assert "This goes on from step 4, which is saved, to the same numbers:" in said
+    assert said.strip().endswith(f"--out {broken} --resume")
+    assert len(rows(broken)) == 4
+    monkeypatch.setattr(Run, "_gradients", gradients)
+    run(*arguments, "--out", str(broken), "--resume")
+    assert rows(broken) == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when", ["outside of a step", "a second time"])
+def test_sigterm_that_cannot_wait_stops_at_once(when, tmp_path, capsys, monkeypatch):
+    def gradients(self, model):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the second signal has stopped it")
+
+    if when == "a second time":
+        monkeypatch.setattr(Run, "_gradients", gradients)
+    else:
+        monkeypatch.setattr(pretrain, "Source", lambda args: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        run("--optimizer", "adamw", "--steps", "2", "--out", str(tmp_path / "run"))
+    assert stopped.value.code == 143
+    assert "This goes on from the last checkpoint to the same numbers:" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def results(*names: str) -> list[Result]:

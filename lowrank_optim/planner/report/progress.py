@@ -1,10 +1,15 @@
-"""Progress of a simulation on stderr: a bar on a terminal where rich is installed, else a line now and then."""
+"""Progress of a simulation: one line on stderr, from the fifth second on. Where stderr is no terminal, nothing."""
 
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+AFTER, EVERY = 5.0, 1.0
+"""Seconds before the first line, and between two."""
 
 
 class Report(Protocol):
@@ -14,39 +19,58 @@ class Report(Protocol):
 
 
 @contextmanager
-def progress(quiet: bool = False) -> Iterator[Report]:
+def progress() -> Iterator[Report]:
     """A function that shows progress within this block."""
-    if quiet:
+    if not sys.stderr.isatty():
         yield lambda what, done=None: None
         return
+    line, over = Line(), threading.Event()
+
+    def draw() -> None:
+        wait = AFTER
+        while not over.wait(wait):
+            line.draw()
+            wait = EVERY
+
+    drawer = threading.Thread(target=draw, daemon=True)
+    drawer.start()
     try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    except ModuleNotFoundError:
-        yield _Lines()
-        return
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines()
-        return
-    columns = (TextColumn("simulating {task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("…", total=1.0)
-
-        def show(what: str, done: float | None = None) -> None:
-            bars.update(task, description=what or "…", completed=done)
-
-        yield show
+        yield line
+    finally:
+        over.set()
+        drawer.join()
+        line.erase()
 
 
-class _Lines:
-    """One line for each thing that is done, with the seconds since the start."""
+class Line:
+    """The line, which is drawn again in its place."""
 
     def __init__(self) -> None:
-        self.began = time.perf_counter()
+        self.began = time.monotonic()
+        self.what, self.done = "", 0.0
+        self._drawn = 0
 
     def __call__(self, what: str, done: float | None = None) -> None:
-        if what:
-            share = "" if done is None else f" ({done:.0%} done)"
-            sys.stderr.write(f"[{time.perf_counter() - self.began:4.0f} s] simulating {what}{share}\n")
+        self.what = what or self.what
+        self.done = self.done if done is None else done
+
+    def text(self, seconds: float) -> str:
+        """What it says after that many seconds."""
+        left = ""
+        if 0.0 < self.done < 1.0:
+            left = f", {self.done:.0%} done, about {seconds / self.done * (1.0 - self.done):.0f} s left"
+        return f"[{seconds:.0f} s] simulating {self.what}{left}"
+
+    def draw(self) -> None:
+        """Write it over the last one."""
+        text = self.text(time.monotonic() - self.began)[: shutil.get_terminal_size().columns - 1]
+        sys.stderr.write("\r" + text.ljust(self._drawn))
+        sys.stderr.flush()
+        self._drawn = len(text)
+
+    def erase(self) -> None:
+        """Leave the terminal as it was."""
+        if self._drawn:
+            sys.stderr.write("\r" + " " * self._drawn + "\r")
             sys.stderr.flush()
+            self._drawn = 0

@@ -7,7 +7,8 @@ gradient and moment (`Block.share`), and of the bases that lie along the split s
     besides        the weights of two layers (one computes, the next is fetched), the gradient of one before it is reduced,
                    and weights and gradients of all that is in no layer (embedding, head, final norm: the root group)
 
-That is an upper bound: the optimizer's working copies count whole, and a device without streams gathers one layer at a time.
+That is an upper bound of torch's own tensors: the optimizer's working copies count whole, and a device without streams gathers one
+layer at a time. Buffers of messages under way come on top: gloo's and DDP's may be as large as the gradients.
 
 DDP keeps everything on every process, and copies gradients into buckets: their bytes a second time.
 """
