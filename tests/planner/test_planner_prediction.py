@@ -21,8 +21,8 @@ from planner_validation import CONFIG, cases, compare
 
 pytestmark = pytest.mark.long
 
-DEEP = {**CONFIG, "num_hidden_layers": 6}
-"""A layer more than the deepest of the shallow models that stand for it: 4 and 5 for LISA, 2 and 3 for the others."""
+DEEP = {**CONFIG, "num_hidden_layers": 4}
+"""A layer more than the deepest of the shallow models that stand for it, which are of 2 and 3 layers; of 4 and 5 for LISA."""
 
 
 @pytest.mark.parametrize("batch", ["long", "short"])
@@ -57,7 +57,8 @@ def test_layers_with_a_parametrization_are_predicted_as_well(case):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.title)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_shallow_models_tell_the_peak_of_a_deep_one_to_the_byte(recipe, checkpointing):
-    model, device = resolve_model(DEEP), torch.device("cuda")
+    layers, depth = (6, 2) if recipe.optimizer == "lisa" else (DEEP["num_hidden_layers"], 1)
+    model, device = resolve_model({**DEEP, "num_hidden_layers": layers}), torch.device("cuda")
     said = recipe.at_rank(32)
     optimizer, parametrization = (
         resolve_optimizer(said["optimizer"]),
@@ -70,8 +71,7 @@ def test_two_shallow_models_tell_the_peak_of_a_deep_one_to_the_byte(recipe, chec
         how["parametrization"] = parametrization
         return simulate(make_setting(model, optimizer, batch=model.batch(1, 64), **how))
 
-    rules, depth = rules_for("cuda"), 2 if recipe.optimizer == "lisa" else 1
-    layers = DEEP["num_hidden_layers"]
+    rules = rules_for("cuda")
     guessed, known = deep(run, rules, layers, depth), probe(run(layers), rules, layers, depth)
     assert guessed.peak[1] == known.peak[1]
     point = known.peak[0]
@@ -97,8 +97,11 @@ def test_the_table_agrees_with_plans_and_its_largest_batch_fits():
 
 
 def test_recipes_that_fit_come_first_and_need_what_they_should():
-    rows = what_fits(Question(DEEP, 700 * 2**20, sequence_length=64, rank=16))
-    assert len(rows) == len(RECIPES)
+    named = ("AdamW", "AdamW 8-bit", "GaLore 8-bit", "Q-GaLore, int8 weights", "SLTrain 8-bit")
+    some = tuple(recipe for recipe in RECIPES if recipe.title in named)
+    rows = what_fits(Question(DEEP, 580 * 2**20, sequence_length=64, rank=16), some)
+    assert {row.title for row in rows} == set(named)
+    assert 0 < sum(row.fits for row in rows) < len(rows)
     assert [row.fits for row in rows] == sorted((row.fits for row in rows), reverse=True)
     by_title = {row.title: row for row in rows}
     assert by_title["AdamW"].needed > by_title["AdamW 8-bit"].needed > by_title["GaLore 8-bit"].needed
