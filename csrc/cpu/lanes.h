@@ -191,7 +191,13 @@ INLINE Floats lanes_of(Floats a, Floats b) {
 // The sums of neighbours, of one vector and then of another.
 template <int... I>
 INLINE Floats sums_of_pairs(Floats a, Floats b, Numbers<I...>) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // AVX2 takes lanes of two vectors from within their halves only: the sums come in pairs, which are put in order.
+  const Floats sums = lanes_of<0, 2, 8, 10, 4, 6, 12, 14>(a, b) + lanes_of<1, 3, 9, 11, 5, 7, 13, 15>(a, b);
+  return lanes_of<0, 1, 4, 5, 2, 3, 6, 7>(sums, sums);
+#else
   return lanes_of<(2 * I)...>(a, b) + lanes_of<(2 * I + 1)...>(a, b);
+#endif
 }
 
 // Every lane TIMES times: vector number K of the TIMES that this makes.
