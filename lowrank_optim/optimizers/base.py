@@ -209,7 +209,7 @@ class LowRankOptimizer(Optimizer):
 
     def _steps(self) -> Iterator[Step]:
         """The steps of all parameters that have a gradient."""
-        norms, watch = first_norms(self.param_groups, self.plans), self._watch
+        (norms, squares), watch = first_norms(self.param_groups, self.plans), self._watch
         for param, plan in self.plans.items():
             if plan.unit and plan.unit[0] is param:
                 check_unit(plan, self.plans, self.param_groups[plan.group], self.state)
@@ -219,7 +219,9 @@ class LowRankOptimizer(Optimizer):
                     continue
                 plan = self.plans[param]
                 if not plan.unit:
-                    step = self.trained(param).begin(norms.get(param) if norms else None)
+                    trained = self.trained(param)
+                    trained.squares = squares.get(param) if squares else None
+                    step = trained.begin(norms.get(param) if norms else None)
                 elif is_last_of_unit(param, plan):
                     step = joint_step(self._members(plan), [norms.get(member) for member in plan.unit])
                 else:
