@@ -166,7 +166,7 @@ def plot(points: list[Point], path: Path) -> None:
 def show(point: Point, whole: Point) -> None:
     print(
         f"{point.method:20} {point.setting:30} {point.bytes / 2**20:9.2f} MiB {100 * point.bytes / whole.bytes:5.1f} %"
-        f"  loss {point.loss:.4f} ({point.loss - whole.loss:+.4f})"
+        f"  loss {point.loss:.4f} ({round(point.loss - whole.loss, 4) + 0.0:+.4f})"  # no -0.0000
     )
 
 

@@ -489,9 +489,15 @@ def plot(
         colours = {alpha: f"C{number}" for number, alpha in enumerate(dict.fromkeys(a for a, _ in scale_curves))}
         for (alpha, changed), errors in scale_curves.items():
             style = {"linestyle": "-" if changed else "--", "color": colours[alpha]}
-            axis.semilogy(errors, **style, label=f"α = {alpha:g}" + ", one step changed" * changed)
+            axis.semilogy(errors, **style, label=None if changed else f"α = {alpha:g}")
+        axis.plot([], [], "k-", label="each with one step changed")
+        shortest = min(len(errors) for (_, changed), errors in scale_curves.items() if not changed)
         axis.set(
-            title="A small start", xlabel="iteration T", ylabel=r"$\|X - X^*\|_F^2$", ylim=(1e-26, 1e2), xlim=(0, 3000)
+            title="A small start",
+            xlabel="iteration T",
+            ylabel=r"$\|X - X^*\|_F^2$",
+            ylim=(1e-26, 1e2),
+            xlim=(0, shortest),  # no line ends before the edge
         )
         axis.legend(fontsize=8, loc="lower right")
     if robust_curves is not None:

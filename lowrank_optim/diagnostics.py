@@ -337,6 +337,7 @@ def plot(numbers: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
         ax.set_title(title, fontsize=10)
         ax.set_xlim(left=0)
         ax.grid(axis="x", alpha=0.25)
+        ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(names)), names, fontsize=7)
     axes[0].invert_yaxis()

@@ -10,7 +10,7 @@
 namespace lowrank {
 namespace {
 
-constexpr int ABI_VERSION = 12;
+constexpr int ABI_VERSION = 14;
 #define LOWRANK_TEXT_(x) #x
 #define LOWRANK_TEXT(x) LOWRANK_TEXT_(x)
 #ifdef __clang__

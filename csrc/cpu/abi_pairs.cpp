@@ -68,7 +68,8 @@ class RiteStep {
         scratch_(room_for(floats_ * threads)),
         kept_(room_for(rite_kept_floats(rank) * pieces(most, rite_.matrices))),
         parts_(room_for(stride_ * units)),
-        marks_(size_t(units)) {}
+        marks_(size_t(units)),
+        stays_(size_t(most)) {}
 
   bool has_room() const { return scratch_ && kept_ && parts_; }
 
@@ -90,23 +91,28 @@ class RiteStep {
         if (!known) sum(units, k, 0, true);
         sum(units, k, 1, true);
       }
+      for (int64_t k = first; k < last; k += 2) see_gradients(factors, k);
       rite_.before(factors + first, int(last - first), known, sums_of(first), kept_of(at), small_of(first), scratch);
     });
     each_unit(factors, units, [&](const RiteArgs& f, size_t k, int64_t unit, float* part, float* scratch) {
+      if (stays_[k]) return;
       uint64_t* marks = f.known ? marks_.data() + units.first[k] : nullptr;
       kernels_of(f).step({f.tall, f.weight, f.grad, f.momentum, small_of(int64_t(k)), f.share, f.alpha, f.keep, nullptr, nullptr, marks}, unit,
                          part, scratch);
     });
     each_group(count, [&](int64_t at, int64_t first, int64_t last, float* scratch) {
+      RiteArgs moved[MOST_TOGETHER];
       for (int64_t k = first; k < last; ++k) {
+        RiteArgs& f = moved[k - first] = factors[k];
+        if (stays_[size_t(k)]) f.moment = nullptr, f.known = nullptr;
         sum(units, k, 0, true);
         sum(units, k, 1, false);
-        if (factors[k].known) put_mark(factors[k], marked(units, k));
+        if (f.known) put_mark(f, marked(units, k));
       }
-      rite_.after(factors + first, int(last - first), sums_of(first), kept_of(at), small_of(first), scratch);
+      rite_.after(moved, int(last - first), sums_of(first), kept_of(at), small_of(first), scratch);
     });
     each_unit(factors, units, [&](const RiteArgs& f, size_t k, int64_t unit, float* part, float* scratch) {
-      kernels_of(f).turn({f.tall, f.momentum, small_of(int64_t(k))}, unit, part, scratch);
+      if (!stays_[k]) kernels_of(f).turn({f.tall, f.momentum, small_of(int64_t(k))}, unit, part, scratch);
     });
   }
 
@@ -120,6 +126,9 @@ class RiteStep {
   std::vector<float> small_;  // one of each
   Room scratch_, kept_, parts_;
   std::vector<uint64_t> marks_;  // of the units
+  std::vector<char> stays_;      // whether a factor stays as it is
+
+  static constexpr int MOST_TOGETHER = 8;  // factors whose small matrices are computed together
 
   const PairKernels& kernels_of(const RiteArgs& f) const { return level_.pairs(rank_, f.tall.wide); }
   double* sums_of(int64_t factor) { return sums_.data() + 2 * factor * square_; }
@@ -160,6 +169,21 @@ class RiteStep {
       }
     }
     return all;
+  }
+
+  // Whether the gradients of a pair, the factors k and k + 1, can be used.
+  void see_gradients(const RiteArgs* factors, int64_t k) {
+    bool finite = true;
+    for (int64_t own = k; own < k + 2; ++own) {
+      if (!factors[own].finite) continue;
+      const double* squares = sums_of(own) + square_;
+      double total = 0.0;
+      for (int64_t i = 0; i < rank_; ++i) total += squares[i * (rank_ + 1)];
+      const bool good = total <= double(__FLT_MAX__);  // NaN is not
+      *factors[own].finite = good;
+      finite = finite && good;
+    }
+    stays_[size_t(k)] = stays_[size_t(k + 1)] = !finite;
   }
 
   // The sums over the units of a factor of the first or second of their parts.

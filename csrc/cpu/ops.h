@@ -293,6 +293,8 @@ inline int64_t eigen_floats(int64_t rank) { return 16 * rank * (3 * rank + 3); }
 // rite_step_ of one factor; its neighbour, at an even or odd place, is the other one of its pair. With `moment` V (rank × rank), `share`
 // and `square_share` 1 − β̃ of both moments; `added` to the roots of V, and `tolerance` as in InversePowerArgs. `known`, which may be
 // null: what is known of the weights, rank · rank numbers, KNOWN_MORE after them; zeros where that is nothing.
+// `finite`, which may be null: 1 is written there, or 0 where the norm of the gradient is not finite in float32. A pair of which that is so
+// stays as it is.
 struct RiteArgs {
   TallArgs tall;
   f32* weight;
@@ -301,6 +303,7 @@ struct RiteArgs {
   f64* known;
   float share, alpha, keep;
   double square_share, tolerance, added;
+  u8* finite;
 };
 
 // After (XᵀX)^(−1/2) of the weights X that a step wrote: their mark, as an integer of 64 bits, and 1 where the step after it has found

@@ -232,7 +232,7 @@ INLINE void pad(const Shape& s, const f32* small, float factor, float* to) {
   }
 }
 
-// Words that are mixed into a number, as many at a time as four vectors have. Each word takes high bits down before the next one:
+// Words that are mixed into a number, as many at a time as eight vectors have: with fewer, each would wait for the one before. Each word takes high bits down before the next one:
 // without, changes of signs and exponents, which are what is often changed in all elements at once, would cancel.
 class Mark {
  public:
@@ -254,7 +254,7 @@ class Mark {
   }
 
  private:
-  Words lanes_[4] = {};
+  Words lanes_[8] = {};
 
   INLINE static Words mixed(Words lane, Words word) {
     lane = (lane ^ word) * 0x9E3779B1u;
@@ -346,8 +346,10 @@ void turn(const TurnArgs& args, int64_t unit, float*, float* scratch) {
   pad(s, args.small, 1.0f, small);
   s.each(unit, [&](int64_t row, int n) __attribute__((always_inline)) {
     if (WIDE && s.full(n)) return times_lines(s, args.form + row, small, nullptr, 0.0f, args.form + row, s.size, form, s.asking(args.form, row));
-    times(s, s.read(args.form, row, n, form), small, nullptr, 0.0f, moved, s.asking(args.form, row));
-    s.write(args.form, row, n, moved);
+    // With one strip of columns, rows are read before they are written.
+    const bool there = !WIDE && s.full(n) && s.padded() == STRIP;
+    times(s, s.read(args.form, row, n, form), small, nullptr, 0.0f, there ? args.form + row * s.rank() : moved, s.asking(args.form, row));
+    if (!there) s.write(args.form, row, n, moved);
   });
 }
 

@@ -126,7 +126,7 @@ void after(const RiteArgs* factors, int count, const double* sums, const float* 
   multiply<true>(n, s.first, turn, s.second);
   for (int lane = 0; lane < count; ++lane) {
     f32* to = factors[lane].moment;
-    for (int i = 0; i < size; ++i) to[i] = float(s.second[i][lane]);
+    for (int i = 0; to && i < size; ++i) to[i] = float(s.second[i][lane]);
   }
 }
 

@@ -12,6 +12,7 @@ from lowrank_optim.adapters.layers import Factors, find_factors, lone_factors
 from lowrank_optim.groups.options import DEFAULTS, check_values, near_option, plain_options
 from lowrank_optim.groups.parameters import FoundParameter, ParamGroup, find_parameters
 from lowrank_optim.rules.pairs import check_pair
+from lowrank_optim.sharding.gathered import reshard
 
 _log = logging.getLogger("lowrank_optim")
 
@@ -156,6 +157,7 @@ def _pairs_of(model: nn.Module, adapter: str | None) -> tuple[list[_Pair], set[i
         raise ValueError(
             f"{lone} has no partner in its layer, so that it is no pair; the adapter was not built or loaded as a whole"
         )
+    reshard(model)
     every = list(find_factors(model))
     if not every:
         raise ValueError(

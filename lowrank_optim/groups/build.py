@@ -15,6 +15,7 @@ from lowrank_optim.groups.names import Pattern, star_numbers
 from lowrank_optim.groups.options import DEFAULTS, check_values, expand_shorthands, near_option, plain_options
 from lowrank_optim.groups.parameters import FoundParameter, ParamGroup, find_parameters, list_names
 from lowrank_optim.kernels import as_python
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 
 _UNSET: Any = object()
 
@@ -100,7 +101,10 @@ def param_groups(
     _check_arguments(model, rank, density, include, weight_decay, options)
     low_rank_by = {"rank": rank} if density is None else {"density": density}
     train_low_rank = rank is not None or density is not None or "rule" in options
+    gathered = reshard(model)
     found = find_parameters(model)
+    for entry in found:
+        check_not_gathered(entry.names[0], entry.param, gathered)
     include_list, exclude_list = _checked_patterns(include, exclude, found)
     at_place = {"head": dict(head or {}), "embeddings": dict(embeddings or {}), "other": {}}
     for pattern in overrides or {}:

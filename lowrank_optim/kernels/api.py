@@ -233,7 +233,8 @@ def rite_step_(
     tolerance: float,
     added: float,
     wide: Sequence[bool],
+    finite: Tensor | None = None,  # modified in place
 ) -> None:
     """A step of LoRA-RITE, see `pair_schemas.rite_step_`."""
     tables = cpu_tensor(numbers, torch.float64), pack_scalars(tolerance, added)
-    call("rite_step_", weights, grads, momenta, moments, escaped, known, *tables, wide)
+    call("rite_step_", weights, grads, momenta, moments, escaped, known, *tables, wide, finite)

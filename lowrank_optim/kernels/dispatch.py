@@ -115,7 +115,11 @@ def _dispatcher(name: str) -> Kernel:
         for run in _ways(name, args[0][0].device.type, _environment(_KEY)):
             result = run(*args)
             if result is not NotImplemented:
-                _changed(tensor for i in written for tensor in args[i])
+                _changed(
+                    tensor
+                    for i in places[len(args)]
+                    for tensor in (args[i] if isinstance(args[i], (list, tuple)) else args[i : i + 1])
+                )
                 return result
         return define(*args)
 

@@ -80,8 +80,18 @@ def rite_step_(
     numbers: Tensor,
     scalars: Tensor,
     wide: Sequence[bool],
+    finite: Tensor | None = None,
 ) -> None:
     """With stacks (pairs, 2, r, r), in which the other factor of a pair is at the other place; formulas as in `rules.Rite`."""
+    if finite is not None:
+        finite.copy_(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).isfinite())
+        good = finite.view(-1, 2).all(1).repeat_interleave(2).tolist()
+        if not all(good):
+            places = [n for n, is_good in enumerate(good) if is_good]
+            lists = [[each[n] for n in places if each] for each in (weights, grads, momenta, moments, escaped)]
+            if places:
+                rite_step_(*lists, known[places], numbers, scalars, [wide[n] for n in places])
+            return
     count, rank, device = len(weights) // 2, moments[0].shape[-1], weights[0].device
     share, square_share, decay, alpha, keep = numbers.T
     plain = scalars * torch.tensor([1.0, 0.0], dtype=torch.float64)

@@ -115,7 +115,7 @@ RITE_NUMBERS = ("share", "square_share", "decay", "alpha", "keep")
 
 @operation(
     "rite_step_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] moments, Tensor(d!)[] escaped, "
-    "Tensor(e!) known, Tensor numbers, Tensor scalars, bool[] wide) -> ()"
+    "Tensor(e!) known, Tensor numbers, Tensor scalars, bool[] wide, Tensor(f!)? finite=None) -> ()"
 )
 def rite_step_(
     weights: Sequence[Tensor],
@@ -127,6 +127,7 @@ def rite_step_(
     numbers: Tensor,
     scalars: Tensor,
     wide: Sequence[bool],
+    finite: Tensor | None = None,
 ) -> None:
     """A step of LoRA-RITE (`rules.Rite`) for the factors A, B, A, B, … of many pairs.
 
@@ -134,6 +135,8 @@ def rite_step_(
     float64, is for a backend to keep what saves it work in the next step; zeros where that is nothing. Its last number is 1 where the
     weights are others than those that the step before has written, as far as the backend looks. `numbers`: 1−β̃₁, 1−β̃₂, the decay of
     ρ, α and κ, a row for each A and one for each B. `scalars`: tolerance, added, as of `inverse_power`.
+    With `finite`, (N,) bool, it is written there which gradients have a norm that is finite in float32 (float64 factors: at all), and
+    pairs with another one stay as they are.
     """
     op = "rite_step_"
     _check_factors(op, wide, weights=weights, grads=grads, momenta=momenta)
@@ -154,6 +157,10 @@ def rite_step_(
                 refuse(op, f"{name}[{number}] is {said(x)}; needed: {size} {first.dtype} on {first.device}")
     if known.shape != (len(weights), rank**2 + 2) or known.dtype != torch.float64 or not known.is_contiguous():
         refuse(op, f"known is {said(known)}; needed: {(len(weights), rank**2 + 2)} torch.float64, contiguous")
+    if finite is not None and (
+        finite.shape != (len(weights),) or finite.dtype != torch.bool or not finite.is_contiguous()
+    ):
+        refuse(op, f"finite is {said(finite)}; needed: {(len(weights),)} torch.bool, contiguous")
     needed = (2, len(RITE_NUMBERS))
     if numbers.shape != needed or numbers.dtype != torch.float64 or not numbers.is_cpu:
         refuse(op, f"numbers is {said(numbers)}; needed: {needed} torch.float64 on cpu, {', '.join(RITE_NUMBERS)}")

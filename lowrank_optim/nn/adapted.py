@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.kernels import compute_dtype, cpu_tensor
+from lowrank_optim.nn.plain_layers import kind_of
 from lowrank_optim.nn.reparametrized import (
     ReparametrizedLayer,
     ReparametrizedLinear,
-    kind_of,
     matrix_of,
     move_hooks,
 )

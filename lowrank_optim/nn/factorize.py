@@ -23,11 +23,10 @@ from lowrank_optim.nn.low_rank import (
     check_rank_option,
     resolved_rank,
 )
+from lowrank_optim.nn.plain_layers import Kind, kind_of
 from lowrank_optim.nn.reparametrized import (
-    Kind,
     Patterns,
     TakenLayer,
-    kind_of,
     matrix_of,
     put_layers,
     take_hooks,

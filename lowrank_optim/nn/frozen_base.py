@@ -7,8 +7,8 @@ from torch import nn
 
 from lowrank_optim.nn.adapted import AdaptedLayer
 from lowrank_optim.nn.factorize import freeze_all_but
+from lowrank_optim.nn.plain_layers import Kind
 from lowrank_optim.nn.reparametrized import (
-    Kind,
     Patterns,
     ReparametrizedLayer,
     TakenLayer,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lowrank_optim.groups.roles import Role
 from lowrank_optim.kernels import compute_dtype
 from lowrank_optim.nn.adapted import AdaptedLinear, wide
-from lowrank_optim.nn.reparametrized import ReparametrizedLayer, ReparametrizedLinear, kind_of
+from lowrank_optim.nn.plain_layers import kind_of
+from lowrank_optim.nn.reparametrized import ReparametrizedLayer, ReparametrizedLinear
 
 HALF_DECAY = Role(decay_factor=0.5)
 """Of two factors: their product decays as a dense matrix would."""

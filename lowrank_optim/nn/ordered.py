@@ -10,10 +10,10 @@ from lowrank_optim.groups.roles import Role
 from lowrank_optim.kernels import compute_dtype, outside_graph
 from lowrank_optim.nn.decompositions import best_of_rank, widened
 from lowrank_optim.nn.low_rank import HALF_DECAY, Device, apply_pair, check_rank, product
+from lowrank_optim.nn.plain_layers import kind_of
 from lowrank_optim.nn.reparametrized import (
     Patterns,
     ReparametrizedLinear,
-    kind_of,
     matrix_of,
     put_layers,
     take_layers,

@@ -50,6 +50,10 @@ def ordered_penalty(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: the model has no ordered layer.
+
+    Memory: a few numbers for each component of both factors (r×m and r×n), and in backward one copy of a factor.
+
+    Paper: Horváth et al., "Maestro: Uncovering Low-Rank Structures via Trainable Decomposition", ICML 2024, arXiv:2308.14929.
     """
     layers = ordered_layers(model)
     device = layers[0].factors[0].device

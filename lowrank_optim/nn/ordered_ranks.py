@@ -14,6 +14,7 @@ from lowrank_optim.kernels import as_python
 from lowrank_optim.kernels.counter_rng import PURPOSE_RANKS, make_key, random_bits, random_word
 from lowrank_optim.nn.ordered_cut import check_held, keep_components_, kept_rank
 from lowrank_optim.nn.ordered_penalty import OrderedLayer, ordered_layers, proximal_step_
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 
 MODES = ("one_layer", "independent")
 
@@ -41,6 +42,22 @@ class OrderedRanks:
 
     Raises:
         ValueError: an unknown mode; a model without ordered layers.
+
+    Memory: 8 bytes for each pair of a cycle ("one_layer"); `prox_` keeps a few float64 numbers on the CPU for each component, and
+    `shrink_` copies what is left of one tensor at a time. Components that a draw leaves out have gradients of 0, not None: gradients
+    and state are those of all r until `shrink_`.
+
+    Example:
+        >>> import torch, lowrank_optim as lo
+        >>> model = lo.nn.ordered_(torch.nn.Sequential(torch.nn.Linear(16, 8)), include="0")
+        >>> ranks = lo.nn.OrderedRanks(model)
+        >>> with ranks.sample() as drawn:
+        ...     loss = model(torch.randn(4, 16)).square().mean()
+        ...     loss.backward()
+        >>> list(drawn), ranks.shrink_(threshold=1e-7)
+        (['0'], {'0': (8, 8)})
+
+    Paper: Horváth et al., "Maestro: Uncovering Low-Rank Structures via Trainable Decomposition", ICML 2024, arXiv:2308.14929.
     """
 
     def __init__(
@@ -130,7 +147,7 @@ class OrderedRanks:
             raise ValueError(
                 f"step_size is {step_size!r}; it must be a number of at least 0: learning rate times penalty"
             )
-        layers = ordered_layers(self.model)
+        layers = self._resharded()
         proximal_step_([factor for layer in layers for factor in layer.factors if factor.requires_grad], step_size)
 
     # ------------------------------------------------------------------------------------------------------------ shrink
@@ -168,7 +185,7 @@ class OrderedRanks:
                 "the model is wrapped in DistributedDataParallel, whose buckets of gradients are made for its present shapes; make "
                 "OrderedRanks of model.module, shrink it and wrap it anew"
             )
-        layers = ordered_layers(self.model)
+        layers = self._resharded()
         ranks = {layer.path: (layer.rank, kept_rank(layer, threshold)) for layer in layers}
         rows: dict[Tensor, int] = {}
         for layer in layers:
@@ -179,6 +196,14 @@ class OrderedRanks:
         if rows:
             self._restart()
         return ranks
+
+    def _resharded(self) -> list[OrderedLayer]:
+        """The layers, none of them gathered by `fully_shard`: what is written to gathered factors is lost."""
+        gathered, layers = reshard(self.model), ordered_layers(self.model)
+        for layer in layers:
+            for factor in layer.factors:
+                check_not_gathered(layer.path, factor, gathered)
+        return layers
 
     # ------------------------------------------------------------------------------------------------------------- resume
 

@@ -7,27 +7,21 @@ checked.
 
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_optim.groups.build import select_matrices
 from lowrank_optim.groups.names import Pattern
-from lowrank_optim.groups.parameters import FoundParameter, find_parameters
+from lowrank_optim.groups.parameters import find_parameters
 from lowrank_optim.groups.roles import Role
+from lowrank_optim.nn.plain_layers import KIND_NAMES, Kind, check_layer, check_owners, kind_of
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.sharding.dtensor import is_sharded
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 
 Patterns = Pattern | Iterable[Pattern] | None
-Kind: TypeAlias = Literal["linear", "conv1d", "embedding", "convolution"]
-
-KIND_NAMES: dict[Kind, str] = {
-    "linear": "nn.Linear",
-    "conv1d": "Conv1D",
-    "embedding": "nn.Embedding",
-    "convolution": "convolution",
-}
 
 HOOKS = (
     "_forward_hooks",
@@ -147,20 +141,6 @@ class ReparametrizedLinear(ReparametrizedLayer):
         return made
 
 
-def kind_of(module: nn.Module) -> Kind | None:
-    """Which plain layer a module is; None for all others, subclasses too."""
-    if type(module) is nn.Linear:
-        return "linear"
-    if type(module) is nn.Embedding:
-        return "embedding"
-    if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        return "convolution"
-    # Of transformers, a linear layer stored as (in, out); by its name, so that transformers is not imported.
-    if type(module).__name__ == "Conv1D" and "nf" in module.__dict__:
-        return "conv1d"
-    return None
-
-
 def matrix_of(module: nn.Module) -> Tensor:
     """The weight of a plain or reparametrised layer without gradient: m×n, of embeddings and convolutions as they store it."""
     if isinstance(module, ReparametrizedLayer):
@@ -272,10 +252,11 @@ def take_layers(
         ValueError: as `find_layers`; a layer that cannot be replaced: with a weight that is coded, sharded, not floating point, or
             tied to a layer of another kind.
     """
+    gathered = reshard(model)
     taken = find_layers(model, include, exclude, kinds, names)
-    _check_owners(find_parameters(model), model, {id(layer.module.weight): kind_of(layer.module) for layer in taken})
+    check_owners(find_parameters(model), model, {id(layer.module.weight): kind_of(layer.module) for layer in taken})
     for path, _, module in taken:
-        _check_layer(path, module, meta, coded, hint)
+        check_layer(path, module, meta, coded, hint, gathered)
     return taken
 
 
@@ -350,9 +331,12 @@ def merge_(model: nn.Module) -> nn.Module:
     found = [(path, each) for path, each in found if id(each) not in inner]
     if not found:
         raise ValueError(f"{type(model).__name__} has no layer that lowrank_optim.nn made")
+    gathered = reshard(model)
     for path, module in found:
         if any(map(is_sharded, module.parameters())):
             raise ValueError(f"{path} is sharded (DTensor); merge the unsharded model, from a full state dict")
+        for name, param in module.named_parameters():
+            check_not_gathered(f"{path}.{name}", param, gathered)
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     made: dict[int, nn.Module] = {}
     for _, module in found:
@@ -364,37 +348,3 @@ def merge_(model: nn.Module) -> nn.Module:
         take_hooks(module, plain)
     put_layers(model, made)
     return model
-
-
-def _check_owners(found: list[FoundParameter], model: nn.Module, taken: Mapping[int, Kind | None]) -> None:
-    """Raise for taken weights that some module of another kind holds, too; `taken` has the kind by the `id` of the weight."""
-    names = {id(entry.param): entry.names for entry in found}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(param) in taken and not (kind_of(module) == taken[id(param)] and name == "weight"):
-                kind = "an embedding" if taken[id(param)] == "embedding" else "a linear layer"
-                raise ValueError(
-                    f"{path}.{name} of {type(module).__name__} is tied to the weight of {kind} "
-                    f"({', '.join(other for other in names[id(param)] if other != f'{path}.{name}')}), which therefore cannot be "
-                    "replaced; leave it out (exclude)"
-                )
-
-
-def _check_layer(path: str, module: nn.Linear, meta: bool, coded: bool, hint: str) -> None:
-    weight = module.weight
-    if isinstance(weight, QuantizedWeight) and not coded:
-        raise ValueError(f"{path}.weight is stored in 8 bits; call lowrank_optim.nn.dequantize_weights_ first")
-    if is_sharded(weight):
-        raise ValueError(
-            f"{path}.weight is sharded (DTensor); replace the layers before fully_shard or parallelize_module"
-        )
-    if not weight.is_floating_point():
-        raise ValueError(f"{path}.weight is {weight.dtype}; floating-point weights are needed")
-    if weight.is_meta and not meta:
-        raise ValueError(
-            f"{path}.weight is on the meta device and has no numbers; materialise the model first{hint and f', or {hint}'}"
-        )
-    if "forward" in module.__dict__:
-        raise ValueError(
-            f"{path} has a forward of its own, set by another library; replace the layers before that, or exclude it"
-        )

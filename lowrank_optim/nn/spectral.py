@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from lowrank_optim.kernels import as_python
+from lowrank_optim.nn.plain_layers import kind_of
 from lowrank_optim.nn.reparametrized import (
     Patterns,
     TakenLayer,
-    kind_of,
     matrix_of,
     put_layers,
     sharing,

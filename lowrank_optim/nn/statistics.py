@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lowrank_optim.kernels import as_python
 from lowrank_optim.nn.decompositions import widened
-from lowrank_optim.nn.reparametrized import Patterns, find_layers, kind_of, matrix_of
+from lowrank_optim.nn.plain_layers import check_real, kind_of
+from lowrank_optim.nn.reparametrized import Patterns, find_layers, matrix_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,8 @@ def collect_statistics(
 ) -> dict[str, Statistics]:
     """Run a model over some data and give the statistics of its layers: what `factorize_` and `compensate_` need of the data.
 
+        μ = E[x],   C = E[(x − μ)(x − μ)ᵀ]        over all rows x of a layer's input (n numbers) or output (m numbers)
+
     The model runs without gradients in evaluation mode; its training flags are what they were afterwards. Layers that get the same
     tensor (queries, keys and values) share one covariance. Layers that did not run are not in the result. Under DDP and fully_shard
     the numbers are those of this process's rows.
@@ -105,7 +108,8 @@ def collect_statistics(
 
     Raises:
         TypeError: no nn.Module; one tensor or mapping in place of batches.
-        ValueError: no batch; a value out of range; a pattern that matches nothing; rows that are not finite, with the layer's name.
+        ValueError: no batch; a value out of range; a pattern that matches nothing; rows that are not finite, or weights that are not
+            floating point, with the layer's name.
 
     Memory: 8·d² bytes a layer on a CPU (float64), 4·d² elsewhere, for rows of d numbers; 8·V for an embedding.
 
@@ -124,6 +128,8 @@ def collect_statistics(
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(f"batches is a {type(batches).__name__}; it must be an iterable of batches, such as [batch]")
     layers = find_layers(model, include, exclude, ("linear", "conv1d", "embedding"))
+    for path, _, module in layers:
+        check_real(path, module.weight)
     gatherer = _Gatherer(rows)
     modes = {module: module.training for module in model.modules()}
     ran = False

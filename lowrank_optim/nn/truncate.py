@@ -17,10 +17,12 @@ from lowrank_optim.kernels import WeightError, as_python
 from lowrank_optim.nn.decompositions import count, rank_for_energy
 from lowrank_optim.nn.reparametrized import Patterns
 from lowrank_optim.sharding.dtensor import dense_sharding, local, matrix_sharding
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 
-CONVOLUTIONS = ("channel", "spatial")
-"""The matrices that convolutions are taken for."""
+CONVOLUTIONS = ("channel", "spatial", "filter")
+"""The matrices that convolutions are taken for: NC, VH and ND of the paper."""
 
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Their weights have the dimension of the inputs first."""
 
@@ -86,26 +88,54 @@ def truncated(matrix: Tensor, cut: RankCut, shrinkage: float = 0.0) -> tuple[Ten
 
 
 @dataclass(frozen=True)
+class KernelView:
+    """Kernels as a matrix, or as a stack of them.
+
+    groups: of the convolution. Kernels of another group see other channels, so that each group has matrices of its own.
+    stack, rows, columns: the dimensions that each of these is made of. Dimension 0 are the groups, 1 and 2 the channels as the kernel
+        has them (of one group), and the others its extent.
+    """
+
+    groups: int
+    stack: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    def of(self, kernel: Tensor) -> Tensor:
+        """The matrix, or the stack of matrices."""
+        parts: Tensor = kernel.unflatten(0, (self.groups, -1)).permute(self.stack + self.rows + self.columns)
+        depth, height = len(self.stack), len(self.rows)
+        parts = parts.flatten(depth + height).flatten(depth, depth + height - 1).flatten(0, depth - 1)
+        return parts[0] if len(parts) == 1 else parts
+
+    def back(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The kernels, of this shape, that a matrix or a stack stands for."""
+        sizes, order = (self.groups, shape[0] // self.groups, *shape[1:]), self.stack + self.rows + self.columns
+        parts = matrix.reshape([sizes[axis] for axis in order])
+        return parts.permute([order.index(axis) for axis in range(len(order))]).flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class DenseMatrix:
     """A weight of a model that is a matrix, or a stack of them.
 
     name: of the parameter.
     param: the parameter, sharded or not.
     layout: as in param groups: of a convolution, first dimension × the rest.
-    axes: the four dimensions of a convolution in another order, the first two of which make the rows of the matrix; or none.
+    view: of a convolution for which that is not the matrix, or None.
     """
 
     name: str
     param: Tensor
     layout: str
-    axes: tuple[int, ...] = ()
+    view: KernelView | None = None
 
     def whole(self, error: WeightError | None = None) -> Tensor:
         """The matrix view of all of the weight, in the compute type, gathered from all processes; a new tensor or a view."""
         weight = kernels.joined(local(self.param).detach(), error)
-        if self.axes:
-            kernel = dense_sharding(self.param).gather(weight, *range(-weight.dim(), 0)).permute(self.axes)
-            return kernel.flatten(2).flatten(0, 1).to(kernels.compute_dtype(self.param.dtype))
+        if self.view:
+            kernel = dense_sharding(self.param).gather(weight, *range(-weight.dim(), 0))
+            return self.view.of(kernel).to(kernels.compute_dtype(self.param.dtype))
         view, shape = matrix_view(weight, self.layout), matrix_shape(tuple(self.param.shape), self.layout)
         assert shape is not None
         sharding = matrix_sharding(self.param, self.layout, shape)
@@ -113,10 +143,8 @@ class DenseMatrix:
 
     def part(self, matrix: Tensor) -> Tensor:
         """What this process holds of a whole matrix, in the parameter's own shape."""
-        if self.axes:
-            kernel = matrix.reshape([self.param.shape[axis] for axis in self.axes])
-            back = [self.axes.index(axis) for axis in range(len(self.axes))]
-            return dense_sharding(self.param).part(kernel.permute(back)).contiguous()
+        if self.view:
+            return dense_sharding(self.param).part(self.view.back(matrix, tuple(self.param.shape))).contiguous()
         shape = matrix_shape(tuple(self.param.shape), self.layout)
         assert shape is not None
         own = matrix_sharding(self.param, self.layout, shape).part(matrix)
@@ -150,11 +178,12 @@ def take_matrices(
 
     Raises:
         TypeError: no nn.Module.
-        ValueError: another view; a pattern matches nothing; a weight without numbers, or stored in 8 bits, or a convolution that does
-            not have the view; there is none.
+        ValueError: another view; a pattern matches nothing; a weight without numbers, not floating point, or stored in 8 bits; a
+            convolution that does not have the view; there is none.
     """
     if convolutions not in CONVOLUTIONS:
         raise ValueError(f"convolutions is {convolutions!r}; valid values are {', '.join(map(repr, CONVOLUTIONS))}")
+    gathered = reshard(model)
     chosen = set(map(id, select_matrices(model, include, exclude)))
     found = [
         DenseMatrix(entry.names[0], entry.param, entry.layout)
@@ -163,30 +192,40 @@ def take_matrices(
     ]
     if not found:
         raise ValueError("the model has no matrix to truncate; embeddings and output heads have to be named by include")
-    if convolutions == "spatial":
-        backward = {id(module.weight) for module in model.modules() if isinstance(module, TRANSPOSED)}
-        found = [_spatial(matrix, id(matrix.param) in backward) for matrix in found]
+    owners = {id(module.weight): module for module in model.modules() if isinstance(module, PLAIN + TRANSPOSED)}
+    found = [_viewed(matrix, owners.get(id(matrix.param)), convolutions) for matrix in found]
     for matrix in found:
+        check_not_gathered(matrix.name, matrix.param, gathered)
         if hasattr(matrix.param, "codes"):
             raise ValueError(
                 f"{matrix.name} is stored in 8 bits, where a truncated matrix would have its full rank again; exclude it, or call "
                 "lowrank_optim.nn.dequantize_weights_(model) first"
             )
+        if not matrix.param.is_floating_point():
+            raise ValueError(f"{matrix.name} is {matrix.param.dtype}; floating-point weights are needed: exclude it")
         if matrix.param.is_meta:
             raise ValueError(f"{matrix.name} is on the meta device, and has no singular values")
     return found
 
 
-def _spatial(matrix: DenseMatrix, is_transposed: bool) -> DenseMatrix:
-    """A convolution as its vertical × its horizontal extent; other weights as they are."""
+def _viewed(matrix: DenseMatrix, module: nn.Module | None, convolutions: str) -> DenseMatrix:
+    """A convolution as the matrices that `convolutions` names; other weights as they are."""
     if matrix.layout != "conv":
         return matrix
-    if matrix.param.dim() != 4:
+    dims = matrix.param.dim()
+    if convolutions == "spatial" and dims != 4:
         raise ValueError(
             f"{matrix.name} is {tuple(matrix.param.shape)}; convolutions='spatial' needs kernels of height and width: exclude it, "
-            "or take convolutions='channel'"
+            "or take convolutions='channel' or 'filter'"
         )
-    return replace(matrix, axes=(0, 2, 1, 3) if is_transposed else (1, 2, 0, 3))
+    groups = int(getattr(module, "groups", 1))
+    outputs, inputs = (2, 1) if isinstance(module, TRANSPOSED) else (1, 2)
+    extent = tuple(range(3, dims + 1))
+    if convolutions == "spatial":
+        return replace(matrix, view=KernelView(groups, (0,), (inputs, 3), (outputs, 4)))
+    if convolutions == "filter":
+        return replace(matrix, view=KernelView(groups, (0, outputs), (inputs,), extent))
+    return matrix if groups == 1 else replace(matrix, view=KernelView(groups, (0,), (1,), (2, *extent)))
 
 
 @kernels.no_autograd_no_autocast
@@ -214,7 +253,9 @@ def truncate_(
         rank: in place of it, k itself; a float in (0, 1] is a fraction of each short side.
         threshold: in place of it, the smallest singular value that is kept; at least one is.
         convolutions: which matrix the kernels a×c×h×w of a convolution from c to a channels are: "channel", a × (c·h·w), of rank k if
-            k kernels and a 1×1 convolution do the same; "spatial", (c·h) × (a·w), if k kernels of height h and then of width w do.
+            k kernels and a 1×1 convolution do the same; "spatial", (c·h) × (a·w), if k kernels of height h and then of width w do;
+            "filter", a matrix c × (h·w) for each of the a kernels, if k kernels h×w on k mixtures of the channels do. With g groups,
+            each group is a convolution of its own, from c/g to a/g channels: g matrices, of rank k each.
         include: patterns of the weights to take, as in `param_groups`.
         exclude: patterns of weights to leave alone.
 
@@ -224,12 +265,13 @@ def truncate_(
     Raises:
         TypeError: no nn.Module.
         ValueError: none or several of energy, rank and threshold, or one out of range; a pattern that matches nothing; a weight
-            that is not finite, stored in 8 bits, or on the meta device; "spatial" for kernels without height and width. Nothing was
-            changed.
+            that is not finite, complex, stored in 8 bits, or on the meta device; "spatial" for kernels without height and width.
+            Nothing was changed.
 
     Memory: for one m×n matrix at a time, numbers of 4 bytes (8 for float64): m·d + d·n + d for its singular value decomposition, d
-    the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored so. A sharded weight
-    (`fully_shard`) is gathered for it.
+    the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored so. Of a stack of matrices
+    (experts, "filter", groups) what is left of all of them is held until the last one is done. A sharded weight (`fully_shard`) is
+    gathered for it.
 
     Example:
         >>> import torch, lowrank_optim as lo

@@ -14,7 +14,8 @@ from lowrank_optim.kernels.counter_rng import PURPOSE_FACTOR, make_key, uniform
 from lowrank_optim.nn.adapted import AdaptedLayer, scale_of, stored_number, wide
 from lowrank_optim.nn.frozen_base import add_adapters_
 from lowrank_optim.nn.low_rank import check_rank_option
-from lowrank_optim.nn.reparametrized import Patterns, kind_of
+from lowrank_optim.nn.plain_layers import kind_of
+from lowrank_optim.nn.reparametrized import Patterns
 
 CONVOLVE: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,

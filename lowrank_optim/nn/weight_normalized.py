@@ -11,12 +11,12 @@ from lowrank_optim.kernels import as_python, outside_graph
 from lowrank_optim.kernels.counter_rng import PURPOSE_FACTOR, make_key, uniform
 from lowrank_optim.nn.factorize import freeze_all_but
 from lowrank_optim.nn.low_rank import HALF_DECAY, check_rank, check_rank_option, resolved_rank
+from lowrank_optim.nn.plain_layers import kind_of
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.nn.reparametrized import (
     Patterns,
     ReparametrizedLinear,
     TakenLayer,
-    kind_of,
     move_hooks,
     put_layers,
     take_layers,

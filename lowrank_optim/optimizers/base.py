@@ -31,6 +31,7 @@ from lowrank_optim.step.batching import Step, alone, together
 from lowrank_optim.step.entrance import check_members, enter, settle_gradient
 from lowrank_optim.step.init_state import init_state
 from lowrank_optim.step.joint import check_trainable, check_unit, is_last_of_unit, joint_step
+from lowrank_optim.step.joint_lists import PlainGroup
 from lowrank_optim.step.nonfinite import SkippedUpdates, first_norms
 from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.param_step import open_moments
@@ -209,11 +210,18 @@ class LowRankOptimizer(Optimizer):
 
     def _steps(self) -> Iterator[Step]:
         """The steps of all parameters that have a gradient."""
-        (norms, squares), watch = first_norms(self.param_groups, self.plans), self._watch
+        whole = {n: found for n, group in enumerate(self.param_groups) if (found := self._plain_group(group))}
+        rest = [group for n, group in enumerate(self.param_groups) if n not in whole]
+        (norms, squares), watch = first_norms(rest, self.plans), self._watch
         for param, plan in self.plans.items():
-            if plan.unit and plan.unit[0] is param:
+            if plan.unit and plan.unit[0] is param and plan.group not in whole:
                 check_unit(plan, self.plans, self.param_groups[plan.group], self.state)
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
+            if (plain := whole.get(number)) is not None:
+                writes = [member.write(None, 1.0, None) for member in self._members(plain.plan)]
+                sizes = tuple((write.alpha, float(write.keep)) for write in writes)
+                yield plain.step(sizes, self._skipped, self.plans)
+                continue
             for param in group["params"]:
                 if param.grad is None or not self._admits(param, group):
                     continue
@@ -227,6 +235,12 @@ class LowRankOptimizer(Optimizer):
                 else:
                     continue
                 yield step if watch is None else watch.follow(step, plan.unit or (param,))
+
+    def _plain_group(self, group: Mapping[str, Any]) -> PlainGroup | None:
+        """A group of pairs that are stepped all at once; None where each parameter or pair has a step of its own."""
+        if self._watch is not None or self._mask_on_device or not all(self._admits(p, group) for p in group["params"]):
+            return None
+        return PlainGroup.of(group, self.plans, self.state)
 
     def _members(self, plan: ParamPlan) -> list[TrainedParam]:
         """The parameters that are stepped together; those without a gradient have no state here."""

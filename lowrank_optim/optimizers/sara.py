@@ -42,6 +42,9 @@ class SaRAAdamW(LowRankOptimizer):
     It is drawn by the seed and the number of the step among the matrices with sides above 64; one with no more than 100 entries is
     left out when it is drawn. One of n matrices in a step is a penalty of λ_r/n on each, as in the paper.
 
+    A weight that layers share has one set of entries, whichever of its names a pattern gives. Embedding tables and output heads, tied
+    or not, are trained as a whole unless a pattern names them.
+
     Parameters that are no matrices, and groups without density, are trained by AdamW. To train the chosen entries alone, as the
     released code does but for vectors, leave all other groups out.
 

@@ -13,6 +13,7 @@ from lowrank_optim.kernels import compute_dtype
 from lowrank_optim.nn.decompositions import widened
 from lowrank_optim.nn.spectral_linear import SpectralLinear, decompose
 from lowrank_optim.sharding.dtensor import dense_sharding, is_sharded, local
+from lowrank_optim.sharding.gathered import check_not_gathered, reshard
 from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
 VECTORS = ("u_active", "v_active")
@@ -106,6 +107,7 @@ def layers_of(model: nn.Module, optimizer: Optimizer) -> list[SpectralLayer]:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    reshard(model)
     found: dict[int, list[tuple[str, SpectralLinear]]] = {}
     for path, module in model.named_modules():
         if isinstance(module, SpectralLinear):
@@ -125,6 +127,18 @@ def layers_of(model: nn.Module, optimizer: Optimizer) -> list[SpectralLayer]:
         for name in PARAMETERS:
             _check_split(f"{layer.path}.{name}", layer.param(name))
     return layers
+
+
+def not_gathered(model: nn.Module, layers: list[SpectralLayer]) -> None:
+    """Have gathered parameters split again, as an evaluation leaves them: what is written to them would be lost.
+
+    Raises:
+        ValueError: `fully_shard` was called on a module around the model.
+    """
+    gathered = reshard(model)
+    for layer in layers if gathered else []:
+        for name in PARAMETERS:
+            check_not_gathered(f"{layer.path}.{name}", layer.param(name), gathered)
 
 
 def _check_split(name: str, param: Tensor) -> None:

@@ -19,6 +19,7 @@ from lowrank_optim.optimizers.spectral_layers import (
     VECTORS,
     SpectralLayer,
     layers_of,
+    not_gathered,
     renew,
     settle_values,
     settle_vectors,
@@ -98,7 +99,7 @@ class SpectralSchedule:
         self.period, self.iterations, self.warmup, self.mixture = period, iterations, warmup, mixture
         self.stagger = stagger
         self.steps = 0
-        self._layers = layers_of(model, optimizer)
+        self._model, self._layers = model, layers_of(model, optimizer)
         self._handle: RemovableHandle | None = None
         self._old: dict[tuple[str, str], Tensor] = {}
         self._remember()
@@ -184,6 +185,7 @@ class SpectralSchedule:
     @torch.no_grad()
     def _remember(self) -> None:
         """Keep copies of the parameters as they are before a step."""
+        not_gathered(self._model, self._layers)
         for layer in self._layers:
             for name in PARAMETERS if self.warmup else VECTORS:
                 self._old[layer.path, name] = local(layer.param(name)).clone()
@@ -192,6 +194,7 @@ class SpectralSchedule:
         self._advance()
 
     def _advance(self) -> None:
+        not_gathered(self._model, self._layers)
         steps, self.steps = self.steps, self.steps + 1
         with PlainModes():
             for number, layer in enumerate(self._layers):

@@ -75,8 +75,9 @@ def truncate_ranks(
         nuclear_weight: λ ≥ 0; the released code takes 3e-4.
         mode: "decoupled" or "gradient"; None takes "gradient" with `match_reference`, else "decoupled".
         match_reference: see above.
-        convolutions: which matrix the kernels a×c×h×w of a convolution are: "channel", a × (c·h·w) (the paper's NC), or "spatial",
-            (c·h) × (a·w) (its VH), as `lowrank_optim.nn.truncate_` says.
+        convolutions: which matrix the kernels a×c×h×w of a convolution are: "channel", a × (c·h·w) (the paper's NC), "spatial",
+            (c·h) × (a·w) (its VH), or "filter", a matrix c × (h·w) for each kernel (its ND); with groups, those of each group by
+            themselves, as `lowrank_optim.nn.truncate_` says. (The released code takes no account of groups.)
         include: patterns of the weights to take, as in `param_groups`; the paper leaves out the first two layers and 1×1
             convolutions.
         exclude: patterns of weights to leave alone.
@@ -98,7 +99,8 @@ def truncate_ranks(
     singular value decomposition, d the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored
     so. "gradient" takes as much in the step after it, while gradients are there. A sharded matrix (`fully_shard`, tensor parallel) is
     gathered for it on every process. The host waits for the singular values. `lowrank_optim.plan` counts it, for a function that
-    builds the optimizer and calls this one; `lowrank_optim.describe(optimizer)` says that it is on.
+    builds the optimizer and calls this one, but not what LAPACK takes besides on a CPU: a copy of the matrix and three to six times
+    d² numbers. `lowrank_optim.describe(optimizer)` says that it is on.
 
     A matrix that is not finite is left alone and counted (`handle.skipped`). Weights that the optimizer rounds stochastically, or
     whose errors it keeps (`weight_error_bits`), are written so here, too. bfloat16 weights have rank k up to their rounding.
@@ -269,9 +271,14 @@ class RankTruncation:
 
     def truncate_if_due(self) -> None:
         """Truncate, unless it is not time, or was done already."""
-        steps = self._number(STEP, 0)
-        if steps % self.period == 0 and self._number(LAST, -1) != steps:
+        if self.is_due:
             self._truncate()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to truncate, and was not done yet."""
+        steps = self._number(STEP, 0)
+        return steps % self.period == 0 and self._number(LAST, -1) != steps
 
     @kernels.no_autograd_no_autocast
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
@@ -340,8 +347,9 @@ class ForwardHook:
 
     def __call__(self, module: nn.Module, _: object) -> None:
         """Called by torch before the module's forward."""
-        if self._handle is not None and module.training and torch.is_grad_enabled() and self._handle.has_numbers:
-            self._handle.truncate_if_due()
+        handle = self._handle
+        if handle is not None and module.training and torch.is_grad_enabled() and handle.is_due and handle.has_numbers:
+            handle.truncate_if_due()
 
     def __reduce__(self) -> tuple[type["ForwardHook"], tuple[()]]:
         return ForwardHook, ()

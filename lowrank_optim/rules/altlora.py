@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import widened
-from lowrank_optim.rules.joint import WRITTEN, Answer, Unit
-from lowrank_optim.rules.pair_lists import Factors, plain_kind
+from lowrank_optim.rules.joint import Answer, Unit, UnitLists
+from lowrank_optim.rules.pair_lists import Factors, answers_of, plain_kind
 from lowrank_optim.rules.pair_products import (
     across,
     blend_,
@@ -83,22 +83,21 @@ class AlternatingLoRA(PairRule):
 
         def together(numbers: list[int]) -> Sequence[Answer]:
             alike = [units[n] for n in numbers]
-            return self._directions(alike) if kinds[numbers[0]] is None else self._written(alike)
+            return self._directions(alike) if kinds[numbers[0]] is None else answers_of(self, alike)
 
         return by_kind(kinds, together)
 
-    def _written(self, units: Sequence[Unit]) -> Sequence[Answer]:
-        """The whole step of pairs of one kind."""
-        number, count = _whose_turn(units[0].contexts[1].step)
+    def writes_lists(self, options: Mapping[str, Any]) -> bool:
+        return not options["second_moment"]
+
+    def write_lists(self, units: UnitLists) -> None:
+        number, count = _whose_turn(units.counts[1])
         moved, duals = Factors.of(units, [number]), Factors.of(units, [1 - number])
         inverses = pseudo_inverse(duals.grams(duals.weights), duals.eps)
-        squares = inverses.new_tensor([float(unit.options["scaling"]) ** 2 for unit in units])
-        small = inverses / squares.view(-1, 1, 1)
-        share = 1.0 - mean_decay(float(units[0].options["beta1"]), count)
-        after, cross = moved.step_(small, [share] * len(units))
+        squares = inverses.new_tensor([scaling**2 for scaling in units.scalings])
+        share = 1.0 - mean_decay(float(units.options["beta1"]), count)
+        after, cross = moved.step_(inverses / squares.view(-1, 1, 1), [share] * len(units.memos))
         duals.turn_(widened(cross) @ pseudo_inverse(after, moved.eps))
-        answer = (None, WRITTEN) if number else (WRITTEN, None)
-        return [(answer, None) for _ in units]
 
     def _directions(self, units: Sequence[Unit]) -> Sequence[Answer]:
         pairs = [Pair.of(unit) for unit in units]

@@ -60,6 +60,46 @@ class Unit:
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
+@dataclass(frozen=True)
+class UnitLists:
+    """Plain units (`Unit.is_plain`) of one group, rank and type, which have seen as many steps, as lists.
+
+    weights, grads, states: of the parameters of all units, in order.
+    options: of their group.
+    counts: how many steps each parameter of a unit has seen with this one.
+    steps: `Unit.steps`, those of every unit.
+    scalings: s of each pair.
+    memos: `Unit.memo` of each.
+    finite: a bool for each parameter, true, to be set to false where its gradient is not finite; the units of such ones stay as they
+        are. None where gradients may be used as they come. Of rules that `finds_nonfinite`.
+    """
+
+    weights: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[Mapping[str, Tensor]]
+    options: Mapping[str, Any]
+    counts: tuple[float, ...]
+    steps: tuple[tuple[float, float], ...]
+    scalings: Sequence[float]
+    memos: Sequence[dict[str, Any]]
+    finite: Tensor | None = None
+
+    @staticmethod
+    def of(units: Sequence[Unit]) -> "UnitLists":
+        """Those of plain units of one kind."""
+        first = units[0]
+        return UnitLists(
+            [context.weight for unit in units for context in unit.contexts],
+            [grad for unit in units for grad in unit.grads if grad is not None],
+            [state for unit in units for state in unit.states],
+            first.options,
+            tuple(context.step for context in first.contexts),
+            tuple((alpha, float(keep)) for alpha, keep in first.steps),
+            [float(unit.options["scaling"]) for unit in units],
+            [unit.memo for unit in units],
+        )
+
+
 class Written:
     """In place of a direction: the rule has written the weights itself."""
 
@@ -108,6 +148,8 @@ class JointRule(Rule):
     """Whether some members of a unit may be frozen."""
     finishes: ClassVar[bool] = False
     """Whether `finish` is to be called when the weights are written."""
+    finds_nonfinite: ClassVar[bool] = False
+    """Whether `write_lists` sees which gradients are not finite, so that nobody has to read them before."""
 
     @abstractmethod
     def init_joint(
@@ -151,6 +193,14 @@ class JointRule(Rule):
         `finish` is not called for them, and nothing of their size is kept while they wait.
         """
         return False
+
+    def writes_lists(self, options: Mapping[str, Any]) -> bool:
+        """Whether the rule writes the weights of all plain units of a group with these options itself, by `write_lists`."""
+        return False
+
+    def write_lists(self, units: UnitLists) -> str | None:
+        """The whole step of plain units of one kind; says what there is to warn of, once all weights are written."""
+        raise NotImplementedError
 
     def directions_of(self, units: Sequence[Unit]) -> Sequence[Answer]:
         """The directions of many units of one group; they may be computed together."""

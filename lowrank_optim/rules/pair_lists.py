@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.rules.joint import Unit
+from lowrank_optim.rules.joint import WRITTEN, Answer, JointRule, Unit, UnitLists
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,17 @@ class Factors:
     steps: list[tuple[float, float]]
 
     @staticmethod
-    def of(units: Sequence[Unit], numbers: Sequence[int] = (0, 1)) -> "Factors":
-        """Those of these places in each unit."""
-        found = Factors([], [], [], [], [])
-        for unit in units:
-            for number in numbers:
-                weight, grad, (alpha, keep) = unit.contexts[number].weight, unit.grads[number], unit.steps[number]
-                assert grad is not None
-                assert isinstance(keep, float)
-                flat = weight.dim() > 2
-                found.weights.append(weight.flatten(1) if flat else weight)
-                found.grads.append(grad.flatten(1) if flat else grad)
-                found.momenta.append(unit.states[number]["exp_avg"])
-                found.wide.append(number == 0)
-                found.steps.append((alpha, keep))
-        return found
+    def of(units: UnitLists, places: Sequence[int] = (0, 1)) -> "Factors":
+        """Those of these places in each pair."""
+        chosen = slice(None) if len(places) == 2 else slice(places[0], None, 2)
+        count = len(units.memos)
+        return Factors(
+            _matrices(units.weights[chosen]),
+            _matrices(units.grads[chosen]),
+            [state["exp_avg"] for state in units.states[chosen]],
+            [place == 0 for place in places] * count,
+            [units.steps[place] for place in places] * count,
+        )
 
     @property
     def eps(self) -> float:
@@ -72,7 +68,18 @@ class Factors:
         kernels.thin_turn_(self.momenta, small.to(self.momenta[0].dtype).contiguous(), self.wide)
 
 
+def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Convolutions are their first dimension × the rest."""
+    return [tensor if tensor.dim() == 2 else tensor.flatten(1) for tensor in tensors]
+
+
 def plain_kind(unit: Unit) -> tuple[object, ...]:
     """Units of one kind, and one group, are stepped together: rank, type, the steps that both factors have seen, their α and κ."""
     a, b = unit.contexts
     return "plain", a.weight.shape[0], a.weight.dtype, a.weight.device, a.step, b.step, unit.steps
+
+
+def answers_of(rule: JointRule, units: Sequence[Unit]) -> list[Answer]:
+    """Step plain pairs of one kind; the first answer has what there is to warn of."""
+    said = rule.write_lists(UnitLists.of(units))
+    return [((WRITTEN, WRITTEN), None if n else said) for n in range(len(units))]

@@ -1,6 +1,5 @@
 """LoRA-RITE: Adam on a pair, with moments in coordinates in which the choice of the two factors makes no difference."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,9 +10,9 @@ from torch import Tensor
 from lowrank_optim import kernels
 from lowrank_optim.kernels import widened
 from lowrank_optim.rules.base import Direction
-from lowrank_optim.rules.joint import WRITTEN, Answer, Unit
+from lowrank_optim.rules.joint import Answer, Unit, UnitLists
 from lowrank_optim.rules.pair_gradients import check_adam
-from lowrank_optim.rules.pair_lists import Factors, plain_kind
+from lowrank_optim.rules.pair_lists import Factors, answers_of, plain_kind
 from lowrank_optim.rules.pair_products import (
     across,
     blend_,
@@ -64,6 +63,7 @@ class Rite(PairRule):
 
     name: ClassVar[str] = "lora_rite"
     finishes: ClassVar[bool] = True
+    finds_nonfinite: ClassVar[bool] = True
     state_lies: ClassVar[Mapping[str, str]] = {"exp_avg_gram": "whole", "escaped": "whole"}
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
@@ -101,39 +101,41 @@ class Rite(PairRule):
 
         def together(numbers: list[int]) -> list[Answer]:
             chosen = [pair for n in numbers if (pair := pairs[n]) is not None]
-            return self._directions(chosen) if chosen else self._written([units[n] for n in numbers])
+            return self._directions(chosen) if chosen else answers_of(self, [units[n] for n in numbers])
 
         return by_kind(kinds, together)
 
-    def _written(self, units: Sequence[Unit]) -> list[Answer]:
-        """The whole step of pairs of one kind."""
-        factors, first = Factors.of(units), units[0]
-        (beta1, beta2), steps = first.options["betas"], [context.step for context in first.contexts]
+    def writes_lists(self, options: Mapping[str, Any]) -> bool:
+        return True
+
+    def write_lists(self, units: UnitLists) -> str | None:
+        factors, options = Factors.of(units), units.options
+        beta1, beta2 = options["betas"]
         numbers = [
             (1.0 - mean_decay(beta1, step), 1.0 - mean_decay(beta2, step), mean_decay(beta2, step + 1.0), alpha, keep)
-            for step, (alpha, keep) in zip(steps, factors.steps[:2], strict=True)
+            for step, (alpha, keep) in zip(units.counts, units.steps, strict=True)
         ]
-        states = [state for unit in units for state in unit.states]
-        known = self._known(units, factors.weights)
+        known = self._known(units.memos, factors.weights)
         kernels.rite_step_(
             *(factors.weights, factors.grads, factors.momenta),
-            [state["exp_avg_gram"] for state in states],
-            [state["escaped"] for state in states] if first.options["escape"] else [],
+            [state["exp_avg_gram"] for state in units.states],
+            [state["escaped"] for state in units.states] if options["escape"] else [],
             known,
             numbers,
             factors.weights[0].shape[0] * factors.eps,
-            float(first.options["eps"]),
+            float(options["eps"]),
             factors.wide,
+            units.finite,
         )
-        if not first.memo.get("warned") and not kernels.is_watched() and bool(known[:, -1].any()):
-            for unit in units:
-                unit.memo["warned"] = True
-            warnings.warn(CHANGED, RuntimeWarning, stacklevel=2)
-        return [((WRITTEN, WRITTEN), None) for _ in units]
+        if units.memos[0].get("warned") or kernels.is_watched() or not bool(known[:, -1].any()):
+            return None
+        for memo in units.memos:
+            memo["warned"] = True
+        return CHANGED
 
-    def _known(self, units: Sequence[Unit], weights: Sequence[Tensor]) -> Tensor:
+    def _known(self, memos: Sequence[dict[str, Any]], weights: Sequence[Tensor]) -> Tensor:
         """Two rows for each pair: what is known of its weights since its last step, or zeros where that is nothing."""
-        places = [unit.memo.get("known", (None, 0)) for unit in units]
+        places = [memo.get("known", (None, 0)) for memo in memos]
         known: Tensor | None = places[0][0]
         shape = (len(weights), min(weights[0].shape) ** 2 + 2)
         if (
@@ -142,10 +144,10 @@ class Rite(PairRule):
             or any(table is not known or row != 2 * n for n, (table, row) in enumerate(places))
         ):
             known = torch.zeros(shape, dtype=torch.float64)
-            for n, (unit, (table, row)) in enumerate(zip(units, places, strict=True)):
+            for n, (memo, (table, row)) in enumerate(zip(memos, places, strict=True)):
                 if table is not None and table.shape[1] == shape[1]:
                     known[2 * n : 2 * n + 2] = table[row : row + 2]
-                unit.memo["known"] = (known, 2 * n)
+                memo["known"] = (known, 2 * n)
         return known
 
     def _directions(self, pairs: Sequence[Pair]) -> list[Answer]:

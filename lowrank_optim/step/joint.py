@@ -1,5 +1,6 @@
 """Parameters whose rule sees all their gradients at once: which ones they are, and their step."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -122,6 +123,8 @@ def joint_step(members: Sequence[ParamStep], norms: Sequence[Tensor | None] = ()
                 f"{type(rule).__name__}.directions gave {len(directions)} directions for {len(members)} parameters"
             )
         if any(isinstance(direction, Written) for direction in directions):
+            if kept is not None:
+                warnings.warn(kept, RuntimeWarning, stacklevel=2)
             return
         steps = [0.0] * len(members)
         for number, (member, direction) in enumerate(zip(members, directions, strict=True)):

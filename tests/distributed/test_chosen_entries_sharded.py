@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import lowrank_optim as lo
 from tests.oracles.distributed_harness import distance, shard, spawn, train, weights
@@ -20,6 +22,7 @@ class Layers(nn.Module):
         for name, (rows, cols) in list(SHAPES.items())[:3]:
             setattr(self, name, nn.Linear(cols, rows, bias=False))
         self.kernels = nn.Conv2d(8, 12, (3, 2), bias=False)
+        self.grouped = nn.Conv2d(8, 12, (3, 2), groups=2, bias=False)
         self.experts = nn.Parameter(0.1 * torch.randn(SHAPES["experts"]))
 
     def forward(self, step: int):
@@ -33,9 +36,9 @@ class Layers(nn.Module):
         return loss
 
 
-def sara(model: nn.Module) -> lo.SaRAAdamW:
-    groups = lo.param_groups(model, density=0.3)
-    return lo.SaRAAdamW(groups, lr=1e-2, low_rank_weight=0.2, shrink_at=3)
+def sara(model: nn.Module, threshold: float | None = None) -> lo.SaRAAdamW:
+    groups = lo.param_groups(model, density=0.3 if threshold is None else 1.0)
+    return lo.SaRAAdamW(groups, lr=1e-2, low_rank_weight=0.2, shrink_at=3, threshold=threshold)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -43,12 +46,17 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def check_sara() -> None:
+    for threshold in (None, 0.03):
+        check_sara_by(threshold)
+
+
+def check_sara_by(threshold: float | None) -> None:
     alone, sharded = Layers(), shard(Layers())
-    reference, optimizer = sara(alone), sara(sharded)
+    reference, optimizer = sara(alone, threshold), sara(sharded, threshold)
     train(alone, reference, range(6))
     train(sharded, optimizer, range(3))
     state = get_optimizer_state_dict(sharded, optimizer)
-    fresh = sara(sharded)  # chooses from weights that have moved, until the checkpoint says which they were
+    fresh = sara(sharded, threshold)  # chooses from weights that have moved, until the checkpoint says which they were
     set_optimizer_state_dict(sharded, fresh, state)
     train(sharded, fresh, range(3, 6))
     assert distance(weights(sharded), weights(alone)) < 2e-6
@@ -59,6 +67,7 @@ def check_sara() -> None:
 def check_truncation() -> None:
     for settings in (
         {"energy": 0.5, "nuclear_weight": 1.0, "convolutions": "spatial"},
+        {"energy": 0.5, "nuclear_weight": 1.0, "convolutions": "filter"},
         {"rank": 7, "nuclear_weight": 0.1, "mode": "gradient"},
     ):
         alone, sharded = Layers(), shard(Layers())
@@ -74,6 +83,12 @@ def check_truncation() -> None:
     lo.nn.truncate_(once, rank=3)
     assert int(torch.linalg.matrix_rank(weights(once)["tall.weight"])) == 3
     assert distance(weights(once), weights(lo.nn.truncate_(Layers(), rank=3))) < 1e-5
+    split = Layers()  # along columns, as tensor parallelism does
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    split.tall.weight = nn.Parameter(distribute_tensor(split.tall.weight.detach(), mesh, [Shard(1)]))
+    lo.nn.truncate_(split, rank=3)
+    assert split.tall.weight.placements == (Shard(1),)
+    assert distance(weights(split), weights(once)) < 1e-5
     with pytest.raises(ValueError, match="match_reference is True and weights are sharded"):
         lo.truncate_ranks(sgd(once), once, rank=3, match_reference=True)
 

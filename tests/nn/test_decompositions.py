@@ -100,6 +100,40 @@ def test_golden_numbers_of_the_best_outputs():
         assert mean_square(weight - truncated(weight, rank), x) == pytest.approx(plain, abs=5e-5)
 
 
+def test_golden_numbers_of_factors_for_features():
+    """The matrix and the new bias at rank 2, by numpy from the covariance of the outputs."""
+    model = linear(closed_form_weight(6, 8), 0.01 * torch.arange(6, dtype=F64))
+    layer = by_features(model, [closed_form_inputs()], rank=2)[0]
+    rows = [
+        [-0.154951, 0.213037, -0.179664, 0.03619, 0.144781, -0.238224, 0.16842, 0.016622],
+        [0.637523, -0.875499, 0.734821, -0.138765, -0.611202, 0.996565, -0.703634, -0.067892],
+        [0.132927, -0.244533, 0.423005, -0.653087, 0.8287, -0.804129, 0.512094, -0.04474],
+        [-0.625916, 0.919229, -0.981147, 0.737058, -0.32032, -0.004333, 0.056648, 0.096096],
+        [-0.346592, 0.534924, -0.656089, 0.669078, -0.57711, 0.420659, -0.244063, 0.065998],
+        [0.343053, -0.563864, 0.799123, -1.008651, 1.101874, -0.977978, 0.607208, -0.082299],
+    ]
+    torch.testing.assert_close(layer.weight, torch.tensor(rows, dtype=F64), atol=2e-6, rtol=0)
+    bias = [0.255215, -0.023866, -0.090912, -0.075647, -0.017643, 0.020193]
+    torch.testing.assert_close(layer.bias.detach(), torch.tensor(bias, dtype=F64), atol=2e-6, rtol=0)
+
+
+def test_golden_numbers_of_an_embedding():
+    """A table 10×6 of which row r comes r + 1 times, at rank 2, by numpy: two rows, the bias, and the mean error."""
+    table, ids = closed_form_weight(10, 6), torch.arange(10).repeat_interleave(torch.arange(1, 11))
+    model = nn.Sequential(OrderedDict(embed=nn.Embedding.from_pretrained(table.clone(), freeze=False)))
+    statistics = lo.nn.collect_statistics(model, [ids], include="embed")
+    lo.nn.factorize_(model, ranks={"embed": 2}, method="features", statistics=statistics)
+    rows = [
+        [-0.122374, 0.448101, -0.425152, 0.304641, -0.228882, 0.078318],
+        [0.196433, -0.706591, 1.012261, -0.139352, -0.968136, 0.813702],
+    ]
+    torch.testing.assert_close(model[0].weight[:2], torch.tensor(rows, dtype=F64), atol=2e-6, rtol=0)
+    mean = [-0.042954, 0.142589, 0.057976, -0.097826, -0.069898, 0.069831]
+    torch.testing.assert_close(model[0].bias.detach(), torch.tensor(mean, dtype=F64), atol=2e-6, rtol=0)
+    error = (table[ids] - model(ids)).square().sum(1).mean().item()
+    assert error == pytest.approx(1.083645, abs=2e-6)
+
+
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_features_give_the_best_affine_map_of_a_rank(m, n, side):
@@ -324,6 +358,26 @@ def test_golden_numbers_of_a_pair():
     pair = compensated(weight, poor, x, 2)[0].weight - poor
     assert mean_square(weight - poor - pair, x) == pytest.approx(0.06559, abs=5e-6)
     assert mean_square(weight - poor - truncated(weight - poor, 2), x) == pytest.approx(0.08738, abs=5e-6)
+    rows = [
+        [-0.005795, -0.013463, -0.174291, -0.020919, -0.164723, 0.178017, -0.142337, 0.123331],
+        [-0.059729, 0.045477, -0.226409, -0.061047, -0.137927, 0.008708, -0.035285, -0.068527],
+        [0.084691, -0.088844, 0.113418, 0.066119, -0.010701, 0.229129, -0.1393, 0.27432],
+        [0.074793, -0.071953, 0.155619, 0.063851, 0.045648, 0.137846, -0.072445, 0.194937],
+        [-0.067159, 0.069641, -0.096848, -0.053112, 0.001621, -0.173659, 0.104162, -0.211636],
+        [-0.027027, 0.016819, -0.134482, -0.030777, -0.094237, 0.041198, -0.045179, -0.003675],
+    ]
+    torch.testing.assert_close(pair, torch.tensor(rows, dtype=F64), atol=2e-6, rtol=0)
+
+
+def test_golden_numbers_of_a_pair_of_five_rows():
+    """Where E[x xᵀ] has no inverse: entries stay small, and rows that were not there lose nothing."""
+    weight, x = closed_form_weight(6, 8), closed_form_inputs()
+    poor = (2 * weight).round() / 2
+    pair = compensated(weight, poor, x[:5], 2)[0].weight - poor
+    assert pair.abs().max().item() == pytest.approx(0.232425, abs=2e-6)
+    for rows, before, after in ((x[:5], None, 0.031228), (x[5:], 0.839704, 0.651622)):
+        assert mean_square(weight - poor - pair, rows) == pytest.approx(after, abs=2e-6)
+        assert before is None or mean_square(weight - poor, rows) == pytest.approx(before, abs=2e-6)
 
 
 def test_a_pair_of_few_rows_makes_no_input_worse():
@@ -726,6 +780,37 @@ def test_models_that_cannot_be_factorised():
         lo.nn.factorize_(model, energy=0.9)
 
 
+EMPTY = {
+    "factorize_": {"rank": 1},
+    "sltrain_": {"rank": 1, "density": 0.1, "init": "fresh"},
+    "weight_normalized_": {"rank": 1},
+    "ordered_": {},
+    "spectral_": {"rank": 1},
+    "select_ranks": {"reduction": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_weights_without_elements_and_complex_ones_are_named(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        empty = nn.Sequential(nn.Linear(0, 8))
+    with pytest.raises(ValueError, match=r"0\.weight is \(8, 0\), without elements; exclude it"):
+        getattr(lo.nn, name)(empty, include="0", **EMPTY[name])
+    complex_one = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"0\.weight is torch\.complex64; floating-point weights are needed"):
+        getattr(lo.nn, name)(complex_one, include="0", **EMPTY[name])
+
+
+def test_tied_layers_count_once_among_singular_values():
+    model, single = decaying(), decaying()
+    model["twin"] = nn.Linear(40, 24, dtype=F64)
+    model["twin"].weight = model["layer2"].weight
+    ranks = lo.nn.select_ranks(model, reduction=0.5, min_ratio=0.0)
+    expected = lo.nn.select_ranks(single, reduction=0.5, min_ratio=0.0)
+    assert ranks == expected | {"twin": expected["layer2"]}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -756,6 +841,9 @@ def test_bad_input_of_collect_statistics():
     for batches in (x, {"x": x}, 3):
         with pytest.raises(TypeError, match="must be an iterable of batches"):
             lo.nn.collect_statistics(model, batches)
+    complex_one = nn.Sequential(nn.Linear(32, 8, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"0\.weight is torch\.complex64; floating-point weights are needed"):
+        lo.nn.collect_statistics(complex_one, [x], include="0")
     with pytest.raises(ValueError, match="no batches"):
         lo.nn.collect_statistics(model, iter([]))
     with pytest.raises(ValueError, match="the input of 0 is not finite"):

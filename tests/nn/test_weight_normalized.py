@@ -100,27 +100,52 @@ def test_frozen_parameters_get_no_gradient_and_the_others_theirs(norm, frozen):
     assert_same_gradients(layer, torch.randn(9, N, dtype=F64))
 
 
-def test_golden_numbers():
-    """6×8, rank 2, from closed formulas; M are the norms of W₀, not of V."""
+GRADIENTS_OF_M = {
+    "row": [1.230588, 1.286717, 1.184943, 1.247637, 1.096312, 1.634933],
+    "column": [1.115441, 1.200327, 1.262342, 1.273674, 1.193771, 1.173779, 1.039768, 0.41975],
+}
+GRADIENTS_OF_B = {
+    ("row", False): [-0.059382, 0.033622, -0.007061, -0.105724, -0.03685, 0.011705]
+    + [0.005996, -0.02232, -0.008977, -0.015714, 0.012988, 0.051965],
+    ("row", True): [-0.047263, 0.056827, -0.02207, -0.076864, -0.045804, -0.062243]
+    + [0.001681, -0.060558, 0.009397, -0.056298, 0.028119, 0.083237],
+    ("column", False): [-0.069521, 0.049233, 0.008848, -0.102459, -0.051648, 0.007072]
+    + [0.009069, -0.029424, 0.001907, -0.026016, -0.004163, 0.056782],
+    ("column", True): [-0.051315, 0.053284, -0.020825, -0.077063, -0.043505, -0.059464]
+    + [-0.00054, -0.061461, 0.008319, -0.056984, 0.030433, 0.086438],
+}
+GRADIENTS_OF_A = {
+    ("row", False): [-0.009917, 0.005389, -0.000768, 0.004481, -0.021581, 0.008919, 0.020584, -0.069846]
+    + [-0.002052, 0.009937, 0.003443, 0.00183, -0.012635, 0.006604, 0.013129, -0.057017],
+    ("row", True): [0.135985, -0.095561, 0.029762, 0.035332, -0.012014, -0.039514, 0.080822, -0.079845]
+    + [0.035007, 0.039356, -0.076373, 0.102337, -0.042154, -0.02007, 0.054897, -0.054016],
+    ("column", False): [-0.008946, 0.011237, 0.009078, -0.010242, -0.01136, 0.004496, 0.010983, -0.072105]
+    + [-0.00885, 0.011668, 0.013185, -0.005456, -0.008422, 0.008088, 0.00232, -0.056917],
+    ("column", True): [0.135044, -0.096094, 0.030099, 0.034816, -0.01216, -0.039745, 0.08055, -0.080147]
+    + [0.035063, 0.039391, -0.077252, 0.100789, -0.042346, -0.020176, 0.054674, -0.054187],
+}
+
+
+@pytest.mark.parametrize(("norm", "detach_norm"), NORMS)
+def test_golden_numbers(norm, detach_norm):
+    """6×8, rank 2, from closed formulas; M are the norms of W₀, not of V. The gradients are those of the dense G in numpy."""
     i, k = torch.arange(6, dtype=F64).unsqueeze(1), torch.arange(2, dtype=F64)
     j, t = torch.arange(8, dtype=F64), torch.arange(12, dtype=F64).unsqueeze(1)
     model = nn.Sequential(nn.Linear(8, 6, bias=False, dtype=F64))
     with torch.no_grad():
         model[0].weight.copy_(closed_form_weight(6, 8))
-    layer = lo.nn.weight_normalized_(model, rank=2, norm="row", include="0")[0]
+    layer = lo.nn.weight_normalized_(model, rank=2, norm=norm, detach_norm=detach_norm, include="0")[0]
     with torch.no_grad():
         layer.lora_B.copy_(0.1 * torch.cos(1.3 * i + 0.7 * k))
         layer.lora_A.copy_(0.2 * torch.sin(0.9 * k.unsqueeze(1) + 0.4 * j + 0.1))
     target = torch.cos(0.3 * t + 0.5 * i.mT)
     loss = 0.5 * (layer(closed_form_inputs()) - target).square().sum() / 12
     loss.backward()
-    assert loss.item() == pytest.approx(8.725718, abs=2e-6)
+    assert loss.item() == pytest.approx({"row": 8.725718, "column": 8.725714}[norm], abs=1e-6)
     expected = {
-        "magnitude": [1.230588, 1.286717, 1.184943, 1.247637, 1.096312, 1.634933],
-        "lora_B": [-0.059382, 0.033622, -0.007061, -0.105724, -0.03685, 0.011705]
-        + [0.005996, -0.02232, -0.008977, -0.015714, 0.012988, 0.051965],
-        "lora_A": [-0.009917, 0.005389, -0.000768, 0.004481, -0.021581, 0.008919, 0.020584, -0.069846]
-        + [-0.002052, 0.009937, 0.003443, 0.00183, -0.012635, 0.006604, 0.013129, -0.057017],
+        "magnitude": GRADIENTS_OF_M[norm],
+        "lora_B": GRADIENTS_OF_B[norm, detach_norm],
+        "lora_A": GRADIENTS_OF_A[norm, detach_norm],
     }
     for name, numbers in expected.items():
         found = getattr(layer, name).grad.flatten()

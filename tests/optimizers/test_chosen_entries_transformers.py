@@ -74,3 +74,81 @@ def test_a_model_trains_on_chosen_entries_and_at_truncated_ranks(
     handle.remove()
     lo.nn.truncate_(model, rank=2)
     assert all(int(torch.linalg.matrix_rank(param.detach().flatten(1), rtol=1e-5)) == 2 for _, param in matrices)
+
+
+def tied_llama() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A LLaMA whose head is its embedding table; 96×80, so that it may have the low-rank term."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 80, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=96, tie_word_embeddings=True, **sizes, **NO_TOKENS)
+    return transformers.LlamaForCausalLM(config), tokens()
+
+
+@pytest.mark.parametrize("include", ["embed_tokens", "lm_head", ["embed_tokens", "lm_head", "q_proj"]], ids=str)
+def test_a_tied_table_that_a_pattern_names_by_either_name_has_one_set_of_entries(include):
+    model, batch = tied_llama()
+    table = model.model.embed_tokens.weight
+    optimizer = lo.SaRAAdamW(
+        lo.param_groups(model, density=0.25, include=include),
+        lr=1e-2,
+        weight_decay=0.1,
+        shrink_at=3,
+        low_rank_weight=0.1,
+    )
+    before, losses = table.detach().clone(), []
+    mask = torch.zeros(table.numel(), dtype=torch.bool)
+    mask[optimizer.state[table]["indices"].long()] = True
+    assert int(mask.sum()) == table.numel() // 4
+    for _ in range(5):
+        losses.append(model(**batch).loss.item())
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert model.lm_head.weight is table
+    assert sum(param is table for group in optimizer.param_groups for param in group["params"]) == 1
+    moved = (table != before).flatten()
+    assert not (moved & ~mask).any()
+    assert moved[mask].float().mean() > 0.9
+
+    other, _ = tied_llama()
+    resumed = lo.SaRAAdamW(
+        lo.param_groups(other, density=0.25, include=include),
+        lr=1e-2,
+        weight_decay=0.1,
+        shrink_at=3,
+        low_rank_weight=0.1,
+    )
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    for each, own in ((model, optimizer), (other, resumed)):
+        each(**batch).loss.backward()
+        own.step()
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    assert torch.equal(other.lm_head.weight, table)
+
+    handle = lo.truncate_ranks(optimizer, model, rank=5, period=1, include="lm_head")
+    optimizer.step()
+    assert list(handle.ranks().values()) == [5]
+    assert int(torch.linalg.matrix_rank(table.detach(), rtol=1e-5)) == 5
+
+
+@pytest.mark.parametrize("exclude", [None, "embed_tokens", "lm_head"])
+def test_a_tied_table_that_no_pattern_names_is_trained_as_a_whole(exclude):
+    model, batch = tied_llama()
+    table = model.lm_head.weight
+    groups = lo.param_groups(model, density=0.25, exclude=exclude)
+    optimizer = lo.SaRAAdamW(groups, lr=1e-2)
+    assert "indices" not in optimizer.state[table]
+    assert sum("indices" in optimizer.state[param] for group in groups for param in group["params"]) == 14
+    before = table.detach().clone()
+    model(**batch).loss.backward()
+    optimizer.step()
+    assert (table != before).float().mean() > 0.99
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    # Left out of the optimizer, it stays.
+    model, batch = tied_llama()
+    optimizer = lo.SaRAAdamW([group for group in lo.param_groups(model, density=0.25) if group.get("density")], lr=1e-2)
+    model(**batch).loss.backward()
+    optimizer.step()
+    assert torch.equal(model.lm_head.weight, before)

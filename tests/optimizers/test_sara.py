@@ -270,6 +270,26 @@ def test_one_matrix_in_a_step_has_the_low_rank_term():
     assert drawn == {"a", "b", "c"}
 
 
+def test_tied_layers_are_one_matrix_with_the_sum_of_their_gradients():
+    """Which comes once among those that are drawn for the low-rank term."""
+    model = nn.ModuleDict({"a": nn.Linear(70, 70, bias=False), "b": nn.Linear(70, 70, bias=False)}).double()
+    model["b"].weight = model["a"].weight
+    alone = nn.Parameter(model["a"].weight.detach().clone())
+    options = {"lr": 1e-2, "low_rank_weight": 0.5, "shrink_at": 2}
+    optimizer = lo.SaRAAdamW(lo.param_groups(model, density=0.3, include=["a", "b"]), **options)
+    plain = lo.SaRAAdamW([{"params": [("a.weight", alone)], "density": 0.3}], **options)
+    for step in range(4):
+        x = draw(step, 9, 70)
+        model["b"](model["a"](x).tanh()).square().sum().backward()
+        nn.functional.linear(nn.functional.linear(x, alone).tanh(), alone).square().sum().backward()
+        for each in (optimizer, plain):
+            each.step()
+            each.zero_grad()
+    assert len(optimizer.state) == 1
+    assert torch.equal(model["a"].weight, alone)
+    assert model["b"].weight is model["a"].weight
+
+
 def test_the_seed_decides_which_matrix_is_drawn():
     def moved(seed: int) -> list[bool]:
         params = [nn.Parameter(draw(i, 70, 70)) for i in range(4)]

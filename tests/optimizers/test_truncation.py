@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_optim as lo
+from lowrank_optim.optimizers.truncation import RankTruncation
 from tests.oracles.checkpoints import assert_same_run, resume
-from tests.oracles.truncation import reference_sgd, truncate
+from tests.oracles.decompositions import closed_form_inputs, closed_form_weight
+from tests.oracles.truncation import kernel_places, reference_sgd, truncate, truncate_kernels
 
 F64, BF16 = torch.float64, torch.bfloat16
 
@@ -26,6 +28,29 @@ GOLDEN_PULL = [
     [[0.208098, 0.225608, 0.275062], [0.20761, -0.069455, -0.267074], [0.109479, -0.194048, 0.243573]],
     [[-0.00113, -0.055754, -0.127385], [-0.194954, -0.174388, 0.070854], [-0.297089, 0.134996, -0.010207]],
     [[-0.322366, -0.219402, -0.133188], [-0.11162, 0.153565, 0.168974], [0.151623, 0.149621, -0.194946]],
+]
+
+
+# The same of the view (c·h) × (a·w), by numpy.
+SPATIAL_FILTER = [
+    [[0.777752, 0.733404, 1.15453], [0.750909, 0.04116, -0.933525], [0.534455, -0.606506, 0.758052]],
+    [[-0.266629, -0.477597, -0.455202], [-0.809214, -0.831051, 0.197847], [-0.865781, 0.607972, 0.123604]],
+    [[-0.429589, -0.301749, -0.77091], [0.449546, 1.22083, 0.593618], [0.743842, -0.20957, -0.892298]],
+]
+SPATIAL_PULL = [
+    [[0.218348, 0.196688, 0.317617], [0.187164, -0.002318, -0.236972], [0.177402, -0.159365, 0.260536]],
+    [[-0.062388, -0.109907, -0.040234], [-0.202137, -0.221869, 0.024611], [-0.244322, 0.18466, 0.039722]],
+    [[-0.143903, -0.123038, -0.387821], [0.112797, 0.342774, 0.202536], [0.181357, -0.093257, -0.317644]],
+]
+
+# W of the closed-form regression after four steps of SGD with momentum, truncated before steps 0 and 2, by numpy.
+GOLDEN_LINEAR = [
+    [0.783275, -0.239158, -0.452438, 0.673003, -0.072468, -0.595713, 0.577431, 0.316856],
+    [0.489801, -0.570569, 0.52027, -0.078637, -0.447031, 0.739054, -0.495917, -0.307795],
+    [-0.212719, 0.01728, 0.41106, -0.677768, 0.68922, -0.483571, 0.23398, 0.075531],
+    [-0.579651, 0.703357, -0.590732, 0.411013, -0.246508, 0.149077, -0.075583, 0.023562],
+    [-0.406712, 0.46502, -0.407925, 0.32861, -0.316915, 0.307202, -0.199041, -0.051241],
+    [0.27203, -0.4282, 0.528595, -0.676517, 0.729043, -0.635717, 0.343133, 0.130656],
 ]
 
 
@@ -80,21 +105,43 @@ def closed_form_conv() -> nn.Conv2d:
     return conv
 
 
-def test_a_convolution_is_that_of_the_released_code():
-    conv = closed_form_conv()
+@pytest.mark.parametrize(
+    ("view", "first", "pull", "kept", "norm"),
+    [("channel", GOLDEN_FILTER, GOLDEN_PULL, 3, 7.463749), ("spatial", SPATIAL_FILTER, SPATIAL_PULL, 4, 7.309837)],
+)
+def test_a_convolution_is_that_of_the_released_code(view, first, pull, kept, norm):
+    conv, how = closed_form_conv(), {"energy": 0.9, "convolutions": view}
     values = torch.linalg.svdvals(lo.nn.truncate_(closed_form_conv(), energy=1.0).weight.detach().flatten(1))
     expected = torch.tensor([5.146023, 4.821396, 2.445431, 0.681858], dtype=F64)
     torch.testing.assert_close(values, expected, atol=2e-6, rtol=0)
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.0)
-    handle = lo.truncate_ranks(optimizer, conv, energy=0.9, period=2, nuclear_weight=1.0, match_reference=True)
+    handle = lo.truncate_ranks(optimizer, conv, period=2, nuclear_weight=1.0, match_reference=True, **how)
     (conv(torch.zeros(1, 3, 4, 4, dtype=F64)).sum() * 0).backward()
     optimizer.step()
-    assert handle.ranks() == {"weight": 3}
-    for got, expected in ((conv.weight.detach(), GOLDEN_FILTER), (conv.weight.grad, GOLDEN_PULL)):
+    assert handle.ranks() == {"weight": kept}
+    for got, expected in ((conv.weight.detach(), first), (conv.weight.grad, pull)):
         torch.testing.assert_close(got[0], torch.tensor(expected, dtype=F64), atol=2e-6, rtol=0)
-    assert float(conv.weight.detach().norm()) == pytest.approx(7.463749, abs=2e-6)
-    once = lo.nn.truncate_(closed_form_conv(), energy=0.9)
+    assert float(conv.weight.detach().norm()) == pytest.approx(norm, abs=2e-6)
+    once = lo.nn.truncate_(closed_form_conv(), **how)
     torch.testing.assert_close(once.weight, conv.weight, atol=1e-12, rtol=0)
+
+
+def test_a_closed_form_regression_ends_at_the_numbers_of_the_transcription():
+    model, t, i = nn.Linear(8, 6, bias=False, dtype=F64), torch.arange(12.0, dtype=F64), torch.arange(6.0, dtype=F64)
+    model.weight.data.copy_(closed_form_weight(6, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    lo.truncate_ranks(
+        optimizer, model, energy=0.9, period=2, nuclear_weight=0.05, match_reference=True, include="weight"
+    )
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = 0.5 * (model(closed_form_inputs()) - torch.cos(0.3 * t[:, None] + 0.5 * i)).square().sum() / 12
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx([8.428141, 7.890463, 6.973187, 5.820053], abs=2e-6)
+    torch.testing.assert_close(model.weight.detach(), torch.tensor(GOLDEN_LINEAR, dtype=F64), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)], ids=["tall", "wide", "square"])
@@ -319,11 +366,60 @@ def test_bfloat16_weights_are_rounded_stochastically_where_the_optimizer_rounds_
 
 def spatial(weight: np.ndarray) -> np.ndarray:
     """(c·h) × (a·w) of kernels a×c×h×w, entry by entry."""
-    a, c, h, w = weight.shape
-    matrix = np.empty((c * h, a * w))
-    for i, j, y, x in np.ndindex(a, c, h, w):
-        matrix[j * h + y, i * w + x] = weight[i, j, y, x]
-    return matrix
+    (places,) = kernel_places(weight.shape, "spatial")
+    return weight.flatten()[places]
+
+
+@pytest.mark.parametrize("view", ["channel", "spatial", "filter"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d, nn.Conv1d, nn.Conv3d], ids=lambda make: make.__name__)
+def test_every_group_has_matrices_of_its_own(make, groups, view):
+    """Against the transcription, which truncates the numbers of one matrix after the other; a handle finds the same."""
+    size = {"1": (5,), "2": (3, 5), "3": (3, 2, 2)}[make.__name__[-2]]
+    conv = make(6, 8, size, groups=groups, bias=False, dtype=F64)
+    start, how = conv.weight.detach().clone(), {"energy": 0.6, "convolutions": view}
+    if view == "spatial" and len(size) != 2:
+        with pytest.raises(ValueError, match="needs kernels of height and width"):
+            lo.nn.truncate_(conv, **how)
+        return
+    expected, most = truncate_kernels(start.numpy(), 0.6, view, groups, make is nn.ConvTranspose2d)
+    assert 1 <= most < min(len(side) for side in kernel_places(start.shape, view, groups, make is nn.ConvTranspose2d))
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.0)
+    handle = lo.truncate_ranks(optimizer, conv, period=1, **how)
+    conv.weight.grad = torch.zeros_like(conv.weight)
+    optimizer.step()
+    assert handle.ranks() == {"weight": most}
+    np.testing.assert_allclose(conv.weight.detach().numpy(), expected, rtol=0, atol=1e-13)
+    conv.weight.data = start.contiguous(memory_format=torch.channels_last) if len(size) == 2 else start
+    lo.nn.truncate_(conv, **how)
+    np.testing.assert_allclose(conv.weight.detach().numpy(), expected, rtol=0, atol=1e-13)
+
+
+def test_two_smaller_convolutions_do_what_a_truncated_one_with_groups_does():
+    """The views of groups: k kernels of each, then 1×1; k columns of each, then rows; and k mixtures for each kernel."""
+    x, conv2d = draw(1, 2, 6, 9, 11), nn.functional.conv2d
+    for view in ("channel", "spatial", "filter"):
+        conv, k = nn.Conv2d(6, 8, (3, 5), groups=2, bias=False, dtype=F64), 2
+        lo.nn.truncate_(conv, rank=k, convolutions=view)
+        flat = conv.weight.detach().flatten()
+        svds = [np.linalg.svd(flat.numpy()[p], full_matrices=False) for p in kernel_places((8, 3, 3, 5), view, 2)]
+        first, second = (
+            torch.tensor(np.stack(each))
+            for each in zip(*((u[:, :k] * s[:k], vt[:k]) for u, s, vt in svds), strict=True)
+        )
+        if view == "channel":  # (2, 4, k) and (2, k, 3·3·5)
+            both = conv2d(conv2d(x, second.reshape(2 * k, 3, 3, 5), groups=2), first.reshape(8, k, 1, 1), groups=2)
+        elif view == "spatial":  # (2, 3·3, k) and (2, k, 4·5)
+            tall = first.mT.reshape(2 * k, 3, 3, 1)
+            wide = second.reshape(2, k, 4, 1, 5).transpose(1, 2).reshape(8, k, 1, 5)
+            both = conv2d(conv2d(x, tall, groups=2), wide, groups=2)
+        else:  # (8, 3, k) and (8, k, 3·5)
+            both = conv2d(conv2d(x, first.mT.reshape(8 * k, 3, 1, 1), groups=2), second.reshape(8, k, 3, 5), groups=8)
+        torch.testing.assert_close(conv(x), both, atol=1e-12, rtol=1e-12)
+    depthwise = nn.Conv2d(6, 6, 3, groups=6, dtype=F64)  # nothing to cut: a matrix of one row each
+    before = depthwise.weight.detach().clone()
+    lo.nn.truncate_(depthwise, energy=0.3)
+    assert torch.equal(depthwise.weight, before)
 
 
 def test_spatial_kernels_are_those_of_the_formula_and_a_column_and_a_row_do_the_same():
@@ -443,7 +539,7 @@ BAD = [
     ({"rank": 1.5}, "rank is 1.5"),
     ({"threshold": -0.1}, "threshold is -0.1; it must be a number above 0"),
     ({"rank": 3, "include": "nowhere"}, "include pattern 'nowhere' matches no parameter"),
-    ({"rank": 3, "convolutions": "VH"}, "convolutions is 'VH'; valid values are 'channel', 'spatial'"),
+    ({"rank": 3, "convolutions": "VH"}, "convolutions is 'VH'; valid values are 'channel', 'spatial', 'filter'"),
 ]
 BAD_OF_HANDLES = [
     ({"rank": 3, "period": 0}, "period is 0; it must be an int of at least 1"),
@@ -484,6 +580,10 @@ def test_models_and_optimizers_that_do_not_fit_are_refused():
     for call in (lo.nn.truncate_, partial(lo.truncate_ranks, torch.optim.SGD(coded.parameters(), lr=0.1))):
         with pytest.raises(ValueError, match=r"0.weight is stored in 8 bits"):
             call(coded, rank=3)
+    complex_one = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64))
+    for call in (lo.nn.truncate_, partial(lo.truncate_ranks, torch.optim.SGD(complex_one.parameters(), lr=0.1))):
+        with pytest.raises(ValueError, match=r"0.weight is torch.complex64; floating-point weights are needed"):
+            call(complex_one, rank=3, include="0")
     with pytest.raises(
         ValueError, match=r"0.weight is \(8, 8, 3\); convolutions='spatial' needs kernels of height and width"
     ):
@@ -514,6 +614,21 @@ def test_describe_finds_the_handle_inside_of_a_wrapper():
     lo.truncate_ranks(optimizer, model, rank=3, period=7)
     assert lo.describe(Wrapper(optimizer)) == lo.describe(optimizer)
     assert "every 7 steps" in lo.describe(optimizer)
+
+
+def test_a_forward_pass_looks_at_the_weights_only_where_a_truncation_is_due(monkeypatch):
+    """Each layer has a hook, and there are many layers."""
+    looks, whether = [], RankTruncation.has_numbers.fget
+    monkeypatch.setattr(RankTruncation, "has_numbers", property(lambda handle: looks.append(1) or whether(handle)))
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(8)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lo.truncate_ranks(optimizer, model, rank=3, period=2, match_reference=True)
+    counts = []
+    for _ in range(4):
+        model(torch.randn(3, 12)).sum().backward()
+        optimizer.step()
+        counts.append(len(looks))
+    assert counts == [1, 1, 2, 2]
 
 
 def test_a_step_that_was_made_due_truncates_also_where_the_counter_comes_to_the_step_of_the_last_truncation():

@@ -24,6 +24,39 @@ def truncate(matrix: Array, energy: float, shrinkage: float = 0.0) -> tuple[Arra
     return u[:, :k] * s[:k] @ vt[:k], u[:, :k] @ vt[:k]
 
 
+def kernel_places(shape: tuple[int, ...], view: str, groups: int = 1, transposed: bool = False) -> list[Array]:
+    """The matrices of a convolution's kernels, entry by entry: where each of their numbers stands in the flat kernels.
+
+    shape: (a, c/groups, …) of a convolution from c to a channels, (c, a/groups, …) of a transposed one.
+    """
+    places = np.arange(np.prod(shape)).reshape(shape)
+    matrices = []
+    for part in np.split(places, groups):
+        kernels = part.swapaxes(0, 1) if transposed else part  # outputs, inputs, …
+        outputs, inputs, *extent = kernels.shape
+        if view == "channel":
+            matrices.append(part.reshape(len(part), -1))
+        elif view == "filter":
+            matrices += [kernels[i].reshape(inputs, -1) for i in range(outputs)]
+        else:
+            height, width = extent
+            matrix = np.empty((inputs * height, outputs * width), dtype=int)
+            for i, j, y, x in np.ndindex(outputs, inputs, height, width):
+                matrix[j * height + y, i * width + x] = kernels[i, j, y, x]
+            matrices.append(matrix)
+    return matrices
+
+
+def truncate_kernels(weight: Array, energy: float, *how: object) -> tuple[Array, int]:
+    """Kernels of which each matrix is truncated, and the largest rank; `how` as of `kernel_places`."""
+    flat, most = weight.flatten(), 0
+    for places in kernel_places(weight.shape, *how):
+        matrix = flat[places]
+        most = max(most, kept(np.linalg.svd(matrix, compute_uv=False), energy))
+        flat[places] = truncate(matrix, energy)[0]
+    return flat.reshape(weight.shape), most
+
+
 def reference_sgd(
     weight: Array,
     gradient: Callable[[Array], Array],

@@ -850,6 +850,42 @@ def test_the_signs_of_eigenvectors_do_not_turn_with_the_last_bit_of_the_matrix()
         torch.testing.assert_close(eigenvectors(gram * (1.0 + 1e-15)), vectors, rtol=0.0, atol=1e-9)
 
 
+@pytest.mark.parametrize("rank", [200, 30, 0])
+def test_large_float32_matrices_have_the_eigenvectors_of_float64(rank):
+    wide = draw(3, 400, rank, dtype=torch.float64) @ draw(4, rank, 200, dtype=torch.float64)
+    gram = wide.mT @ wide / max(float(wide.square().sum()), 1e-30)
+    vectors = eigenvectors(gram.float())
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(200), rtol=0.0, atol=1e-5)
+    values = torch.linalg.eigvalsh(gram)
+    torch.testing.assert_close(((gram @ vectors.double()) * vectors).sum(-2), values, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["raises", "not orthonormal", "not eigenvectors", "nan"])
+def test_eigenvectors_that_float32_gets_wrong_are_taken_in_float64(monkeypatch, fault):
+    eigh, seen = torch.linalg.eigh, []
+
+    def failing(matrix):
+        seen.append(matrix.dtype)
+        values, vectors = eigh(matrix)
+        if matrix.dtype == torch.float64:
+            return values, vectors
+        if fault == "raises":
+            raise torch.linalg.LinAlgError("linalg.eigh: it did not converge")
+        return values, {
+            "not orthonormal": vectors[:, [0, 0, *range(2, 130)]],
+            "not eigenvectors": torch.eye(130),
+            "nan": vectors * torch.nan,
+        }[fault]
+
+    wide = draw(3, 400, 130, dtype=torch.float64)
+    gram = (wide.mT @ wide / wide.square().sum()).float()
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    vectors = eigenvectors(gram)
+    assert seen == [torch.float32, torch.float64]
+    torch.testing.assert_close(vectors.abs(), eigh(gram.double())[1].abs().float())
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"basis_bits": 16}, {"basis_bits": 8}, {"projector": "dct"}, {"proj_type": "full"}], ids=str
 )

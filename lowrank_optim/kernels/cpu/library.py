@@ -16,7 +16,7 @@ import torch
 
 from lowrank_optim.kernels.dispatch import PROCESS, Unavailable
 
-ABI_VERSION = 12
+ABI_VERSION = 14
 """Raised, here and in csrc/cpu/abi.cpp, whenever a signature or a structure changes."""
 
 VARIABLE = "LOWRANK_OPTIM_CPU_LIBRARY"

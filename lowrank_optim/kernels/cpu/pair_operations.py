@@ -107,6 +107,7 @@ class PairOperations(OnLibrary):
         numbers: Tensor,
         scalars: Tensor,
         wide: Sequence[bool],
+        finite: Tensor | None = None,
     ) -> Declined | None:
         if escaped or not (rank := _rank(weights, wide)):
             return NotImplemented
@@ -115,11 +116,13 @@ class PairOperations(OnLibrary):
             (share, alpha, keep, square_share, *added) for share, square_share, _, alpha, keep in numbers.tolist()
         ]
         place, step = known.data_ptr(), 8 * known.shape[1]
+        flags, next_flag = (0, 0) if finite is None else (finite.data_ptr(), 1)
         rows = [
             pack_rite(
                 *(weight.shape[lies], rank, lies),
                 *(weight.data_ptr(), grad.data_ptr(), momentum.data_ptr(), moment.data_ptr(), place + n * step),
                 *of_side[n % 2],
+                flags + n * next_flag,
             )
             for n, (weight, grad, momentum, moment, lies) in enumerate(
                 zip(weights, grads, momenta, moments, wide, strict=True)

@@ -183,6 +183,7 @@ class RiteArgs(Structure):
         *(("tall", TallArgs), ("weight", _P), ("grad", _P), ("momentum", _P), ("moment", _P), ("known", _P)),
         *((name, c_float) for name in ("share", "alpha", "keep")),
         *((name, c_double) for name in ("square_share", "tolerance", "added")),
+        ("finite", _P),
     )
 
 
