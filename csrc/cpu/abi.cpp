@@ -281,7 +281,11 @@ LOWRANK_API int lowrank_optim_store(const StoreArgs* args, int threads) { return
 LOWRANK_API int lowrank_optim_lines(const LinesArgs* args, int threads) {
   const int64_t height = args->rows > 0 ? args->rows : 1, width = args->cols > 0 ? args->cols : 1;
   if (args->by_row) return run<LinesArgs>(chosen->weights.row_sums, *args, args->rows, width, limited(threads));
-  return run<LinesArgs>(chosen->weights.column_sums, *args, pieces(args->cols, STRIP), STRIP * height, limited(threads));
+  // Strips that lie beside each other are read together: few threads get wide parts.
+  const int64_t strips = pieces(args->cols, STRIP), part = pieces(strips, limited(threads));
+  in_pieces(strips, part < 4 ? part : 4, args->cols * height <= ALONE ? 1 : limited(threads),
+            [&](int64_t begin, int64_t end, int) { chosen->weights.column_sums(*args, begin, end); });
+  return 0;
 }
 
 LOWRANK_API int lowrank_optim_gaussian(const GaussianArgs* args, int threads) {

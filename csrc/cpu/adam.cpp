@@ -11,15 +11,10 @@
 namespace lowrank {
 namespace {
 
-// W ← keep W − alpha N for n elements of W.
+// W ← keep W − alpha N for n elements of W, which are not of float32.
 INLINE void write(const Rows& weight, int64_t at, const float* direction, int n, const StepParams& w, int64_t first, float* buffer) {
   const f32* old = load(weight, w.error, at, buffer, n);
   const float keep = w.keep, step = -w.alpha;
-  if (weight.dtype == FLOAT32) {
-    f32* to = static_cast<f32*>(weight.data) + at;
-    EACH(j, n) to[j] = to[j] * keep + step * direction[j];
-    return;
-  }
   EACH(j, n) buffer[j] = old[j] * keep + step * direction[j];
   store(weight, w.error, at, buffer, n, w.rounding, first);
 }
@@ -28,14 +23,22 @@ void adam(const AdamArgs& args, int64_t first, int64_t last) {
   float g_buffer[TILE], w_buffer[TILE], direction[TILE];
   const Adam a = args.adam;
   const Lerp lerp(a.weight1);
+  const float keep = args.write.keep, step = -args.write.alpha;
   const auto tile = [&](int64_t at, int n) __attribute__((always_inline)) {  // a call would make the compiler reload `a`
     const f32* g = load(args.grad, at, g_buffer, n);
     f32 *m = args.exp_avg + at, *v = args.exp_avg_sq + at;
-    EACH(j, n) {
-      m[j] = lerp(m[j], g[j]);
-      v[j] = square_update(v[j], g[j], a.beta2, a.weight2);
-      direction[j] = adam_direction(m[j], __builtin_sqrtf(v[j]), a);
+    const auto direct = [&](int j) __attribute__((always_inline)) {
+      const float mean = lerp(m[j], g[j]), square = square_update(v[j], g[j], a.beta2, a.weight2);
+      m[j] = mean;
+      v[j] = square;
+      return adam_direction(mean, __builtin_sqrtf(square), a);
+    };
+    if (!args.out && args.weight.dtype == FLOAT32) {
+      f32* to = static_cast<f32*>(args.weight.data) + at;
+      EACH(j, n) to[j] = to[j] * keep + step * direct(j);
+      return g;
     }
+    EACH(j, n) direction[j] = direct(j);
     if (f32* out = args.out) {
       out += at;
       EACH(j, n) out[j] = direction[j];
@@ -68,7 +71,8 @@ void adam(const AdamArgs& args, int64_t first, int64_t last) {
   }
 }
 
-// Of a step of Adam with folded moments.
+// Of a step of Adam with folded moments; WHOLE: the residual is taken as it is, with κ = 1.
+template <bool WHOLE>
 struct Folded {
   Adam adam;
   Lerp lerp;
@@ -91,35 +95,31 @@ struct Folded {
 
   template <class Part>  // how vectors come from memory and go there
   INLINE void weights(f32* to, Floats g, Floats mean, Floats m, Floats v, Part part) const {
-    const Floats rest = g - mean, root = square_root(v + (residual * residual) * (rest * rest));
-    part.store(to, part.load(to) * keep + step * adam_direction(m + residual * rest, root, adam));
+    const Floats rest = g - mean, square = rest * rest;
+    const Floats root = square_root(v + (WHOLE ? square : (residual * residual) * square));
+    part.store(to, part.load(to) * keep + step * adam_direction(m + (WHOLE ? rest : residual * rest), root, adam));
   }
 };
 
 // FOLD vectors of elements, whose blocks of FOLD elements have one vector of moments: FOLD is 1, 2, 4 or 8.
-template <int FOLD, int... K>
-INLINE void folded_group(const f32* g, f32* m_at, f32* v_at, f32* to, const Folded& how, Numbers<K...>) {
+template <int FOLD, class How, int... K>
+INLINE void folded_group(const f32* g, f32* m_at, f32* v_at, f32* to, const How& how, Numbers<K...>) {
   constexpr All all;
+  using Blocks = Neighbours<FOLD>;
   const Floats x[FOLD] = {all.load(g + K * LANES)...};
   Floats sums[FOLD] = {x[K]...}, squares[FOLD] = {(x[K] * x[K])...};
-  for (int left = FOLD / 2; left > 0; left /= 2) {
-    for (int k = 0; k < left; ++k) {
-      sums[k] = sums_of_pairs(sums[2 * k], sums[2 * k + 1], Lanes{});
-      squares[k] = sums_of_pairs(squares[2 * k], squares[2 * k + 1], Lanes{});
-    }
-  }
-  Floats mean, m = all.load(m_at), v = all.load(v_at);
-  how.moments(sums[0], squares[0], mean, m, v);
-  all.store(m_at, m);
-  all.store(v_at, v);
-  (how.weights(to + K * LANES, x[K], repeated<FOLD, K>(mean, Lanes{}), repeated<FOLD, K>(m, Lanes{}),
-               repeated<FOLD, K>(v, Lanes{}), all),
+  Floats mean, m = Blocks::placed(all.load(m_at)), v = Blocks::placed(all.load(v_at));
+  how.moments(Blocks::sums(sums), Blocks::sums(squares), mean, m, v);
+  all.store(m_at, Blocks::back(m));
+  all.store(v_at, Blocks::back(v));
+  (how.weights(to + K * LANES, x[K], Blocks::template repeated<K>(mean), Blocks::template repeated<K>(m),
+               Blocks::template repeated<K>(v), all),
    ...);
 }
 
 // n elements in blocks of FOLD, of which the last may be cut off: what is missing counts as zeros.
-template <int FOLD>
-INLINE void folded_blocks(const f32* g, f32* m, f32* v, f32* to, int n, const Folded& how) {
+template <int FOLD, class How>
+INLINE void folded_blocks(const f32* g, f32* m, f32* v, f32* to, int n, const How& how) {
   constexpr int GROUP = FOLD * LANES;
   const auto group = [&](const f32* g, f32* m, f32* v, f32* to) __attribute__((always_inline)) {
     folded_group<FOLD>(g, m, v, to, how, UpTo<FOLD>{});
@@ -140,7 +140,8 @@ INLINE void folded_blocks(const f32* g, f32* m, f32* v, f32* to, int n, const Fo
 }
 
 // A block of n elements: n is `fold` or, at the end of a row, less.
-INLINE void folded_block(const f32* g, f32& m_at, f32& v_at, f32* to, int n, const Folded& how) {
+template <class How>
+INLINE void folded_block(const f32* g, f32& m_at, f32& v_at, f32* to, int n, const How& how) {
   constexpr int PARTS = 16 / LANES;  // sums of 16 parts, whatever the instruction set
   Floats sums[PARTS] = {}, squares[PARTS] = {};
   over(0, n, [&](int j, auto part) __attribute__((always_inline)) {
@@ -158,10 +159,11 @@ INLINE void folded_block(const f32* g, f32& m_at, f32& v_at, f32* to, int n, con
   });
 }
 
-void folded_adam(const FoldedAdamArgs& args, int64_t first, int64_t last) {
+template <bool WHOLE>
+void folded_adam_with(const FoldedAdamArgs& args, int64_t first, int64_t last) {
   float g_buffer[TILE], w_buffer[TILE];
   const int64_t per_row = pieces(args.cols, TILE), blocks = pieces(args.cols, args.fold);
-  const Folded how(args);
+  const Folded<WHOLE> how(args);
   const bool in_place = args.weight.dtype == FLOAT32;
   for (int64_t index = first; index < last; ++index) {
     const int64_t row = index / per_row, col = index % per_row * TILE, at = row * args.cols + col;
@@ -180,6 +182,10 @@ void folded_adam(const FoldedAdamArgs& args, int64_t first, int64_t last) {
     }
     if (!in_place) store(args.weight, at, w_buffer, n, args.write.rounding, at);
   }
+}
+
+void folded_adam(const FoldedAdamArgs& args, int64_t first, int64_t last) {
+  args.residual == 1.0f ? folded_adam_with<true>(args, first, last) : folded_adam_with<false>(args, first, last);
 }
 
 void rule(const RuleArgs& args, int64_t first, int64_t last) {

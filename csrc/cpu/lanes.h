@@ -188,17 +188,79 @@ INLINE Floats lanes_of(Floats a, Floats b) {
 #endif
 }
 
-// The sums of neighbours, of one vector and then of another.
-template <int... I>
-INLINE Floats sums_of_pairs(Floats a, Floats b, Numbers<I...>) {
-  return lanes_of<(2 * I)...>(a, b) + lanes_of<(2 * I + 1)...>(a, b);
-}
+// FOLD vectors of elements beside one vector of numbers, of which each belongs to FOLD neighbours: FOLD is 1, 2, 4 or 8.
+//
+// AVX2 moves lanes of two vectors within halves of 128 bits only, and of one vector there in half the time. So numbers that belong to
+// elements of the first halves lie in the first half there: `placed` brings them from their order in memory, `back` returns them.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool BY_HALVES = true;
+#else
+constexpr bool BY_HALVES = false;
+#endif
 
-// Every lane TIMES times: vector number K of the TIMES that this makes.
-template <int TIMES, int K, int... I>
-INLINE Floats repeated(Floats x, Numbers<I...>) {
-  return lanes_of<((K * LANES + I) / TIMES)...>(x, x);
-}
+template <int FOLD>
+struct Neighbours {
+  static constexpr int EACH_HALF = FOLD < 8 ? 4 / FOLD : 0;  // numbers that belong to half a vector
+
+  // The sums of neighbours, then of neighbouring sums, until each is of FOLD; they lie as `placed` says.
+  INLINE static Floats sums(Floats* x) {
+    for (int left = FOLD / 2; left > 0; left /= 2) {
+      for (int k = 0; k < left; ++k) x[k] = FOLD == 8 && left == 1 ? of_halves(x[0], x[1], Lanes{}) : of_pairs(x[2 * k], x[2 * k + 1], Lanes{});
+    }
+    return x[0];
+  }
+
+  INLINE static Floats placed(Floats x) { return EACH_HALF && BY_HALVES ? placed(x, Lanes{}) : x; }
+  INLINE static Floats back(Floats x) { return EACH_HALF && BY_HALVES ? back(x, Lanes{}) : x; }
+
+  // The number of every element of vector number K.
+  template <int K>
+  INLINE static Floats repeated(Floats x) {
+    return repeated<K>(x, Lanes{});
+  }
+
+ private:
+  static constexpr int half(int lane) { return lane / 4 * 4; }
+
+  template <int... I>
+  INLINE static Floats of_pairs(Floats a, Floats b, Numbers<I...>) {
+    if constexpr (BY_HALVES) {
+      return lanes_of<(half(I) + I % 2 * 2 + I % 4 / 2 * LANES)...>(a, b) + lanes_of<(half(I) + I % 2 * 2 + I % 4 / 2 * LANES + 1)...>(a, b);
+    } else {
+      return lanes_of<(2 * I)...>(a, b) + lanes_of<(2 * I + 1)...>(a, b);
+    }
+  }
+
+  template <int... I>
+  INLINE static Floats of_halves(Floats a, Floats b, Numbers<I...>) {
+    if constexpr (BY_HALVES) {
+      return lanes_of<(I % 4 + I / 4 * LANES)...>(a, b) + lanes_of<(4 + I % 4 + I / 4 * LANES)...>(a, b);
+    } else {
+      return of_pairs(a, b, Numbers<I...>{});
+    }
+  }
+
+  template <int... I>
+  INLINE static Floats placed(Floats x, Numbers<I...>) {
+    constexpr int part = EACH_HALF ? EACH_HALF : 4;
+    return lanes_of<(I % 4 / part * 2 * part + I / 4 % 2 * part + I % part)...>(x, x);
+  }
+
+  template <int... I>
+  INLINE static Floats back(Floats x, Numbers<I...>) {
+    constexpr int part = EACH_HALF ? EACH_HALF : 4;
+    return lanes_of<(I / part % 2 * 4 + I / part / 2 * part + I % part)...>(x, x);
+  }
+
+  template <int K, int... I>
+  INLINE static Floats repeated(Floats x, Numbers<I...>) {
+    if constexpr (BY_HALVES && EACH_HALF) {
+      return lanes_of<(half(I) + K * EACH_HALF + I % 4 / FOLD)...>(x, x);
+    } else {
+      return lanes_of<((K * LANES + I) / FOLD)...>(x, x);
+    }
+  }
+};
 
 // The sum of 16 · COUNT parts.
 template <int COUNT>
@@ -227,6 +289,31 @@ INLINE double sum_of_squares(const f32* x, int n) {
   EACH(k, n - j) last[k] = x[j + k];
   if (j < n) add(last);
   return total_of<1>(sums);
+}
+
+// The same of each of COUNT arrays. Memory gives several streams, far from each other, in less time than one after the other.
+template <int COUNT>
+INLINE void sums_of_squares(const f32* const* x, int n, double* totals) {
+  constexpr int PARTS = 16 / LANES;
+  Floats sums[COUNT][PARTS] = {};
+  const int whole = n / 16 * 16;
+  for (int j = 0; j < whole; j += 16) {
+    for (int i = 0; i < COUNT; ++i) {
+      for (int k = 0; k < PARTS; ++k) {
+        const Floats value = All{}.load(x[i] + j + k * LANES);
+        sums[i][k] += value * value;
+      }
+    }
+  }
+  for (int i = 0; i < COUNT; ++i) {
+    float last[16] = {};
+    EACH(k, n - whole) last[k] = x[i][whole + k];
+    for (int k = 0; k < PARTS; ++k) {
+      const Floats value = All{}.load(last + k * LANES);
+      sums[i][k] += value * value;
+    }
+    totals[i] = total_of<1>(sums[i]);
+  }
 }
 
 struct SquareAndDot {

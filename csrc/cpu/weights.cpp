@@ -87,43 +87,99 @@ void store_rows(const StoreArgs& args, int64_t first, int64_t last) {
   }
 }
 
+// Arrays of float32 that are summed at a time.
+constexpr int STREAMS = 4;
+
 void squares(const NormArgs& args, int64_t first, int64_t last) {
   float buffer[TILE];
+  double* sums = args.sums + first / TILE;
+  if (args.x.dtype == FLOAT32) {
+    const f32* x = static_cast<const f32*>(args.x.data);
+    const int64_t apart = (last - first) / TILE / STREAMS;
+    for (int64_t tile = 0; tile < apart; ++tile) {
+      const f32* parts[STREAMS];
+      double totals[STREAMS];
+      for (int k = 0; k < STREAMS; ++k) parts[k] = x + first + (k * apart + tile) * TILE;
+      sums_of_squares<STREAMS>(parts, TILE, totals);
+      for (int k = 0; k < STREAMS; ++k) sums[k * apart + tile] = totals[k];
+    }
+    sums += STREAMS * apart;
+    first += STREAMS * apart * TILE;
+  }
   for (int64_t at = first; at < last; at += TILE) {
     const int n = smaller(TILE, last - at);
-    args.sums[at / TILE] = sum_of_squares(load(args.x, at, buffer, n), n);
+    *sums++ = sum_of_squares(load(args.x, at, buffer, n), n);
+  }
+}
+
+// The squares of ‖g_j‖ of rows alone: of several at a time.
+INLINE void row_squares(const LinesArgs& args, int64_t first, int64_t last) {
+  float buffer[TILE];
+  if (args.grad.dtype == FLOAT32) {
+    const f32* x = static_cast<const f32*>(args.grad.data);
+    const int64_t apart = (last - first) / STREAMS;
+    for (int64_t row = first; row < first + apart; ++row) {
+      double square[STREAMS] = {}, totals[STREAMS];
+      for (int64_t col = 0; col < args.cols; col += TILE) {
+        const f32* parts[STREAMS];
+        for (int k = 0; k < STREAMS; ++k) parts[k] = x + (row + k * apart) * args.grad.stride + col;
+        sums_of_squares<STREAMS>(parts, smaller(TILE, args.cols - col), totals);
+        for (int k = 0; k < STREAMS; ++k) square[k] += totals[k];
+      }
+      for (int k = 0; k < STREAMS; ++k) args.squares[row + k * apart] = float(square[k]);
+    }
+    first += STREAMS * apart;
+  }
+  for (int64_t row = first; row < last; ++row) {
+    double square = 0.0;
+    for (int64_t col = 0; col < args.cols; col += TILE) {
+      const int n = smaller(TILE, args.cols - col);
+      square += sum_of_squares(load(args.grad, row * args.grad.stride + col, buffer, n), n);
+    }
+    args.squares[row] = float(square);
   }
 }
 
 void row_sums(const LinesArgs& args, int64_t first, int64_t last) {
+  if (!args.dots) return row_squares(args, first, last);
   float buffer[TILE];
   for (int64_t row = first; row < last; ++row) {
     double square = 0.0, dot = 0.0;
     for (int64_t col = 0; col < args.cols; col += TILE) {
       const int n = smaller(TILE, args.cols - col);
       const f32* g = load(args.grad, row * args.grad.stride + col, buffer, n);
-      const SquareAndDot part = square_and_dot(g, args.dots ? args.vector + col : g, n);
+      const SquareAndDot part = square_and_dot(g, args.vector + col, n);
       square += part.square;
       dot += part.dot;
     }
     args.squares[row] = float(square);
-    if (args.dots) args.dots[row] = float(dot);
+    args.dots[row] = float(dot);
   }
 }
 
 void column_sums(const LinesArgs& args, int64_t first, int64_t last) {
   constexpr int64_t RUN = 256;  // rows that are summed in float32
-  float buffer[STRIP], square[STRIP], dot[STRIP];
-  double squares[STRIP], dots[STRIP];
-  for (int64_t strip = first; strip < last; ++strip) {
-    const int64_t col = strip * STRIP;
-    const int n = smaller(STRIP, args.cols - col);
+  constexpr int64_t WIDTH = 4 * STRIP;
+  constexpr int TOGETHER = 4;  // rows that are read at a time
+  float buffer[TOGETHER][WIDTH], square[WIDTH], dot[WIDTH];
+  double squares[WIDTH], dots[WIDTH];
+  const int64_t end_col = last * STRIP < args.cols ? last * STRIP : args.cols;
+  for (int64_t col = first * STRIP; col < end_col; col += WIDTH) {
+    const int n = smaller(WIDTH, end_col - col);
     EACH(j, n) squares[j] = dots[j] = 0.0;
     for (int64_t from = 0; from < args.rows; from += RUN) {
       const int64_t end = from + smaller(RUN, args.rows - from);
       EACH(j, n) square[j] = dot[j] = 0.0f;
-      for (int64_t row = from; row < end; ++row) {
-        const f32* g = load(args.grad, row * args.grad.stride + col, buffer, n);
+      int64_t row = from;
+      const auto row_of = [&](int k) __attribute__((always_inline)) {
+        return load(args.grad, (row + k) * args.grad.stride + col, buffer[k], n);
+      };
+      for (; !args.dots && row + TOGETHER <= end; row += TOGETHER) {  // each after the other, in one loop
+        const f32 *a = row_of(0), *b = row_of(1), *c = row_of(2), *d = row_of(3);
+        EACH(j, n) square[j] = square[j] + a[j] * a[j] + b[j] * b[j] + c[j] * c[j] + d[j] * d[j];
+      }
+      for (; row < end; ++row) {
+        const f32* g = row_of(0);
         EACH(j, n) square[j] += g[j] * g[j];
         if (!args.dots) continue;
         const float b = args.vector[row];

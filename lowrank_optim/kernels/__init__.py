@@ -32,7 +32,6 @@ from lowrank_optim.kernels.compute import (
     cache_elements,
     compute_dtype,
     is_known,
-    line_sums,
     masked_scalar,
     norm,
     row_chunks,
@@ -47,6 +46,7 @@ from lowrank_optim.kernels.dispatch import (
     call,
     definition,
     is_watched,
+    line_sums,
     norms,
     run_many,
 )

@@ -54,7 +54,8 @@ class Loaded:
     operations: by name.
     about: what `lowrank-optim doctor` says of it.
     many: by name of the operation, functions of a list of its arguments, which return what it returns for each, NotImplemented
-        where they left it alone (`run_many`); and "norm", of a list of contiguous tensors (`norms`).
+        where they left it alone (`run_many`); "norm", of a list of contiguous tensors (`norms`); and "line_squares", of a matrix or
+        a stack of them, and whether its lines are rows (`line_sums`).
     partly: the operations that it has for some types of tensors and devices only.
     """
 
@@ -222,6 +223,19 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
             for i, norm in zip(same, measure([tensors[i] for i in same]).unbind(), strict=True):
                 found[i] = norm
     return [compute.norm(x) if norm is None else norm for x, norm in zip(tensors, found, strict=True)]
+
+
+def line_sums(tensor: Tensor, dim: int, power: int) -> Tensor:
+    """Σ |x| (`power` 1) or Σ x² (2) of every row (`dim` −1) or column (−2), see `compute.line_sums`; squares in one pass where a
+    backend can."""
+    seen = torch.compiler.is_compiling() or is_watched() or not _is_plain((tensor,))
+    if power == 2 and not seen and tensor.dtype in _SHORT:
+        for backend in _chain(tensor.device.type, _environment(_KEY)):
+            if "line_squares" in backend.many:
+                sums: Tensor = backend.many["line_squares"](tensor, dim == -1)
+                if sums is not NotImplemented:
+                    return sums
+    return compute.line_sums(tensor, dim, power)
 
 
 @cache

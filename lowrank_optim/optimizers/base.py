@@ -213,7 +213,7 @@ class LowRankOptimizer(Optimizer):
         """The steps of all parameters that have a gradient."""
         whole = {n: found for n, group in enumerate(self.param_groups) if (found := self._plain_group(group))}
         rest = [group for n, group in enumerate(self.param_groups) if n not in whole]
-        norms, watch = first_norms(rest, self.plans), self._watch
+        (norms, squares), watch = first_norms(rest, self.plans), self._watch
         for param, plan in self.plans.items():
             if plan.unit and plan.unit[0] is param and plan.group not in whole:
                 check_unit(plan, self.plans, self.param_groups[plan.group], self.state)
@@ -228,7 +228,9 @@ class LowRankOptimizer(Optimizer):
                     continue
                 plan = self.plans[param]
                 if not plan.unit:
-                    step = self.trained(param).begin(norms.get(param) if norms else None)
+                    trained = self.trained(param)
+                    trained.squares = squares.get(param) if squares else None
+                    step = trained.begin(norms.get(param) if norms else None)
                 elif is_last_of_unit(param, plan):
                     step = joint_step(self._members(plan), [norms.get(member) for member in plan.unit])
                 else:

@@ -88,6 +88,7 @@ class Context:
     fresh: whether the moments were made for this step (reset ones were not).
     sharding: where the rest of gradient and weight lies, if this process holds parts of them.
     norms: whether the norms of the rows of direction and gradient are wanted.
+    squares: Σ x² of the lines that `Rule.lines_to_measure` asks for, where they are known.
     """
 
     step: float
@@ -98,6 +99,7 @@ class Context:
     fresh: bool = False
     sharding: ParamSharding = LOCAL
     norms: bool = False
+    squares: Tensor | None = None
 
     def at(self, weight: Tensor) -> "Context":
         """The same for a part of the parameter."""
@@ -218,6 +220,13 @@ class Rule(ABC):
         context: Context,
     ) -> FusedDense | None:
         """The step on a dense parameter as one operation; None where there is none, so that `direction` has to be applied."""
+        return None
+
+    def lines_to_measure(self, options: Mapping[str, Any]) -> int | None:
+        """The dimension (−1: rows, −2: columns) of a dense gradient whose lines' Σ x² a step begins with; None for no such sums.
+
+        A step finds out by them whether the gradient is finite, and passes them on as `Context.squares`.
+        """
         return None
 
     def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:

@@ -82,7 +82,8 @@ class RowNorm(NormalizedRule):
 
         lo.LowRankOptimizer(lo.param_groups(model, rule=lo.RowNorm(momentum=0.95, unit="norm")), rule="adam")
 
-    A step of a dense parameter reads the gradient twice, and makes no tensor of its size. Sharded matrices are not gathered. Whole
+    A step of a dense parameter reads the gradient twice (without momentum the first time also shows whether it is finite), and makes
+    no tensor of its size. Sharded matrices are not gathered. Whole
     rows that lie on several processes (FSDP2) need no message; of rows that are cut, or of columns if these are normalised and rows
     are split, the sums of squares go over the wire, one number of the compute type for each. Normalising is not linear: micro-batches
     have to be summed before it, as `step` and `update_in_backward` do.
@@ -110,6 +111,9 @@ class RowNorm(NormalizedRule):
             if options[name] not in valid:
                 raise ValueError(f"{name} is {options[name]!r}; valid values are {', '.join(map(repr, valid))}")
 
+    def lines_to_measure(self, options: Mapping[str, Any]) -> int | None:
+        return None if options["momentum"] > 0.0 else _dimension(options)
+
     def direction(
         self, grad: Tensor, state: Mapping[str, Tensor], options: Mapping[str, Any], context: Context
     ) -> Direction:
@@ -136,12 +140,15 @@ class RowNorm(NormalizedRule):
 
     def _factors(self, seen: Tensor, options: Mapping[str, Any], context: Context) -> Tensor:
         """φ, (…, rows, 1) or (…, 1, columns); 0 where the gradient is to be ignored."""
-        dim = -1 if options["axis"] == "rows" else -2
-        sharding = context.sharding.reduced
-        squares = sharding.sum(kernels.line_sums(seen, dim, 2), dim)
+        dim, sharding = _dimension(options), context.sharding.reduced
+        squares = sharding.sum(kernels.line_sums(seen, dim, 2), dim) if context.squares is None else context.squares
         length = sharding.whole_shape(seen)[dim] if options["unit"] == "rms" else 1
         factors = (squares / max(length, 1)).sqrt_().clamp_min_(float(options["norm_eps"])).reciprocal_()
         return factors if context.ok is None else torch.where(context.ok, factors, 0.0)
+
+
+def _dimension(options: Mapping[str, Any]) -> int:
+    return -1 if options["axis"] == "rows" else -2
 
 
 @dataclass(frozen=True)

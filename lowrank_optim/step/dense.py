@@ -51,7 +51,8 @@ def _dense(
     fused = None if alone else rule.fused_dense(weight, grad, step.moments, group, context)
     if fused is not None:
         # Copies must not wait with others: together they could be as large as the model.
-        elements = grad.numel() if copied or fused.after is not None or step.plan.is_matrix else 0
+        viewed = not step.plan.is_matrix or (_is_view(weight, step.weight) and _is_view(grad, step.param.grad))
+        elements = 0 if viewed and not copied and fused.after is None else grad.numel()
         yield Launch(fused.op, fused.call(vars(step.write(None, 1.0, ok))), elements)
         if step.plan.is_matrix:
             step.put_back(weight)
@@ -70,3 +71,10 @@ def _dense(
         if step.plan.is_matrix:
             step.put_back(weight)
     return ok
+
+
+def _is_view(tensor: Tensor, source: Tensor | None) -> bool:
+    """Whether a step keeps no memory for a tensor, beside that of its source."""
+    if tensor is source or source is None:
+        return source is not None
+    return tensor._base is not None and tensor._base is (source if source._base is None else source._base)

@@ -21,11 +21,16 @@ POLL_EVERY = 100
 """Steps between two looks at the counters of an accelerator."""
 
 
-def first_norms(groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, ParamPlan]) -> dict[Tensor, Tensor]:
-    """A number that is finite where the gradient is, 0-d, for every dense parameter and every sharded one.
+def first_norms(
+    groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, ParamPlan]
+) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+    """A number that is finite where the gradient is, 0-d, for every dense parameter and every sharded one; and Σ x² of the lines of
+    gradients whose rules measure them first of all (`Rule.lines_to_measure`): those are not read once more.
 
     Together: one launch where a backend can, and one message for all parameters that lie on the same processes.
     """
+    norms: dict[Tensor, Tensor] = {}
+    squares: dict[Tensor, Tensor] = {}
     grads: dict[Tensor, Tensor] = {}
     found: dict[tuple[Any, ...], list[Tensor]] = {}
     for group in groups:
@@ -36,15 +41,19 @@ def first_norms(groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, Para
             sharded = plan.sharding is not LOCAL and plan.sharding.matrix.splits()
             if sharded:
                 found.setdefault((param.device, *plan.sharding.matrix.groups()), []).append(param)
-            if sharded or plan.space is None:
+            axis = plan.rule.lines_to_measure(group) if plan.space is None and plan.sharding is LOCAL else None
+            if axis is not None and param.device.type == "cpu":
+                squares[param] = sums = kernels.line_sums(plan.view(param.grad), axis, 2)
+                norms[param] = sums.sum()
+            elif sharded or plan.space is None:
                 grads[param] = local_grad(param)
     if not grads:
-        return {}
-    norms = dict(zip(grads, kernels.norms(list(grads.values())), strict=True))
+        return norms, squares
+    norms |= dict(zip(grads, kernels.norms(list(grads.values())), strict=True))
     for params in found.values():
         total = plans[params[0]].sharding.matrix.sum(torch.stack([norms[param].double() for param in params]))
         norms |= dict(zip(params, total.unbind(), strict=True))
-    return norms
+    return norms, squares
 
 
 class SkippedUpdates:

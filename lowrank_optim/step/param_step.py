@@ -54,6 +54,7 @@ class ParamStep:
     skipped: the counters of updates that were left out.
     mask_on_device: do on the CPU what accelerators do with gradients that are not finite.
     pull: what is added to R in this step: a function of the subspace and of the weights' matrix view.
+    squares: Σ x² of the gradient's lines, where they are known.
     """
 
     param: Tensor
@@ -65,6 +66,7 @@ class ParamStep:
     skipped: SkippedUpdates
     mask_on_device: bool = False
     pull: Callable[[Basis, Tensor], Tensor] | None = None
+    squares: Tensor | None = None
 
     def __enter__(self) -> Self:
         if (master := self.state.get("master")) is not None:
@@ -141,7 +143,7 @@ class ParamStep:
         age = float(self.state["step"])
         steps = age if dense else moment_steps(self.state, self.group)
         fresh = (steps if self.plan.projector.moments_change_shape else age) == 1
-        return Context(steps, age, weight, ok, dense, fresh, self.plan.sharding, norms)
+        return Context(steps, age, weight, ok, dense, fresh, self.plan.sharding, norms, self.squares)
 
     def fit_columns(self, moments: CodedMoments, grad: Tensor, since: int, ok: Tensor | None) -> None:
         """Measure the column scales of coded moments where that is due; `since` is the step of their last change of basis."""

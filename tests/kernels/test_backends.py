@@ -143,6 +143,13 @@ def calls_of(op: str) -> list[tuple[Any, ...]]:
             calls.append(made.coded_adam_direct(shape, *coding, start=start, ok=ok, layout=layout))
         elif op == "adam_dense_":
             calls.append(made.adam_dense(shape, kind, F32, start=start, ok=ok, rounding=rounding))
+        elif op == "folded_adam_dense_":
+            calls.append(made.folded_adam_dense(shape, kind, F32, 2 ** (i % 5), start=start, ok=ok, rounding=rounding))
+        elif op == "apply_":
+            *batch, rows, cols = shape
+            rank, phi = (0, 3, 0)[i % 3], ("rows", "columns", "matrix")[i // 2 % 3]
+            more = {"subtract": i % 5 == 0, "sign": i % 4 == 0, "ok": ok, "rounding": rounding}
+            calls.append(made.apply(tuple(batch), rows, cols, rank, kind, F32, phi, start=start, **more))
         else:
             calls.append(made.coded_adam_dense(shape, kind, F32, *coding, start=start, ok=ok, rounding=rounding))
     return calls
@@ -181,6 +188,8 @@ def test_a_row_without_gradients_for_long_keeps_no_momentum(name: str, bits: int
         "coded_adam_direct_",
         "coded_adam_direct_with_norms_",
         "coded_adam_dense_",
+        "folded_adam_dense_",
+        "apply_",
     ],
 )
 def test_many_parameters_in_one_launch_come_out_as_one_by_one(name: str, op: str):
@@ -306,6 +315,23 @@ def test_norms_are_those_of_torch_one_by_one():
         spoiled = [torch.ones(100_000) for _ in range(3)]
         spoiled[1][77_777] = bad
         assert [bool(norm.isfinite()) for norm in dispatch.norms(spoiled)] == [True, False, True]
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_sums_of_squares_of_lines_are_those_of_torch(dim: int):
+    shapes = ((0, 5), (5, 0), (1, 1), (3, 17), (4, 1024), (9, 1025), (300, 2100), (3, 20, 33))
+    tensors = [torch.randn(shape) * 3.0 for shape in shapes]
+    tensors += [torch.randn(70, 300).to(kind) for kind in (BF16, torch.float16, torch.float64)]
+    tensors += [torch.randn(50, 60).T, torch.randn(90, 80)[5:70, 3:70], torch._neg_view(torch.randn(20, 30))]
+    for x in tensors:
+        got, exact = dispatch.line_sums(x, dim, 2), x.double().square().sum(dim, keepdim=True)
+        assert got.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(got.double(), exact, rtol=2e-6, atol=0)
+    for bad in (torch.nan, torch.inf, 1e30):
+        spoiled = torch.ones(700, 1100)
+        spoiled[333, 1055] = bad
+        finite = dispatch.line_sums(spoiled, dim, 2).flatten().isfinite()
+        assert (~finite).nonzero().flatten().tolist() == [333 if dim == -1 else 1055]
 
 
 def _rarely_used(case: Case) -> bool:

@@ -132,7 +132,7 @@ LARGE = [
     case("adam_direct_", made.adam_direct, (301, 400)),
     case("adam_dense_", made.adam_dense, (301, 400), BF16, BF16, rounding=True),
     case("folded_adam_dense_", made.folded_adam_dense, (301, 402), BF16, BF16, rounding=True),
-    case("folded_adam_dense_", made.folded_adam_dense, (301, 400), fold=32),
+    *(case("folded_adam_dense_", made.folded_adam_dense, (301, 400), fold=fold) for fold in (1, 2, 4, 8, 32)),
     case("lion_direct_", made.lion_direct, (301, 400)),
     case("sgd_direct_", made.sgd_direct, (301, 400)),
     case("rmsprop_direct_", made.rmsprop_direct, (301, 400)),
@@ -175,16 +175,42 @@ def test_threads_change_no_bit(example: Case, threads):
 
 @pytest.mark.long
 @built
-@pytest.mark.parametrize("op", [name for name in MANY if name != "norm"])
+@pytest.mark.parametrize("op", [name for name in MANY if name not in ("norm", "line_squares")])
 def test_threads_change_no_bit_of_many_matrices(op: str, threads):
     outcomes = []
     for count in (1, 2, 5):
         threads(count)
         calls = calls_of(op.replace("with_norms_", ""))
+        if op == "apply_":  # its products are torch's
+            calls = [call for call in calls if not call[1].shape[-1] and call[9] is None]
         outcomes.append([*calls, *map(tensors_of, MANY[op](calls))])
     for one, *others in zip(*outcomes, strict=True):
         for other in others:
             assert same(*(dict(enumerate(x for x in y if isinstance(x, Tensor))) for y in (one, other)))
+
+
+@built
+def test_threads_and_instruction_sets_change_no_bit_of_sums(threads):
+    """However many rows, or parts of a tensor, are read at a time."""
+    grad, outcomes = made.draw(1, (301, 2100)), []
+    opened = OPERATIONS["apply_"].__self__.library
+    best = opened.simd
+    try:
+        for name in ("avx512", "avx2", "baseline"):
+            if not opened.use_simd(name):
+                continue
+            for count in (1, 2, 5):
+                threads(count)
+                rows, columns = (MANY["line_squares"](grad, by_row) for by_row in (True, False))
+                outcomes.append({"norm": MANY["norm"]([grad]), "rows": rows, "columns": columns})
+    finally:
+        opened.use_simd(best)
+    assert len(outcomes) >= 3
+    assert all(same(outcomes[0], other) for other in outcomes[1:])
+    alone = torch.stack([MANY["line_squares"](row, True)[0] for row in grad.split(1)])
+    assert torch.equal(outcomes[0]["rows"], alone)
+    alone = torch.cat([MANY["line_squares"](part, False) for part in grad.split(7, dim=1)], dim=1)
+    assert torch.equal(outcomes[0]["columns"], alone)
 
 
 def tensors_of(result: Any) -> tuple[Any, ...]:

@@ -103,7 +103,8 @@ def _folded() -> Iterator[Case]:
         yield case(op, make, (3, 258), weight, layout="unaligned", fold=1)
     for fold in (1, 2, 8, 32, 256, 1024):
         for shape in [(3, 257), (2, 3, 2048), (2, 2500)]:
-            yield case(op, make, shape, fold=fold, residual=0.5)
+            for residual in (0.5, 1.0):
+                yield case(op, make, shape, fold=fold, residual=residual)
     yield case(op, make, (3, 257), BF16, rounding=True, start=2**32 - 300)
     yield case(op, make, (4, 256), BF16, rounding=True, start=2**40 + 5)
 

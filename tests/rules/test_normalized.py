@@ -290,3 +290,31 @@ BAD = [
 def test_values_out_of_range_are_named(kind, options, message):
     with pytest.raises(ValueError, match=message):
         lo.LowRankOptimizer([nn.Parameter(torch.zeros(5, 4))], rule=kind(**options))
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_the_sums_that_normalise_show_whether_a_gradient_is_finite(axis, monkeypatch):
+    """The gradient is read for them once, and no other sums are taken; without them, as in backward, the numbers are the same."""
+    measured, line_sums = [], lo.kernels.line_sums
+    monkeypatch.setattr(lo.kernels, "line_sums", lambda x, *rest: measured.append(x) or line_sums(x, *rest))
+    monkeypatch.setattr(lo.kernels, "norms", lambda tensors: pytest.fail("read once more"))
+    rule = lo.RowNorm(axis=axis)
+    params = [nn.Parameter(numbers(9, 40, seed=i, dtype=torch.float32)) for i in range(3)]
+    others = [nn.Parameter(param.detach().clone()) for param in params]
+    optimizer, other = (lo.LowRankOptimizer(group, rule=rule, lr=LR) for group in (params, others))
+    for i, (param, same) in enumerate(zip(params, others, strict=True)):
+        param.grad = numbers(9, 40, seed=10 + i, dtype=torch.float32) * 1e10  # the fourth power would be too large
+        same.grad = param.grad.clone()
+    params[1].grad[3, 5] = others[1].grad[3, 5] = math.nan
+    before = [param.detach().clone() for param in params]
+    with pytest.warns(RuntimeWarning, match="skipped the update of 0.1"):
+        optimizer.step()
+    assert [x.data_ptr() for x in measured] == [param.grad.data_ptr() for param in params]
+    assert [torch.equal(param, old) for param, old in zip(params, before, strict=True)] == [False, True, False]
+    assert optimizer.skipped_updates() == {"0.1": 1}
+    monkeypatch.undo()
+    for param in others[::2]:
+        other.step_param(param)
+    with pytest.warns(RuntimeWarning, match="skipped the update of 0.1"):
+        other.step_param(others[1])
+    assert all(torch.equal(x, y) for x, y in zip(params, others, strict=True))

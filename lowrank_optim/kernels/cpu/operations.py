@@ -95,15 +95,18 @@ def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
 
 
 def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
-    """Those that take several tensors in one go (`dispatch.run_many`, `dispatch.norms`)."""
+    """Those that take several tensors in one go (`dispatch.run_many`, `dispatch.norms`), and `dispatch.line_sums`."""
     return {
         "adam_direct_": partial(ops.directions, with_norms=False),
         "adam_direct_with_norms_": partial(ops.directions, with_norms=True),
         "adam_dense_": ops.many_adam_dense_,
+        "folded_adam_dense_": ops.many_folded_adam_dense_,
         "coded_adam_direct_": partial(ops.coded_directions, with_norms=False),
         "coded_adam_direct_with_norms_": partial(ops.coded_directions, with_norms=True),
         "coded_adam_dense_": ops.many_coded_adam_dense_,
+        "apply_": ops.many_apply_,
         "norm": ops.norms,
+        "line_squares": ops.line_squares,
     }
 
 
@@ -217,40 +220,44 @@ class Operations(PairOperations, SparseOperations, CodeOperations):
         self.library.call_many("adam", rows)
         return results
 
-    def folded_adam_dense_(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        scalars: Tensor,
-        ok: Tensor | None,
-        rounding: Tensor | None,
-        fold: int,
-    ) -> Declined | None:
-        if not storable(weight, grad) or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
-            return NotImplemented
-        cols = weight.shape[-1]
-        if off(ok) or not weight.numel():
-            return None
-        *adam, residual, alpha, keep = scalars.tolist()
-        # Rows of whole blocks are one long row.
-        rows, cols = (weight.numel() // cols, cols) if cols % fold else (1, weight.numel())
-        self.library.call(
-            "folded_adam",
-            pack_folded_adam(
-                *(rows, cols, fold),
-                *flat(grad),
-                *(exp_avg.data_ptr(), exp_avg_sq.data_ptr()),
-                *flat(weight),
-                *adam_numbers(*adam),
-                residual,
-                *(keep, alpha),
-                *rounding_of(rounding),
-                *NO_ERROR,
-            ),
-        )
-        return None
+    def folded_adam_dense_(self, *args: Any) -> Declined | None:
+        return self.many_folded_adam_dense_([args])[0]
+
+    def many_folded_adam_dense_(self, calls: Sequence[Sequence[Any]]) -> list[Declined | None]:
+        """`folded_adam_dense_` of several parameters, one after the other, with nothing of Python's between them."""
+        results: list[Any] = []
+        packed: list[bytes] = []
+        numbers, last = NO_NUMBERS, None
+        residual = alpha = keep = 0.0
+        for weight, grad, exp_avg, exp_avg_sq, scalars, ok, rounding, fold in calls:
+            if not storable(weight, grad) or exp_avg.dtype != F32 or exp_avg_sq.dtype != F32:
+                results.append(NotImplemented)
+                continue
+            results.append(None)
+            cols = weight.shape[-1]
+            if off(ok) or not weight.numel():
+                continue
+            if scalars is not last:
+                *adam, residual, alpha, keep = scalars.tolist()
+                numbers, last = adam_numbers(*adam), scalars
+            # Rows of whole blocks are one long row.
+            rows, cols = (weight.numel() // cols, cols) if cols % fold else (1, weight.numel())
+            packed.append(
+                pack_folded_adam(
+                    *(rows, cols, fold),
+                    *flat(grad),
+                    *(exp_avg.data_ptr(), exp_avg_sq.data_ptr()),
+                    *flat(weight),
+                    *numbers,
+                    residual,
+                    *(keep, alpha),
+                    *rounding_of(rounding),
+                    *NO_ERROR,
+                )
+            )
+        for structure in packed:
+            self.library.call("folded_adam", structure)
+        return results
 
     def lion_direct_(self, grad: Tensor, exp_avg: Tensor, scalars: Tensor, ok: Tensor | None) -> Tensor | Declined:
         beta1, beta2 = scalars.tolist()
@@ -371,7 +378,29 @@ class Operations(PairOperations, SparseOperations, CodeOperations):
         self.library.call_many("norms", [pack_norm(x.numel(), *flat(x), to + 4 * i) for i, x in enumerate(tensors)])
         return found
 
+    def line_squares(self, tensor: Tensor, by_row: bool) -> Tensor | Declined:
+        """Σ x² of every row, (…, rows, 1), or column, (…, 1, columns), in float32."""
+        matrices = matrices_of(tensor) if 2 <= tensor.dim() <= 3 else []
+        if not matrices or not storable(tensor) or not all(map(has_unit_rows, matrices)):
+            return NotImplemented
+        *batch, rows, cols = tensor.shape
+        found = tensor.new_empty((*batch, rows, 1) if by_row else (*batch, 1, cols), dtype=F32)
+        for matrix, sums in zip(matrices, matrices_of(found), strict=True):
+            self.library.call("lines", pack_lines(rows, cols, *rows_of(matrix), by_row, 0, 0, sums.data_ptr()))
+        return found
+
     # ----------------------------------------------------------------------------------------------------------------- weights
+
+    def many_apply_(self, calls: Sequence[Sequence[Any]]) -> list[Declined | None]:
+        """`apply_` of several weights; those without products one after the other, with nothing of Python's between them."""
+        waiting: list[tuple[bytes, Any]] = []
+        wait, results = partial(self.apply_, later=waiting), []
+        for args in calls:
+            products = args[1].shape[-1] > 0 or args[9] is not None  # factors, or what is subtracted
+            results.append(self.apply_(*args) if products else wait(*args))
+        for structure, _ in waiting:
+            self.library.call("update", structure)
+        return results
 
     def apply_(
         self,
@@ -389,7 +418,9 @@ class Operations(PairOperations, SparseOperations, CodeOperations):
         sign: bool,
         error: Tensor | None = None,
         error_low: Tensor | None = None,
+        later: list[tuple[bytes, Any]] | None = None,
     ) -> Declined | None:
+        """`later` takes structures, beside tensors that they point to, in place of calls of the library."""
         stored = weight.dtype in TYPES and (grad is None or grad.dtype in TYPES)
         if not stored or left.dtype != F32 or right.dtype != F32 or weight.dim() > 3:
             return NotImplemented
@@ -423,7 +454,7 @@ class Operations(PairOperations, SparseOperations, CodeOperations):
         buffers: list[Tensor] = []  # of the products, made once: fresh memory costs as much as the pass over it
         for i, w in enumerate(weights):
             g, scale = (grads[i], phis[i].contiguous()) if grad is not None else (None, None)
-            for chunk in row_chunks(rows, cols):
+            for chunk in row_chunks(rows, cols) if ranked or minuends else (slice(0, rows),):
                 at, part = chunk.start, w[chunk]
                 if not buffers:
                     buffers = [left.new_empty(len(part), cols) for _ in range(apart + bool(minuends))]
@@ -434,21 +465,22 @@ class Operations(PairOperations, SparseOperations, CodeOperations):
                     product = torch.mm(lefts[i][chunk], rights[i], out=buffers[0][: len(part)])
                 if minuends:
                     subtract = torch.mm(minuends[i][chunk], subtrahends[i], out=buffers[-1][: len(part)])
-                self.library.call(
-                    "update",
-                    pack_update(
-                        *(len(part), cols),
-                        *rows_of(part),
-                        *(1.0 if in_place else factor, alpha),
-                        *(on, key, start + (i * rows + at) * cols, 0),
-                        *NO_ERROR,
-                        *rows_of(product),
-                        *rows_of(None if g is None else g[chunk]),
-                        *rows_of(subtract),
-                        sign,
-                        *phi_of(scale, at),
-                    ),
+                structure = pack_update(
+                    *(len(part), cols),
+                    *rows_of(part),
+                    *(1.0 if in_place else factor, alpha),
+                    *(on, key, start + (i * rows + at) * cols, 0),
+                    *NO_ERROR,
+                    *rows_of(product),
+                    *rows_of(None if g is None else g[chunk]),
+                    *rows_of(subtract),
+                    sign,
+                    *phi_of(scale, at),
                 )
+                if later is None:
+                    self.library.call("update", structure)
+                else:
+                    later.append((structure, scale))
         return None
 
     def _apply_in_float32(self, weight: Tensor, error: WeightError, *more: Any) -> Declined | None:
