@@ -94,7 +94,7 @@ def _trusted_eigenvectors(gram: Tensor) -> Tensor | None:
     """
     try:
         values, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     angles = vectors.mT @ vectors
     angles.diagonal(dim1=-2, dim2=-1).sub_(1.0)
