@@ -1,6 +1,6 @@
 """`compensate_`: a low-rank pair beside each compressed layer that makes up, on data, for what compression has lost."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,8 +15,7 @@ from lowrank_optim.nn.low_rank import CompensatedLinear, LowRankLinear, check_ra
 from lowrank_optim.nn.plain_layers import kind_of
 from lowrank_optim.nn.reparametrized import Patterns, matrix_of, put_layers
 from lowrank_optim.nn.statistics import Moments, Statistics, check_statistics
-from lowrank_optim.sharding.dtensor import is_sharded
-from lowrank_optim.sharding.gathered import check_not_gathered, reshard
+from lowrank_optim.sharding.gathered import Gathered, find_gathered
 
 
 def compensate_(
@@ -82,7 +81,7 @@ def compensate_(
         if name not in layers:
             near = ", ".join(get_close_matches(name, layers, n=4, cutoff=0.3))
             raise ValueError(f"there are statistics of {name!r}, which the model does not have; nearest names: {near}")
-    gathered = reshard(model)
+    gathered = find_gathered(model)
     ranks = {name: _check(name, layers[name], reference, rank, statistics, gathered) for name in names}
     made: dict[int, CompensatedLinear] = {}
     pairs = [(name, *_pair(layers[name], reference, name, ranks[name], statistics[name])) for name in names]
@@ -127,9 +126,7 @@ def _listed(patterns: Patterns) -> list[Pattern]:
     return list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
 
 
-def _check(
-    name: str, module: nn.Module, reference: Any, rank: int | float, statistics: Any, gathered: Collection[int]
-) -> int:
+def _check(name: str, module: nn.Module, reference: Any, rank: int | float, statistics: Any, gathered: Gathered) -> int:
     """Raise ValueError unless a layer can get a pair; the rank of it."""
     if isinstance(module, CompensatedLinear):
         raise ValueError(f"{name} has a pair already; call merge_, or exclude it")
@@ -138,9 +135,9 @@ def _check(
             f"{name} is a {type(module).__name__}; an nn.Linear, a Conv1D or a LowRankLinear can get a pair: exclude it"
         )
     for param in module.parameters():
-        if is_sharded(param) or param.is_meta:
+        if gathered.stands_for_shards(param) or param.is_meta:
             raise ValueError(f"{name} is sharded or on the meta device; its weight must be there as a whole")
-        check_not_gathered(name, param, gathered)
+        gathered.check(name, param)
     weight, target = matrix_of(module), _target(name, module, reference)
     if target.shape != weight.shape:
         raise ValueError(f"{name} is {tuple(weight.shape)}, in the reference {tuple(target.shape)}")

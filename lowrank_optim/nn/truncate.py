@@ -18,7 +18,7 @@ from lowrank_optim.kernels.compute import CHUNK_ELEMENTS, row_chunks
 from lowrank_optim.nn.decompositions import leading
 from lowrank_optim.nn.reparametrized import Patterns
 from lowrank_optim.sharding.dtensor import dense_sharding, local, matrix_sharding
-from lowrank_optim.sharding.gathered import check_not_gathered, reshard
+from lowrank_optim.sharding.gathered import put_shards_back
 
 CONVOLUTIONS = ("channel", "spatial", "filter")
 """The matrices that convolutions are taken for: NC, VH and ND of the paper."""
@@ -214,7 +214,7 @@ def take_matrices(
     """
     if convolutions not in CONVOLUTIONS:
         raise ValueError(f"convolutions is {convolutions!r}; valid values are {', '.join(map(repr, CONVOLUTIONS))}")
-    gathered = reshard(model)
+    gathered = put_shards_back(model)
     chosen = set(map(id, select_matrices(model, include, exclude)))
     found = [
         DenseMatrix(entry.names[0], entry.param, entry.layout)
@@ -226,7 +226,7 @@ def take_matrices(
     owners = {id(module.weight): module for module in model.modules() if isinstance(module, PLAIN + TRANSPOSED)}
     found = [_viewed(matrix, owners.get(id(matrix.param)), convolutions) for matrix in found]
     for matrix in found:
-        check_not_gathered(matrix.name, matrix.param, gathered)
+        gathered.check(matrix.name, matrix.param)
         if hasattr(matrix.param, "codes"):
             raise ValueError(
                 f"{matrix.name} is stored in 8 bits, where a truncated matrix would have its full rank again; exclude it, or call "
@@ -306,8 +306,7 @@ def truncate_(
     Memory: for one m×n matrix at a time, numbers of 4 bytes (8 for float64): m·d + d·n + d for its singular value decomposition, d
     the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored so. Of a stack
     (experts, "filter", groups), small matrices are taken together, up to 2²⁰ numbers of them, and what is left of all of them is held
-    until the last is done. A sharded weight (`fully_shard`) is
-    gathered for it.
+    until the last is done. A sharded weight (`fully_shard`) is gathered for it: call this on all processes.
 
     Example:
         >>> import torch, lowrank_optim as lo

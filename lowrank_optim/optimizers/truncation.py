@@ -104,7 +104,7 @@ def truncate_ranks(
     singular value decomposition, d the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored
     so. Of a stack (experts, "filter", groups), small matrices are taken together, up to 2²⁰ numbers of them, and what is left of all
     of them is held until the last is done. "gradient" takes as much in the step after it, while gradients are there. A sharded matrix
-    (`fully_shard`, tensor parallel) is gathered for it on every process. The host waits for the singular values.
+    (`fully_shard`, tensor parallel) is gathered for it: call this on all processes. The host waits for the singular values.
     `lowrank_optim.plan` counts it, for a function that builds the optimizer and calls this one, but not what LAPACK takes besides on
     a CPU: a copy of the matrix and three to six times d² numbers. `lowrank_optim.describe(optimizer)` says that it is on.
 
