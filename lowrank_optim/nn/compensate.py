@@ -12,7 +12,7 @@ from lowrank_optim.kernels import as_python
 from lowrank_optim.nn.decompositions import output_axes, project_outputs, widened
 from lowrank_optim.nn.factorize import freeze_all_but
 from lowrank_optim.nn.low_rank import CompensatedLinear, LowRankLinear, check_rank_option, resolved_rank
-from lowrank_optim.nn.plain_layers import kind_of
+from lowrank_optim.nn.plain_layers import check_elements, check_real, kind_of
 from lowrank_optim.nn.reparametrized import Patterns, matrix_of, put_layers
 from lowrank_optim.nn.statistics import Moments, Statistics, check_statistics
 from lowrank_optim.sharding.gathered import Gathered, find_gathered
@@ -52,8 +52,8 @@ def compensate_(
     Raises:
         TypeError: no nn.Module.
         ValueError: a rank out of range; a name that the model or the reference does not have; a pattern that matches nothing; weights
-            of different shapes, not finite, sharded or on the meta device; statistics of another width, of outputs, or not finite; a
-            layer that has a pair already.
+            of different shapes, not finite, complex, without elements, sharded or on the meta device; statistics of another width, of
+            outputs, or not finite; a layer that has a pair already.
 
     Memory: b·r·(m + n) bytes for each layer at b bytes a number. While it runs, a few float64 matrices (float32 on accelerators) of
     one layer.
@@ -134,10 +134,12 @@ def _check(name: str, module: nn.Module, reference: Any, rank: int | float, stat
         raise ValueError(
             f"{name} is a {type(module).__name__}; an nn.Linear, a Conv1D or a LowRankLinear can get a pair: exclude it"
         )
-    for param in module.parameters():
+    for own, param in module.named_parameters():
         if gathered.stands_for_shards(param) or param.is_meta:
             raise ValueError(f"{name} is sharded or on the meta device; its weight must be there as a whole")
-        gathered.check(name, param)
+        gathered.check(f"{name}.{own}", param)
+        check_real(f"{name}.{own}", param)
+        check_elements(f"{name}.{own}", param)
     weight, target = matrix_of(module), _target(name, module, reference)
     if target.shape != weight.shape:
         raise ValueError(f"{name} is {tuple(weight.shape)}, in the reference {tuple(target.shape)}")

@@ -57,9 +57,8 @@ def check_layer(path: str, module: nn.Linear, meta: bool, coded: bool, hint: str
             f"{path}.weight is sharded (DTensor); replace the layers before fully_shard or parallelize_module"
         )
     gathered.check(f"{path}.weight", weight)
-    check_real(path, weight)
-    if not weight.numel():
-        raise ValueError(f"{path}.weight is {tuple(weight.shape)}, without elements; exclude it")
+    check_real(f"{path}.weight", weight)
+    check_elements(f"{path}.weight", weight)
     if weight.is_meta and not meta:
         raise ValueError(
             f"{path}.weight is on the meta device and has no numbers; materialise the model first{hint and f', or {hint}'}"
@@ -70,7 +69,13 @@ def check_layer(path: str, module: nn.Linear, meta: bool, coded: bool, hint: str
         )
 
 
-def check_real(path: str, weight: Tensor) -> None:
+def check_real(name: str, weight: Tensor) -> None:
     """Raise ValueError for a weight of complex numbers or of integers."""
     if not weight.is_floating_point():
-        raise ValueError(f"{path}.weight is {weight.dtype}; floating-point weights are needed")
+        raise ValueError(f"{name} is {weight.dtype}; floating-point weights are needed")
+
+
+def check_elements(name: str, weight: Tensor) -> None:
+    """Raise ValueError for a weight that has none."""
+    if not weight.numel():
+        raise ValueError(f"{name} is {tuple(weight.shape)}, without elements; exclude it")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_optim.groups.build import select_matrices
 from lowrank_optim.groups.names import Pattern
+from lowrank_optim.nn.plain_layers import check_elements, check_real
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.sharding.gathered import Gathered, find_gathered
 
@@ -45,7 +46,7 @@ def quantize_weights_(
     Raises:
         TypeError: no nn.Module.
         ValueError: a pattern that matches nothing, or no linear layer to take (layers with one input feature are never taken); a
-            sharded weight, one that is tied to a module of another kind.
+            sharded weight, a complex one, one without elements, one that is tied to a module of another kind. Nothing was changed.
 
     Memory: m·(n + 4⌈n/256⌉) bytes for an m×n weight; during forward and backward, one decoded matrix.
 
@@ -104,6 +105,8 @@ def _check_owners(model: nn.Module, taken: set[int], gathered: Gathered) -> None
                 raise ValueError(f"{path}.{name} is sharded (DTensor), and weights in 8 bits are not; exclude it")
             if id(param) in taken:
                 gathered.check(f"{path}.{name}", param)
+                check_real(f"{path}.{name}", param)
+                check_elements(f"{path}.{name}", param)
 
 
 def _linear_layers(model: nn.Module) -> Iterator[nn.Linear]:

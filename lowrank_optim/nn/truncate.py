@@ -3,7 +3,7 @@
 `truncate_` does it once. `lowrank_optim.truncate_ranks` does it while a model is trained, and uses what stands here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -210,7 +210,7 @@ def take_matrices(
     Raises:
         TypeError: no nn.Module.
         ValueError: another view; a pattern matches nothing; a weight without numbers, not floating point, or stored in 8 bits; a
-            convolution that does not have the view; there is none.
+            convolution that does not have the view, or is tied to one that has another; there is none.
     """
     if convolutions not in CONVOLUTIONS:
         raise ValueError(f"convolutions is {convolutions!r}; valid values are {', '.join(map(repr, CONVOLUTIONS))}")
@@ -223,8 +223,13 @@ def take_matrices(
     ]
     if not found:
         raise ValueError("the model has no matrix to truncate; embeddings and output heads have to be named by include")
-    owners = {id(module.weight): module for module in model.modules() if isinstance(module, PLAIN + TRANSPOSED)}
-    found = [_viewed(matrix, owners.get(id(matrix.param)), convolutions) for matrix in found]
+    owners: dict[int, dict[str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        if isinstance(
+            module, PLAIN + TRANSPOSED
+        ):  # its own parameter: `.weight` may be computed, as of a spectral norm
+            owners.setdefault(id(module._parameters.get("weight")), {})[path] = module
+    found = [_viewed(matrix, owners.get(id(matrix.param), {}), convolutions) for matrix in found]
     for matrix in found:
         gathered.check(matrix.name, matrix.param)
         if hasattr(matrix.param, "codes"):
@@ -239,8 +244,21 @@ def take_matrices(
     return found
 
 
-def _viewed(matrix: DenseMatrix, module: nn.Module | None, convolutions: str) -> DenseMatrix:
+def _viewed(matrix: DenseMatrix, owners: Mapping[str, nn.Module], convolutions: str) -> DenseMatrix:
     """A convolution as the matrices that `convolutions` names; other weights as they are."""
+    views = [_view_of(matrix, module, convolutions) for module in owners.values()] or [
+        _view_of(matrix, None, convolutions)
+    ]
+    if any(view != views[0] for view in views):
+        raise ValueError(
+            f"{matrix.name} is the weight of {', '.join(owners)}, which are different convolutions (groups, or transposed), so that "
+            "its matrices are not the same for all of them: exclude it"
+        )
+    return views[0]
+
+
+def _view_of(matrix: DenseMatrix, module: nn.Module | None, convolutions: str) -> DenseMatrix:
+    """`_viewed` for one of the modules that hold it."""
     if matrix.layout != "conv":
         return matrix
     dims = matrix.param.dim()
@@ -300,8 +318,8 @@ def truncate_(
     Raises:
         TypeError: no nn.Module.
         ValueError: none or several of energy, rank and threshold, or one out of range; a pattern that matches nothing; a weight
-            that is not finite, complex, stored in 8 bits, or on the meta device; "spatial" for kernels without height and width.
-            Nothing was changed.
+            that is not finite, complex, stored in 8 bits, or on the meta device; "spatial" for kernels without height and width;
+            kernels that are tied to other convolutions, for which they are other matrices. Nothing was changed.
 
     Memory: for one m×n matrix at a time, numbers of 4 bytes (8 for float64): m·d + d·n + d for its singular value decomposition, d
     the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored so. Of a stack

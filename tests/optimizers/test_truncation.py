@@ -463,6 +463,35 @@ def test_every_group_has_matrices_of_its_own(make, groups, view):
     np.testing.assert_allclose(conv.weight.detach().numpy(), expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("view", ["channel", "spatial", "filter"])
+def test_kernels_that_two_convolutions_see_differently_are_refused_by_name(view):
+    """Whichever came last decided. Of one group, the channel view is that of both."""
+    for first, second, same in (
+        (nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3), view == "channel"),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2), True),
+        (nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, groups=2), False),
+    ):
+        model = nn.Sequential(first, second)
+        second.weight = first.weight
+        before = first.weight.detach().clone()
+        if same:
+            lo.nn.truncate_(model, energy=0.5, convolutions=view)
+            assert not torch.equal(first.weight, before)
+            continue
+        with pytest.raises(ValueError, match=r"^0\.weight is the weight of 0, 1, which are different convolutions"):
+            lo.nn.truncate_(model, energy=0.5, convolutions=view)
+        assert torch.equal(first.weight, before)
+
+
+def test_a_look_at_the_model_makes_no_power_iteration():
+    """Of a spectral norm in training, reading `weight` makes one."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    lo.nn.truncate_(model, rank=1, include="1.weight")
+    assert before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 def test_two_smaller_convolutions_do_what_a_truncated_one_with_groups_does():
     """The views of groups: k kernels of each, then 1×1; k columns of each, then rows; and k mixtures for each kernel."""
     x, conv2d = draw(1, 2, 6, 9, 11), nn.functional.conv2d
