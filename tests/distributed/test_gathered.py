@@ -248,6 +248,9 @@ def check_schedules() -> None:
         lo.SpectralSchedule(outer[0], torch.optim.SGD(outer[0].parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"^0\.sigma is a plain tensor"):
         schedule.step()
+    with pytest.raises(ValueError, match=r"^0\.sigma is a plain tensor"):
+        schedule.load_state_dict({**schedule.state_dict(), "steps": 7})
+    assert schedule.steps == 0
 
 
 def compare() -> None:
