@@ -1,12 +1,13 @@
 """The adapter layers of a model, as peft builds them (0.17 to 0.21), recognised by their attributes, so that peft is not imported."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lowrank_optim.kernels.compute import CHUNK_ELEMENTS, compute_dtype, row_chunks
+from lowrank_optim.sharding.gathered import find_gathered
 
 PRODUCTS = ("Dora", "ALora", "Velora", "MiCA", "QALora")
 """Beginnings of the names of peft's variants whose layers compute with the product B A, and nothing else of A and B."""
@@ -88,6 +89,14 @@ def columns_of(base: Any, rows: int, cols: int, like: Tensor) -> Iterator[Tensor
         yield (base(unit) - zero).to(compute_dtype(like.dtype)).mT
 
 
+def check_factors(model: nn.Module, factors: Iterable[Factors]) -> None:
+    """Raise ValueError for factors that `fully_shard` has gathered: an optimizer has others, and what is written to them is lost."""
+    gathered = find_gathered(model)
+    for each in factors:
+        for name, factor in (("A", each.a), ("B", each.b)):
+            gathered.check(f"{name} of {each.path}", factor)
+
+
 def linear_factors(model: nn.Module, adapter: str | None, refused: str) -> list[Factors]:
     """The factors of all layers, if these are linear and have one adapter each, or one of the name `adapter`.
 
@@ -97,7 +106,8 @@ def linear_factors(model: nn.Module, adapter: str | None, refused: str) -> list[
         refused: what such a layer cannot do, for messages: "{path} cannot …".
 
     Raises:
-        ValueError: no adapters; a layer with several; a layer that is not linear, or whose factors are no pair.
+        ValueError: no adapters; a layer with several; a layer that is not linear, or whose factors are no pair; factors that
+            `fully_shard` has gathered.
     """
     every = [each for each in find_factors(model) if adapter is None or each.adapter == adapter]
     if not every:
@@ -112,6 +122,7 @@ def linear_factors(model: nn.Module, adapter: str | None, refused: str) -> list[
             why = "its layer is not linear"
         if why is not None:
             raise ValueError(f"{each.path} {refused}: {why}; leave it out of target_modules")
+    check_factors(model, every)
     return every
 
 

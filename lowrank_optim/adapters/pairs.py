@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_optim.adapters.layers import Factors, find_factors, lone_factors
+from lowrank_optim.adapters.layers import Factors, check_factors, find_factors, lone_factors
 from lowrank_optim.groups.options import DEFAULTS, check_values, near_option, plain_options
 from lowrank_optim.groups.parameters import FoundParameter, ParamGroup, find_parameters
 from lowrank_optim.rules.pairs import check_pair
-from lowrank_optim.sharding.gathered import reshard
+from lowrank_optim.sharding.gathered import find_gathered
 
 _log = logging.getLogger("lowrank_optim")
 
@@ -70,7 +70,8 @@ def lora_pairs(
 
     Raises:
         ValueError: there are no pairs, or none of this adapter; a parameter that is in two pairs; factors that do not multiply; a
-            rank above a side; a scaling of 0; a value out of range.
+            rank above a side; a scaling of 0; a value out of range; `fully_shard` has gathered a factor or another parameter (after a
+            forward pass without backward), which no gradient comes to.
         TypeError: `model` is neither a module nor triples; a key is nearly an option's name.
 
     Paper of LoRA+: Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024, arXiv:2402.12354.
@@ -118,9 +119,11 @@ def update_scalings(optimizer: Optimizer, model: nn.Module) -> None:
     """Read the scalings of all pairs again, after something has changed them (`set_scale`, `scale_layer`).
 
     Raises:
-        ValueError: a scaling is 0; nothing was changed.
+        ValueError: a scaling is 0, or `fully_shard` has gathered factors, which are not those of the optimizer; nothing was changed.
     """
-    scalings = {id(each.a): each for each in find_factors(model)}
+    factors = list(find_factors(model))
+    check_factors(model, factors)
+    scalings = {id(each.a): each for each in factors}
     changed = []
     for group in optimizer.param_groups:
         if not group.get("pairs"):
@@ -157,7 +160,6 @@ def _pairs_of(model: nn.Module, adapter: str | None) -> tuple[list[_Pair], set[i
         raise ValueError(
             f"{lone} has no partner in its layer, so that it is no pair; the adapter was not built or loaded as a whole"
         )
-    reshard(model)
     every = list(find_factors(model))
     if not every:
         raise ValueError(
@@ -168,6 +170,7 @@ def _pairs_of(model: nn.Module, adapter: str | None) -> tuple[list[_Pair], set[i
     if adapter is not None and adapter not in known:
         raise ValueError(f"there is no adapter {adapter!r}; the model has {', '.join(known)}")
     wanted = [each for each in every if adapter is None or each.adapter == adapter]
+    check_factors(model, wanted)
     _report(wanted)
     pairs = [each for each in wanted if each.why_not is None]
     if not pairs:
@@ -198,8 +201,10 @@ def _others(model: nn.Module, left_out: set[int], decay: Mapping[str, Any]) -> l
     """The groups of all other trainable parameters."""
     dense: list[FoundParameter] = []
     plain: list[FoundParameter] = []
+    gathered = find_gathered(model)
     for entry in find_parameters(model):
         if entry.param.requires_grad and id(entry.param) not in left_out:
+            gathered.check(entry.names[0], entry.param)
             (plain if entry.kind == "no_decay" else dense).append(entry)
     return [
         {"params": [e.param for e in entries], "param_names": [e.names[0] for e in entries], "rank": None, **shared}

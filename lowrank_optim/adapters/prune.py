@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_optim.adapters.layers import Factors, find_factors
+from lowrank_optim.adapters.layers import Factors, check_factors, find_factors
 from lowrank_optim.rules.pairs import matrix_of, tall
+from lowrank_optim.sharding.dtensor import is_sharded
 
 
 @torch.no_grad()
@@ -27,13 +28,18 @@ def prune_ranks_(model: nn.Module, adapter: str | None = None) -> dict[str, int]
         The new rank of each adapter layer that became smaller, by name.
 
     Raises:
-        ValueError: the model has no adapters, or none of this name; a layer whose factors do not multiply.
+        ValueError: the model has no adapters, or none of this name; a layer whose factors do not multiply, or are sharded
+            (`fully_shard` would put the old ones back).
 
     Paper: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", EMNLP 2023, arXiv:2311.11696.
     """
     every = [each for each in find_factors(model) if adapter is None or each.adapter == adapter]
     if not every:
         raise ValueError("the model has no adapters" if adapter is None else f"the model has no adapter {adapter!r}")
+    check_factors(model, every)
+    for each in every:
+        if is_sharded(each.a) or is_sharded(each.b):
+            raise ValueError(f"{each.path} is sharded (DTensor); prune the unsharded model, from a full state dict")
     kept = {number: _terms(each) for number, each in enumerate(every)}
     changed = {}
     for number, each in enumerate(every):

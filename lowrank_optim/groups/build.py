@@ -15,7 +15,7 @@ from lowrank_optim.groups.names import Pattern, star_numbers
 from lowrank_optim.groups.options import DEFAULTS, check_values, expand_shorthands, near_option, plain_options
 from lowrank_optim.groups.parameters import FoundParameter, ParamGroup, find_parameters, list_names
 from lowrank_optim.kernels import as_python
-from lowrank_optim.sharding.gathered import check_not_gathered, reshard
+from lowrank_optim.sharding.gathered import find_gathered
 
 _UNSET: Any = object()
 
@@ -81,7 +81,8 @@ def param_groups(
 
     Raises:
         ValueError: a pattern matches nothing (the message has the nearest names) or cannot make anything low-rank; nothing is left to
-            train or to make low-rank; a value is out of range.
+            train or to make low-rank; a value is out of range; `fully_shard` has gathered a parameter that is trained (after a
+            forward pass without backward), which no gradient comes to.
         TypeError: `model` is not a module, or a key in `options` is set here or looks like a misspelt argument.
 
     Examples:
@@ -101,10 +102,11 @@ def param_groups(
     _check_arguments(model, rank, density, include, weight_decay, options)
     low_rank_by = {"rank": rank} if density is None else {"density": density}
     train_low_rank = rank is not None or density is not None or "rule" in options
-    gathered = reshard(model)
+    gathered = find_gathered(model)
     found = find_parameters(model)
     for entry in found:
-        check_not_gathered(entry.names[0], entry.param, gathered)
+        if entry.param.requires_grad:
+            gathered.check(entry.names[0], entry.param)
     include_list, exclude_list = _checked_patterns(include, exclude, found)
     at_place = {"head": dict(head or {}), "embeddings": dict(embeddings or {}), "other": {}}
     for pattern in overrides or {}:

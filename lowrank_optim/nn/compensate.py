@@ -1,6 +1,6 @@
 """`compensate_`: a low-rank pair beside each compressed layer that makes up, on data, for what compression has lost."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,11 +12,10 @@ from lowrank_optim.kernels import as_python
 from lowrank_optim.nn.decompositions import output_axes, project_outputs, widened
 from lowrank_optim.nn.factorize import freeze_all_but
 from lowrank_optim.nn.low_rank import CompensatedLinear, LowRankLinear, check_rank_option, resolved_rank
-from lowrank_optim.nn.plain_layers import kind_of
+from lowrank_optim.nn.plain_layers import check_elements, check_real, kind_of
 from lowrank_optim.nn.reparametrized import Patterns, matrix_of, put_layers
 from lowrank_optim.nn.statistics import Moments, Statistics, check_statistics
-from lowrank_optim.sharding.dtensor import is_sharded
-from lowrank_optim.sharding.gathered import check_not_gathered, reshard
+from lowrank_optim.sharding.gathered import Gathered, find_gathered
 
 
 def compensate_(
@@ -53,8 +52,8 @@ def compensate_(
     Raises:
         TypeError: no nn.Module.
         ValueError: a rank out of range; a name that the model or the reference does not have; a pattern that matches nothing; weights
-            of different shapes, not finite, sharded or on the meta device; statistics of another width, of outputs, or not finite; a
-            layer that has a pair already.
+            of different shapes, not finite, complex, without elements, sharded or on the meta device; statistics of another width, of
+            outputs, or not finite; a layer that has a pair already.
 
     Memory: b·r·(m + n) bytes for each layer at b bytes a number. While it runs, a few float64 matrices (float32 on accelerators) of
     one layer.
@@ -82,7 +81,7 @@ def compensate_(
         if name not in layers:
             near = ", ".join(get_close_matches(name, layers, n=4, cutoff=0.3))
             raise ValueError(f"there are statistics of {name!r}, which the model does not have; nearest names: {near}")
-    gathered = reshard(model)
+    gathered = find_gathered(model)
     ranks = {name: _check(name, layers[name], reference, rank, statistics, gathered) for name in names}
     made: dict[int, CompensatedLinear] = {}
     pairs = [(name, *_pair(layers[name], reference, name, ranks[name], statistics[name])) for name in names]
@@ -127,9 +126,7 @@ def _listed(patterns: Patterns) -> list[Pattern]:
     return list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
 
 
-def _check(
-    name: str, module: nn.Module, reference: Any, rank: int | float, statistics: Any, gathered: Collection[int]
-) -> int:
+def _check(name: str, module: nn.Module, reference: Any, rank: int | float, statistics: Any, gathered: Gathered) -> int:
     """Raise ValueError unless a layer can get a pair; the rank of it."""
     if isinstance(module, CompensatedLinear):
         raise ValueError(f"{name} has a pair already; call merge_, or exclude it")
@@ -137,10 +134,12 @@ def _check(
         raise ValueError(
             f"{name} is a {type(module).__name__}; an nn.Linear, a Conv1D or a LowRankLinear can get a pair: exclude it"
         )
-    for param in module.parameters():
-        if is_sharded(param) or param.is_meta:
+    for own, param in module.named_parameters():
+        if gathered.stands_for_shards(param) or param.is_meta:
             raise ValueError(f"{name} is sharded or on the meta device; its weight must be there as a whole")
-        check_not_gathered(name, param, gathered)
+        gathered.check(f"{name}.{own}", param)
+        check_real(f"{name}.{own}", param)
+        check_elements(f"{name}.{own}", param)
     weight, target = matrix_of(module), _target(name, module, reference)
     if target.shape != weight.shape:
         raise ValueError(f"{name} is {tuple(weight.shape)}, in the reference {tuple(target.shape)}")

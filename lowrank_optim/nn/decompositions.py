@@ -7,6 +7,8 @@ error Σ_{k>r} λ_k. No inverse and no root of H stands in it, so that H may be 
 All in float64 on a CPU, float32 elsewhere.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -97,9 +99,31 @@ def count(mask: Tensor) -> int:
     return len(mask.nonzero())
 
 
-def nuclear_subgradient(matrix: Tensor) -> Tensor:
-    """U Vᵀ of the singular triplets with σ > 0: the smallest of the subgradients of ‖M‖_* (0 for M = 0), in the matrix's type."""
+def nuclear_subgradient(
+    matrix: Tensor, ranks: Sequence[int] | None = None, precision: torch.dtype | None = None
+) -> Tensor:
+    """U Vᵀ of the singular triplets with σ > 0: the smallest of the subgradients of ‖M‖_* (0 for M = 0), in the matrix's type.
+
+    Args:
+        matrix: (…, m, n).
+        ranks: of a stack (N, m, n), at most how many triplets each matrix has.
+        precision: the type that the numbers were stored in, whose rounding leaves values that stand for 0.
+    """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    floor = values[..., :1] * (torch.finfo(matrix.dtype).eps * max(matrix.shape[-2:]))
-    product: Tensor = (left * (values > floor).to(matrix.dtype).unsqueeze(-2)) @ right
+    rounding = torch.finfo(matrix.dtype).eps * max(matrix.shape[-2:])
+    if precision is not None:
+        rounding = max(rounding, torch.finfo(precision).eps)
+    taken = values > values[..., :1] * rounding
+    most = values.shape[-1]
+    if ranks is not None:
+        taken &= leading(ranks, values)
+        most = max(ranks)
+    left = left[..., :most] * taken[..., :most].to(matrix.dtype).unsqueeze(-2)
+    product: Tensor = left @ right[..., :most, :]
     return product
+
+
+def leading(ranks: Sequence[int], values: Tensor) -> Tensor:
+    """Which of the singular values (N, d) are among the first k of their row, for N numbers k."""
+    places = torch.arange(values.shape[-1], device=values.device)
+    return places < torch.tensor(ranks, device=values.device).unsqueeze(-1)

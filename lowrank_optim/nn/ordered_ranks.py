@@ -14,7 +14,7 @@ from lowrank_optim.kernels import as_python
 from lowrank_optim.kernels.counter_rng import PURPOSE_RANKS, make_key, random_bits, random_word
 from lowrank_optim.nn.ordered_cut import check_held, keep_components_, kept_rank
 from lowrank_optim.nn.ordered_penalty import OrderedLayer, ordered_layers, proximal_step_
-from lowrank_optim.sharding.gathered import check_not_gathered, reshard
+from lowrank_optim.sharding.gathered import put_shards_back
 
 MODES = ("one_layer", "independent")
 
@@ -137,7 +137,8 @@ class OrderedRanks:
         For b = r, …, 1:  F_{b:} ← F_{b:} · max(0, 1 − step_size/‖F_{b:}‖), of both factors F of every layer. With a penalty λ and a
         learning rate η, step_size is η·λ.
 
-        Waits for the device once. The r steps of all factors run side by side on the CPU, on one number for each component.
+        Waits for the device once. The r steps of all factors run side by side on the CPU, on one number for each component. With
+        `fully_shard`, call it on all processes.
 
         Raises:
             ValueError: a step size that is negative or not finite; factors in 16 bits, in which a small shrinkage is rounded away.
@@ -199,10 +200,10 @@ class OrderedRanks:
 
     def _resharded(self) -> list[OrderedLayer]:
         """The layers, none of them gathered by `fully_shard`: what is written to gathered factors is lost."""
-        gathered, layers = reshard(self.model), ordered_layers(self.model)
+        gathered, layers = put_shards_back(self.model), ordered_layers(self.model)
         for layer in layers:
             for factor in layer.factors:
-                check_not_gathered(layer.path, factor, gathered)
+                gathered.check(layer.path, factor)
         return layers
 
     # ------------------------------------------------------------------------------------------------------------- resume

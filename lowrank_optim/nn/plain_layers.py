@@ -1,14 +1,13 @@
 """The plain layers that others take the place of: which kinds there are, and whether a layer can be replaced."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from lowrank_optim.groups.parameters import FoundParameter
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
-from lowrank_optim.sharding.dtensor import is_sharded
-from lowrank_optim.sharding.gathered import check_not_gathered
+from lowrank_optim.sharding.gathered import Gathered
 
 Kind: TypeAlias = Literal["linear", "conv1d", "embedding", "convolution"]
 
@@ -48,19 +47,18 @@ def check_owners(found: list[FoundParameter], model: nn.Module, taken: Mapping[i
                 )
 
 
-def check_layer(path: str, module: nn.Linear, meta: bool, coded: bool, hint: str, gathered: Collection[int]) -> None:
-    """Raise ValueError for a layer whose weight cannot be replaced; `gathered` as of `sharding.gathered.reshard`."""
+def check_layer(path: str, module: nn.Linear, meta: bool, coded: bool, hint: str, gathered: Gathered) -> None:
+    """Raise ValueError for a layer whose weight cannot be replaced."""
     weight = module.weight
     if isinstance(weight, QuantizedWeight) and not coded:
         raise ValueError(f"{path}.weight is stored in 8 bits; call lowrank_optim.nn.dequantize_weights_ first")
-    if is_sharded(weight):
+    if gathered.stands_for_shards(weight):
         raise ValueError(
             f"{path}.weight is sharded (DTensor); replace the layers before fully_shard or parallelize_module"
         )
-    check_not_gathered(f"{path}.weight", weight, gathered)
-    check_real(path, weight)
-    if not weight.numel():
-        raise ValueError(f"{path}.weight is {tuple(weight.shape)}, without elements; exclude it")
+    gathered.check(f"{path}.weight", weight)
+    check_real(f"{path}.weight", weight)
+    check_elements(f"{path}.weight", weight)
     if weight.is_meta and not meta:
         raise ValueError(
             f"{path}.weight is on the meta device and has no numbers; materialise the model first{hint and f', or {hint}'}"
@@ -71,7 +69,13 @@ def check_layer(path: str, module: nn.Linear, meta: bool, coded: bool, hint: str
         )
 
 
-def check_real(path: str, weight: Tensor) -> None:
+def check_real(name: str, weight: Tensor) -> None:
     """Raise ValueError for a weight of complex numbers or of integers."""
     if not weight.is_floating_point():
-        raise ValueError(f"{path}.weight is {weight.dtype}; floating-point weights are needed")
+        raise ValueError(f"{name} is {weight.dtype}; floating-point weights are needed")
+
+
+def check_elements(name: str, weight: Tensor) -> None:
+    """Raise ValueError for a weight that has none."""
+    if not weight.numel():
+        raise ValueError(f"{name} is {tuple(weight.shape)}, without elements; exclude it")

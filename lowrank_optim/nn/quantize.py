@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lowrank_optim.groups.build import select_matrices
 from lowrank_optim.groups.names import Pattern
+from lowrank_optim.nn.plain_layers import check_elements, check_real
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
-from lowrank_optim.sharding.dtensor import is_sharded
-from lowrank_optim.sharding.gathered import check_not_gathered, reshard
+from lowrank_optim.sharding.gathered import Gathered, find_gathered
 
 SCALE = "weight_scale"
 """Name, in a state dict, of the scales beside the codes that stand under "weight"."""
@@ -46,7 +46,7 @@ def quantize_weights_(
     Raises:
         TypeError: no nn.Module.
         ValueError: a pattern that matches nothing, or no linear layer to take (layers with one input feature are never taken); a
-            sharded weight, one that is tied to a module of another kind.
+            sharded weight, a complex one, one without elements, one that is tied to a module of another kind. Nothing was changed.
 
     Memory: m·(n + 4⌈n/256⌉) bytes for an m×n weight; during forward and backward, one decoded matrix.
 
@@ -60,7 +60,7 @@ def quantize_weights_(
 
     Paper: Zhang et al., "Q-GaLore", arXiv:2407.08296 (whose weights are rounded in bfloat16, which loses small updates).
     """
-    gathered = reshard(model)
+    gathered = find_gathered(model)
     chosen = {id(param) for param in select_matrices(model, include, exclude)}
     taken = [module for module in _linear_layers(model) if id(module.weight) in chosen and module.in_features > 1]
     if not taken:
@@ -93,7 +93,7 @@ def dequantize_weights_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_owners(model: nn.Module, taken: set[int], gathered: set[int]) -> None:
+def _check_owners(model: nn.Module, taken: set[int], gathered: Gathered) -> None:
     for path, module in model.named_modules(remove_duplicate=False):
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(param) in taken and not (isinstance(module, nn.Linear) and name == "weight"):
@@ -101,10 +101,12 @@ def _check_owners(model: nn.Module, taken: set[int], gathered: set[int]) -> None
                     f"{path}.{name} of {type(module).__name__} is tied to a linear layer's weight and cannot be stored in 8 bits; "
                     "leave that weight out (exclude)"
                 )
-            if id(param) in taken and is_sharded(param):
+            if id(param) in taken and gathered.stands_for_shards(param):
                 raise ValueError(f"{path}.{name} is sharded (DTensor), and weights in 8 bits are not; exclude it")
             if id(param) in taken:
-                check_not_gathered(f"{path}.{name}", param, gathered)
+                gathered.check(f"{path}.{name}", param)
+                check_real(f"{path}.{name}", param)
+                check_elements(f"{path}.{name}", param)
 
 
 def _linear_layers(model: nn.Module) -> Iterator[nn.Linear]:

@@ -19,7 +19,7 @@ from lowrank_optim.groups.roles import Role
 from lowrank_optim.nn.plain_layers import KIND_NAMES, Kind, check_layer, check_owners, kind_of
 from lowrank_optim.nn.quantized_weight import QuantizedWeight
 from lowrank_optim.sharding.dtensor import is_sharded
-from lowrank_optim.sharding.gathered import check_not_gathered, reshard
+from lowrank_optim.sharding.gathered import find_gathered
 
 Patterns = Pattern | Iterable[Pattern] | None
 
@@ -252,7 +252,7 @@ def take_layers(
         ValueError: as `find_layers`; a layer that cannot be replaced: with a weight that is coded, sharded, not floating point, or
             tied to a layer of another kind.
     """
-    gathered = reshard(model)
+    gathered = find_gathered(model)
     taken = find_layers(model, include, exclude, kinds, names)
     check_owners(find_parameters(model), model, {id(layer.module.weight): kind_of(layer.module) for layer in taken})
     for path, _, module in taken:
@@ -331,12 +331,12 @@ def merge_(model: nn.Module) -> nn.Module:
     found = [(path, each) for path, each in found if id(each) not in inner]
     if not found:
         raise ValueError(f"{type(model).__name__} has no layer that lowrank_optim.nn made")
-    gathered = reshard(model)
+    gathered = find_gathered(model)
     for path, module in found:
-        if any(map(is_sharded, module.parameters())):
+        if any(map(gathered.stands_for_shards, module.parameters())):
             raise ValueError(f"{path} is sharded (DTensor); merge the unsharded model, from a full state dict")
         for name, param in module.named_parameters():
-            check_not_gathered(f"{path}.{name}", param, gathered)
+            gathered.check(f"{path}.{name}", param)
     weights: dict[tuple[int, ...], nn.Parameter] = {}
     made: dict[int, nn.Module] = {}
     for _, module in found:

@@ -129,7 +129,7 @@ def collect_statistics(
         raise TypeError(f"batches is a {type(batches).__name__}; it must be an iterable of batches, such as [batch]")
     layers = find_layers(model, include, exclude, ("linear", "conv1d", "embedding"))
     for path, _, module in layers:
-        check_real(path, module.weight)
+        check_real(f"{path}.weight", module.weight)
     gatherer = _Gatherer(rows)
     modes = {module: module.training for module in model.modules()}
     ran = False

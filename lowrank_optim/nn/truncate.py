@@ -3,7 +3,7 @@
 `truncate_` does it once. `lowrank_optim.truncate_ranks` does it while a model is trained, and uses what stands here.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,10 +14,11 @@ from lowrank_optim.groups.build import select_matrices
 from lowrank_optim.groups.matrices import matrix_shape, matrix_view, resolve_rank
 from lowrank_optim.groups.parameters import find_parameters
 from lowrank_optim.kernels import WeightError, as_python
-from lowrank_optim.nn.decompositions import count, rank_for_energy
+from lowrank_optim.kernels.compute import CHUNK_ELEMENTS, row_chunks
+from lowrank_optim.nn.decompositions import leading
 from lowrank_optim.nn.reparametrized import Patterns
 from lowrank_optim.sharding.dtensor import dense_sharding, local, matrix_sharding
-from lowrank_optim.sharding.gathered import check_not_gathered, reshard
+from lowrank_optim.sharding.gathered import put_shards_back
 
 CONVOLUTIONS = ("channel", "spatial", "filter")
 """The matrices that convolutions are taken for: NC, VH and ND of the paper."""
@@ -61,30 +62,42 @@ class RankCut:
         if name == "threshold" and not (number and 0 < value < float("inf")):
             raise ValueError(f"threshold is {value!r}; it must be a number above 0")
 
-    def kept(self, values: Tensor) -> int:
-        """k for the singular values of a matrix, largest first. The host waits for them."""
-        if not values.numel() or not float(values[0]) > 0:
-            return 0
-        if self.rank is not None:
-            return min(resolve_rank(self.rank, values.numel()), count(values > 0))
+    def kept(self, values: Tensor) -> list[int]:
+        """k of each matrix, from its singular values (N, d), largest first. The host waits once; a plan goes on with the most."""
+        d = values.shape[-1]
+        most = d if self.rank is None else min(resolve_rank(self.rank, d), d)
+        with torch._C.DisableTorchFunction():  # in a plan, tensors say that they are on a device
+            if values.is_meta:
+                return [most] * len(values)
+        counts = (values > 0).sum(-1).clamp_max(most)
         if self.energy is not None:
-            return rank_for_energy(values.double().square(), self.energy)
-        return max(count(values >= (self.threshold or 0.0)), 1)
+            sums = values.double().square().cumsum(-1)
+            counts = torch.minimum(counts, (sums < self.energy * sums[:, -1:] * (1 - 1e-12)).sum(-1) + 1)
+        if self.threshold is not None:
+            counts = torch.minimum(counts, (values >= self.threshold).sum(-1).clamp_min(1))
+        found: list[int] = counts.tolist()
+        return found
 
 
-def truncated(matrix: Tensor, cut: RankCut, shrinkage: float = 0.0) -> tuple[Tensor, int]:
-    """U_k max(Σ_k − shrinkage, 0) V_kᵀ and k, for M = U Σ Vᵀ; k is that of the values once they have shrunk.
-
-    With `shrinkage` ηλ, that is the proximal operator of ηλ‖·‖_*, and then the cut. A matrix of which nothing is cut is returned
-    as it is: itself, where its other singular values are those of rounding.
-    """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    rounding = float(values[0]) * torch.finfo(matrix.dtype).eps * max(matrix.shape)
+def _truncated(stack: Tensor, cut: RankCut, shrinkage: float) -> tuple[Tensor, list[int]]:
+    """`truncated_stack` of (N, m, n) in one piece."""
+    left, values, right = torch.linalg.svd(stack, full_matrices=False)
+    rounding = values[:, :1] * (torch.finfo(stack.dtype).eps * max(stack.shape[-2:]))
     values = (values - shrinkage).clamp_min(0.0)
-    k = cut.kept(values)
-    if shrinkage == 0.0 and not bool((values[k:] > rounding).any()):
-        return matrix, k
-    return (left[:, :k] * values[:k]) @ right[:k], k
+    ranks = cut.kept(values)
+    most = max(ranks)
+    cut_away = (
+        (values > rounding).logical_and_(leading(ranks, values).logical_not_()).any(-1) if not shrinkage else None
+    )
+    del rounding
+    if cut_away is not None and not bool(cut_away.any()):
+        return stack, ranks
+    if len(stack) == 1:
+        del cut_away
+        return (left[..., :most] * values[:, None, :most]) @ right[:, :most], ranks
+    values = values * leading(ranks, values)
+    new = (left[..., :most] * values[:, None, :most]) @ right[:, :most]
+    return (new if cut_away is None else torch.where(cut_away[:, None, None], new, stack)), ranks
 
 
 @dataclass(frozen=True)
@@ -157,18 +170,36 @@ class DenseMatrix:
         kernels.store_(local(self.param).detach(), self.part(matrix), rounding_key, start, error)
 
 
-def on_each(stack: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function of each matrix of a stack, or of the only one."""
-    return torch.stack([function(matrix) for matrix in stack]) if stack.dim() > 2 else function(stack)
+def parts_of(stack: Tensor) -> Iterator[slice]:
+    """Slices of a stack (N, m, n) that are decomposed in one call: one matrix, or several small ones."""
+    return row_chunks(len(stack), stack.shape[-2] * stack.shape[-1], CHUNK_ELEMENTS)
 
 
-def truncated_stack(stack: Tensor, cut: RankCut, shrinkage: float = 0.0) -> tuple[Tensor, int]:
-    """`truncated` of each matrix, and the largest k; a stack of which nothing is cut is returned as it is."""
-    if stack.dim() == 2:
-        return truncated(stack, cut, shrinkage)
-    pairs = [(matrix, *truncated(matrix, cut, shrinkage)) for matrix in stack]
-    most = max(k for _, _, k in pairs)
-    return (stack if all(new is old for old, new, _ in pairs) else torch.stack([new for _, new, _ in pairs])), most
+def truncated_stack(matrix: Tensor, cut: RankCut, shrinkage: float = 0.0) -> tuple[Tensor, list[int]]:
+    """U_k max(Σ_k − shrinkage, 0) V_kᵀ and k, for M = U Σ Vᵀ, of a matrix or of each in a stack; k is that of shrunk values.
+
+    With `shrinkage` ηλ, that is the proximal operator of ηλ‖·‖_*, and then the cut. A matrix of which nothing is cut stays as it is,
+    where its other singular values are those of rounding; if that holds for all of them, `matrix` itself is returned.
+    """
+    stack = matrix if matrix.dim() > 2 else matrix.unsqueeze(0)
+    if (
+        min(stack.shape[-2:]) == 1 and shrinkage == 0.0
+    ):  # depthwise kernels: what is not zero has rank 1, whatever the cut
+        return matrix, cut.kept(torch.linalg.vector_norm(stack, torch.inf, dim=(-2, -1)).unsqueeze(-1))
+    made: Tensor | None = None
+    ranks: list[int] = []
+    for part in parts_of(stack):
+        old = stack[part]
+        new, found = _truncated(old, cut, shrinkage)
+        ranks += found
+        if new is not old and len(old) == len(stack):
+            made = new
+        elif new is not old:
+            made = stack.clone() if made is None else made
+            made[part] = new
+    if made is None:
+        return matrix, ranks
+    return (made if matrix.dim() > 2 else made[0]), ranks
 
 
 def take_matrices(
@@ -179,11 +210,11 @@ def take_matrices(
     Raises:
         TypeError: no nn.Module.
         ValueError: another view; a pattern matches nothing; a weight without numbers, not floating point, or stored in 8 bits; a
-            convolution that does not have the view; there is none.
+            convolution that does not have the view, or is tied to one that has another; there is none.
     """
     if convolutions not in CONVOLUTIONS:
         raise ValueError(f"convolutions is {convolutions!r}; valid values are {', '.join(map(repr, CONVOLUTIONS))}")
-    gathered = reshard(model)
+    gathered = put_shards_back(model)
     chosen = set(map(id, select_matrices(model, include, exclude)))
     found = [
         DenseMatrix(entry.names[0], entry.param, entry.layout)
@@ -192,10 +223,15 @@ def take_matrices(
     ]
     if not found:
         raise ValueError("the model has no matrix to truncate; embeddings and output heads have to be named by include")
-    owners = {id(module.weight): module for module in model.modules() if isinstance(module, PLAIN + TRANSPOSED)}
-    found = [_viewed(matrix, owners.get(id(matrix.param)), convolutions) for matrix in found]
+    owners: dict[int, dict[str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        if isinstance(
+            module, PLAIN + TRANSPOSED
+        ):  # its own parameter: `.weight` may be computed, as of a spectral norm
+            owners.setdefault(id(module._parameters.get("weight")), {})[path] = module
+    found = [_viewed(matrix, owners.get(id(matrix.param), {}), convolutions) for matrix in found]
     for matrix in found:
-        check_not_gathered(matrix.name, matrix.param, gathered)
+        gathered.check(matrix.name, matrix.param)
         if hasattr(matrix.param, "codes"):
             raise ValueError(
                 f"{matrix.name} is stored in 8 bits, where a truncated matrix would have its full rank again; exclude it, or call "
@@ -208,8 +244,21 @@ def take_matrices(
     return found
 
 
-def _viewed(matrix: DenseMatrix, module: nn.Module | None, convolutions: str) -> DenseMatrix:
+def _viewed(matrix: DenseMatrix, owners: Mapping[str, nn.Module], convolutions: str) -> DenseMatrix:
     """A convolution as the matrices that `convolutions` names; other weights as they are."""
+    views = [_view_of(matrix, module, convolutions) for module in owners.values()] or [
+        _view_of(matrix, None, convolutions)
+    ]
+    if any(view != views[0] for view in views):
+        raise ValueError(
+            f"{matrix.name} is the weight of {', '.join(owners)}, which are different convolutions (groups, or transposed), so that "
+            "its matrices are not the same for all of them: exclude it"
+        )
+    return views[0]
+
+
+def _view_of(matrix: DenseMatrix, module: nn.Module | None, convolutions: str) -> DenseMatrix:
+    """`_viewed` for one of the modules that hold it."""
     if matrix.layout != "conv":
         return matrix
     dims = matrix.param.dim()
@@ -252,10 +301,14 @@ def truncate_(
             cut may cut again.
         rank: in place of it, k itself; a float in (0, 1] is a fraction of each short side.
         threshold: in place of it, the smallest singular value that is kept; at least one is.
-        convolutions: which matrix the kernels a×c×h×w of a convolution from c to a channels are: "channel", a × (c·h·w), of rank k if
-            k kernels and a 1×1 convolution do the same; "spatial", (c·h) × (a·w), if k kernels of height h and then of width w do;
-            "filter", a matrix c × (h·w) for each of the a kernels, if k kernels h×w on k mixtures of the channels do. With g groups,
-            each group is a convolution of its own, from c/g to a/g channels: g matrices, of rank k each.
+        convolutions: which matrix the kernels a×c×h×w of a convolution from c to a channels are, and what of rank k does the same:
+
+                view        matrix                    for 64×32×3×3     of rank k
+                "channel"   a × (c·h·w)               one 64×288        k kernels c×h×w, then a 1×1 convolution
+                "spatial"   (c·h) × (a·w)             one 96×192        k kernels h×1, then a kernels 1×w
+                "filter"    c × (h·w), one a kernel   64 of 32×9        for each kernel, k kernels h×w on k mixtures of the channels
+
+            With g groups, each group is a convolution of its own, from c/g to a/g channels: g matrices (of "filter", still a).
         include: patterns of the weights to take, as in `param_groups`.
         exclude: patterns of weights to leave alone.
 
@@ -265,13 +318,13 @@ def truncate_(
     Raises:
         TypeError: no nn.Module.
         ValueError: none or several of energy, rank and threshold, or one out of range; a pattern that matches nothing; a weight
-            that is not finite, complex, stored in 8 bits, or on the meta device; "spatial" for kernels without height and width.
-            Nothing was changed.
+            that is not finite, complex, stored in 8 bits, or on the meta device; "spatial" for kernels without height and width;
+            kernels that are tied to other convolutions, for which they are other matrices. Nothing was changed.
 
     Memory: for one m×n matrix at a time, numbers of 4 bytes (8 for float64): m·d + d·n + d for its singular value decomposition, d
-    the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored so. Of a stack of matrices
-    (experts, "filter", groups) what is left of all of them is held until the last one is done. A sharded weight (`fully_shard`) is
-    gathered for it.
+    the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored so. Of a stack
+    (experts, "filter", groups), small matrices are taken together, up to 2²⁰ numbers of them, and what is left of all of them is held
+    until the last is done. A sharded weight (`fully_shard`) is gathered for it: call this on all processes.
 
     Example:
         >>> import torch, lowrank_optim as lo

@@ -13,7 +13,7 @@ from lowrank_optim.kernels import compute_dtype
 from lowrank_optim.nn.decompositions import widened
 from lowrank_optim.nn.spectral_linear import SpectralLinear, decompose
 from lowrank_optim.sharding.dtensor import dense_sharding, is_sharded, local
-from lowrank_optim.sharding.gathered import check_not_gathered, reshard
+from lowrank_optim.sharding.gathered import put_shards_back
 from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
 VECTORS = ("u_active", "v_active")
@@ -107,7 +107,7 @@ def layers_of(model: nn.Module, optimizer: Optimizer) -> list[SpectralLayer]:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    reshard(model)
+    gathered = put_shards_back(model)
     found: dict[int, list[tuple[str, SpectralLinear]]] = {}
     for path, module in model.named_modules():
         if isinstance(module, SpectralLinear):
@@ -116,6 +116,9 @@ def layers_of(model: nn.Module, optimizer: Optimizer) -> list[SpectralLayer]:
         raise ValueError(f"{type(model).__name__} has no SpectralLinear; call lowrank_optim.nn.spectral_(model) first")
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     layers = [SpectralLayer(members[0][0], tuple(module for _, module in members)) for members in found.values()]
+    for layer in layers:
+        for name in PARAMETERS:
+            gathered.check(f"{layer.path}.{name}", layer.param(name))
     layers = [layer for layer in layers if any(id(layer.param(name)) in held for name in PARAMETERS)]
     if not layers:
         raise ValueError(
@@ -129,16 +132,16 @@ def layers_of(model: nn.Module, optimizer: Optimizer) -> list[SpectralLayer]:
     return layers
 
 
-def not_gathered(model: nn.Module, layers: list[SpectralLayer]) -> None:
-    """Have gathered parameters split again, as an evaluation leaves them: what is written to them would be lost.
+def put_parameters_back(model: nn.Module, layers: list[SpectralLayer]) -> None:
+    """Have the shards of parameters put back that an evaluation leaves gathered: what is written to them would be lost.
 
     Raises:
         ValueError: `fully_shard` was called on a module around the model.
     """
-    gathered = reshard(model)
-    for layer in layers if gathered else []:
+    gathered = put_shards_back(model)
+    for layer in layers if gathered.around else []:
         for name in PARAMETERS:
-            check_not_gathered(f"{layer.path}.{name}", layer.param(name), gathered)
+            gathered.check(f"{layer.path}.{name}", layer.param(name))
 
 
 def _check_split(name: str, param: Tensor) -> None:

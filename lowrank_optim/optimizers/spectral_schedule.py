@@ -19,7 +19,7 @@ from lowrank_optim.optimizers.spectral_layers import (
     VECTORS,
     SpectralLayer,
     layers_of,
-    not_gathered,
+    put_parameters_back,
     renew,
     settle_values,
     settle_vectors,
@@ -62,7 +62,8 @@ class SpectralSchedule:
     `lowrank_optim.plan` counts both where a function builds the optimizer and attaches the schedule.
 
     With `update_in_backward`: attach it first, then make the schedule, and load a checkpoint into the schedule last. With DDP the
-    schedule runs in every process; fully_shard splits the parameters that are trained, while each process holds the buffers whole.
+    schedule runs in every process; fully_shard splits the parameters that are trained, while each process holds the buffers whole:
+    make and call the schedule on all processes.
 
     A run resumes to the bit from the state dicts of model, optimizer and schedule.
 
@@ -165,8 +166,8 @@ class SpectralSchedule:
             raise ValueError(
                 f"the state is {dict(state_dict)}; this schedule has {self._options}, and needs steps besides"
             )
+        self._remember()  # which may raise
         self.steps = steps
-        self._remember()
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -185,7 +186,7 @@ class SpectralSchedule:
     @torch.no_grad()
     def _remember(self) -> None:
         """Keep copies of the parameters as they are before a step."""
-        not_gathered(self._model, self._layers)
+        put_parameters_back(self._model, self._layers)
         for layer in self._layers:
             for name in PARAMETERS if self.warmup else VECTORS:
                 self._old[layer.path, name] = local(layer.param(name)).clone()
@@ -194,7 +195,7 @@ class SpectralSchedule:
         self._advance()
 
     def _advance(self) -> None:
-        not_gathered(self._model, self._layers)
+        put_parameters_back(self._model, self._layers)
         steps, self.steps = self.steps, self.steps + 1
         with PlainModes():
             for number, layer in enumerate(self._layers):

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,18 @@ from lowrank_optim import kernels
 from lowrank_optim.groups.names import list_patterns
 from lowrank_optim.kernels import as_python
 from lowrank_optim.kernels.counter_rng import PURPOSE_TRUNCATION, make_key
+from lowrank_optim.nn.decompositions import nuclear_subgradient
 from lowrank_optim.nn.reparametrized import Patterns
-from lowrank_optim.nn.truncate import DenseMatrix, RankCut, on_each, take_matrices, truncated_stack
+from lowrank_optim.nn.truncate import DenseMatrix, RankCut, parts_of, take_matrices, truncated_stack
 from lowrank_optim.optimizers.base import LowRankOptimizer
 from lowrank_optim.sharding.dtensor import is_sharded, local, local_grad
 from lowrank_optim.step.param_step import kept_error
 
 STEP, LAST, RANKS = "truncation_step", "truncation_last", "truncation_ranks"
 """Keys of the first param group: the steps since the handle was made, how many they were at the last truncation, and the rank of each
-matrix then, −1 where it is not known."""
+matrix then (a list of a stack), −1 where it is not known."""
+
+Ranks: TypeAlias = int | list[int]
 
 MODES = ("decoupled", "gradient")
 
@@ -54,9 +57,11 @@ def truncate_ranks(
         "decoupled"   they shrink by ηλ at each truncation, before the cut: the proximal operator of ηλ‖W‖_*, η the learning rate
                       of the parameter. So it does not go through Adam, which would divide it by √v.
         "gradient"    the step after a truncation sees G + λ U_k V_kᵀ, the smallest subgradient of λ‖W‖_*: the paper's form, for SGD.
+                      Each matrix of a stack has its own k; directions that are rounding errors (of the weight's type) are left out.
 
     With `match_reference=True` the numbers are those of the released code: "gradient", and truncation before the forward pass of
-    steps 0, period, 2·period, …, so that the last step is not followed by one. Hooks on the model and on its layers see forward
+    steps 0, period, 2·period, …, so that the last step is not followed by one. Convolutions with groups are an exception: the
+    released code takes all groups for one matrix. Hooks on the model and on its layers see forward
     passes in training mode; where there was none, the weights are truncated before the optimizer's step. The released code counts
     steps anew in each epoch.
 
@@ -77,7 +82,7 @@ def truncate_ranks(
         match_reference: see above.
         convolutions: which matrix the kernels a×c×h×w of a convolution are: "channel", a × (c·h·w) (the paper's NC), "spatial",
             (c·h) × (a·w) (its VH), or "filter", a matrix c × (h·w) for each kernel (its ND); with groups, those of each group by
-            themselves, as `lowrank_optim.nn.truncate_` says. (The released code takes no account of groups.)
+            themselves, as `lowrank_optim.nn.truncate_` says.
         include: patterns of the weights to take, as in `param_groups`; the paper leaves out the first two layers and 1×1
             convolutions.
         exclude: patterns of weights to leave alone.
@@ -97,10 +102,11 @@ def truncate_ranks(
 
     Memory: no state. At a truncation, for one m×n matrix at a time, numbers of 4 bytes (8 for float64 weights): m·d + d·n + d for its
     singular value decomposition, d the short side, k·m + m·n for what is left of it, and m·n for itself, unless the weight is stored
-    so. "gradient" takes as much in the step after it, while gradients are there. A sharded matrix (`fully_shard`, tensor parallel) is
-    gathered for it on every process. The host waits for the singular values. `lowrank_optim.plan` counts it, for a function that
-    builds the optimizer and calls this one, but not what LAPACK takes besides on a CPU: a copy of the matrix and three to six times
-    d² numbers. `lowrank_optim.describe(optimizer)` says that it is on.
+    so. Of a stack (experts, "filter", groups), small matrices are taken together, up to 2²⁰ numbers of them, and what is left of all
+    of them is held until the last is done. "gradient" takes as much in the step after it, while gradients are there. A sharded matrix
+    (`fully_shard`, tensor parallel) is gathered for it: call this on all processes. The host waits for the singular values.
+    `lowrank_optim.plan` counts it, for a function that builds the optimizer and calls this one, but not what LAPACK takes besides on
+    a CPU: a copy of the matrix and three to six times d² numbers. `lowrank_optim.describe(optimizer)` says that it is on.
 
     A matrix that is not finite is left alone and counted (`handle.skipped`). Weights that the optimizer rounds stochastically, or
     whose errors it keeps (`weight_error_bits`), are written so here, too. bfloat16 weights have rank k up to their rounding.
@@ -211,7 +217,7 @@ class RankTruncation:
         """The rank that the last truncation left each matrix, by name; of a stack, the largest. Empty before the first one."""
         known = self._require_optimizer().param_groups[0].get(RANKS) or []
         pairs = zip(self._matrices, known, strict=False)
-        return {matrix.name: rank for matrix, rank in pairs if rank >= 0}
+        return {matrix.name: _largest(rank) for matrix, rank in pairs if _largest(rank) >= 0}
 
     def remove(self) -> None:
         """End it; the weights stay as they are."""
@@ -290,8 +296,8 @@ class RankTruncation:
             return
         known = optimizer.param_groups[0].get(RANKS) or []
         for matrix, rank in zip(self._matrices, known, strict=False):
-            if rank > 0 and matrix.param.grad is not None:
-                pull = on_each(matrix.whole(), lambda m, k=rank: subgradient(m, k))  # type: ignore[misc]
+            if _largest(rank) > 0 and matrix.param.grad is not None:
+                pull = _pull(matrix.whole(), rank, matrix.param.dtype)
                 local_grad(matrix.param).add_(matrix.part(pull), alpha=self.nuclear_weight)
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
@@ -318,8 +324,8 @@ class RankTruncation:
         ranks = [self._truncate_one(optimizer, matrix, groups[id(matrix.param)]) for matrix in self._matrices]
         optimizer.param_groups[0] |= {RANKS: ranks, LAST: self._number(STEP, 0)}
 
-    def _truncate_one(self, optimizer: Optimizer, matrix: DenseMatrix, group: Mapping[str, Any]) -> int:
-        """The rank that is left, −1 for a matrix that is left alone."""
+    def _truncate_one(self, optimizer: Optimizer, matrix: DenseMatrix, group: Mapping[str, Any]) -> Ranks:
+        """The rank that is left, those of the matrices of a stack, or −1 for one that is left alone."""
         param = matrix.param
         if not param.requires_grad:
             return -1
@@ -330,13 +336,13 @@ class RankTruncation:
             self.skipped[matrix.name] = self.skipped.get(matrix.name, 0) + 1
             return -1
         size = float(group["lr"]) * float(group.get("lr_factor", 1.0))
-        new, rank = truncated_stack(whole, self._cut, size * self.nuclear_weight if self.mode == "decoupled" else 0.0)
+        new, ranks = truncated_stack(whole, self._cut, size * self.nuclear_weight if self.mode == "decoupled" else 0.0)
         key = None
         if isinstance(optimizer, LowRankOptimizer) and group["stochastic_rounding"] and param.dtype == torch.bfloat16:
             key = make_key(group["seed"], optimizer.plan_of(param).index, self._number(STEP, 0), PURPOSE_TRUNCATION)
         if new is not whole:
             matrix.write_(new, key, error)
-        return rank
+        return ranks if whole.dim() > 2 else ranks[0]
 
 
 class ForwardHook:
@@ -355,8 +361,15 @@ class ForwardHook:
         return ForwardHook, ()
 
 
-def subgradient(matrix: Tensor, rank: int) -> Tensor:
-    """U_k V_kᵀ: of a matrix of rank k, the smallest subgradient of ‖W‖_*."""
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    product: Tensor = left[:, :rank] @ right[:rank]
-    return product
+def _largest(ranks: Ranks) -> int:
+    """The rank of a matrix, or the largest of a stack."""
+    return ranks if isinstance(ranks, int) else max(ranks)
+
+
+def _pull(matrix: Tensor, ranks: Ranks, precision: torch.dtype) -> Tensor:
+    """U_k V_kᵀ of a matrix, or of each in a stack with its own k: the smallest subgradient of the nuclear norm."""
+    stack = matrix if matrix.dim() > 2 else matrix.unsqueeze(0)
+    each = [ranks] * len(stack) if isinstance(ranks, int) else ranks
+    made = [nuclear_subgradient(stack[part], each[part], precision) for part in parts_of(stack)]
+    whole = made[0] if len(made) == 1 else torch.cat(made)
+    return whole if matrix.dim() > 2 else whole[0]

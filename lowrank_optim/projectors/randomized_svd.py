@@ -76,9 +76,13 @@ def orthonormalize(matrix: Tensor, passes: int = 2, sharding: TensorSharding = U
 def eigenvectors(gram: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix (…, k, k), by ascending eigenvalue; the largest entry of each is positive.
 
-    In the matrix's own precision from k = 128 on, several times faster, and in float64 where that has failed: the float32 divide and
-    conquer does so, sometimes silently, on Gram matrices of low rank. Below, float64 costs little. Signs may turn with the last bit
-    of the matrix, and the codes of a basis in few bits with them.
+    A float32 matrix is taken in float32 from k = 128 on, several times faster, and in float64 where that has failed: the float32
+    divide and conquer does so, sometimes silently, on Gram matrices of low rank. Below, float64 costs little. Of a Gram matrix MMᵀ in
+    float32, directions with σ below about 1e-3·σ₁ are decided by its rounding, and differ between the two ways; the others are the
+    same to rounding.
+
+    The sign of the largest entry is fixed because that of a raw eigenvector would turn with the last bit of the matrix, and the codes
+    of a basis in few bits with it.
     """
     vectors = _trusted_eigenvectors(gram) if gram.shape[-1] >= 128 and gram.dtype == torch.float32 else None
     if vectors is None:
@@ -94,7 +98,7 @@ def _trusted_eigenvectors(gram: Tensor) -> Tensor | None:
     """
     try:
         values, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     angles = vectors.mT @ vectors
     angles.diagonal(dim1=-2, dim2=-1).sub_(1.0)

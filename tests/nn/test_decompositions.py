@@ -802,6 +802,29 @@ def test_weights_without_elements_and_complex_ones_are_named(name):
         getattr(lo.nn, name)(complex_one, include="0", **EMPTY[name])
 
 
+@pytest.mark.parametrize("kind", ["complex", "empty"])
+def test_a_late_layer_that_cannot_be_coded_leaves_the_first_one_alone(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        last = nn.Linear(8, 0) if kind == "empty" else nn.Linear(8, 8, dtype=torch.complex64)
+    model = nn.Sequential(nn.Linear(8, 8), last)
+    before = model[0].weight
+    with pytest.raises(ValueError, match=r"^1\.weight is (torch\.complex64; floating|\(0, 8\), without elements)"):
+        lo.nn.quantize_weights_(model, include=["0", "1"])
+    assert model[0].weight is before
+
+
+@pytest.mark.parametrize("kind", ["complex", "empty"])
+def test_compensation_names_complex_weights_and_those_without_elements(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.Linear(8, 0) if kind == "empty" else nn.Linear(8, 8, dtype=torch.complex64))
+    moments = {"0": lo.nn.Moments("input", 100, torch.zeros(8), torch.eye(8))}
+    with pytest.raises(ValueError, match=r"^0\.weight is (torch\.complex64; floating|\(0, 8\), without elements)"):
+        lo.nn.compensate_(model, {"0": torch.ones_like(model[0].weight)}, rank=1, statistics=moments)
+    assert type(model[0]) is nn.Linear
+
+
 def test_tied_layers_count_once_among_singular_values():
     model, single = decaying(), decaying()
     model["twin"] = nn.Linear(40, 24, dtype=F64)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_optim as lo
+from lowrank_optim.nn.truncate import RankCut, truncated_stack
 from lowrank_optim.optimizers.truncation import RankTruncation
 from tests.oracles.checkpoints import assert_same_run, resume
 from tests.oracles.decompositions import closed_form_inputs, closed_form_weight
@@ -205,6 +206,73 @@ def test_in_gradient_mode_the_step_after_a_truncation_sees_the_subgradient():
     assert ranks(model) != [4, 4, 4]  # the last step was not followed by one
 
 
+@pytest.mark.parametrize("reference", [True, False])
+def test_each_matrix_of_a_stack_is_pulled_along_its_own_directions_and_a_zero_one_is_not(reference):
+    """Three kernels of ranks 1, 3 and 0: the largest rank is not that of the others."""
+    conv = nn.Conv2d(4, 3, 3, bias=False, dtype=F64)
+    conv.weight.data[0] = torch.outer(draw(0, 4), draw(1, 9)).view(4, 3, 3)
+    conv.weight.data[1] = falling(2, 4, 9, 0.6).view(4, 3, 3)
+    conv.weight.data[2] = 0.0
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.0)
+    how = {"match_reference": True} if reference else {"mode": "gradient"}
+    options = {"energy": 0.95, "period": 2, "nuclear_weight": 1.0, "convolutions": "filter"}
+    handle = lo.truncate_ranks(optimizer, conv, **options, **how)
+    for _ in range(1 if reference else 3):
+        conv.weight.grad = torch.zeros_like(conv.weight)
+        optimizer.step()
+    found = []
+    for got, kernel in zip(conv.weight.grad.flatten(2), conv.weight.detach().flatten(2), strict=True):
+        u, s, vt = torch.linalg.svd(kernel, full_matrices=False)
+        k = int((s > 1e-12).sum())
+        found.append(k)
+        torch.testing.assert_close(got, u[:, :k] @ vt[:k], atol=1e-10, rtol=0)
+    assert found == [1, 3, 0]
+    assert handle.ranks() == {"weight": 3}
+
+
+def test_what_rounding_to_16_bits_leaves_pulls_in_no_direction():
+    """A matrix of rank 2 that may keep 4: the third value is that of rounding, far above the precision of float32."""
+    model = nn.Linear(48, 32, bias=False)
+    model.weight.data = (draw(0, 32, 2) @ draw(1, 2, 48)).to(BF16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    lo.truncate_ranks(optimizer, model, rank=4, nuclear_weight=1.0, match_reference=True, include="weight")
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    assert torch.linalg.svdvals(model.weight.grad.double()) == pytest.approx([1, 1] + [0] * 30, abs=0.02)
+
+
+@pytest.mark.parametrize("cut", [{"energy": 0.6}, {"rank": 2}, {"threshold": 1.2}], ids=str)
+def test_a_stack_in_many_parts_is_that_of_its_matrices(cut, monkeypatch):
+    """Parts of two matrices, of which some are cut and some are not."""
+    monkeypatch.setattr("lowrank_optim.nn.truncate.CHUNK_ELEMENTS", 80)
+    stack = torch.stack([falling(seed, 5, 7, 0.3 + 0.15 * seed) * (seed + 0.5) for seed in range(5)])
+    stack[1], stack[3] = 0.0, torch.outer(draw(1, 5), draw(2, 7))
+    found, ranks = truncated_stack(stack, RankCut(**cut))
+    for new, old, k in zip(found, stack, ranks, strict=True):
+        (alone, kept) = truncated_stack(old, RankCut(**cut))
+        assert kept == [k]
+        torch.testing.assert_close(new, alone, atol=1e-13, rtol=0)
+        assert torch.equal(new, old) == (alone is old)
+        assert int(torch.linalg.matrix_rank(new)) == min(k, int(torch.linalg.matrix_rank(old)))
+    assert ranks[1] == 0
+    assert len(set(ranks)) > (1 if "rank" in cut else 2)
+
+
+def test_matrices_of_one_row_are_not_decomposed(monkeypatch):
+    """Depthwise kernels have rank 1, whatever the cut."""
+    conv = nn.Conv2d(96, 96, 3, groups=96, bias=False)
+    conv.weight.data[5] = 0.0
+    before = conv.weight.detach().clone()
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    lo.nn.truncate_(conv, energy=0.5)
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+    handle = lo.truncate_ranks(optimizer, conv, threshold=5.0, period=1)
+    conv.weight.grad = torch.zeros_like(conv.weight)
+    optimizer.step()
+    assert handle.ranks() == {"weight": 1}
+    assert torch.equal(conv.weight, before)
+
+
 @pytest.mark.parametrize(
     ("settings", "dtype", "late"),
     [
@@ -393,6 +461,35 @@ def test_every_group_has_matrices_of_its_own(make, groups, view):
     conv.weight.data = start.contiguous(memory_format=torch.channels_last) if len(size) == 2 else start
     lo.nn.truncate_(conv, **how)
     np.testing.assert_allclose(conv.weight.detach().numpy(), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("view", ["channel", "spatial", "filter"])
+def test_kernels_that_two_convolutions_see_differently_are_refused_by_name(view):
+    """Whichever came last decided. Of one group, the channel view is that of both."""
+    for first, second, same in (
+        (nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 4, 3), view == "channel"),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2), True),
+        (nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, groups=2), False),
+    ):
+        model = nn.Sequential(first, second)
+        second.weight = first.weight
+        before = first.weight.detach().clone()
+        if same:
+            lo.nn.truncate_(model, energy=0.5, convolutions=view)
+            assert not torch.equal(first.weight, before)
+            continue
+        with pytest.raises(ValueError, match=r"^0\.weight is the weight of 0, 1, which are different convolutions"):
+            lo.nn.truncate_(model, energy=0.5, convolutions=view)
+        assert torch.equal(first.weight, before)
+
+
+def test_a_look_at_the_model_makes_no_power_iteration():
+    """Of a spectral norm in training, reading `weight` makes one."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    lo.nn.truncate_(model, rank=1, include="1.weight")
+    assert before
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
 def test_two_smaller_convolutions_do_what_a_truncated_one_with_groups_does():
