@@ -30,8 +30,8 @@ from lowrank_optim.sharding.param_sharding import LOCAL
 from lowrank_optim.step.batching import Step, alone, together
 from lowrank_optim.step.entrance import check_members, enter, settle_gradient
 from lowrank_optim.step.init_state import init_state
-from lowrank_optim.step.joint import check_trainable, check_unit, is_last_of_unit, joint_step
-from lowrank_optim.step.joint_lists import PlainGroup
+from lowrank_optim.step.joint import check_trainable, check_unit, check_units, is_last_of_unit, joint_step
+from lowrank_optim.step.joint_lists import plain_groups
 from lowrank_optim.step.nonfinite import SkippedUpdates, first_norms
 from lowrank_optim.step.param_plan import ParamPlan
 from lowrank_optim.step.param_step import open_moments
@@ -211,37 +211,25 @@ class LowRankOptimizer(Optimizer):
 
     def _steps(self) -> Iterator[Step]:
         """The steps of all parameters that have a gradient."""
-        whole = {n: found for n, group in enumerate(self.param_groups) if (found := self._plain_group(group))}
-        rest = [group for n, group in enumerate(self.param_groups) if n not in whole]
-        (norms, squares), watch = first_norms(rest, self.plans), self._watch
-        for param, plan in self.plans.items():
-            if plan.unit and plan.unit[0] is param and plan.group not in whole:
-                check_unit(plan, self.plans, self.param_groups[plan.group], self.state)
+        at_once = self.plans.has_units and self._watch is None and not self._mask_on_device
+        whole = plain_groups(self.param_groups, self.plans, self.state, self._admits) if at_once else {}
+        (norms, squares), watch = first_norms(self.param_groups, self.plans, whole), self._watch
+        if self.plans.has_units:
+            check_units(self.plans, self.param_groups, self.state, whole)
         for number, group in enumerate(self.param_groups):
             if (plain := whole.get(number)) is not None:
-                writes = [member.write(None, 1.0, None) for member in self._members(plain.plan)]
-                sizes = tuple((write.alpha, float(write.keep)) for write in writes)
-                yield plain.step(sizes, self._skipped, self.plans)
+                yield plain.step(self._members(plain.plan), self._skipped, self.plans)
                 continue
             for param in group["params"]:
-                if param.grad is None or not self._admits(param, group):
-                    continue
                 plan = self.plans[param]
-                if not plan.unit:
-                    trained = self.trained(param)
-                    trained.squares = squares.get(param) if squares else None
-                    step = trained.begin(norms.get(param) if norms else None)
-                elif is_last_of_unit(param, plan):
+                usable = param.grad is not None and self._admits(param, group)
+                if not usable or (plan.unit and not is_last_of_unit(param, plan)):
+                    continue
+                if plan.unit:
                     step = joint_step(self._members(plan), [norms.get(member) for member in plan.unit])
                 else:
-                    continue
+                    step = self.trained(param).begin(norms.get(param), squares.get(param))
                 yield step if watch is None else watch.follow(step, plan.unit or (param,))
-
-    def _plain_group(self, group: Mapping[str, Any]) -> PlainGroup | None:
-        """A group of pairs that are stepped all at once; None where each parameter or pair has a step of its own."""
-        if self._watch is not None or self._mask_on_device or not all(self._admits(p, group) for p in group["params"]):
-            return None
-        return PlainGroup.of(group, self.plans, self.state)
 
     def _members(self, plan: ParamPlan) -> list[TrainedParam]:
         """The parameters that are stepped together; those without a gradient have no state here."""

@@ -1,7 +1,7 @@
 """Parameters whose rule sees all their gradients at once: which ones they are, and their step."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -78,6 +78,18 @@ def check_unit(
         assert isinstance(plan.rule, JointRule)
         options = plan.rule.unit_options(group, plan.position // plan.rule.arity)
         plan.rule.check_start([plans[param].name for param in plan.unit], plan.unit, options)
+
+
+def check_units(
+    plans: Mapping[Tensor, ParamPlan],
+    groups: Sequence[Mapping[str, Any]],
+    states: Mapping[Any, Any],
+    left_out: Container[int],
+) -> None:
+    """`check_unit` of every unit but those of the groups of these numbers."""
+    for param, plan in plans.items():
+        if plan.unit and plan.unit[0] is param and plan.group not in left_out:
+            check_unit(plan, plans, groups[plan.group], states)
 
 
 def is_last_of_unit(param: Tensor, plan: ParamPlan) -> bool:

@@ -5,7 +5,7 @@ as usual, its units are stepped one by one, with the same numbers.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from lowrank_optim.step.batching import Shared, Step
 from lowrank_optim.step.caution import is_cautious
 from lowrank_optim.step.nonfinite import SkippedUpdates
 from lowrank_optim.step.param_plan import ParamPlan
+from lowrank_optim.step.trained_param import TrainedParam
 
 _COMPUTE = (torch.float32, torch.float64)
 
@@ -43,7 +44,7 @@ class PlainGroup:
     def of(
         group: Mapping[str, Any], plans: Mapping[Tensor, ParamPlan], states: Mapping[Any, Any]
     ) -> "PlainGroup | None":
-        """Of a group whose parameters have all been let into the step; None where its units are to be stepped one by one."""
+        """Of a group that may be used whole; None where its units are to be stepped one by one."""
         params = group["params"]
         rule = plans[params[0]].rule if params else None
         if not isinstance(rule, JointRule) or not rule.writes_lists(group) or not _is_usual(group):
@@ -77,10 +78,10 @@ class PlainGroup:
         assert isinstance(self.plan.rule, JointRule)
         return self.plan.rule
 
-    def step(
-        self, sizes: tuple[tuple[float, float], ...], skipped: SkippedUpdates, plans: Mapping[Tensor, ParamPlan]
-    ) -> Step:
-        """The step of all units; `sizes` are `Unit.steps` of each of them, `skipped` counts those that are left out."""
+    def step(self, members: Iterable[TrainedParam], skipped: SkippedUpdates, plans: Mapping[Tensor, ParamPlan]) -> Step:
+        """The step of all units; `members` are those of the first one, `skipped` counts units that are left out."""
+        writes = [member.write(None, 1.0, None) for member in members]
+        sizes = tuple((write.alpha, float(write.keep)) for write in writes)
         counters = [state["step"] for state in self.states]
         torch._foreach_add_(counters, 1.0)
         rule = self.rule
@@ -123,6 +124,17 @@ class PlainGroup:
                 [self.memos[unit] for unit in numbers],
                 torch.ones(len(places), dtype=torch.bool) if checks else None,
             )
+
+
+def plain_groups(
+    groups: Sequence[Mapping[str, Any]],
+    plans: Mapping[Tensor, ParamPlan],
+    states: Mapping[Any, Any],
+    admits: Callable[[Tensor, Mapping[str, Any]], bool],
+) -> dict[int, PlainGroup]:
+    """The groups that are stepped whole, by number; `admits` says of a parameter and its group whether its gradient may be used."""
+    usable = {n: group for n, group in enumerate(groups) if all(admits(param, group) for param in group["params"])}
+    return {n: found for n, group in usable.items() if (found := PlainGroup.of(group, plans, states))}
 
 
 def _is_usual(group: Mapping[str, Any]) -> bool:

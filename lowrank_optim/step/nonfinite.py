@@ -6,7 +6,7 @@ stays on the device, and a total is copied back now and then without waiting.
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,20 +22,23 @@ POLL_EVERY = 100
 
 
 def first_norms(
-    groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, ParamPlan]
+    groups: Iterable[Mapping[str, Any]], plans: Mapping[Tensor, ParamPlan], left_out: Container[int] = ()
 ) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
     """A number that is finite where the gradient is, 0-d, for every dense parameter and every sharded one; and Σ x² of the lines of
     gradients whose rules measure them first of all (`Rule.lines_to_measure`): those are not read once more.
 
-    Together: one launch where a backend can, and one message for all parameters that lie on the same processes.
+    Together: one launch where a backend can, and one message for all parameters that lie on the same processes. Groups of the numbers
+    `left_out` have no such numbers.
     """
     norms: dict[Tensor, Tensor] = {}
     squares: dict[Tensor, Tensor] = {}
     grads: dict[Tensor, Tensor] = {}
     found: dict[tuple[Any, ...], list[Tensor]] = {}
-    for group in groups:
+    for number, group in enumerate(groups):
+        if number in left_out or group["on_nonfinite"] == "propagate":
+            continue
         for param in group["params"]:
-            if param.grad is None or group["on_nonfinite"] == "propagate":
+            if param.grad is None:
                 continue
             plan = plans[param]
             sharded = plan.sharding is not LOCAL and plan.sharding.matrix.splits()

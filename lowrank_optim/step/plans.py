@@ -25,6 +25,7 @@ class Plans(dict[Tensor, ParamPlan]):
     def __init__(self, parts: PartRegistry) -> None:
         super().__init__()
         self.parts = parts
+        self.has_units = False  # rules of groups step several parameters at once
         self.warned: set[str] = set()  # reasons that were logged
         self._live: list[LiveGroup] = []  # each group as it was last seen
         self._groups: list[int] = []  # which they were, by id
@@ -39,6 +40,7 @@ class Plans(dict[Tensor, ParamPlan]):
         plans = plan_group(zip(names, params, strict=True), first, number, group, parts, self.warned, taken)
         if isinstance(parts.rule, JointRule):
             make_units(plans, parts.rule, group)
+            self.has_units = True
         check_proximal(plans.values(), group)
         return plans
 
@@ -56,7 +58,7 @@ class Plans(dict[Tensor, ParamPlan]):
             fresh.set_group(number, group, fresh.of_group(group, group["params"], number, len(fresh)))
         self.clear()
         self |= fresh
-        self._live, self._groups = fresh._live, fresh._groups
+        self._live, self._groups, self.has_units = fresh._live, fresh._groups, fresh.has_units
         self._ordinals.clear()
 
     def check_structure(self, groups: Sequence[Group]) -> None:

@@ -17,11 +17,13 @@ from lowrank_optim.step.refresh import refresh_if_due
 class TrainedParam(ParamStep):
     """What `LowRankOptimizer.trained` returns; it is good for one step."""
 
-    def begin(self, norm: Tensor | None = None) -> Step:
+    def begin(self, norm: Tensor | None = None, squares: Tensor | None = None) -> Step:
         """The step from the gradient in `param.grad`, not yet run.
 
-        `norm`, where it is known already, is finite where the gradient is; of a sharded parameter, it is that of the whole.
+        `norm`, where it is known already, is finite where the gradient is; of a sharded parameter, it is that of the whole. `squares`
+        are those of its lines (`Rule.lines_to_measure`).
         """
+        self.squares = squares
         return dense_step(self, norm) if self.plan.space is None else low_rank_step(self, norm)
 
     @kernels.no_autograd_no_autocast
