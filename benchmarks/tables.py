@@ -256,6 +256,16 @@ def rule_step() -> str:
     return table(["rule", "÷ fused AdamW"], ([f"`{name}`", f"{ratio:.2f}"] for name, ratio in rows.items()))
 
 
+def lora_step() -> str:
+    """A step of each rule of adapter pairs, with one thread and with all."""
+    found = results("lora_step")
+    rows = [
+        [f"`{name}`", f"{ratio:.2f}", f"{found['all_cores']['over_fused_adamw'][name]:.2f}"]
+        for name, ratio in found["over_fused_adamw"].items()
+    ]
+    return table(["rule", "÷ fused AdamW, one thread", f"{found['all_cores']['threads']} threads"], rows)
+
+
 def gpu_kernels() -> str:
     """What the kernels of a 7B step take of a GPU, by their machine code: the most of any variant, the least for occupancy."""
     rows = []
@@ -315,6 +325,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "in-backward": in_backward,
     "sweep": sweep,
     "rule-step": rule_step,
+    "lora-step": lora_step,
     "gpu-kernels": gpu_kernels,
     "gpu-estimate": gpu_estimate,
 }
