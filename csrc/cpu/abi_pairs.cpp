@@ -104,7 +104,10 @@ class RiteStep {
       RiteArgs moved[MOST_TOGETHER];
       for (int64_t k = first; k < last; ++k) {
         RiteArgs& f = moved[k - first] = factors[k];
-        if (stays_[size_t(k)]) f.moment = nullptr, f.known = nullptr;
+        if (stays_[size_t(k)]) {  // no sums were taken
+          f.moment = nullptr, f.known = nullptr;
+          continue;
+        }
         sum(units, k, 0, true);
         sum(units, k, 1, false);
         if (f.known) put_mark(f, marked(units, k));

@@ -293,8 +293,8 @@ inline int64_t eigen_floats(int64_t rank) { return 16 * rank * (3 * rank + 3); }
 // rite_step_ of one factor; its neighbour, at an even or odd place, is the other one of its pair. With `moment` V (rank × rank), `share`
 // and `square_share` 1 − β̃ of both moments; `added` to the roots of V, and `tolerance` as in InversePowerArgs. `known`, which may be
 // null: what is known of the weights, rank · rank numbers, KNOWN_MORE after them; zeros where that is nothing.
-// `finite`, which may be null: 1 is written there, or 0 where the norm of the gradient is not finite in float32. A pair of which that is so
-// stays as it is.
+// `finite`, which may be null: 1 is written there, or 0 where the sum of squares of the gradient is not finite in float32. A pair of which
+// that is so stays as it is.
 struct RiteArgs {
   TallArgs tall;
   f32* weight;
@@ -387,7 +387,8 @@ struct EigenKernels {
 };
 
 // The small matrices of up to `matrices` factors, whole pairs, before and after their step. `sums`: of each factor, GᵀG after XᵀX, and
-// then W_oldᵀW_new after W_newᵀW_new; XᵀX is not there where (XᵀX)^(−1/2) is `known`. `small`: what the gradients are multiplied by, and then the momenta.
+// then W_oldᵀW_new after W_newᵀW_new; XᵀX is not there where (XᵀX)^(−1/2) is `known`. `small`: what the
+// gradients are multiplied by, and then the momenta.
 struct RiteKernels {
   int matrices;
   void (*before)(const RiteArgs* factors, int count, bool known, const double* sums, float* kept, float* small, float* scratch);

@@ -232,12 +232,15 @@ INLINE void pad(const Shape& s, const f32* small, float factor, float* to) {
   }
 }
 
-// Words that are mixed into a number, as many at a time as eight vectors have: with fewer, each would wait for the one before. Each word takes high bits down before the next one:
-// without, changes of signs and exponents, which are what is often changed in all elements at once, would cancel.
+// Words that are mixed into a number, those of up to eight vectors at a time: with fewer, each would wait for the one before. A line of
+// a tile fills them once or more often, so that a tile that is added whole and one that is added line by line give the same number.
+// Each word takes high bits down before the next one: without, changes of signs and exponents, which are what is often changed in all
+// elements at once, would cancel.
 class Mark {
  public:
   INLINE void add(const float* x, int64_t count) {  // a multiple of 16 floats, as tiles have
     constexpr int WIDTH = int(sizeof lanes_ / sizeof *lanes_);
+    static_assert(DEPTH % (WIDTH * LANES) == 0);
     int64_t j = 0;
     for (; j + WIDTH * LANES <= count; j += WIDTH * LANES) {
       for (int k = 0; k < WIDTH; ++k) lanes_[k] = mixed(lanes_[k], Words(All{}.load(x + j + k * LANES)));
@@ -254,7 +257,7 @@ class Mark {
   }
 
  private:
-  Words lanes_[8] = {};
+  Words lanes_[DEPTH / LANES < 8 ? DEPTH / LANES : 8] = {};
 
   INLINE static Words mixed(Words lane, Words word) {
     lane = (lane ^ word) * 0x9E3779B1u;

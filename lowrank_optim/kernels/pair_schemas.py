@@ -135,8 +135,8 @@ def rite_step_(
     float64, is for a backend to keep what saves it work in the next step; zeros where that is nothing. Its last number is 1 where the
     weights are others than those that the step before has written, as far as the backend looks. `numbers`: 1−β̃₁, 1−β̃₂, the decay of
     ρ, α and κ, a row for each A and one for each B. `scalars`: tolerance, added, as of `inverse_power`.
-    With `finite`, (N,) bool, it is written there which gradients have a norm that is finite in float32 (float64 factors: at all), and
-    pairs with another one stay as they are.
+    With `finite`, (N,) bool, it is written there of which gradients the sum of squares is finite in float32 (float64 factors: in
+    float64), and pairs with another one stay as they are.
     """
     op = "rite_step_"
     _check_factors(op, wide, weights=weights, grads=grads, momenta=momenta)

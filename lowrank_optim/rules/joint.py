@@ -107,20 +107,23 @@ class Written:
 WRITTEN = Written()
 
 Answer: TypeAlias = tuple[Sequence[Direction | FusedDense | Written | None], Any]
-"""What to apply to each parameter of a unit (None: leave it as it is), and what `JointRule.finish` is to know of this step."""
+"""What to apply to each parameter of a unit (None: leave it as it is), and what `JointRule.finish` is to know of this step; after
+`WRITTEN`, the text of a RuntimeWarning, or None."""
 
 
 class JointRule(Rule):
     """A rule over `arity` consecutive parameters of a group, which are stepped together, once all have a gradient.
 
     A subclass is a frozen dataclass like any rule, with `init_joint` and `directions`. Its groups are trained without `rank`; a group
-    holds a multiple of `arity` parameters, none of them frozen or sharded. A rule that computes for many units at once, takes frozen
-    members, knows shards, or has work to do once the weights are written, overrides what stands under "units" below.
+    holds a multiple of `arity` parameters, none of them frozen or sharded. A rule that computes for many units at once
+    (`directions_of`, or `writes_lists` and `write_lists`), takes frozen members, knows shards, or has work to do once the weights are
+    written, overrides what stands under "units" below.
 
     Attributes (of the class, without a type in subclasses):
         arity: the number of parameters.
         takes_frozen: some members of a unit, but not all, may be frozen.
         finishes: `finish` is to be called when the weights are written.
+        finds_nonfinite: `write_lists` sees which gradients are not finite.
 
     Example:
         >>> import torch, lowrank_optim as lo

@@ -82,11 +82,11 @@ class RowNorm(NormalizedRule):
 
         lo.LowRankOptimizer(lo.param_groups(model, rule=lo.RowNorm(momentum=0.95, unit="norm")), rule="adam")
 
-    A step of a dense parameter reads the gradient twice (without momentum the first time also shows whether it is finite), and makes
-    no tensor of its size. Sharded matrices are not gathered. Whole
-    rows that lie on several processes (FSDP2) need no message; of rows that are cut, or of columns if these are normalised and rows
-    are split, the sums of squares go over the wire, one number of the compute type for each. Normalising is not linear: micro-batches
-    have to be summed before it, as `step` and `update_in_backward` do.
+    `optimizer.step()` reads the gradient of a dense parameter twice on a CPU (without momentum the first time also shows whether it
+    is finite), and makes no tensor of its size. Sharded matrices are not gathered. Whole rows that lie on several processes (FSDP2)
+    need no message; of rows that are cut, or of columns if these are normalised and rows are split, the sums of squares go over the
+    wire, one number of the compute type for each. Normalising is not linear: micro-batches have to be summed before it, as `step` and
+    `update_in_backward` do.
 
     momentum: μ.
     axis: "rows", or "columns".

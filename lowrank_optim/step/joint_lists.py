@@ -44,7 +44,7 @@ class PlainGroup:
     def of(
         group: Mapping[str, Any], plans: Mapping[Tensor, ParamPlan], states: Mapping[Any, Any]
     ) -> "PlainGroup | None":
-        """Of a group that may be used whole; None where its units are to be stepped one by one."""
+        """Of a group all of whose gradients may be used; None where its units are to be stepped one by one."""
         params = group["params"]
         rule = plans[params[0]].rule if params else None
         if not isinstance(rule, JointRule) or not rule.writes_lists(group) or not _is_usual(group):
@@ -133,8 +133,8 @@ def plain_groups(
     admits: Callable[[Tensor, Mapping[str, Any]], bool],
 ) -> dict[int, PlainGroup]:
     """The groups that are stepped whole, by number; `admits` says of a parameter and its group whether its gradient may be used."""
-    usable = {n: group for n, group in enumerate(groups) if all(admits(param, group) for param in group["params"])}
-    return {n: found for n, group in usable.items() if (found := PlainGroup.of(group, plans, states))}
+    found = {n: plain for n, group in enumerate(groups) if (plain := PlainGroup.of(group, plans, states))}
+    return {n: plain for n, plain in found.items() if all(admits(param, plain.group) for param in plain.params)}
 
 
 def _is_usual(group: Mapping[str, Any]) -> bool:

@@ -198,3 +198,16 @@ def test_rite_leaves_pairs_alone_whose_gradients_have_no_norm_and_says_which(
 def test_the_flags_of_rite_have_a_place_for_each_factor():
     with pytest.raises(ValueError, match=r"finite is \(3,\) torch.bool.*needed: \(2,\) torch.bool"):
         kernels.call("rite_step_", *made.rite_step((70, 50), 3), torch.ones(3, dtype=torch.bool))
+
+
+def test_a_subclass_is_asked_about_parameters_with_gradients_only(monkeypatch: Any):
+    """Layer switching, which is asked, warns of gradients of layers that sleep."""
+    asked: list[torch.Tensor] = []
+    pairs = pairs_of(torch.float32)
+    dense = torch.nn.Parameter(torch.ones(3))
+    optimizer = lo.LoRARiteAdamW([*lo.lora_pairs(pairs), {"params": [dense], "rule": "adam"}], lr=1e-3)
+    monkeypatch.setattr(type(optimizer), "_admits", lambda self, param, group: asked.append(param) is None)
+    give_gradients(pairs, 0, without=1)
+    optimizer.step()
+    assert asked
+    assert all(param.grad is not None for param in asked)

@@ -1,6 +1,7 @@
 """RowNorm, Sinkhorn and SAGE: the numbers of their equations, no state without momentum, matrices of every kind, bad input."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -318,3 +319,15 @@ def test_the_sums_that_normalise_show_whether_a_gradient_is_finite(axis, monkeyp
     with pytest.warns(RuntimeWarning, match="skipped the update of 0.1"):
         other.step_param(others[1])
     assert all(torch.equal(x, y) for x, y in zip(params, others, strict=True))
+
+
+def test_a_profiler_changes_no_bits_of_row_norm():
+    ends = []
+    for is_profiled in (False, True):
+        weight = nn.Parameter(numbers(40, 300, dtype=torch.float32))
+        optimizer = lo.LowRankOptimizer([weight], rule=lo.RowNorm(), lr=LR)
+        weight.grad = numbers(40, 300, seed=1, dtype=torch.float32)
+        with torch.profiler.profile() if is_profiled else nullcontext():
+            optimizer.step()
+        ends.append(weight.detach().clone())
+    assert torch.equal(*ends)
