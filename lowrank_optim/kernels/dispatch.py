@@ -228,8 +228,8 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 def line_sums(tensor: Tensor, dim: int, power: int) -> Tensor:
     """Σ |x| (`power` 1) or Σ x² (2) of every row (`dim` −1) or column (−2), see `compute.line_sums`; squares in one pass where a
     backend can."""
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()  # a profiler changes no bits
-    seen = torch.compiler.is_compiling() or modes or not _is_plain((tensor,))
+    # A profiler and a default device, which is a mode of functions, change no bits.
+    seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not _is_plain((tensor,))
     if power == 2 and not seen and tensor.dtype in _SHORT:
         for backend in _chain(tensor.device.type, _environment(_KEY)):
             if "line_squares" in backend.many:
