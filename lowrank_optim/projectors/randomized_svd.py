@@ -76,7 +76,7 @@ def orthonormalize(matrix: Tensor, passes: int = 2, sharding: TensorSharding = U
 def eigenvectors(gram: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix (…, k, k), by ascending eigenvalue; the largest entry of each is positive.
 
-    A float32 matrix is taken in float32 from k = 128 on, several times faster, and in float64 where that has failed: the float32
+    A float32 matrix is taken in float32 from k = 128 on, in half the time, and in float64 where that has failed: the float32
     divide and conquer does so, sometimes silently, on Gram matrices of low rank. Below, float64 costs little. Of a Gram matrix MMᵀ in
     float32, directions with σ below about 1e-3·σ₁ are decided by its rounding, and differ between the two ways; the others are the
     same to rounding.
