@@ -551,9 +551,8 @@ def main(argv: list[str] | None = None) -> None:
             status, f"\n{parser.prog}: stopped. This goes on from {where} to the same numbers:\n\n    {command}\n"
         )
 
-    several = (
-        args.fsdp or args.ddp
-    )  # torchrun ends its processes by SIGTERM when one has failed: they must not wait for it
+    # torchrun ends its processes by SIGTERM when one has failed: they must not wait for it.
+    several = args.fsdp or args.ddp
     try:
         with nullcontext() if several else catch_sigterm():
             train_all(args)

@@ -107,7 +107,7 @@ def layers_of(model: nn.Module, optimizer: Optimizer) -> list[SpectralLayer]:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    gathered = put_shards_back(model)
+    put_shards_back(model)
     found: dict[int, list[tuple[str, SpectralLinear]]] = {}
     for path, module in model.named_modules():
         if isinstance(module, SpectralLinear):
@@ -116,9 +116,7 @@ def layers_of(model: nn.Module, optimizer: Optimizer) -> list[SpectralLayer]:
         raise ValueError(f"{type(model).__name__} has no SpectralLinear; call lowrank_optim.nn.spectral_(model) first")
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     layers = [SpectralLayer(members[0][0], tuple(module for _, module in members)) for members in found.values()]
-    for layer in layers:
-        for name in PARAMETERS:
-            gathered.check(f"{layer.path}.{name}", layer.param(name))
+    put_parameters_back(model, layers)
     layers = [layer for layer in layers if any(id(layer.param(name)) in held for name in PARAMETERS)]
     if not layers:
         raise ValueError(

@@ -86,15 +86,13 @@ def tied_llama() -> tuple[nn.Module, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("include", ["embed_tokens", "lm_head", ["embed_tokens", "lm_head", "q_proj"]], ids=str)
 def test_a_tied_table_that_a_pattern_names_by_either_name_has_one_set_of_entries(include):
+    def build(llama: nn.Module) -> lo.SaRAAdamW:
+        groups = lo.param_groups(llama, density=0.25, include=include)
+        return lo.SaRAAdamW(groups, lr=1e-2, weight_decay=0.1, shrink_at=3, low_rank_weight=0.1)
+
     model, batch = tied_llama()
     table = model.model.embed_tokens.weight
-    optimizer = lo.SaRAAdamW(
-        lo.param_groups(model, density=0.25, include=include),
-        lr=1e-2,
-        weight_decay=0.1,
-        shrink_at=3,
-        low_rank_weight=0.1,
-    )
+    optimizer = build(model)
     before, losses = table.detach().clone(), []
     mask = torch.zeros(table.numel(), dtype=torch.bool)
     mask[optimizer.state[table]["indices"].long()] = True
@@ -112,13 +110,7 @@ def test_a_tied_table_that_a_pattern_names_by_either_name_has_one_set_of_entries
     assert moved[mask].float().mean() > 0.9
 
     other, _ = tied_llama()
-    resumed = lo.SaRAAdamW(
-        lo.param_groups(other, density=0.25, include=include),
-        lr=1e-2,
-        weight_decay=0.1,
-        shrink_at=3,
-        low_rank_weight=0.1,
-    )
+    resumed = build(other)
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(optimizer.state_dict())
     for each, own in ((model, optimizer), (other, resumed)):

@@ -14,17 +14,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_nothing_is_written_where_there_is_no_terminal(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(module, "AFTER", 0.0)
-    with progress() as report:
-        report("AdamW", 0.5)
-    assert sys.stderr.getvalue() == ""
-
-
-def test_a_short_plan_writes_nothing_on_a_terminal(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(module, "AFTER", 1e6)
+@pytest.mark.parametrize(
+    ("stderr", "after"), [(io.StringIO, 0.0), (Terminal, 1e6)], ids=["no terminal", "a short plan"]
+)
+def test_nothing_is_written_without_a_terminal_and_of_a_short_plan(stderr, after, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stderr())
+    monkeypatch.setattr(module, "AFTER", after)
     with progress() as report:
         report("AdamW", 0.5)
     assert sys.stderr.getvalue() == ""
