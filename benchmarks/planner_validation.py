@@ -3,9 +3,11 @@
 LLaMAs with every optimizer; with --families, a model of each other family (`FAMILIES`) with two.
 
 Measured is what torch's CPU allocator handed out, event by event, as the profiler records it: kernels' own working memory is in it,
-which the planner does not see. Three real steps, from the building of the model on. With "long" batches most memory is activations,
-with "short" ones weights, state and the optimizer's working copies (not shorter than the rank in tokens: gradients of fewer
-directions than the rank take Householder QR, and more memory). On a GPU, benchmarks/gpu/seven_b.py compares likewise.
+which the planner does not see. oneDNN is off: its scratch memory depends on the processor, and on one with units for bfloat16 a
+product of a small model takes up to half a megabyte. Three real steps, from the building of the model on. With "long" batches most
+memory is activations, with "short" ones weights, state and the optimizer's working copies (not shorter than the rank in tokens:
+gradients of fewer directions than the rank take Householder QR, and more memory). On a GPU, benchmarks/gpu/seven_b.py compares
+likewise.
 """
 
 import argparse
@@ -87,7 +89,8 @@ def measure(
     bare, inputs = resolved.build(dtype, None), example(resolved, batch)
     if (layers := resolve_parametrization(parametrization)) is not None:
         bare = layers.convert(bare)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with torch.backends.mkldnn.flags(enabled=False), recorded as record:
         model = bare.to_empty(device="cpu")
         if hasattr(model, "tie_weights"):  # of which to_empty makes two
             model.tie_weights()

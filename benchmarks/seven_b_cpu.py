@@ -3,6 +3,7 @@
     python benchmarks/seven_b_cpu.py                                   # GaLore in 8 bits, 20 steps; hours on 2 cores
     python benchmarks/seven_b_cpu.py --only qgalore --steps 3
     python benchmarks/seven_b_cpu.py --only adamw                      # the largest LLaMA that AdamW fits into the same memory
+    python benchmarks/seven_b_cpu.py --layers 8 --steps 3              # a cut: how long is the first step, which takes all bases?
     python benchmarks/seven_b_cpu.py --model 60m --length 64 --steps 4 # the whole path on a small model
 
 bfloat16 weights, rank 1024, activation checkpointing, updates in backward, one sequence of `--length` bytes of the standard library's
@@ -15,8 +16,8 @@ weights and sparse plus low-rank layers are made of 16-bit weights. The plan is 
 the machine has less than the plan free. glibc's allocator keeps freed blocks in its heap and grows beyond the plan: the threshold
 from which blocks go back to the system is set to 1 MB.
 
-`--save FOLDER` writes a checkpoint after each step, tensor by tensor without a second copy of the model, and the same command
-continues it. Each run writes benchmarks/results/seven_b_cpu_NAME.json; that of `--model` is printed only.
+`--save FOLDER` writes a checkpoint after each step (or after every `--save-every`), tensor by tensor without a second copy of the
+model, and the same command continues it. Each run writes benchmarks/results/seven_b_cpu_NAME.json; that of `--model` is printed only.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -127,7 +129,9 @@ def build(run: dict[str, Any], size: str, length: int) -> tuple[torch.nn.Module,
     return model, optimizer
 
 
-def train(run: dict[str, Any], size: str, length: int, steps: int, folder: Path | None) -> dict[str, Any]:
+def train(
+    run: dict[str, Any], size: str, length: int, steps: int, folder: Path | None, save_every: int
+) -> dict[str, Any]:
     """Memory, losses and times of a run, from the building of the model on."""
     memory = Resident()
     losses: list[float] = []
@@ -164,7 +168,7 @@ def train(run: dict[str, Any], size: str, length: int, steps: int, folder: Path 
                 f"{memory.before / GIB:.2f} of interpreter and libraries, about {left / 60:.0f} min left",
                 flush=True,
             )
-            if folder is not None:
+            if folder is not None and (step + 1) % save_every == 0:
                 save(folder, model, optimizer, losses)
     if not all(map(math.isfinite, losses)):
         raise SystemExit(f"a loss is not finite: {losses}")
@@ -217,23 +221,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=RUNS, default="galore_8bit", help="the run (default galore_8bit)")
     parser.add_argument("--model", choices=SIZES, help="this size")
+    parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers of it")
     parser.add_argument("--length", type=int, default=2048, help="tokens of the sequence (default 2048)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
         "--save", type=Path, metavar="FOLDER", help="write a checkpoint after each step, and continue it"
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=1, metavar="N", help="a checkpoint after every N steps (default 1)"
     )
     parser.add_argument("--note", default="", help="what else the machine did, for the JSON")
     args = parser.parse_args()
     print(give_blocks_back())
     run, free = RUNS[args.only], available() or 0
     size = args.model or ("7b" if run.get("in_backward", True) else choose_size(run, args.length, free))
+    name = f"seven_b_cpu_{args.only}"
+    if args.layers:
+        name += f"_{args.layers}_layers"
+        SIZES[f"{args.layers} layers of {size}"] = replace(SIZES[size], layers=args.layers)
+        size = f"{args.layers} layers of {size}"
     plan = predict(run, size, args.length)
     print(f"{args.only}, {size}: {plan.peak_bytes / GIB:.2f} GiB planned, {free / GIB:.2f} GiB free", flush=True)
     if plan.peak_bytes > free:
         raise SystemExit(
             "the machine has less memory free than the plan needs; end other programs, or take a smaller --model"
         )
-    found = train(run, size, args.length, args.steps, args.save)
+    found = train(run, size, args.length, args.steps, args.save, args.save_every)
     error = plan.peak_bytes / found["peak_resident_bytes"] - 1.0
     print(
         f"peak {found['peak_resident_bytes'] / GIB:.2f} GiB, {plan.peak_bytes / GIB:.2f} planned ({error:+.1%}), "
@@ -248,7 +261,7 @@ def main() -> None:
     }
     results |= {"run": json.loads(json.dumps(run)), **found}
     if args.model is None:
-        write(f"seven_b_cpu_{args.only}", results)
+        write(name, results)
 
 
 if __name__ == "__main__":
