@@ -33,7 +33,7 @@ from tests.oracles.distributed_harness import (
     whole,
 )
 
-BEFORE, AFTER = 4, 4
+BEFORE, AFTER = 3, 3
 """With a refresh of all tensors before the checkpoint, and one after it."""
 CASES = [
     ("galore", {}),
@@ -59,7 +59,7 @@ def build(model, name, **options):
     coded.MIN_CODED = 64
     (size,) = {"density", "rule"} & options.keys() or {"rank"}
     rank = {size: options.pop(size, 2)}
-    return METHODS[name](groups(model, **rank), **{"lr": 1e-3, "update_proj_gap": 3, **options})
+    return METHODS[name](groups(model, **rank), **{"lr": 1e-3, "update_proj_gap": 2, **options})
 
 
 def distributed_model():
@@ -143,12 +143,12 @@ TURNS = ("frugal", "lisa", "badam")
 
 
 def turning(model, name):
-    """A method of which only some tensors have state, another choice every three steps."""
+    """A method of which only some tensors have state, another choice every two steps."""
     coded.MIN_CODED = 64
     if name == "frugal":
-        blocks = {"blocks": "ascending", "on_refresh": "reset", "state_bits": 8, "update_proj_gap": 3}
+        blocks = {"blocks": "ascending", "on_refresh": "reset", "state_bits": 8, "update_proj_gap": 2}
         return lo.FrugalAdamW(groups(model, density=0.4), lr=1e-3, **blocks)
-    return lo.LAYERWISE_METHODS[name](layers(model), lr=1e-3, period=3)
+    return lo.LAYERWISE_METHODS[name](layers(model), lr=1e-3, period=2)
 
 
 def save_turns(folder) -> None:

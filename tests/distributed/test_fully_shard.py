@@ -28,7 +28,7 @@ from tests.oracles.distributed_harness import (
     whole,
 )
 
-STEPS, GAP = 7, 3
+STEPS, GAP = 5, 2
 """All are refreshed at the first step, and twice after it."""
 
 

@@ -15,7 +15,7 @@ from lowrank_optim.sharding.dtensor import dense_sharding
 from tests.distributed.test_fully_shard import place
 from tests.oracles.distributed_harness import Model, distance, spawn, states, train, weights
 
-STEPS, GAP = 7, 3
+STEPS, GAP = 5, 3
 MATRICES = {
     "tall": (26, 10),
     "wide": (10, 33),  # exchanged, for its rows are fewer by far

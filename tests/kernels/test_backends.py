@@ -33,11 +33,14 @@ def repeats(name: str, case: Case, cases: list[Case]) -> bool:
     """Whether Triton's interpreter, which is slow, may leave it out.
 
     float16 is loaded and stored as bfloat16 is, once is enough. Of the largest products, which take a third of the time of all, each
-    type is kept with one of the two operations, whose kernel is the same but for the norms.
+    type is kept with one of the two operations, whose kernel is the same but for the norms. Of the largest sparse ones, which take
+    another third, those of many columns are kept with one operation, and dense rows in one type.
     """
     halves = [other for other in cases if re.search(r"\bfloat16\b", other.label)]
     largest = "() 600 1300 1 " in case.label and ("bfloat16" in case.label) != (case.op == "project_with_norms")
-    return name == "triton" and (case in halves[1:] or largest)
+    wide = "20 20 4000" in case.label and case.op != "sltrain_forward"
+    filled = "density=0.9" in case.label and "bfloat16" in case.label
+    return name == "triton" and (case in halves[1:] or largest or wide or filled)
 
 
 PAIRS = [

@@ -54,8 +54,20 @@ def test_layers_with_a_parametrization_are_predicted_as_well(case):
     assert abs(found["error"]) < 0.03, found
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.title)
-@pytest.mark.parametrize("checkpointing", [False, True])
+EACH = [
+    pytest.param(
+        recipe,
+        checkpointing,
+        marks=[pytest.mark.full] if checkpointing == number % 2 else [],
+        id=f"{recipe.title}-{checkpointing}",
+    )
+    for number, recipe in enumerate(RECIPES)
+    for checkpointing in (False, True)
+]
+"""Of each recipe the one or the other, of its neighbour the other one: in `make test-all` both."""
+
+
+@pytest.mark.parametrize(("recipe", "checkpointing"), EACH)
 def test_two_shallow_models_tell_the_peak_of_a_deep_one_to_the_byte(recipe, checkpointing):
     layers, depth = (6, 2) if recipe.optimizer == "lisa" else (DEEP["num_hidden_layers"], 1)
     model, device = resolve_model({**DEEP, "num_hidden_layers": layers}), torch.device("cuda")

@@ -9,7 +9,7 @@ import lowrank_optim as lo
 from lowrank_optim import kernels
 
 
-def train(compiled: bool, steps: int, whole_loop: bool = False) -> tuple[nn.Module, float]:
+def train(compiled: bool, steps: int, whole_loop: bool = False, backend: str = "inductor") -> tuple[nn.Module, float]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 96), nn.GELU(), nn.Linear(96, 40))
     groups = lo.param_groups(model, rank=8, include=["0", "2"])
@@ -25,7 +25,8 @@ def train(compiled: bool, steps: int, whole_loop: bool = False) -> tuple[nn.Modu
 
     step = optimizer.step
     if compiled:
-        step, make_step = torch.compile(step), torch.compile(make_step) if whole_loop else make_step
+        step = torch.compile(step)
+        make_step = torch.compile(make_step, backend=backend) if whole_loop else make_step
     for _ in range(steps):
         if whole_loop:
             loss = make_step()
@@ -50,9 +51,10 @@ def test_compiled_step_is_the_step_and_never_recompiles() -> None:
 
 
 @pytest.mark.slow
-def test_step_inside_a_compiled_loop() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])  # 20 s of g++
+def test_step_inside_a_compiled_loop(backend: str) -> None:
     torch._dynamo.reset()
-    _, loss = train(True, 12, whole_loop=True)
+    _, loss = train(True, 12, whole_loop=True, backend=backend)
     _, expected = train(False, 12)
     assert loss == pytest.approx(expected, rel=1e-3)
 
