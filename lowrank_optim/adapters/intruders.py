@@ -14,6 +14,7 @@ from lowrank_optim.adapters.layers import Factors, base_of, columns_of, find_fac
 from lowrank_optim.groups.matrices import matrix_shape, matrix_view
 from lowrank_optim.groups.parameters import find_parameters
 from lowrank_optim.kernels import no_autograd_no_autocast
+from lowrank_optim.nn.decompositions import widened
 from lowrank_optim.sharding.dtensor import is_sharded
 
 _log = logging.getLogger("lowrank_optim")
@@ -194,17 +195,12 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Squares lose the vectors of σ < √ε σ₁ among each other, which are one cluster.
     """
-    wide, q = widest(matrix), None
+    wide, q = widened(matrix), None
     if wide.shape[0] > wide.shape[1]:
         q, wide = torch.linalg.qr(wide)
     squares, vectors = torch.linalg.eigh(wide @ wide.mT)
     vectors = vectors.flip(-1)
     return vectors if q is None else q @ vectors, squares.flip(-1).clamp_min(0.0).sqrt()
-
-
-def widest(matrix: Tensor) -> Tensor:
-    """In float64, on accelerators float32."""
-    return matrix.to(torch.float64 if matrix.device.type == "cpu" else torch.float32)
 
 
 # Which matrices -----------------------------------------------------------------------------------------------------------------
@@ -239,7 +235,7 @@ def _of_adapters(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, T
         if getattr(each.layer, "merged", False):
             raise ValueError(f"the adapter of {each.path} is merged into its weights; call unmerge_adapter() first")
         before = None if each.why_not or each.experts > 1 else _base_matrix(each)
-        a, b = widest(each.a.detach().flatten(1)), widest(each.b.detach().flatten(1))
+        a, b = widened(each.a.flatten(1)), widened(each.b.flatten(1))
         if before is None or before.shape != (b.shape[0], a.shape[1]):
             why = each.why_not or "its base is no matrix that the product can be added to"
             _log.warning("intruder dimensions leave %s out: %s", each.path, why)

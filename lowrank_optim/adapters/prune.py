@@ -40,10 +40,9 @@ def prune_ranks_(model: nn.Module, adapter: str | None = None) -> dict[str, int]
     for each in every:
         if is_sharded(each.a) or is_sharded(each.b):
             raise ValueError(f"{each.path} is sharded (DTensor); prune the unsharded model, from a full state dict")
-    kept = {number: _terms(each) for number, each in enumerate(every)}
+    kept = [_terms(each) for each in every]
     changed = {}
-    for number, each in enumerate(every):
-        keep = kept[number]
+    for each, keep in zip(every, kept, strict=True):
         if keep.numel() < each.a.shape[0] // each.experts:
             _write(model, each, keep)
             changed[f"{each.path}.{each.adapter}"] = keep.numel()

@@ -91,16 +91,8 @@ class AdaptedLayer(ReparametrizedLayer):
         for name in self.__dict__.get("stored", {}):
             destination[f"{prefix}{name}"] = getattr(self, name)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, strict, missing_keys, *_ = rest
         numbers = self.__dict__.get("stored", {})
         for name, value in numbers.items():
             found = state_dict.pop(f"{prefix}{name}", None)
@@ -108,9 +100,7 @@ class AdaptedLayer(ReparametrizedLayer):
                 missing_keys.extend([f"{prefix}{name}"] if strict else [])
             elif not found.is_meta:
                 numbers[name] = type(value)(found)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class AdaptedLinear(AdaptedLayer, ReparametrizedLinear):  # type: ignore[override]
@@ -158,8 +148,7 @@ class DiagonalLinear(AdaptedLinear):
         return {"shift": Role()}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{super().extra_repr()}, rank={self.rank}"
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:

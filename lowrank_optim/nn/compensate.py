@@ -72,9 +72,7 @@ def compensate_(
     rank = as_python(rank)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if rank is None:
-        raise ValueError("rank is None; it must be an integer of at least 1, or a fraction in (0, 1)")
-    check_rank_option(rank)
+    check_rank_option(rank, needed=True)
     names = _chosen(statistics, include, exclude)
     layers = dict(model.named_modules(remove_duplicate=False))
     for name in names:

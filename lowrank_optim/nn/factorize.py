@@ -26,9 +26,11 @@ from lowrank_optim.nn.low_rank import (
 from lowrank_optim.nn.plain_layers import Kind, kind_of
 from lowrank_optim.nn.reparametrized import (
     Patterns,
+    ReparametrizedLayer,
     TakenLayer,
     matrix_of,
     put_layers,
+    sharing,
     take_hooks,
     take_layers,
 )
@@ -107,7 +109,7 @@ def factorize_(
     if method == "features":
         _check_statistics(taken, statistics or {}, wanted)
     made: dict[int, nn.Module] = {}
-    shared: dict[int, nn.Module | None] = {}
+    shared: dict[int, ReparametrizedLayer | None] = {}
     alone: list[str] = []
     for layer in taken:
         weight = layer.module.weight
@@ -213,7 +215,7 @@ def _check_statistics(
 @torch.no_grad()
 def _factorized(
     layer: TakenLayer, rank: int | None, energy: float | None, method: str, statistics: Statistics | None
-) -> nn.Module | None:
+) -> ReparametrizedLayer | None:
     """A new layer without hooks, and without bias unless the method makes one; None if it would not be smaller."""
     module, (m, n) = layer.module, layer.module.weight.shape
     if rank is not None and rank * (m + n) >= m * n:
@@ -272,12 +274,9 @@ def _empty(module: nn.Module, rank: int, bias: bool) -> LowRankLinear | LowRankE
     return new.to_empty(device=weight.device)
 
 
-def _in_place_of(old: nn.Module, first: nn.Module, method: str) -> nn.Module:
+def _in_place_of(old: nn.Module, first: ReparametrizedLayer, method: str) -> nn.Module:
     """A layer for this one with the factors of `first`, and with the old bias unless the method made one."""
-    new = first.__class__.__new__(first.__class__)
-    nn.Module.__init__(new)
-    new.__dict__.update({name: value for name, value in first.__dict__.items() if name not in nn.Module().__dict__})
-    new._parameters.update(first._parameters)
+    new = sharing(first)
     if method == "svd" and not isinstance(old, nn.Embedding):
         new.register_parameter("bias", old._parameters.get("bias"))
     take_hooks(old, new)

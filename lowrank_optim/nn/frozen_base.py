@@ -21,7 +21,6 @@ from lowrank_optim.nn.reparametrized import (
 def add_adapters_(
     model: nn.Module,
     make: Callable[[TakenLayer], AdaptedLayer],
-    *,
     include: Patterns,
     exclude: Patterns,
     freeze_rest: bool,

@@ -27,10 +27,10 @@ def check_rank(path: str, rank: int, m: int, n: int) -> None:
         raise ValueError(f"{where}rank is {rank!r}; it must be an integer from 1 to min({m}, {n}) = {min(m, n)}")
 
 
-def check_rank_option(rank: Any) -> None:
-    """Raise ValueError unless it is None, an integer of at least 1 or a fraction in (0, 1)."""
+def check_rank_option(rank: Any, needed: bool = False) -> None:
+    """Raise ValueError unless it is an integer of at least 1, a fraction in (0, 1), or None where none is needed."""
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    if rank is not None and not whole and not (isinstance(rank, float) and 0 < rank < 1):
+    if (needed or rank is not None) and not whole and not (isinstance(rank, float) and 0 < rank < 1):
         raise ValueError(f"rank is {rank!r}; it must be an integer of at least 1, or a fraction in (0, 1)")
 
 
@@ -118,11 +118,7 @@ class LowRankLinear(ReparametrizedLinear):
         return {"lora_A": HALF_DECAY, "lora_B": HALF_DECAY}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )
+        return f"{super().extra_repr()}, rank={self.rank}, bias={self.bias is not None}"
 
 
 class LowRankEmbedding(ReparametrizedLayer):
@@ -221,7 +217,6 @@ class LowRankEmbedding(ReparametrizedLayer):
         return {"table": HALF_DECAY, "lora_B": HALF_DECAY}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}, bias={self.bias is not None}"
 
 
@@ -275,5 +270,4 @@ class CompensatedLinear(AdaptedLinear):
         return {"lora_A": HALF_DECAY, "lora_B": HALF_DECAY}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{super().extra_repr()}, rank={self.rank}"

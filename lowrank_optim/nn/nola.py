@@ -137,9 +137,7 @@ class NOLALinear(AdaptedLinear):
         return {"coefficients_A": HALF_DECAY, "coefficients_B": HALF_DECAY}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, rank={self.rank}, bases={self.coefficients_A.shape[0]}"
+        return f"{super().extra_repr()}, rank={self.rank}, bases={self.coefficients_A.shape[0]}"
 
 
 def nola_(
@@ -192,9 +190,5 @@ def nola_(
     check_rank_option(rank)
     options: dict[str, Any] = {"rank": rank, "bases": bases, "alpha": alpha, "seed": seed}
     return add_adapters_(
-        model,
-        lambda layer: NOLALinear(layer.module, position=layer.position, **options),
-        include=include,
-        exclude=exclude,
-        freeze_rest=freeze_rest,
+        model, lambda layer: NOLALinear(layer.module, position=layer.position, **options), include, exclude, freeze_rest
     )

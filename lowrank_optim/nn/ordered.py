@@ -10,14 +10,13 @@ from lowrank_optim.groups.roles import Role
 from lowrank_optim.kernels import compute_dtype, outside_graph
 from lowrank_optim.nn.decompositions import best_of_rank, widened
 from lowrank_optim.nn.low_rank import HALF_DECAY, Device, apply_pair, check_rank, product
-from lowrank_optim.nn.plain_layers import kind_of
 from lowrank_optim.nn.reparametrized import (
     Patterns,
     ReparametrizedLinear,
+    TakenLayer,
     matrix_of,
-    put_layers,
+    replace_layers,
     take_layers,
-    take_over,
 )
 from lowrank_optim.sharding.dtensor import is_sharded
 from lowrank_optim.step.relayout import replace_data
@@ -127,11 +126,7 @@ class OrderedLinear(ReparametrizedLinear):
         return {"in_factor": HALF_DECAY, "out_factor": HALF_DECAY}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )
+        return f"{super().extra_repr()}, rank={self.rank}, bias={self.bias is not None}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         found = [state_dict.get(f"{prefix}{name}") for name in ("in_factor", "out_factor")]
@@ -203,30 +198,19 @@ def ordered_(model: nn.Module, *, include: Patterns = None, exclude: Patterns = 
     for path, _, module in taken:
         if not module.weight.is_meta and not bool(torch.isfinite(module.weight).all()):
             raise ValueError(f"{path}.weight is not finite; it has no singular value decomposition")
-    shared: dict[int, OrderedLinear] = {}
-    made: dict[int, nn.Module] = {}
-    for layer in taken:
-        old = layer.module
-        new = _empty(old)
-        if (first := shared.setdefault(id(old.weight), new)) is not new:
-            new.in_factor, new.out_factor = first.in_factor, first.out_factor
-        else:
-            new = first = new.to_empty(device=old.weight.device)
-            if not old.weight.is_meta:
-                first.set_weight(matrix_of(old))
-            for param in first.parameters():
-                param.requires_grad_(old.weight.requires_grad)
-        take_over(old, new)
-        made[id(old)] = new
-    put_layers(model, made)
+    replace_layers(model, taken, _make)
     return model
 
 
-def _empty(module: nn.Module) -> OrderedLinear:
-    """A layer without numbers and without bias."""
-    weight: Any = module.weight
-    m, n = weight.shape if kind_of(module) == "linear" else weight.shape[::-1]
+def _make(layer: TakenLayer) -> OrderedLinear:
+    old = layer.module
+    m, n = matrix_of(old).shape
     with torch.device("meta"):
-        new = OrderedLinear(n, m, bias=False, dtype=weight.dtype)
-    new.plain_class = type(module)
+        new = OrderedLinear(n, m, bias=False, dtype=old.weight.dtype)
+    new.plain_class = type(old)
+    new.to_empty(device=old.weight.device)
+    if not old.weight.is_meta:
+        new.set_weight(matrix_of(old))
+    for param in new.parameters():
+        param.requires_grad_(old.weight.requires_grad)
     return new

@@ -1,6 +1,6 @@
 """Give the linear layers of a model 8-bit weights, and float ones back."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -130,15 +130,13 @@ def _load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> Non
         state[name] = QuantizedWeight(value, scale, own.dtype)
     elif not value.is_floating_point():
         raise ValueError(f"{name}: the checkpoint has {value.dtype} codes without their scales, {prefix}{SCALE}")
-    elif value.shape == own.shape and not isinstance(
-        value, QuantizedWeight
-    ):  # to nearest, and also where `assign` is True
+    elif value.shape == own.shape and not isinstance(value, QuantizedWeight):
+        # To nearest, and also where `assign` is True.
         state[name] = QuantizedWeight.from_float(value).to(own.dtype)
 
 
 def _check_codes(name: str, codes: Tensor, scale: Tensor, own: QuantizedWeight) -> None:
-    found: Mapping[str, Tensor] = {"codes": codes, "scale": scale}
-    for part, tensor in found.items():
+    for part, tensor in (("codes", codes), ("scale", scale)):
         mine = getattr(own, part)
         if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
             raise ValueError(

@@ -201,11 +201,9 @@ class WeightView(_Decoding):
         return self._whole
 
     def decoded(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The values, in the nominal type or another."""
         return self.within(self.whole.decoded(dtype))
 
     def within(self, dense: Tensor) -> Tensor:
-        """The memory of this tensor in a decoded whole weight."""
         for func, args, kwargs, index in self.calls:
             plain_args, plain_kwargs = tree_map(with_memory(dense), (args, kwargs))
             dense = tree_leaves(func(*plain_args, **plain_kwargs))[index]

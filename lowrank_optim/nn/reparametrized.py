@@ -5,7 +5,7 @@ checks the layers, `put_layers` exchanges them, `merge_` gives plain layers back
 checked.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -82,24 +82,14 @@ class ReparametrizedLayer(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        *_, error_msgs = rest
         if state_dict.pop(f"{prefix}weight", None) is not None:
             error_msgs.append(
                 f"{prefix}weight is a dense weight; {type(self).__name__} has none. Load it into the plain model first, then call "
                 f"{self.converter}"
             )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 Layer = TypeVar("Layer", bound=ReparametrizedLayer)
@@ -139,6 +129,10 @@ class ReparametrizedLinear(ReparametrizedLayer):
         made.register_parameter("weight", weight)
         made.register_parameter("bias", self.bias)
         return made
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def matrix_of(module: nn.Module) -> Tensor:
@@ -268,6 +262,22 @@ def put_layers(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
                 setattr(parent, name, made[id(child)])
 
 
+def replace_layers(
+    model: nn.Module, taken: list[TakenLayer], make: Callable[[TakenLayer], ReparametrizedLinear]
+) -> None:
+    """Put new layers in the place of taken ones, with their biases, hooks and training flags; those of one weight share their own."""
+    shared: dict[int, ReparametrizedLinear] = {}
+    made: dict[int, nn.Module] = {}
+    for layer in taken:
+        first = shared.get(id(layer.module.weight))
+        new = make(layer) if first is None else sharing(first)
+        shared.setdefault(id(layer.module.weight), new)
+        new.register_parameter("bias", layer.module._parameters.get("bias"))
+        take_hooks(layer.module, new)
+        made[id(layer.module)] = new
+    put_layers(model, made)
+
+
 def sharing(first: Layer) -> Layer:
     """Another layer of this kind with the parameters and buffers of the first, without its hooks and submodules."""
     new = type(first).__new__(type(first))
@@ -276,12 +286,6 @@ def sharing(first: Layer) -> Layer:
     new._parameters.update(first._parameters)
     new._buffers.update(first._buffers)
     return new
-
-
-def take_over(old: nn.Module, new: nn.Module) -> None:
-    """Give the new module the bias, the forward and backward hooks, and the training flag of the old one."""
-    new.register_parameter("bias", old._parameters.get("bias"))
-    take_hooks(old, new)
 
 
 def take_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -103,9 +103,7 @@ class SALTLinear(AdaptedLinear):
         return {"scale": Role(), "shift": Role(), "lora_A": HALF_DECAY, "lora_B": HALF_DECAY}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, rank={self.rank}, lora_rank={self.lora_A.shape[0]}"
+        return f"{super().extra_repr()}, rank={self.rank}, lora_rank={self.lora_A.shape[0]}"
 
 
 def without(rows: Tensor, basis: Tensor) -> Tensor:
@@ -164,9 +162,5 @@ def salt_(
     check_rank_option(rank)
     options: dict[str, Any] = {"rank": rank, "lora_rank": lora_rank, "alpha": alpha, "seed": seed}
     return add_adapters_(
-        model,
-        lambda layer: SALTLinear(layer.module, position=layer.position, **options),
-        include=include,
-        exclude=exclude,
-        freeze_rest=freeze_rest,
+        model, lambda layer: SALTLinear(layer.module, position=layer.position, **options), include, exclude, freeze_rest
     )

@@ -110,11 +110,10 @@ def select_ranks(
 def normalized(values: Tensor, how: str) -> Tensor:
     """Singular values between 0 and 1, ascending; all 1 for a flat spectrum."""
     low = values[-1] if how == "minmax" else torch.zeros_like(values[-1])
-    sharding = values[0] - low
     eps = torch.finfo(values.dtype).eps
     if values[0] - values[-1] <= eps * values.numel() * values[0]:
         return torch.ones_like(values)
-    return ((values - low) / sharding).flip(0)
+    return ((values - low) / (values[0] - low)).flip(0)
 
 
 def threshold(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_optim.kernels import as_python
 from lowrank_optim.nn.decompositions import best_of_rank, widened
-from lowrank_optim.nn.reparametrized import Patterns, TakenLayer, put_layers, sharing, take_layers, take_over
+from lowrank_optim.nn.reparametrized import Patterns, TakenLayer, replace_layers, take_layers
 from lowrank_optim.nn.sparse_low_rank import SparseLowRankLinear, SupportName, check_numbers
 from lowrank_optim.nn.supports import ColumnSupport, Support, linear_indices, support_from_indices
 
@@ -94,15 +94,7 @@ def sltrain_(
     options: dict[str, Any] = {"rank": rank, "density": density, "alpha": alpha}
     options |= {"trainable_scaling": trainable_scaling, "save_projection": save_projection, "seed": seed}
     options["support"] = support
-    shared: dict[int, SparseLowRankLinear] = {}
-    made: dict[int, nn.Module] = {}
-    for layer in taken:
-        first = shared.get(id(layer.module.weight))
-        new = _make(layer, init, rounds, options) if first is None else sharing(first)
-        shared.setdefault(id(layer.module.weight), new)
-        take_over(layer.module, new)
-        made[id(layer.module)] = new
-    put_layers(model, made)
+    replace_layers(model, taken, lambda layer: _make(layer, init, rounds, options))
     return model
 
 

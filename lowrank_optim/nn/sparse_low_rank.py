@@ -111,10 +111,8 @@ class SparseLowRankLinear(ReparametrizedLinear):
         self._seeded: SeededSupport | None = None
 
         def add(name: str, *shape: int) -> None:
-            there = 0 not in shape
-            self.register_parameter(
-                name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if there else None
-            )
+            param = None if 0 in shape else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, param)
 
         add("lora_A", rank, in_features)
         add("lora_B", out_features, rank)
@@ -243,12 +241,8 @@ class SparseLowRankLinear(ReparametrizedLinear):
         return {name: role for name, role in roles.items() if getattr(self, name) is not None}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
         values = 0 if self.sparse_value is None else self.sparse_value.numel()
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, values={values}, "
-            f"bias={self.bias is not None}"
-        )
+        return f"{super().extra_repr()}, rank={self.rank}, values={values}, bias={self.bias is not None}"
 
     # The state dict ----------------------------------------------------------------------------------------------------------
 
@@ -266,24 +260,14 @@ class SparseLowRankLinear(ReparametrizedLinear):
         if self.scaling is None and self.lora_A is not None:
             destination[f"{prefix}scale"] = self.scale
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, strict, missing_keys, _, error_msgs = rest
         try:
             missing = self._load_support(state_dict, prefix) + self._load_scale(state_dict, prefix)
             missing_keys.extend(missing if strict else [])
         except ValueError as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _load_support(self, state: dict[str, Any], prefix: str) -> list[str]:
         """Take the support out of a state dict, of whatever kind it is there; the keys that are missing."""
@@ -300,23 +284,19 @@ class SparseLowRankLinear(ReparametrizedLinear):
                 raise ValueError(f"support is {seeded.tolist()}; needed: [{STRATIFIED}, key, number of entries]")
             found = SeededSupport(m, n, int(seeded[2]), unsigned_key(int(seeded[1])))
         elif columns is not None:
-            as_index = support_from_indices(1, n, columns)
-            found = ColumnSupport(m, n, as_index.columns)
+            found = ColumnSupport(m, n, support_from_indices(1, n, columns).columns)
         elif index is not None and rows is not None:
             found = support_from_rows(m, n, rows, index.view(torch.int16).view(-1) if index.dim() == 2 else index)
             state[f"{prefix}sparse_index"] = stored_columns(found)
         elif index is not None:  # as the released code stores it: row·n + column
             found = support_from_indices(m, n, index)
             state[f"{prefix}sparse_index"], state[f"{prefix}sparse_rows"] = stored_columns(found), found.pointers
-            if (
-                self.scaling is None
-                and self.alpha is None
-                and f"{prefix}scale" not in state
-                and self.lora_A is not None
-            ):
-                raise ValueError("a checkpoint of the released code does not say alpha; give it to sltrain_(alpha=…)")
-            if self.scaling is None and self.lora_A is not None:
-                state.setdefault(f"{prefix}scale", self.scale)
+            if self.scaling is None and self.lora_A is not None and f"{prefix}scale" not in state:
+                if self.alpha is None:
+                    raise ValueError(
+                        "a checkpoint of the released code does not say alpha; give it to sltrain_(alpha=…)"
+                    )
+                state[f"{prefix}scale"] = self.scale
         else:
             return [f"{prefix}support"] if self._seeded is not None else []
         self.set_support(found)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowrank_optim.kernels import call, low_rank, no_autograd_no_autocast, token_rows
+from lowrank_optim.kernels import call, compute_dtype, low_rank, no_autograd_no_autocast, token_rows
 from lowrank_optim.nn.supports import ColumnSupport, SeededSupport, StoredSupport, Support
 
 
@@ -50,7 +50,8 @@ class SparseLowRankProduct(torch.autograd.Function):
         if v is not None and isinstance(support, (SeededSupport, StoredSupport)):
             y: Tensor = call("sltrain_forward", tokens, scaled, b, offset, v, *support.compressed(x.device))
         else:
-            y = low_rank(tokens, scaled, None if b is None else b.mT, offset, _size(lora_b, support))
+            m = support.rows if lora_b is None else lora_b.shape[0]  # type: ignore[union-attr]  # there is one of both
+            y = low_rank(tokens, scaled, None if b is None else b.mT, offset, m)
             if v is not None and isinstance(support, ColumnSupport):
                 token_rows(y).addmm_(token_rows(tokens)[:, support.columns], v.view(support.rows, -1).mT)
         return y.to(result)
@@ -73,7 +74,7 @@ class SparseLowRankProduct(torch.autograd.Function):
             if need_b or need_theta:
                 u = tokens @ a.mT if u is None else token_rows(u)
             if need_theta:  # ∂θ = (1 − s²) ∂s
-                exact = torch.tanh(theta.to(_sums(compute)))
+                exact = torch.tanh(theta.to(compute_dtype(compute)))
                 inner = (q.to(exact.dtype) * u.to(exact.dtype)).sum()
                 grad_theta = (inner * (1 - exact * exact)).to(theta.dtype)
             if need_b:
@@ -83,7 +84,7 @@ class SparseLowRankProduct(torch.autograd.Function):
             if need_a:
                 grad_a = (q.mT @ tokens).to(lora_a.dtype)
         grad_x, grad_v = _sparse_backward(support, values, tokens, g, q, a, need_x, need_v)
-        grad_bias = g.sum(0, dtype=_sums(compute)).to(bias.dtype) if need_bias else None
+        grad_bias = g.sum(0, dtype=compute_dtype(compute)).to(bias.dtype) if need_bias else None
         if grad_x is not None:
             grad_x = grad_x.view(x.shape).to(x.dtype)
         return grad_x, grad_a, grad_b, grad_v, grad_bias, grad_theta, None, None, None, None, None
@@ -119,22 +120,9 @@ def _sparse_backward(
     return grad_x, None if grad_v is None else grad_v.to(values.dtype)
 
 
-def _size(lora_b: Tensor | None, support: Support | None) -> int:
-    """m."""
-    if lora_b is not None:
-        return lora_b.shape[0]
-    assert support is not None  # a layer has factors or values
-    return support.rows
-
-
 def _times(x: Tensor, scale: Tensor | float) -> Tensor:
     return x if isinstance(scale, float) and scale == 1.0 else x * scale
 
 
 def _scale(theta: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor | float:
-    return scale if theta is None else torch.tanh(theta.to(_sums(dtype))).to(dtype)
-
-
-def _sums(dtype: torch.dtype) -> torch.dtype:
-    """The type in which parts are added up."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return scale if theta is None else torch.tanh(theta.to(compute_dtype(dtype))).to(dtype)

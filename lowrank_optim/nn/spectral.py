@@ -7,15 +7,7 @@ from torch import nn
 
 from lowrank_optim.kernels import as_python
 from lowrank_optim.nn.plain_layers import kind_of
-from lowrank_optim.nn.reparametrized import (
-    Patterns,
-    TakenLayer,
-    matrix_of,
-    put_layers,
-    sharing,
-    take_layers,
-    take_over,
-)
+from lowrank_optim.nn.reparametrized import Patterns, TakenLayer, matrix_of, replace_layers, take_layers
 from lowrank_optim.nn.spectral_linear import SpectralLinear, check_active, check_mixture
 
 
@@ -92,15 +84,7 @@ def spectral_(
         "save_projection": save_projection,
     }
     options |= {"mixture": mixture, "seed": seed}
-    shared: dict[int, SpectralLinear] = {}
-    made: dict[int, nn.Module] = {}
-    for layer in taken:
-        key = id(layer.module.weight)
-        new = sharing(shared[key]) if key in shared else _make(layer, options)
-        shared.setdefault(key, new)
-        take_over(layer.module, new)
-        made[id(layer.module)] = new
-    put_layers(model, made)
+    replace_layers(model, taken, lambda layer: _make(layer, options))
     return model
 
 

@@ -176,11 +176,8 @@ class SpectralLinear(ReparametrizedLinear):
         return {"sigma": Role(), "u_active": Role("no_decay"), "v_active": Role("no_decay")}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"triplets={self.sigma.numel()}, bias={self.bias is not None}"
-        )
+        triplets = self.sigma.numel()
+        return f"{super().extra_repr()}, rank={self.rank}, triplets={triplets}, bias={self.bias is not None}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A dense weight under this layer's name is decomposed."""

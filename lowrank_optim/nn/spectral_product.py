@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowrank_optim.kernels import no_autograd_no_autocast, token_rows
+from lowrank_optim.kernels import compute_dtype, no_autograd_no_autocast, token_rows
 
 
 class SpectralProduct(torch.autograd.Function):
@@ -85,7 +85,7 @@ class SpectralProduct(torch.autograd.Function):
             grad_x = (q * values) @ v.to(compute).mT
             grad_x.addmm_(q_frozen * values_frozen, v_frozen.to(compute).mT)
             grad_x = grad_x.view(x.shape).to(x.dtype)
-        grad_bias = g.sum(0, dtype=_sums(compute)).to(bias.dtype) if need_bias else None
+        grad_bias = g.sum(0, dtype=compute_dtype(compute)).to(bias.dtype) if need_bias else None
         return grad_x, grad_sigma, grad_u, grad_v, grad_bias, *(None,) * 8
 
 
@@ -97,7 +97,7 @@ def _two_parts(sigma: Tensor, order: Tensor, rank: int, dtype: torch.dtype) -> t
 
 def _inner(q: Tensor, p: Tensor) -> Tensor:
     """Σ_t Q_ti P_ti for every column i."""
-    return (q * p).sum(0, dtype=_sums(q.dtype))
+    return (q * p).sum(0, dtype=compute_dtype(q.dtype))
 
 
 def _of_vectors(grad: Tensor, vectors: Tensor, values: Tensor, enhanced: bool, tangent: bool) -> Tensor:
@@ -105,11 +105,6 @@ def _of_vectors(grad: Tensor, vectors: Tensor, values: Tensor, enhanced: bool, t
     if not enhanced:
         grad = grad * values
     if tangent:  # (I − u uᵀ) ∂u
-        wide, unit = grad.to(_sums(grad.dtype)), vectors.to(_sums(grad.dtype))
+        wide, unit = grad.to(compute_dtype(grad.dtype)), vectors.to(compute_dtype(grad.dtype))
         grad = wide - unit * (unit * wide).sum(0)
     return grad.to(vectors.dtype)
-
-
-def _sums(dtype: torch.dtype) -> torch.dtype:
-    """The type in which parts are added up."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -143,7 +143,7 @@ def collect_statistics(
                 ran = True
                 gatherer.mask = _mask_of(batch)
                 _call(model, batch)
-                gatherer.forget()
+                gatherer.last = None
     finally:
         for module, training in modes.items():
             module.training = training
@@ -231,10 +231,6 @@ class _Gatherer:
         if mask is not None and x.shape[: mask.dim()] == mask.shape:
             return x[mask.to(x.device)].flatten(0, -2)
         return x.reshape(-1, x.shape[-1])
-
-    def forget(self) -> None:
-        """The tensor of the last layer is not needed any more."""
-        self.last = None
 
     def finished(self) -> dict[str, Statistics]:
         """The statistics of all layers that ran."""

@@ -80,10 +80,4 @@ def svfit_(
     """
     rank = as_python(rank)
     check_rank_option(rank)
-    return add_adapters_(
-        model,
-        lambda layer: SVFitLinear(layer.module, rank=rank),
-        include=include,
-        exclude=exclude,
-        freeze_rest=freeze_rest,
-    )
+    return add_adapters_(model, lambda layer: SVFitLinear(layer.module, rank=rank), include, exclude, freeze_rest)

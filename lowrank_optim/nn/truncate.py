@@ -182,9 +182,8 @@ def truncated_stack(matrix: Tensor, cut: RankCut, shrinkage: float = 0.0) -> tup
     where its other singular values are those of rounding; if that holds for all of them, `matrix` itself is returned.
     """
     stack = matrix if matrix.dim() > 2 else matrix.unsqueeze(0)
-    if (
-        min(stack.shape[-2:]) == 1 and shrinkage == 0.0
-    ):  # depthwise kernels: what is not zero has rank 1, whatever the cut
+    # Depthwise kernels: what is not zero has rank 1, whatever the cut.
+    if min(stack.shape[-2:]) == 1 and shrinkage == 0.0:
         return matrix, cut.kept(torch.linalg.vector_norm(stack, torch.inf, dim=(-2, -1)).unsqueeze(-1))
     made: Tensor | None = None
     ranks: list[int] = []
@@ -225,9 +224,8 @@ def take_matrices(
         raise ValueError("the model has no matrix to truncate; embeddings and output heads have to be named by include")
     owners: dict[int, dict[str, nn.Module]] = {}
     for path, module in model.named_modules():
-        if isinstance(
-            module, PLAIN + TRANSPOSED
-        ):  # its own parameter: `.weight` may be computed, as of a spectral norm
+        # Its own parameter: `.weight` may be computed, as of a spectral norm.
+        if isinstance(module, PLAIN + TRANSPOSED):
             owners.setdefault(id(module._parameters.get("weight")), {})[path] = module
     found = [_viewed(matrix, owners.get(id(matrix.param), {}), convolutions) for matrix in found]
     for matrix in found:

@@ -72,9 +72,7 @@ class TuckerConvolution(AdaptedLayer):
                 f"groups is {base.groups}; the core joins all channels, and a convolution in groups cannot have one: leave it out "
                 "(exclude)"
             )
-        check_rank_option(rank)
-        if rank is None:
-            raise ValueError("rank is None; it must be an integer of at least 1, or a fraction in (0, 1)")
+        check_rank_option(rank, needed=True)
         check_kernel_rank(kernel_rank)
         self.base = base
         like = self.like()
@@ -138,7 +136,6 @@ class TuckerConvolution(AdaptedLayer):
         return dict.fromkeys(own, Role(decay_factor=1 / len(own)))
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
         return f"core={tuple(self.core.shape)}"
 
 
@@ -217,8 +214,8 @@ def tucker_adapters_(
     return add_adapters_(
         model,
         lambda layer: TuckerConvolution(layer.module, position=layer.position, **options),
-        include=include,
-        exclude=exclude,
-        freeze_rest=freeze_rest,
+        include,
+        exclude,
+        freeze_rest,
         kinds=("convolution",),
     )

@@ -154,11 +154,7 @@ class WeightNormalizedLinear(ReparametrizedLinear):
         return {"lora_A": HALF_DECAY, "lora_B": HALF_DECAY, "magnitude": Role("no_decay")}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, norm={self.norm!r}, "
-            f"detach_norm={self.detach_norm}"
-        )
+        return f"{super().extra_repr()}, rank={self.rank}, norm={self.norm!r}, detach_norm={self.detach_norm}"
 
 
 def check_norm(norm: Any) -> None:
@@ -221,9 +217,7 @@ def weight_normalized_(
     Paper: Huang et al., "Gradient Weight-normalized Low-rank Projection for Efficient LLM Training", arXiv:2412.19616.
     """
     rank, seed = map(as_python, (rank, seed))
-    if rank is None:
-        raise ValueError("rank is None; it must be an integer of at least 1, or a fraction in (0, 1)")
-    check_rank_option(rank)
+    check_rank_option(rank, needed=True)
     check_norm(norm)
     taken = take_layers(model, include, exclude, ("linear", "conv1d"), meta=True, coded=True)
     ranks = [_checked_rank(layer, rank) for layer in taken]

@@ -131,10 +131,7 @@ class WeightNormalizedProduct(torch.autograd.Function):
             _as(grad_b, b.dtype),
             _as(grad_m if need_m else None, magnitude.dtype),
             _as(g.sum(0, dtype=wide), bias.dtype) if need_bias else None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
