@@ -260,7 +260,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if not isinstance(weight, QuantizedWeight):
         return F.linear(input, weight, bias)
     kind = input.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(kind)
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
         with torch.amp.autocast(kind, enabled=False):

@@ -172,6 +172,8 @@ def find_layers(
         TypeError: no nn.Module.
         ValueError: a pattern without effect; a name that is none of such a layer; no layer to take.
     """
+    if isinstance(include, Iterable) and not isinstance(include, str):
+        include = list(include)
     chosen = {id(param) for param in select_matrices(model, include, exclude)}
     if names is not None:
         chosen = _named(model, kinds, names)
@@ -187,8 +189,6 @@ def find_layers(
         raise ValueError(
             f"the model is itself an {type(model).__name__} and cannot be replaced in place; put it into an nn.Sequential"
         )
-    if isinstance(include, Iterable) and not isinstance(include, str):
-        include = list(include)
     layers = [
         (path, module)
         for path, module in model.named_modules()

@@ -102,7 +102,8 @@ class TuckerConvolution(AdaptedLayer):
         if exact:
             made, *factors = wide(made, *factors)
         for side, factor in enumerate(factors, start=2):
-            made = torch.tensordot(made, factor, dims=([side], [1])).movedim(-1, side)
+            # Autocast has made a 16-bit tensor of the first product; it leaves tensordot's types as they are.
+            made = torch.tensordot(made, factor.to(made.dtype), dims=([side], [1])).movedim(-1, side)
         return made
 
     def added(self, x: Tensor) -> Tensor:

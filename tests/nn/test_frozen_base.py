@@ -104,6 +104,16 @@ CONVOLUTIONS = [
 ]
 
 
+def test_a_core_with_a_kernel_rank_computes_under_autocast():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3))
+    perturb(lo.nn.tucker_adapters_(model, rank=2, kernel_rank=2, include="0"))
+    x = torch.randn(2, 4, 7, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), model(x), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("kernel_rank", [None, 2])
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=["strided", "circular", "reflect"])
 def test_a_core_beside_a_convolution_is_the_dense_formula(options, kernel_rank):

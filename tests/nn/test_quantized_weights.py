@@ -101,6 +101,10 @@ def test_autocast_computes_in_its_type() -> None:
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert model[0].weight.grad.dtype == torch.float32
+    model, x = quantized_model(torch.float64), torch.randn(4, 96, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        expected = nn.functional.linear(x, model[0].weight.decoded(), model[0].bias)
+        torch.testing.assert_close(model[0](x), expected)
 
 
 def test_gradients_accumulate() -> None:

@@ -816,6 +816,8 @@ def test_models_that_cannot_be_taken():
     both = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Linear(8, 8))
     with pytest.raises(ValueError, match="'0' matches no plain"):
         convert(both, include=["0", "1"])
+    with pytest.raises(ValueError, match="'0' matches no plain"):
+        convert(both, include=(pattern for pattern in ("0", "1")))  # which can be read once
     model = make_model()
     nn.init.constant_(model[0].weight, math.nan)
     with pytest.raises(ValueError, match=r"0\.weight is not finite"):
