@@ -23,6 +23,12 @@ Part: TypeAlias = Rule | Projector | Residual
 KINDS: dict[str, type[Any]] = {"rule": Rule, "projector": Projector, "residual": Residual}
 """The group key of each kind of part."""
 
+_RESERVED = (
+    *("lr", "initial_lr", "weight_decay", "params", "param_names", "state_format"),  # keys of torch's groups, and ours
+    *("rule", "dense_rule", "residual", "parts"),  # arguments of the constructor
+)
+"""Names beside those of `DEFAULTS` that no field of a part may have."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -148,7 +154,7 @@ class PartRegistry:
 
 def check_option_names(parts: Parts, also: Iterable[str] = ()) -> None:
     """Raise ValueError where two parts, or a part and the package, call an option by the same name."""
-    owners = dict.fromkeys((*DEFAULTS, "lr", "weight_decay", "params", *also), "an option of every optimizer")
+    owners = dict.fromkeys((*DEFAULTS, *_RESERVED, *also), "an option of every optimizer")
     for kind, part in (("rule", parts.rule), ("residual", parts.residual)):
         for name in part.options():
             if name in owners:

@@ -4,7 +4,7 @@ import copy
 import io
 import runpy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -288,6 +288,13 @@ def test_options_and_state_of_two_parts_must_not_have_one_name():
         lo.LowRankOptimizer(params, rule=Collides())
     with pytest.raises(ValueError, match="'basis' belongs to the projector, and the rule has one of that name"):
         lo.LowRankOptimizer(params, rule=TakesBasis(), rank=4)
+
+
+@pytest.mark.parametrize("field", ["lr", "initial_lr", "state_format", "param_names", "rule", "parts"])
+def test_keys_of_a_group_and_arguments_of_the_constructor_are_no_fields_of_a_part(field):
+    kind = make_dataclass("Field", [(field, float, 0.5)], bases=(lo.Lion,), namespace={"name": "field"}, frozen=True)
+    with pytest.raises(ValueError, match=f"'{field}' is a field of the rule Field, and an option of every optimizer"):
+        lo.LowRankOptimizer(parameters()[:1], rule=kind())
 
 
 @dataclass(frozen=True)
