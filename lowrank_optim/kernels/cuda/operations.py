@@ -37,9 +37,6 @@ from lowrank_optim.kernels.cuda.library import (
 from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
 from lowrank_optim.kernels.rounding import lie_alike
 
-Codes = tuple[Tensor, Tensor, Tensor, Tensor]
-"""ratio, ratio_scale, root, root_scale"""
-
 
 def _covered(*tensors: Tensor | None) -> bool:
     return all(tensor is None or tensor.dtype in TYPES for tensor in tensors)
@@ -90,24 +87,6 @@ def _coding(shape: tuple[int, ...], bits: int, block: int, col_scale: Tensor | N
 # -------------------------------------------------------------------------------------------------------------------- elements
 
 
-def adam_direct_(library: Library, *args: Any) -> Any:
-    return many_adam_direct_(library, [args])[0]
-
-
-def _direct(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None, out: Tensor
-) -> AdamElement:
-    return AdamElement(
-        grad.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        out.data_ptr(),
-        ok=_pointer(ok),
-        grad_dtype=TYPES[grad.dtype],
-        adam=Adam(*adam_numbers(*scalars.tolist())),
-    )
-
-
 def _rule(library: Library, rule: int, grad: Tensor, moment: Tensor, ok: Tensor | None, *numbers: float) -> Any:
     if not _float32(grad) or not moment.is_contiguous():
         return NotImplemented
@@ -140,37 +119,6 @@ def gaussian_(library: Library, out: Tensor, key: Tensor) -> Any:
     (word,) = key.tolist()
     _call(library, out, "gaussian", GaussianElement(out.data_ptr(), out.numel(), unsigned_key(word)))
     return None
-
-
-def _dense(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scalars: Tensor,
-    ok: Tensor | None,
-    rounding: Tensor | None,
-    error: Tensor | None = None,
-    error_low: Tensor | None = None,
-) -> AdamElement:
-    *adam, alpha, keep = scalars.tolist()
-    return AdamElement(
-        grad.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        None,
-        weight.data_ptr(),
-        _pointer(ok),
-        TYPES[grad.dtype],
-        TYPES[weight.dtype],
-        Adam(*adam_numbers(*adam)),
-        StepParams(alpha, keep, _pointer(error), _pointer(error_low)),
-        _noise(rounding, weight.dtype == torch.bfloat16),
-    )
-
-
-def adam_dense_(library: Library, *args: Any) -> Any:
-    return many_adam_dense_(library, [args])[0]
 
 
 def _store(
@@ -345,7 +293,7 @@ class _CodedAdam:
         out: Tensor,
         weight: Tensor | None,
         grad: Tensor,
-        codes: Codes,
+        codes: Sequence[Tensor],
         col_scale: Tensor | None,
         adam: list[float],
         write: StepParams,
@@ -382,54 +330,6 @@ class _CodedAdam:
             codes.store()
 
 
-def coded_adam_direct_(library: Library, *args: Any) -> Any:
-    return many_coded_adam_direct_(library, [args])[0]
-
-
-def _coded_direct(
-    out: Tensor,
-    grad: Tensor,
-    ratio: Tensor,
-    ratio_scale: Tensor,
-    root: Tensor,
-    root_scale: Tensor,
-    col_scale: Tensor | None,
-    scalars: Tensor,
-    noise: Tensor | None,
-    ok: Tensor | None,
-    bits: int,
-    block: int,
-) -> _CodedAdam:
-    codes, adam = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-    return _CodedAdam(out, None, grad, codes, col_scale, adam, StepParams(), noise, ok, None, bits, block)
-
-
-def coded_adam_dense_(library: Library, *args: Any) -> Any:
-    return many_coded_adam_dense_(library, [args])[0]
-
-
-def _coded_dense(
-    weight: Tensor,
-    grad: Tensor,
-    ratio: Tensor,
-    ratio_scale: Tensor,
-    root: Tensor,
-    root_scale: Tensor,
-    col_scale: Tensor | None,
-    scalars: Tensor,
-    noise: Tensor | None,
-    ok: Tensor | None,
-    rounding: Tensor | None,
-    bits: int,
-    block: int,
-    error: Tensor | None = None,
-    error_low: Tensor | None = None,
-) -> _CodedAdam:
-    codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-    write = StepParams(alpha, keep, _pointer(error), _pointer(error_low))
-    return _CodedAdam(weight, weight, grad, codes, col_scale, adam, write, noise, ok, rounding, bits, block)
-
-
 # ---------------------------------------------------------------------------------------------------------------- many at once
 
 
@@ -457,7 +357,14 @@ def many_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) -> list[
             continue
         grads.append(grad.contiguous())  # what may be a copy lives until the launch
         results.append(out := torch.empty_like(exp_avg))
-        steps.append(_direct(grads[-1], exp_avg, exp_avg_sq, scalars, ok, out))
+        steps.append(
+            AdamElement(
+                *(tensor.data_ptr() for tensor in (grads[-1], exp_avg, exp_avg_sq, out)),
+                ok=_pointer(ok),
+                grad_dtype=TYPES[grad.dtype],
+                adam=Adam(*adam_numbers(*scalars.tolist())),
+            )
+        )
     if steps:
         _launch(library, grads[0], steps, [grad.numel() for grad in grads])
     return results
@@ -465,10 +372,30 @@ def many_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) -> list[
 
 def many_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
     """`adam_dense_` of several parameters."""
-    results = [None if _covered(*call[:2]) and _float32(*call[2:4]) else NotImplemented for call in calls]
-    taken = [call for call, result in zip(calls, results, strict=True) if result is None]
-    if taken:
-        _launch(library, taken[0][0], [_dense(*call) for call in taken], [call[0].numel() for call in taken])
+    results: list[Any] = []
+    steps, weights = [], []
+    for weight, grad, exp_avg, exp_avg_sq, scalars, ok, rounding, *errors in calls:
+        if not _covered(weight, grad) or not _float32(exp_avg, exp_avg_sq):
+            results.append(NotImplemented)
+            continue
+        results.append(None)
+        weights.append(weight)
+        *adam, alpha, keep = scalars.tolist()
+        steps.append(
+            AdamElement(
+                *(tensor.data_ptr() for tensor in (grad, exp_avg, exp_avg_sq)),
+                None,
+                weight.data_ptr(),
+                _pointer(ok),
+                TYPES[grad.dtype],
+                TYPES[weight.dtype],
+                Adam(*adam_numbers(*adam)),
+                StepParams(alpha, keep, *map(_pointer, errors)),
+                _noise(rounding, weight.dtype == torch.bfloat16),
+            )
+        )
+    if steps:
+        _launch(library, weights[0], steps, [weight.numel() for weight in weights])
     return results
 
 
@@ -476,13 +403,14 @@ def many_coded_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) ->
     """`coded_adam_direct_` of several gradients."""
     results: list[Any] = []
     steps = []
-    for grad, *others in calls:
-        if not _float32(grad, others[4]):  # col_scale
+    for grad, *codes, col_scale, scalars, noise, ok, bits, block in calls:
+        if not _float32(grad, col_scale):
             results.append(NotImplemented)
             continue
         results.append(out := torch.empty_like(grad, memory_format=torch.contiguous_format))
         if grad.numel():
-            steps.append(_coded_direct(out, grad, *others))
+            adam, write = scalars.tolist(), StepParams()
+            steps.append(_CodedAdam(out, None, grad, codes, col_scale, adam, write, noise, ok, None, bits, block))
     if steps:
         _launch_coded(library, steps[0].grad, steps)
     return results
@@ -490,26 +418,28 @@ def many_coded_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) ->
 
 def many_coded_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
     """`coded_adam_dense_` of several parameters."""
-    results = [None if _covered(*call[:2]) and _float32(call[6]) else NotImplemented for call in calls]
-    steps = [
-        _coded_dense(*call) for call, result in zip(calls, results, strict=True) if result is None and call[0].numel()
-    ]
+    results: list[Any] = []
+    steps = []
+    for weight, grad, ratio, ratio_scale, root, root_scale, *more in calls:
+        col_scale, scalars, noise, ok, rounding, bits, block, *errors = more
+        if not _covered(weight, grad) or not _float32(col_scale):
+            results.append(NotImplemented)
+            continue
+        results.append(None)
+        if weight.numel():
+            codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
+            write = StepParams(alpha, keep, *map(_pointer, errors))
+            steps.append(
+                _CodedAdam(weight, weight, grad, codes, col_scale, adam, write, noise, ok, rounding, bits, block)
+            )
     if steps:
         _launch_coded(library, steps[0].grad, steps)
     return results
 
 
-def adam_direct_with_norms_(library: Library, *args: Any) -> Any:
-    return many_adam_direct_with_norms_(library, [args])[0]
-
-
 def many_adam_direct_with_norms_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
     """`adam_direct_with_norms_` of several gradients: one launch, and two reductions for each."""
     return _with_norms(calls, many_adam_direct_(library, calls))
-
-
-def coded_adam_direct_with_norms_(library: Library, *args: Any) -> Any:
-    return many_coded_adam_direct_with_norms_(library, [args])[0]
 
 
 def many_coded_adam_direct_with_norms_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
@@ -535,9 +465,6 @@ def many(library: Library) -> dict[str, Callable[..., Any]]:
 
 
 _OPERATIONS: tuple[Callable[..., Any], ...] = (
-    adam_direct_,
-    adam_direct_with_norms_,
-    adam_dense_,
     lion_direct_,
     sgd_direct_,
     rmsprop_direct_,
@@ -548,12 +475,15 @@ _OPERATIONS: tuple[Callable[..., Any], ...] = (
     dequantize_rows,
     pack_basis,
     unpack_basis,
-    coded_adam_direct_,
-    coded_adam_direct_with_norms_,
-    coded_adam_dense_,
 )
 
 
 def operations(library: Library) -> dict[str, Callable[..., Any]]:
     """The operations of `schemas` that the library does, by name."""
-    return {function.__name__: partial(function, library) for function in _OPERATIONS}
+    alone = {name: partial(_alone, function) for name, function in many(library).items()}
+    return alone | {function.__name__: partial(function, library) for function in _OPERATIONS}
+
+
+def _alone(function: Callable[[Sequence[Sequence[Any]]], list[Any]], *args: Any) -> Any:
+    """What takes several tensors, for one."""
+    return function([args])[0]
