@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import arguments
-from lowrank_optim.kernels.checks import coded_shapes
+from lowrank_optim.kernels.checks import code_dtype, coded_shapes
 from lowrank_optim.kernels.comparison import Arguments, Case
 from lowrank_optim.kernels.counter_rng import make_key, random_bits
 
@@ -93,7 +93,7 @@ def codes_of(seed: int, shape: Shape, bits: int, signed: bool, block: int) -> tu
     scale = positive(seed + 1, scale_shape) * 0.3
     if scale.numel():
         scale.view(-1)[0] = 0.0
-    return codes.to(torch.int8 if bits == 8 and signed else torch.uint8), scale
+    return codes.to(code_dtype(bits, signed)), scale
 
 
 def _col_scale(kind: str | None, shape: Shape) -> Tensor | None:

@@ -4,13 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_optim.kernels.arguments import TYPES
+from lowrank_optim.kernels.arguments import TYPES, storable
 from lowrank_optim.kernels.cpu import structures
 from lowrank_optim.kernels.cpu.arguments import (
     F32,
     flat,
     readable,
-    storable,
     support_of,
 )
 from lowrank_optim.kernels.cpu.library import OnLibrary

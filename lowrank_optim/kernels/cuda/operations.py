@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
-from lowrank_optim.kernels.checks import coded_shapes
+from lowrank_optim.kernels.arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers, all_float32, storable
+from lowrank_optim.kernels.checks import empty_codes
 from lowrank_optim.kernels.compute import row_norms
 from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.cuda.library import (
@@ -34,16 +34,9 @@ from lowrank_optim.kernels.cuda.library import (
     Strided,
     UnpackBlock,
 )
+from lowrank_optim.kernels.dispatch import for_one
 from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
 from lowrank_optim.kernels.rounding import lie_alike
-
-
-def _covered(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.dtype in TYPES for tensor in tensors)
-
-
-def _float32(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -88,7 +81,7 @@ def _coding(shape: tuple[int, ...], bits: int, block: int, col_scale: Tensor | N
 
 
 def _rule(library: Library, rule: int, grad: Tensor, moment: Tensor, ok: Tensor | None, *numbers: float) -> Any:
-    if not _float32(grad) or not moment.is_contiguous():
+    if not all_float32(grad) or not moment.is_contiguous():
         return NotImplemented
     g, out = grad.contiguous(), torch.empty_like(moment)
     op = RuleElement(g.data_ptr(), moment.data_ptr(), out.data_ptr(), _pointer(ok), rule, *numbers)
@@ -114,7 +107,7 @@ def rmsprop_direct_(library: Library, grad: Tensor, exp_avg_sq: Tensor, scalars:
 
 
 def gaussian_(library: Library, out: Tensor, key: Tensor) -> Any:
-    if not _float32(out):
+    if not all_float32(out):
         return NotImplemented
     (word,) = key.tolist()
     _call(library, out, "gaussian", GaussianElement(out.data_ptr(), out.numel(), unsigned_key(word)))
@@ -134,7 +127,7 @@ def _store(
     if not lie_alike(target, *errors):
         return NotImplemented
     flat = target.is_contiguous() and value.is_contiguous()
-    if not _covered(target) or not _float32(value) or (not flat and target.dim() > 3):
+    if not storable(target) or not all_float32(value) or (not flat and target.dim() > 3):
         return NotImplemented
     if target.numel() == 0:
         return None
@@ -188,13 +181,6 @@ def stochastic_round_(
 # ----------------------------------------------------------------------------------------------------------------------- codes
 
 
-def _new(shape: tuple[int, ...], bits: int, signed: bool, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a matrix, uninitialised."""
-    codes, scale = coded_shapes(shape, bits, block)
-    kind = torch.int8 if bits == 8 and signed else torch.uint8
-    return torch.empty(codes, dtype=kind, device=device), torch.empty(scale, dtype=torch.float32, device=device)
-
-
 def quantize_rows(
     library: Library,
     x: Tensor,
@@ -204,10 +190,10 @@ def quantize_rows(
     signed: bool,
     block: int,
 ) -> Any:
-    if not _covered(x) or not _float32(col_scale):
+    if not storable(x) or not all_float32(col_scale):
         return NotImplemented
     shape = tuple(x.shape)
-    codes, scale = _new(shape, bits, signed, block, x.device)
+    codes, scale = empty_codes(x, bits, signed, block)
     if x.numel() == 0:
         return codes, scale
     source, (coding, columns) = x.contiguous(), _coding(shape, bits, block, col_scale)
@@ -232,7 +218,7 @@ def dequantize_rows(
     cols: int,
     dtype: torch.dtype,
 ) -> Any:
-    if dtype not in TYPES or not _float32(col_scale) or not (codes.is_contiguous() and scale.is_contiguous()):
+    if dtype not in TYPES or not all_float32(col_scale) or not (codes.is_contiguous() and scale.is_contiguous()):
         return NotImplemented
     shape = (*codes.shape[:-1], cols)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
@@ -247,10 +233,10 @@ def dequantize_rows(
 
 
 def pack_basis(library: Library, basis: Tensor, bits: int, group: int) -> Any:
-    if not _covered(basis):
+    if not storable(basis):
         return NotImplemented
     shape = tuple(basis.shape)
-    codes, scale = _new(shape, bits, False, group, basis.device)
+    codes, scale = empty_codes(basis, bits, False, group)
     zero = torch.empty_like(scale)
     if basis.numel() == 0:
         return codes, scale, zero
@@ -273,7 +259,7 @@ def unpack_basis(
     dtype: torch.dtype,
 ) -> Any:
     contiguous = codes.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
-    if dtype not in TYPES or not _float32(scale, zero) or not contiguous:
+    if dtype not in TYPES or not all_float32(scale, zero) or not contiguous:
         return NotImplemented
     out = torch.empty((*codes.shape[:-1], cols), dtype=dtype, device=codes.device)
     if out.numel() == 0:
@@ -352,7 +338,7 @@ def many_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) -> list[
     results: list[Any] = []
     steps, grads = [], []
     for grad, exp_avg, exp_avg_sq, scalars, ok in calls:
-        if not _float32(grad) or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+        if not all_float32(grad) or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
             results.append(NotImplemented)
             continue
         grads.append(grad.contiguous())  # what may be a copy lives until the launch
@@ -375,7 +361,7 @@ def many_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[A
     results: list[Any] = []
     steps, weights = [], []
     for weight, grad, exp_avg, exp_avg_sq, scalars, ok, rounding, *errors in calls:
-        if not _covered(weight, grad) or not _float32(exp_avg, exp_avg_sq):
+        if not storable(weight, grad) or not all_float32(exp_avg, exp_avg_sq):
             results.append(NotImplemented)
             continue
         results.append(None)
@@ -404,7 +390,7 @@ def many_coded_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) ->
     results: list[Any] = []
     steps = []
     for grad, *codes, col_scale, scalars, noise, ok, bits, block in calls:
-        if not _float32(grad, col_scale):
+        if not all_float32(grad, col_scale):
             results.append(NotImplemented)
             continue
         results.append(out := torch.empty_like(grad, memory_format=torch.contiguous_format))
@@ -422,7 +408,7 @@ def many_coded_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> 
     steps = []
     for weight, grad, ratio, ratio_scale, root, root_scale, *more in calls:
         col_scale, scalars, noise, ok, rounding, bits, block, *errors = more
-        if not _covered(weight, grad) or not _float32(col_scale):
+        if not storable(weight, grad) or not all_float32(col_scale):
             results.append(NotImplemented)
             continue
         results.append(None)
@@ -480,10 +466,5 @@ _OPERATIONS: tuple[Callable[..., Any], ...] = (
 
 def operations(library: Library) -> dict[str, Callable[..., Any]]:
     """The operations of `schemas` that the library does, by name."""
-    alone = {name: partial(_alone, function) for name, function in many(library).items()}
+    alone = {name: partial(for_one, function) for name, function in many(library).items()}
     return alone | {function.__name__: partial(function, library) for function in _OPERATIONS}
-
-
-def _alone(function: Callable[[Sequence[Sequence[Any]]], list[Any]], *args: Any) -> Any:
-    """What takes several tensors, for one."""
-    return function([args])[0]
