@@ -280,3 +280,24 @@ class MomentumRule(Rule):
     def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
         """m ← m C."""
         state["exp_avg"].copy_(move(state["exp_avg"], 1))
+
+
+class MeanRule(MomentumRule):
+    """A rule whose moment, where it has one, is the mean m ← μm + (1−μ)R; μ is the option `momentum`."""
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        if not 0.0 <= options["momentum"] < 1.0:
+            raise ValueError(f"momentum is {options['momentum']!r}; it must be in [0, 1)")
+
+    def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
+        if step < 1 or "exp_avg" not in state:
+            return None
+        correction: float = 1.0 - float(options["momentum"]) ** step
+        return state["exp_avg"] / correction
+
+    def gradient_share(self, options: Mapping[str, Any]) -> float:
+        return (1.0 - float(options["momentum"])) ** 2
+
+    def memory(self, options: Mapping[str, Any]) -> float:
+        momentum = float(options["momentum"])
+        return momentum / (1.0 - momentum)
