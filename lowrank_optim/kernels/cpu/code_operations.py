@@ -1,7 +1,5 @@
 """Codes of rows and of bases by the functions of the library."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,10 +13,8 @@ from lowrank_optim.kernels.cpu.arguments import (
     noise_of,
     readable,
 )
-from lowrank_optim.kernels.cpu.library import OnLibrary
+from lowrank_optim.kernels.cpu.library import Declined, OnLibrary
 from lowrank_optim.kernels.cpu.structures import packer
-
-Declined = Any  # NotImplemented
 
 pack_quantize = packer(structures.QuantizeArgs)
 pack_dequantize = packer(structures.DequantizeArgs)

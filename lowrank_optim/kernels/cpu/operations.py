@@ -40,14 +40,13 @@ from lowrank_optim.kernels.cpu.arguments import (
     rows_of,
 )
 from lowrank_optim.kernels.cpu.code_operations import CodeOperations
+from lowrank_optim.kernels.cpu.library import Declined
 from lowrank_optim.kernels.cpu.pair_operations import PairOperations
 from lowrank_optim.kernels.cpu.sparse_operations import SparseOperations
 from lowrank_optim.kernels.cpu.structures import packer
 from lowrank_optim.kernels.dispatch import call, for_one
 from lowrank_optim.kernels.rounding import WeightError, in_float32
 from lowrank_optim.kernels.schemas import CHECKS
-
-Declined = Any  # NotImplemented
 
 pack_adam = packer(structures.AdamArgs)
 pack_folded_adam = packer(structures.FoldedAdamArgs)

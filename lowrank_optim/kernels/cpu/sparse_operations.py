@@ -12,11 +12,9 @@ from lowrank_optim.kernels.cpu.arguments import (
     readable,
     support_of,
 )
-from lowrank_optim.kernels.cpu.library import OnLibrary
+from lowrank_optim.kernels.cpu.library import Declined, OnLibrary
 from lowrank_optim.kernels.cpu.structures import packer
 from lowrank_optim.kernels.sparse_reference import low_rank
-
-Declined = Any  # NotImplemented
 
 pack_sparse = packer(structures.SparseArgs)
 pack_sampled = packer(structures.SampledArgs)
