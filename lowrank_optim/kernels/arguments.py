@@ -15,6 +15,15 @@ LION, SGD, NESTEROV, RMSPROP = range(4)
 """The numbers of the rules, in csrc/cpu/ops.h and csrc/cuda/operations.h."""
 
 
+def storable(*tensors: Tensor | None) -> bool:
+    """Whether compiled backends take the types of these tensors; not float64."""
+    return all(tensor is None or tensor.dtype in TYPES for tensor in tensors)
+
+
+def all_float32(*tensors: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
+
+
 def adam_numbers(beta1: float, beta2: float, eps: float, step: float) -> tuple[float, float, float, float, float]:
     """1 − β₁, β₂, 1 − β₂, and the factor and the offset of √v in N = m / (√v·factor + offset), see `reference.adam_direct_`."""
     bc1, bc2 = 1.0 - beta1**step, 1.0 - beta2**step

@@ -120,6 +120,17 @@ def coded_shapes(shape: tuple[int, ...], bits: int, block: int) -> tuple[tuple[i
     return (*rows, cols if bits == 8 else (cols + 1) // 2), (*rows, -(-cols // block))
 
 
+def code_dtype(bits: int, signed: bool) -> torch.dtype:
+    """The type of codes."""
+    return torch.int8 if bits == 8 and signed else torch.uint8
+
+
+def empty_codes(x: Tensor, bits: int, signed: bool, block: int) -> tuple[Tensor, Tensor]:
+    """Room for the codes and the scales of a (…, cols) matrix."""
+    codes, scale = coded_shapes(tuple(x.shape), bits, block)
+    return x.new_empty(codes, dtype=code_dtype(bits, signed)), x.new_empty(scale, dtype=torch.float32)
+
+
 def check_coding(bits: int, block: int, name: str = "block") -> None:
     """Raise ValueError for bits and sizes of blocks (or groups) that no code has."""
     if bits not in (8, 4):
@@ -132,7 +143,7 @@ def check_codes(
     op: str, name: str, codes: Tensor, scale: Tensor, shape: tuple[int, ...], coding: tuple[int, bool, int]
 ) -> None:
     bits, signed, block = coding
-    expected, kind = coded_shapes(shape, bits, block), torch.int8 if bits == 8 and signed else torch.uint8
+    expected, kind = coded_shapes(shape, bits, block), code_dtype(bits, signed)
     if (codes.shape, scale.shape) != expected or codes.dtype != kind or scale.dtype != torch.float32:
         raise ValueError(
             f"{name}: codes {tuple(codes.shape)} {codes.dtype} and scale {tuple(scale.shape)} {scale.dtype} do not hold {shape[-1]} "

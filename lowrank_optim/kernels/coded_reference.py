@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_optim.kernels.api import apply_dense_
 from lowrank_optim.kernels.arguments import pack_key, unpack_key
-from lowrank_optim.kernels.checks import coded_shapes
+from lowrank_optim.kernels.checks import coded_shapes, empty_codes
 from lowrank_optim.kernels.compute import cache_elements, compute_dtype, is_known, row_chunks, row_norms
 from lowrank_optim.kernels.counter_rng import consecutive_halves, turn_offset
 from lowrank_optim.kernels.dispatch import definition
@@ -37,9 +37,7 @@ def quantize_rows(
     x: Tensor, col_scale: Tensor | None, noise: Tensor | None, bits: int, signed: bool, block: int
 ) -> tuple[Tensor, Tensor]:
     key, (turn, start) = unpack_key(noise)
-    code_shape, scale_shape = coded_shapes(tuple(x.shape), bits, block)
-    codes = x.new_empty(code_shape, dtype=torch.int8 if bits == 8 and signed else torch.uint8)
-    scale, cols = x.new_empty(scale_shape, dtype=torch.float32), x.shape[-1]
+    (codes, scale), cols = empty_codes(x, bits, signed, block), x.shape[-1]
     if x.numel() == 0:
         return codes, scale
     matrix, factor = x.reshape(-1, cols), None if col_scale is None else _per_row(col_scale.reciprocal(), x)

@@ -70,6 +70,11 @@ class Loaded:
         return device in self.devices or EVERY_DEVICE in self.devices
 
 
+def for_one(function: Kernel, *args: Any) -> Any:
+    """What a function of `Loaded.many` returns for one operation's arguments."""
+    return function([args])[0]
+
+
 _DEFINITIONS: dict[str, Kernel] = {}
 _OPERATIONS: dict[str, Any] = {}
 _KERNELS: dict[str, Kernel] = {}

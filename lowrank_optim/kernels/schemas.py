@@ -45,6 +45,7 @@ from lowrank_optim.kernels.checks import (
     check_shape,
     check_step_params,
     coded_shapes,
+    empty_codes,
     refuse,
     said,
 )
@@ -505,9 +506,7 @@ def quantize_rows(
     check_floating(op, x=x)
     check_col_scale(op, col_scale, tuple(x.shape))
     check_noise(op, noise)
-    codes, scale = coded_shapes(tuple(x.shape), bits, block)
-    kind = torch.int8 if bits == 8 and signed else torch.uint8
-    return x.new_empty(codes, dtype=kind), x.new_empty(scale, dtype=torch.float32)
+    return empty_codes(x, bits, signed, block)
 
 
 @operation(
@@ -540,12 +539,8 @@ def pack_basis(basis: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Te
     if basis.dim() < 2:
         raise ValueError(f"a basis is a (…, d, r) matrix; got shape {tuple(basis.shape)}")
     check_floating("pack_basis", basis=basis)
-    codes, scale = coded_shapes(tuple(basis.shape), bits, group)
-    return (
-        basis.new_empty(codes, dtype=torch.uint8),
-        basis.new_empty(scale, dtype=torch.float32),
-        basis.new_empty(scale, dtype=torch.float32),
-    )
+    codes, scale = empty_codes(basis, bits, False, group)
+    return codes, scale, torch.empty_like(scale)
 
 
 @operation(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import arguments
-from lowrank_optim.kernels.checks import coded_shapes
+from lowrank_optim.kernels.checks import code_dtype, coded_shapes
 from lowrank_optim.kernels.comparison import Arguments, Case
 from lowrank_optim.kernels.counter_rng import make_key, random_bits
 
@@ -93,7 +93,7 @@ def codes_of(seed: int, shape: Shape, bits: int, signed: bool, block: int) -> tu
     scale = positive(seed + 1, scale_shape) * 0.3
     if scale.numel():
         scale.view(-1)[0] = 0.0
-    return codes.to(torch.int8 if bits == 8 and signed else torch.uint8), scale
+    return codes.to(code_dtype(bits, signed)), scale
 
 
 def _col_scale(kind: str | None, shape: Shape) -> Tensor | None:
@@ -365,9 +365,8 @@ def unpack_basis(shape: Shape, dtype: torch.dtype = F32, bits: int = 4, group: i
     return codes, scale, draw(3, tuple(scale.shape)), bits, group, shape[-1], dtype
 
 
-def gaussian(shape: Shape, dtype: torch.dtype = F32, key: int = KEY) -> Arguments:
-    """gaussian_."""
-    return torch.zeros(shape, dtype=dtype), arguments.pack_key(key)
+def gaussian(shape: Shape, key: int = KEY) -> Arguments:
+    return torch.zeros(shape), arguments.pack_key(key)
 
 
 def support(rows: int, cols: int, density: float, columns: torch.dtype = torch.int32) -> tuple[Tensor, Tensor]:
@@ -425,28 +424,28 @@ def sampled_product(
     return as_layout(grad, layout), as_layout(x, layout), *support(rows, cols, density, columns)
 
 
-def factors(seed: int, sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32) -> tuple[list[Tensor], list[bool]]:
+def factors(seed: int, sizes: tuple[int, ...], rank: int) -> tuple[list[Tensor], list[bool]]:
     """Factors d×rank of these sizes, every second one as its transpose."""
     wide = [bool(n % 2) for n in range(len(sizes))]
     shapes = [(rank, d) if lies else (d, rank) for d, lies in zip(sizes, wide, strict=True)]
-    return [draw(seed + n, shape, dtype) for n, shape in enumerate(shapes)], wide
+    return [draw(seed + n, shape) for n, shape in enumerate(shapes)], wide
 
 
-def thin_grams(sizes: tuple[int, ...], rank: int, same: bool = False, dtype: torch.dtype = F32) -> Arguments:
-    left, wide = factors(1, sizes, rank, dtype)
-    return left, left if same else factors(51, sizes, rank, dtype)[0], wide
+def thin_grams(sizes: tuple[int, ...], rank: int, same: bool = False) -> Arguments:
+    left, wide = factors(1, sizes, rank)
+    return left, left if same else factors(51, sizes, rank)[0], wide
 
 
-def pair_step(sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32) -> Arguments:
-    (weights, wide), (grads, _), (momenta, _) = (factors(seed, sizes, rank, dtype) for seed in (1, 51, 101))
+def pair_step(sizes: tuple[int, ...], rank: int) -> Arguments:
+    (weights, wide), (grads, _), (momenta, _) = (factors(seed, sizes, rank) for seed in (1, 51, 101))
     numbers = [(0.1 / (n + 1), 0.03, 1.0 - 0.1 * n) for n in range(len(sizes))]
-    small = draw(151, (len(sizes), rank, rank), dtype)
+    small = draw(151, (len(sizes), rank, rank))
     return weights, grads, momenta, small, torch.tensor(numbers, dtype=F64), wide
 
 
-def thin_turn(sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32) -> Arguments:
-    forms, wide = factors(1, sizes, rank, dtype)
-    return forms, draw(51, (len(sizes), rank, rank), dtype), wide
+def thin_turn(sizes: tuple[int, ...], rank: int) -> Arguments:
+    forms, wide = factors(1, sizes, rank)
+    return forms, draw(51, (len(sizes), rank, rank)), wide
 
 
 def inverse_power(batch: Shape, rank: int, root: bool, shift: bool = False, fill: str = "plain") -> Arguments:
@@ -460,15 +459,15 @@ def inverse_power(batch: Shape, rank: int, root: bool, shift: bool = False, fill
     return grams, shifts, arguments.pack_scalars(1e-9, 0.01 if shift else 0.0), root
 
 
-def rite_step(sizes: tuple[int, ...], rank: int, dtype: torch.dtype = F32) -> Arguments:
+def rite_step(sizes: tuple[int, ...], rank: int) -> Arguments:
     """Factors that are far from singular, after a step or two."""
 
     def near(seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        return [torch.randn(x.shape, generator=generator, dtype=F64).to(dtype) for x in factors(1, sizes, rank)[0]]
+        return [torch.randn(x.shape, generator=generator, dtype=F64).to(F32) for x in factors(1, sizes, rank)[0]]
 
     grams = [positive(n, (rank, rank), F64) for n in range(len(sizes))]
-    moments = [((x @ x.mT + torch.eye(rank, dtype=F64)) / rank)[None].to(dtype) for x in grams]
+    moments = [((x @ x.mT + torch.eye(rank, dtype=F64)) / rank)[None].to(F32) for x in grams]
     numbers = torch.tensor([[0.1, 0.01, 0.999, 0.03, 0.9], [0.1, 0.01, 0.999, 0.05, 1.0]], dtype=F64)
     known = torch.zeros(len(sizes), rank**2 + 2, dtype=F64)
     scalars = arguments.pack_scalars(1e-6 * rank, 1e-6)

@@ -177,61 +177,46 @@ class Projector(ABC):
 
     Attributes (of the class, without a type in subclasses):
         name: in groups and checkpoints, which hold no fields: other fields need another name.
-        needs_gradient: False where a refresh does not look at the gradient.
-        sees_all: every NaN of the gradient shows in R; so in any `DenseBasis`.
-        stores_basis: the state holds a basis that was computed from gradients; so in any `StoredProjector`.
+        needs_gradient: False where a refresh does not look at the gradient, and so cannot fail.
+        sees_all: every entry of the gradient has a part in R (if R has entries), where every NaN shows; so in any `DenseBasis`.
+        stores_basis: the state holds a basis that was computed from gradients, which can be stored in few bits, and can stand still;
+            so in any `StoredProjector`.
         uses_momentum: `Refresh.momentum` is wanted.
-        uses_weights: `Refresh.weight` is wanted, and `refresh` is called when the state is made, too.
-        orthonormal: the basis vectors are.
-        has_channels: a row of R belongs to a row or a column of the matrix.
+        uses_weights: `Refresh.weight` is wanted. `refresh` is called when the state is made, too, so that there is a subspace then.
+        orthonormal: the basis vectors are, so that G − lift R is what lies outside of the subspace.
+        has_channels: a row of R belongs to a row or a column of the matrix, so that it has a norm there to scale by.
         sides: what can be projected, of "left", "right", "full".
-        writes_entries: single columns, rows or entries of the weights are written.
+        writes_entries: single columns, rows or entries of the weights are written, which weights stored in few bits cannot take.
         moments_change_shape: R has another shape after a refresh; moments can only be reset, unless it `narrows`.
-        narrows: each subspace is part of the one before. Moments of what is left go along, and all its state may change its shape.
-        refreshes: how many there are after the first one; None has no end.
+        narrows: each subspace is part of the one before. Moments of what is left go along (`Basis.transport`) with
+            `on_refresh="rotate"`, and all its state may change its shape.
+        refreshes: how many there are after the first one, at multiples of `update_proj_gap`; None has no end.
         decays_rest: False where weights outside of the subspace do not decay.
         treatment: what `describe` calls its matrices.
         staggers: False where all tensors of a group have to be refreshed on the same step.
-        knows_shards: gradients and bases may be local parts. If False, sharded parameters are refused.
-        state_lies: where each state tensor lies: "host", "basis", "basis_right" or "chosen"; has to name all if `knows_shards`.
+        knows_shards: gradients and bases may be local parts (`SubspaceSpec.sharding`). If False, sharded parameters are refused.
+        state_lies: where each state tensor lies: "host" (read by the host in every step, kept on the CPU), or, if parameters are
+            sharded, "basis" (along the projected side), "basis_right" (the second of two), "chosen" (indices); has to name all if
+            `knows_shards`.
     """
 
     state_lies: ClassVar[Mapping[str, str]] = {}
-    """Where each state tensor lies: "host" (read by the host in every step, kept on the CPU), or, if parameters are sharded, "basis"
-    (along the projected side), "basis_right" (the second of two), "chosen" (indices). Has to name all if `knows_shards`."""
     needs_gradient: ClassVar[bool] = True
-    """False where a refresh does not look at the gradient, and so cannot fail."""
     sees_all: ClassVar[bool] = True
-    """Whether every entry of the gradient has a part in R (if R has entries), so that it is finite only where all of G is."""
     staggers: ClassVar[bool] = True
-    """False where all tensors of a group have to be refreshed on the same step."""
     stores_basis: ClassVar[bool] = False
-    """Whether a basis computed from gradients is part of the state: it can be stored in few bits, and it can stand still."""
     uses_momentum: ClassVar[bool] = False
-    """Whether `refresh` wants the rule's momentum."""
     knows_shards: ClassVar[bool] = False
-    """Whether gradients and bases may be local parts (`SubspaceSpec.sharding`); if not, sharded parameters are refused."""
     orthonormal: ClassVar[bool] = True
-    """Whether the basis vectors are orthonormal, so that G − lift R is what lies outside of the subspace."""
     has_channels: ClassVar[bool] = True
-    """Whether a row of R belongs to a row or a column of the matrix, so that it has a norm there to scale by."""
     sides: ClassVar[tuple[str, ...]] = ("left", "right")
-    """What can be projected: "left", "right", "full"."""
     writes_entries: ClassVar[bool] = False
-    """Whether single columns, rows or entries of the weights are written, which weights stored in few bits cannot take."""
     moments_change_shape: ClassVar[bool] = False
-    """Whether R and the moments have another shape after a refresh; such moments can only be reset, unless it `narrows`."""
     uses_weights: ClassVar[bool] = False
-    """Whether `refresh` wants the weights. It is called when the state is made, too, so that there is a subspace from the start."""
     narrows: ClassVar[bool] = False
-    """Whether each subspace after the first is part of the one before, so that moments of R's shape go along (`Basis.transport`) with
-    `on_refresh="rotate"`. Tensors of its state may change their shape at a refresh."""
     refreshes: ClassVar[int | None] = None
-    """How many refreshes there are after the first, at multiples of `update_proj_gap`; None has no end."""
     decays_rest: ClassVar[bool] = True
-    """Whether weights outside of the subspace decay, as usual."""
     treatment: ClassVar[str] = "low-rank"
-    """What `describe` calls its matrices."""
 
     def __post_init__(self) -> None:
         """Fields are Python's own numbers, as names and checkpoints need them."""

@@ -49,6 +49,9 @@ class _SelectedEntries(ABC):
     def project(self, grad: Tensor) -> Tensor:
         return self.sharding.collect(self._get(grad).to(kernels.compute_dtype(grad.dtype)))
 
+    def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError("single entries have no row or column norms; use coordinates columns or rows")
+
     def lifted_squares(self, reduced: Tensor) -> Tensor:
         return row_squares(reduced)
 
@@ -163,9 +166,6 @@ class EntryBasis(_SelectedEntries):
         size = matrix.shape[-2] * matrix.shape[-1]
         first = torch.arange(self.indices.shape[0], device=matrix.device).unsqueeze(-1) if matrix.dim() > 2 else 0
         return (self.indices.to(torch.int64) + first * size).unsqueeze(-1)
-
-    def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        raise ValueError("single entries have no row or column norms; use coordinates columns or rows")
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         position = torch.searchsorted(old.indices, self.indices).clamp_(max=old.indices.shape[-1] - 1)
@@ -282,9 +282,6 @@ class ChosenEntries(_SelectedEntries):
         for place, size in zip(places, matrix.shape, strict=True):
             position = position * size + place
         return position.new_zeros(self.indices.shape).index_put_((found,), position).unsqueeze(-1)
-
-    def project_with_norms(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        raise ValueError("single entries have no row or column norms; use coordinates columns or rows")
 
     def transport(self, moment: Tensor, old: Self, power: int) -> Tensor:
         if old.indices.numel() == 0:

@@ -217,10 +217,8 @@ class RandomizedSVD(StoredProjector):
         if space.basis_bits != 32 and not first:  # rounded vectors are not orthonormal, which a warm start needs
             shardings = basis_shardings(space)
             old = {name: orthonormalize(basis, sharding=shardings[name]) for name, basis in old.items()}
-        if space.side == "left":
-            return {"basis": self._vectors(grad, old["basis"], space, "left", key, first)}
-        if space.side == "right":
-            return {"basis": self._vectors(grad, old["basis"], space, "right", key, first)}
+        if space.side != "full":
+            return {"basis": self._vectors(grad, old["basis"], space, space.side, key, first)}
         right = self._vectors(grad, old["basis_right"], space, "right", key, first)
         # G B has orthogonal columns after Rayleigh-Ritz: made orthonormal, they are the left singular vectors.
         rows, cols = space.sharding.rows, space.sharding.cols

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.kernels.checks import check_coding, coded_shapes
+from lowrank_optim.kernels.checks import check_coding, code_dtype, coded_shapes
 
 BLOCK = 256
 """Columns that share a scale."""
@@ -118,7 +118,7 @@ def zero_rows(
     codes, scale = quantized_shapes(shape, bits, block)
     zero = 0x88 if signed and bits == 4 else 0
     return (
-        torch.full(codes, zero, dtype=_code_dtype(bits, signed), device=device),
+        torch.full(codes, zero, dtype=code_dtype(bits, signed), device=device),
         torch.zeros(scale, dtype=torch.float32, device=device),
     )
 
@@ -142,7 +142,3 @@ def quantized_bytes(shape: tuple[int, ...], bits: int = 8, block: int = BLOCK) -
     """
     codes, scale = quantized_shapes(shape, bits, block)
     return math.prod(codes) + 4 * math.prod(scale)
-
-
-def _code_dtype(bits: int, signed: bool) -> torch.dtype:
-    return torch.int8 if bits == 8 and signed else torch.uint8

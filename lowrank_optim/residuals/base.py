@@ -84,15 +84,10 @@ class Residual(ABC):
     uses_gradient: ClassVar[bool] = True
     uses_norms: ClassVar[bool] = False
     feeds_back: ClassVar[bool] = False
-    """Whether the gradient that the step sees is `absorb(grad)` and not the gradient itself."""
     state_lies: ClassVar[Mapping[str, str]] = {}
-    """Where each state tensor lies if parameters are sharded, see `Rule.state_lies`; has to name all if `knows_shards`."""
     needs_orthonormal: ClassVar[bool] = False
-    """Whether G − lift R has to be what lies outside of the subspace."""
     linear: ClassVar[bool] = False
-    """Whether the update is linear in the gradient, so that those of micro-batches may be summed first."""
     knows_shards: ClassVar[bool] = False
-    """Whether sums over the rows of R go through `sums`; if not, sharded parameters are refused."""
 
     def options(self) -> dict[str, Any]:
         """Default hyperparameters by name, as they go into the param groups."""

@@ -112,15 +112,16 @@ class Rule(ABC):
     Attributes (of the class, without a type in subclasses):
         name: in groups and checkpoints.
         elementwise: every element is treated for itself, so that a large tensor may be given in parts.
-        on_matrices: dense parameters come in their matrix view; vectors go to the optimizer's `dense_rule`, or are refused.
+        on_matrices: dense parameters come in their matrix view (convolutions as out × the rest); vectors go to the optimizer's
+            `dense_rule`, or are refused.
         in_subspaces: it works on projected gradients, too. If False, groups with a rank or density are refused.
         masks: `direction` looks at `Context.ok` itself; else that is done around it, with copies of the moments.
         knows_shards: sums over the gradient go through `Context.sharding`. If False, and not `elementwise`, sharded parameters are
             refused.
         keeps_errors: the operation of `fused_dense` keeps the errors of bfloat16 weights; else it is not used where they are kept.
         rotates_shards: `transport` works on the local parts of moments.
-        state_lies: where each state tensor lies if parameters are sharded: "reduced" (as R; the default), "rows", "columns", "matrix"
-            or "stack".
+        state_lies: where each state tensor lies if parameters are sharded: "reduced" (as R; the default), "rows" or "columns" (one
+            number for each of R's), "matrix", "stack" (one number for each matrix of a stack). Moments in few bits have to be as R.
         decays_last: with `match_reference`, weights decay after the update, as in the released code.
 
     State tensors named `exp_avg` (with a sign) and `exp_avg_sq` (at least 0) are stored in `state_bits`; all others stay as they are.
@@ -128,24 +129,14 @@ class Rule(ABC):
 
     name: ClassVar[str]
     elementwise: ClassVar[bool] = False
-    """Whether every element is treated for itself, so that a large tensor may be given in parts."""
     on_matrices: ClassVar[bool] = False
-    """Whether dense parameters come in their matrix view (convolutions as out × the rest), and those that have none are refused."""
     in_subspaces: ClassVar[bool] = True
-    """Whether it works on projected gradients, too; if not, groups with a rank or density are refused."""
     knows_shards: ClassVar[bool] = False
-    """Whether sums over the gradient go through `Context.sharding`; if not, and not `elementwise`, sharded parameters are refused."""
     state_lies: ClassVar[Mapping[str, str]] = {}
-    """Where a state tensor lies if parameters are sharded: "reduced" (as R; the default), "rows" or "columns" (one number for each of
-    R's), "matrix", "stack" (one number for each matrix of a stack). Moments in few bits have to be as R."""
     decays_last: ClassVar[bool] = True
-    """Whether the released code decays the weights after the update (`match_reference`)."""
     masks: ClassVar[bool] = False
-    """Whether `direction` sees to `Context.ok` itself; else it is done around it, with copies of the moments."""
     keeps_errors: ClassVar[bool] = False
-    """Whether the operation of `fused_dense` keeps the errors of bfloat16 weights; else it is not used where they are kept."""
     rotates_shards: ClassVar[bool] = True
-    """Whether `transport` works on the local parts of moments."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -289,3 +280,24 @@ class MomentumRule(Rule):
     def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
         """m ← m C."""
         state["exp_avg"].copy_(move(state["exp_avg"], 1))
+
+
+class MeanRule(MomentumRule):
+    """A rule whose moment, where it has one, is the mean m ← μm + (1−μ)R; μ is the option `momentum`."""
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        if not 0.0 <= options["momentum"] < 1.0:
+            raise ValueError(f"momentum is {options['momentum']!r}; it must be in [0, 1)")
+
+    def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
+        if step < 1 or "exp_avg" not in state:
+            return None
+        correction: float = 1.0 - float(options["momentum"]) ** step
+        return state["exp_avg"] / correction
+
+    def gradient_share(self, options: Mapping[str, Any]) -> float:
+        return (1.0 - float(options["momentum"])) ** 2
+
+    def memory(self, options: Mapping[str, Any]) -> float:
+        momentum = float(options["momentum"])
+        return momentum / (1.0 - momentum)

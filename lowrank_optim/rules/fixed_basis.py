@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.rules.joint import Answer, Unit
-from lowrank_optim.rules.pair_gradients import ADAM, check_adam
+from lowrank_optim.rules.pair_gradients import ADAM
 from lowrank_optim.rules.pair_products import across, times
 from lowrank_optim.rules.pairs import PairRule, Side
 from lowrank_optim.rules.small_matrices import sum_together
@@ -35,7 +35,7 @@ class FixedBasis(PairRule):
     eps: float = 1e-8
 
     def check(self, options: Mapping[str, Any]) -> None:
-        check_adam(options)
+        ADAM.check(options)
 
     def check_unit(self, names: Sequence[str], params: Sequence[Tensor], options: Mapping[str, Any]) -> None:
         super().check_unit(names, params, options)

@@ -123,7 +123,7 @@ class JointRule(Rule):
         arity: the number of parameters.
         takes_frozen: some members of a unit, but not all, may be frozen.
         finishes: `finish` is to be called when the weights are written.
-        finds_nonfinite: `write_lists` sees which gradients are not finite.
+        finds_nonfinite: `write_lists` sees which gradients are not finite, so that nobody has to read them before.
 
     Example:
         >>> import torch, lowrank_optim as lo
@@ -146,13 +146,9 @@ class JointRule(Rule):
     """
 
     arity: ClassVar[int] = 2
-    """How many parameters are stepped together."""
     takes_frozen: ClassVar[bool] = False
-    """Whether some members of a unit may be frozen."""
     finishes: ClassVar[bool] = False
-    """Whether `finish` is to be called when the weights are written."""
     finds_nonfinite: ClassVar[bool] = False
-    """Whether `write_lists` sees which gradients are not finite, so that nobody has to read them before."""
 
     @abstractmethod
     def init_joint(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_optim.kernels import widened
 from lowrank_optim.rules.joint import Answer, Unit
-from lowrank_optim.rules.pair_gradients import ADAM, MOMENTS, GradientPairRule, check_adam
+from lowrank_optim.rules.pair_gradients import ADAM, MOMENTS, GradientPairRule
 from lowrank_optim.rules.pair_products import across, times
 from lowrank_optim.rules.pairs import Pair
 from lowrank_optim.rules.small_matrices import in_batches, pseudo_inverse, sum_together, sylvester
@@ -38,7 +38,7 @@ class LoRAPro(GradientPairRule):
     moments: str = "none"
 
     def check(self, options: Mapping[str, Any]) -> None:
-        check_adam(options)
+        ADAM.check(options)
         if options["moments"] not in MOMENTS:
             raise ValueError(f"moments is {options['moments']!r}; valid values are {', '.join(map(repr, MOMENTS))}")
 

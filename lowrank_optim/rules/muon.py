@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.rules.base import Context, Direction, MomentumRule, Transport
+from lowrank_optim.rules.base import Context, Direction, MeanRule
 from lowrank_optim.rules.orthogonal import COEFFICIENTS, Orthogonalization, gram_dtype, growth
 from lowrank_optim.sharding.param_sharding import LOCAL, ParamSharding
 
@@ -17,7 +17,7 @@ INNER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64":
 
 
 @dataclass(frozen=True)
-class Muon(MomentumRule):
+class Muon(MeanRule):
     """N = s·U f(S) Vᵀ with m ← μm + (1−μ)R and U S Vᵀ = (1−μ)R + μm (Nesterov), or m.
 
     f is near 1: `ns_steps` of Newton–Schulz's iteration, as in `torch.optim.Muon`. In a subspace f is 1 (SUMO): m (mᵀm)^(−1/2) by the
@@ -74,8 +74,7 @@ class Muon(MomentumRule):
     # ----------------------------------------------------------------------------------------------------------- options
 
     def check(self, options: Mapping[str, Any]) -> None:
-        if not 0.0 <= options["momentum"] < 1.0:
-            raise ValueError(f"momentum is {options['momentum']!r}; it must be in [0, 1)")
+        super().check(options)
         if not isinstance(options["nesterov"], bool):
             raise ValueError(f"nesterov is {options['nesterov']!r}; it must be True or False")
         coefficients, steps = options["ns_coefficients"], options["ns_steps"]
@@ -171,18 +170,6 @@ class Muon(MomentumRule):
         """What becomes of the orthogonal blocks; nothing, here."""
         return blocks
 
-    # ----------------------------------------------------------------------------------------------------------- moments
-
-    def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
-        return state["exp_avg"] / (1.0 - float(options["momentum"]) ** step) if step >= 1 else None
-
-    def gradient_share(self, options: Mapping[str, Any]) -> float:
-        return (1.0 - float(options["momentum"])) ** 2
-
-    def memory(self, options: Mapping[str, Any]) -> float:
-        momentum = float(options["momentum"])
-        return momentum / (1.0 - momentum)
-
 
 @dataclass(frozen=True)
 class NorMuon(Muon):
@@ -190,8 +177,9 @@ class NorMuon(Muon):
 
         v_i ← β₂ v_i + (1−β₂) mean_j O_ij²,   Ô_i = O_i / (√v_i + 10⁻⁸),   N = s·Ô ‖O‖/‖Ô‖
 
-    Row i of R is an output neuron of a dense matrix; in a subspace, it is one of the longer side. Every matrix of a stack, and every
-    block of `split`, has a norm of its own. Sharded, it sends two numbers more for each block, and row sums if columns are split.
+    Row i of R is an output neuron of a dense matrix; in a subspace, it is one of the longer side, and v does not depend on the basis.
+    Every matrix of a stack, and every block of `split`, has a norm of its own. Sharded, it sends two numbers more for each block, and
+    row sums if columns are split.
 
     beta2: β₂.
 
@@ -226,10 +214,6 @@ class NorMuon(Muon):
         norms = [torch.linalg.vector_norm(each, dim=(-2, -1), keepdim=True) for each in (*blocks, *scaled)]
         before, after = sharding.norm(torch.stack(norms), -2, -1).chunk(2)
         return [each.mul_(old / new.clamp_min(1e-30)) for each, old, new in zip(scaled, before, after, strict=True)]
-
-    def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
-        """m ← m C; the sizes of rows do not depend on the basis."""
-        super().transport(state, move, options, step)
 
 
 def _share(weight: float, grad: Tensor, ok: Tensor | None) -> Tensor | float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim import kernels
-from lowrank_optim.rules.base import Context, Direction, FusedDense, MomentumRule, Transport
+from lowrank_optim.rules.base import Context, Direction, FusedDense, MeanRule, Transport
 from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
 AXES = ("rows", "columns")
@@ -16,7 +16,7 @@ UNITS = ("rms", "norm")
 
 
 @dataclass(frozen=True)
-class NormalizedRule(MomentumRule):
+class NormalizedRule(MeanRule):
     """A rule for matrices that normalises R, or with `momentum` m ← μm + (1−μ)R. Without momentum it has no state."""
 
     on_matrices: ClassVar[bool] = True
@@ -26,8 +26,7 @@ class NormalizedRule(MomentumRule):
     momentum: float = 0.0
 
     def check(self, options: Mapping[str, Any]) -> None:
-        if not 0.0 <= options["momentum"] < 1.0:
-            raise ValueError(f"momentum is {options['momentum']!r}; it must be in [0, 1)")
+        super().check(options)
         if not float(options["norm_eps"]) > 0.0:
             raise ValueError(f"norm_eps is {options['norm_eps']!r}; it must be above 0")
 
@@ -51,19 +50,6 @@ class NormalizedRule(MomentumRule):
             part = grad[chunk].to(moment.dtype)
             moment[chunk].lerp_(part if ok is None else torch.where(ok, part, 0.0), share)
         return moment
-
-    def mean_gradient(self, state: Mapping[str, Tensor], options: Mapping[str, Any], step: float) -> Tensor | None:
-        if "exp_avg" not in state or step < 1:
-            return None
-        correction: float = 1.0 - float(options["momentum"]) ** step
-        return state["exp_avg"] / correction
-
-    def gradient_share(self, options: Mapping[str, Any]) -> float:
-        return (1.0 - float(options["momentum"])) ** 2
-
-    def memory(self, options: Mapping[str, Any]) -> float:
-        momentum = float(options["momentum"])
-        return momentum / (1.0 - momentum)
 
     def transport(self, state: Mapping[str, Tensor], move: Transport, options: Mapping[str, Any], step: float) -> None:
         if "exp_avg" in state:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowrank_optim.rules.adam import TorchAdam, check_betas
+from lowrank_optim.rules.adam import TorchAdam
 from lowrank_optim.rules.base import Context, Direction, FusedDense
 from lowrank_optim.rules.joint import Answer, Unit
 from lowrank_optim.rules.pairs import Pair, PairRule, Side
@@ -17,14 +17,7 @@ from lowrank_optim.sharding.param_sharding import LOCAL
 MOMENTS = ("none", "factors", "full")
 
 ADAM = TorchAdam()
-"""The arithmetic of Adam; its numbers come from the group."""
-
-
-def check_adam(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for `betas` or `eps` out of range."""
-    check_betas(options["betas"])
-    if not float(options["eps"]) >= 0.0:
-        raise ValueError(f"eps is {options['eps']!r}; it must be at least 0")
+"""The arithmetic and the checks of Adam; its numbers come from the group."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class GradientPairRule(PairRule):
     moments: str = "factors"
 
     def check(self, options: Mapping[str, Any]) -> None:
-        check_adam(options)
+        ADAM.check(options)
         if options["moments"] not in MOMENTS[:2]:
             raise ValueError(f"moments is {options['moments']!r}; valid values are {', '.join(map(repr, MOMENTS[:2]))}")
 

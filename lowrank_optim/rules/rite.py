@@ -11,7 +11,7 @@ from lowrank_optim import kernels
 from lowrank_optim.kernels import widened
 from lowrank_optim.rules.base import Direction
 from lowrank_optim.rules.joint import Answer, Unit, UnitLists
-from lowrank_optim.rules.pair_gradients import check_adam
+from lowrank_optim.rules.pair_gradients import ADAM
 from lowrank_optim.rules.pair_lists import Factors, answers_of, plain_kind
 from lowrank_optim.rules.pair_products import (
     across,
@@ -70,7 +70,7 @@ class Rite(PairRule):
     escape: bool = False
 
     def check(self, options: Mapping[str, Any]) -> None:
-        check_adam(options)
+        ADAM.check(options)
         if not isinstance(options["escape"], bool):
             raise ValueError(f"escape is {options['escape']!r}; it must be True or False")
 

@@ -22,10 +22,6 @@ NO_PHI = (0, 0, 0)
 """Of the structures Rows, Noise, WeightError, StepParams and Adam, of the fields `norms`, `grad_norms`, and of φ and its strides."""
 
 
-def storable(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.dtype in TYPES for tensor in tensors)
-
-
 def off(ok: Tensor | None) -> bool:
     return ok is not None and not bool(ok)
 
@@ -100,12 +96,6 @@ def coding_of(
     col_scale, rows_per_scale = columns
     source = 0 if col_scale is None else col_scale.data_ptr()
     return (shape.numel() // cols if cols else 0), cols, block, bits, source, rows_per_scale
-
-
-def room_for_codes(x: Tensor, bits: int, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    *rows, cols = x.shape
-    codes = x.new_empty((*rows, cols if bits == 8 else (cols + 1) // 2), dtype=dtype)
-    return codes, x.new_empty((*rows, -(-cols // block)), dtype=F32)
 
 
 def columns_of(col_scale: Tensor | None, shape: torch.Size) -> tuple[Tensor | None, int] | None:

@@ -1,11 +1,10 @@
 """Codes of rows and of bases by the functions of the library."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.arguments import TYPES
+from lowrank_optim.kernels.arguments import TYPES, storable
+from lowrank_optim.kernels.checks import empty_codes
 from lowrank_optim.kernels.cpu import structures
 from lowrank_optim.kernels.cpu.arguments import (
     F32,
@@ -13,13 +12,9 @@ from lowrank_optim.kernels.cpu.arguments import (
     columns_of,
     noise_of,
     readable,
-    room_for_codes,
-    storable,
 )
-from lowrank_optim.kernels.cpu.library import OnLibrary
+from lowrank_optim.kernels.cpu.library import Declined, OnLibrary
 from lowrank_optim.kernels.cpu.structures import packer
-
-Declined = Any  # NotImplemented
 
 pack_quantize = packer(structures.QuantizeArgs)
 pack_dequantize = packer(structures.DequantizeArgs)
@@ -37,7 +32,7 @@ class CodeOperations(OnLibrary):
         if not storable(x) or columns is None:
             return NotImplemented
         x, stride = readable(x)
-        codes, scale = room_for_codes(x, bits, block, torch.int8 if bits == 8 and signed else torch.uint8)
+        codes, scale = empty_codes(x, bits, signed, block)
         coding, matrix = coding_of(x.shape, block, bits, columns), (x.data_ptr(), TYPES[x.dtype], stride)
         to = codes.data_ptr(), scale.data_ptr()
         self.library.call("quantize_rows", pack_quantize(*coding, signed, *matrix, *to, *noise_of(noise)))
@@ -69,7 +64,7 @@ class CodeOperations(OnLibrary):
         if not storable(basis):
             return NotImplemented
         basis, stride = readable(basis)
-        codes, scale = room_for_codes(basis, bits, group, torch.uint8)
+        codes, scale = empty_codes(basis, bits, False, group)
         zero = torch.zeros_like(scale)
         coding, matrix = coding_of(basis.shape, group, bits), (basis.data_ptr(), TYPES[basis.dtype], stride)
         to = codes.data_ptr(), scale.data_ptr(), zero.data_ptr()

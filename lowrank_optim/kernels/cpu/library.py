@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,6 +105,10 @@ class Library:
     def use_simd(self, name: str) -> bool:
         """Use an instruction set from now on; False if the processor or the library does not have it."""
         return not self._handle.lowrank_optim_use_simd(name.encode())
+
+
+Declined = Any
+"""NotImplemented: an operation is left to another backend, or to its definition."""
 
 
 class OnLibrary:

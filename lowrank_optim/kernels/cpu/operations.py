@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
+from lowrank_optim.kernels.arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers, storable
 from lowrank_optim.kernels.compute import row_chunks
 from lowrank_optim.kernels.counter_rng import unsigned_key
 from lowrank_optim.kernels.cpu import structures
@@ -38,16 +38,15 @@ from lowrank_optim.kernels.cpu.arguments import (
     room_for_norms,
     rounding_of,
     rows_of,
-    storable,
 )
 from lowrank_optim.kernels.cpu.code_operations import CodeOperations
+from lowrank_optim.kernels.cpu.library import Declined
 from lowrank_optim.kernels.cpu.pair_operations import PairOperations
 from lowrank_optim.kernels.cpu.sparse_operations import SparseOperations
 from lowrank_optim.kernels.cpu.structures import packer
-from lowrank_optim.kernels.dispatch import call
+from lowrank_optim.kernels.dispatch import call, for_one
 from lowrank_optim.kernels.rounding import WeightError, in_float32
-
-Declined = Any  # NotImplemented
+from lowrank_optim.kernels.schemas import CHECKS
 
 pack_adam = packer(structures.AdamArgs)
 pack_folded_adam = packer(structures.FoldedAdamArgs)
@@ -62,36 +61,8 @@ pack_gaussian = packer(structures.GaussianArgs)
 
 def operations(ops: "Operations") -> dict[str, Callable[..., Any]]:
     """The kernels by the names of their operations."""
-    names = (
-        "project_with_norms",
-        "adam_direct_",
-        "adam_direct_with_norms_",
-        "adam_dense_",
-        "folded_adam_dense_",
-        "lion_direct_",
-        "sgd_direct_",
-        "rmsprop_direct_",
-        "coded_adam_direct_",
-        "coded_adam_direct_with_norms_",
-        "coded_adam_dense_",
-        "apply_",
-        "apply_dense_",
-        "stochastic_round_",
-        "quantize_rows",
-        "dequantize_rows",
-        "pack_basis",
-        "unpack_basis",
-        "gaussian_",
-        "sltrain_forward",
-        "sltrain_backward_input",
-        "sampled_product",
-        "thin_grams",
-        "pair_step_",
-        "thin_turn_",
-        "inverse_power",
-        "rite_step_",
-    )
-    return {name: getattr(ops, name) for name in names}
+    alone = {name: partial(for_one, function) for name, function in many(ops).items() if name in CHECKS}
+    return alone | {name: getattr(ops, name) for name in CHECKS if hasattr(ops, name)}
 
 
 def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
@@ -111,7 +82,7 @@ def many(ops: "Operations") -> dict[str, Callable[..., Any]]:
 
 
 class Operations(PairOperations, SparseOperations, CodeOperations):
-    """The operations, with their arguments, on one library."""
+    """The operations, with their arguments, on one library; of some only a form for lists of arguments (`many`)."""
 
     def gaussian_(self, out: Tensor, key: Tensor) -> Declined | None:
         if out.dtype != F32:
@@ -134,12 +105,6 @@ class Operations(PairOperations, SparseOperations, CodeOperations):
         return reduced, squares
 
     # -------------------------------------------------------------------------------------------------- moments and directions
-
-    def adam_direct_(self, *args: Any) -> Tensor | Declined:
-        return self.directions([args], False)[0]
-
-    def adam_direct_with_norms_(self, *args: Any) -> tuple[Tensor, Tensor, Tensor] | Declined:
-        return self.directions([args], True)[0]
 
     def directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
         """`adam_direct_` or `adam_direct_with_norms_` of several gradients in one go."""
@@ -182,9 +147,6 @@ class Operations(PairOperations, SparseOperations, CodeOperations):
         self.library.call_many("adam", rows)
         return results
 
-    def adam_dense_(self, *args: Any) -> Declined | None:
-        return self.many_adam_dense_([args])[0]
-
     def many_adam_dense_(self, calls: Sequence[Sequence[Any]]) -> list[Declined | None]:
         """`adam_dense_` of several parameters in one go."""
         results: list[Any] = []
@@ -219,9 +181,6 @@ class Operations(PairOperations, SparseOperations, CodeOperations):
             )
         self.library.call_many("adam", rows)
         return results
-
-    def folded_adam_dense_(self, *args: Any) -> Declined | None:
-        return self.many_folded_adam_dense_([args])[0]
 
     def many_folded_adam_dense_(self, calls: Sequence[Sequence[Any]]) -> list[Declined | None]:
         """`folded_adam_dense_` of several parameters, one after the other, with nothing of Python's between them."""
@@ -284,12 +243,6 @@ class Operations(PairOperations, SparseOperations, CodeOperations):
         self.library.call("rule", pack_rule(rule, g.numel(), g.data_ptr(), moment.data_ptr(), out.data_ptr(), *three))
         return out
 
-    def coded_adam_direct_(self, *args: Any) -> Tensor | Declined:
-        return self.coded_directions([args], False)[0]
-
-    def coded_adam_direct_with_norms_(self, *args: Any) -> tuple[Tensor, Tensor, Tensor] | Declined:
-        return self.coded_directions([args], True)[0]
-
     def coded_directions(self, calls: Sequence[Sequence[Any]], with_norms: bool) -> list[Any]:
         """`coded_adam_direct_` or `coded_adam_direct_with_norms_` of several gradients in one go."""
         results: list[Any] = []
@@ -329,9 +282,6 @@ class Operations(PairOperations, SparseOperations, CodeOperations):
             )
         self.library.call_many("coded_adam", rows)
         return results
-
-    def coded_adam_dense_(self, *args: Any) -> Declined | None:
-        return self.many_coded_adam_dense_([args])[0]
 
     def many_coded_adam_dense_(self, calls: Sequence[Sequence[Any]]) -> list[Declined | None]:
         """`coded_adam_dense_` of several parameters in one go."""

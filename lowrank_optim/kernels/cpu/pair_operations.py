@@ -1,17 +1,14 @@
 """Products with the factors of many pairs, and functions of their small matrices, by the functions of the library."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_optim.kernels.cpu import structures
 from lowrank_optim.kernels.cpu.arguments import F32
-from lowrank_optim.kernels.cpu.library import OnLibrary
+from lowrank_optim.kernels.cpu.library import Declined, OnLibrary
 from lowrank_optim.kernels.cpu.structures import packer
-
-Declined = Any  # NotImplemented
 
 LARGEST_RANK = 128
 """Above it, torch's products of whole matrices are as fast, and LAPACK for small ones."""

@@ -4,20 +4,17 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_optim.kernels.arguments import TYPES
+from lowrank_optim.kernels.arguments import TYPES, storable
 from lowrank_optim.kernels.cpu import structures
 from lowrank_optim.kernels.cpu.arguments import (
     F32,
     flat,
     readable,
-    storable,
     support_of,
 )
-from lowrank_optim.kernels.cpu.library import OnLibrary
+from lowrank_optim.kernels.cpu.library import Declined, OnLibrary
 from lowrank_optim.kernels.cpu.structures import packer
 from lowrank_optim.kernels.sparse_reference import low_rank
-
-Declined = Any  # NotImplemented
 
 pack_sparse = packer(structures.SparseArgs)
 pack_sampled = packer(structures.SampledArgs)

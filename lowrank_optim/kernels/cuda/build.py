@@ -46,9 +46,9 @@ def build(output_dir: Path = HERE, targets: tuple[int, ...] = TARGETS) -> Path:
     return _compile("nvcc", [*NVCC_FLAGS.split(), *codes, ptx, "-t", "0"], output_dir / NAME)
 
 
-def build_for_host(output_dir: Path, compiler: str = "g++", flags: tuple[str, ...] = ()) -> Path:
+def build_for_host(output_dir: Path, flags: tuple[str, ...] = ()) -> Path:
     """Compile the same functions for the CPU, loops in place of threads: what the tests check where there is no device."""
-    return _compile(compiler, [*HOST_FLAGS.split(), *flags], output_dir / NAME.replace("cuda", "cuda_host"))
+    return _compile("g++", [*HOST_FLAGS.split(), *flags], output_dir / NAME.replace("cuda", "cuda_host"))
 
 
 def _compile(compiler: str, flags: list[str], target: Path) -> Path:

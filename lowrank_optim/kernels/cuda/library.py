@@ -21,60 +21,48 @@ HERE = Path(__file__).parent
 REBUILD = "run `python -m lowrank_optim.kernels.cuda.build` in a checkout, with nvcc on the path"
 
 
+def _each(kind: Any, *names: str) -> tuple[tuple[str, Any], ...]:
+    """Fields of one type."""
+    return tuple((name, kind) for name in names)
+
+
 class Noise(Structure):
     _fields_ = (("on", c_int32), ("shift", c_uint16), ("key", c_uint64), ("start", c_int64))
 
 
 class Adam(Structure):
-    _fields_ = tuple((name, c_float) for name in ("weight1", "beta2", "weight2", "root_factor", "root_offset"))
+    _fields_ = _each(c_float, "weight1", "beta2", "weight2", "root_factor", "root_offset")
 
 
 class StepParams(Structure):
-    _fields_ = (("alpha", c_float), ("keep", c_float), ("error", c_void_p), ("error_low", c_void_p))
+    _fields_ = (*_each(c_float, "alpha", "keep"), *_each(c_void_p, "error", "error_low"))
 
 
 class Strided(Structure):
-    _fields_ = (("batch", c_int64), ("row", c_int64), ("col", c_int64))
+    _fields_ = _each(c_int64, "batch", "row", "col")
 
 
 class Coding(Structure):
     _fields_ = (
-        ("rows", c_int64),
-        ("cols", c_int64),
-        ("block", c_int64),
-        ("col_scale", c_void_p),
-        ("rows_per_scale", c_int64),
-        ("bits", c_int32),
-        ("packed", c_int32),
+        *_each(c_int64, "rows", "cols", "block"),
+        *(("col_scale", c_void_p), ("rows_per_scale", c_int64)),
+        *_each(c_int32, "bits", "packed"),
     )
 
 
 class AdamElement(Structure):
     _fields_ = (
-        ("grad", c_void_p),
-        ("m", c_void_p),
-        ("v", c_void_p),
-        ("out", c_void_p),
-        ("weight", c_void_p),
-        ("ok", c_void_p),
-        ("grad_dtype", c_int32),
-        ("weight_dtype", c_int32),
-        ("adam", Adam),
-        ("write", StepParams),
-        ("rounding", Noise),
+        *_each(c_void_p, "grad", "m", "v", "out", "weight", "ok"),
+        *_each(c_int32, "grad_dtype", "weight_dtype"),
+        *(("adam", Adam), ("write", StepParams), ("rounding", Noise)),
     )
 
 
 class RuleElement(Structure):
     _fields_ = (
-        ("grad", c_void_p),
-        ("moment", c_void_p),
-        ("out", c_void_p),
-        ("ok", c_void_p),
+        *_each(c_void_p, "grad", "moment", "out", "ok"),
         ("rule", c_int32),
-        ("first", c_float),
-        ("second", c_float),
-        ("third", c_float),
+        *_each(c_float, "first", "second", "third"),
     )
 
 
@@ -84,85 +72,42 @@ class GaussianElement(Structure):
 
 class StoreElement(Structure):
     _fields_ = (
-        ("target", c_void_p),
-        ("value", c_void_p),
-        ("keep", c_void_p),
-        ("ok", c_void_p),
-        ("rows", c_int64),
-        ("cols", c_int64),
-        ("target_by", Strided),
-        ("value_by", Strided),
-        ("target_dtype", c_int32),
-        ("flat", c_int32),
-        ("update", c_int32),
-        ("keep_is_double", c_int32),
-        ("write", StepParams),
-        ("rounding", Noise),
+        *_each(c_void_p, "target", "value", "keep", "ok"),
+        *_each(c_int64, "rows", "cols"),
+        *_each(Strided, "target_by", "value_by"),
+        *_each(c_int32, "target_dtype", "flat", "update", "keep_is_double"),
+        *(("write", StepParams), ("rounding", Noise)),
     )
 
 
 class QuantizeBlock(Structure):
     _fields_ = (
         ("coding", Coding),
-        ("x", c_void_p),
-        ("codes", c_void_p),
-        ("scale", c_void_p),
-        ("dtype", c_int32),
-        ("with_sign", c_int32),
+        *_each(c_void_p, "x", "codes", "scale"),
+        *_each(c_int32, "dtype", "with_sign"),
         ("noise", Noise),
     )
 
 
 class DequantizeBlock(Structure):
-    _fields_ = (
-        ("coding", Coding),
-        ("codes", c_void_p),
-        ("scale", c_void_p),
-        ("out", c_void_p),
-        ("dtype", c_int32),
-        ("with_sign", c_int32),
-    )
+    _fields_ = (("coding", Coding), *_each(c_void_p, "codes", "scale", "out"), *_each(c_int32, "dtype", "with_sign"))
 
 
 class PackBlock(Structure):
-    _fields_ = (
-        ("coding", Coding),
-        ("basis", c_void_p),
-        ("codes", c_void_p),
-        ("scale", c_void_p),
-        ("zero", c_void_p),
-        ("dtype", c_int32),
-    )
+    _fields_ = (("coding", Coding), *_each(c_void_p, "basis", "codes", "scale", "zero"), ("dtype", c_int32))
 
 
 class UnpackBlock(Structure):
-    _fields_ = (
-        ("coding", Coding),
-        ("codes", c_void_p),
-        ("scale", c_void_p),
-        ("zero", c_void_p),
-        ("out", c_void_p),
-        ("dtype", c_int32),
-    )
+    _fields_ = (("coding", Coding), *_each(c_void_p, "codes", "scale", "zero", "out"), ("dtype", c_int32))
 
 
 class CodedAdamBlock(Structure):
     _fields_ = (
         ("coding", Coding),
-        ("grad", c_void_p),
-        ("ratio", c_void_p),
-        ("ratio_scale", c_void_p),
-        ("root", c_void_p),
-        ("root_scale", c_void_p),
-        ("out", c_void_p),
-        ("weight", c_void_p),
-        ("ok", c_void_p),
-        ("grad_dtype", c_int32),
-        ("weight_dtype", c_int32),
-        ("adam", Adam),
-        ("write", StepParams),
-        ("noise", Noise),
-        ("rounding", Noise),
+        *_each(c_void_p, "grad", "ratio", "ratio_scale", "root", "root_scale", "out", "weight", "ok"),
+        *_each(c_int32, "grad_dtype", "weight_dtype"),
+        *(("adam", Adam), ("write", StepParams)),
+        *_each(Noise, "noise", "rounding"),
     )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers
-from lowrank_optim.kernels.checks import coded_shapes
+from lowrank_optim.kernels.arguments import LION, NESTEROV, RMSPROP, SGD, TYPES, adam_numbers, all_float32, storable
+from lowrank_optim.kernels.checks import empty_codes
 from lowrank_optim.kernels.compute import row_norms
 from lowrank_optim.kernels.counter_rng import turn_offset, unsigned_key
 from lowrank_optim.kernels.cuda.library import (
@@ -34,19 +34,9 @@ from lowrank_optim.kernels.cuda.library import (
     Strided,
     UnpackBlock,
 )
+from lowrank_optim.kernels.dispatch import for_one
 from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
 from lowrank_optim.kernels.rounding import lie_alike
-
-Codes = tuple[Tensor, Tensor, Tensor, Tensor]
-"""ratio, ratio_scale, root, root_scale"""
-
-
-def _covered(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.dtype in TYPES for tensor in tensors)
-
-
-def _float32(*tensors: Tensor | None) -> bool:
-    return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -90,26 +80,8 @@ def _coding(shape: tuple[int, ...], bits: int, block: int, col_scale: Tensor | N
 # -------------------------------------------------------------------------------------------------------------------- elements
 
 
-def adam_direct_(library: Library, *args: Any) -> Any:
-    return many_adam_direct_(library, [args])[0]
-
-
-def _direct(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor, ok: Tensor | None, out: Tensor
-) -> AdamElement:
-    return AdamElement(
-        grad.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        out.data_ptr(),
-        ok=_pointer(ok),
-        grad_dtype=TYPES[grad.dtype],
-        adam=Adam(*adam_numbers(*scalars.tolist())),
-    )
-
-
 def _rule(library: Library, rule: int, grad: Tensor, moment: Tensor, ok: Tensor | None, *numbers: float) -> Any:
-    if not _float32(grad) or not moment.is_contiguous():
+    if not all_float32(grad) or not moment.is_contiguous():
         return NotImplemented
     g, out = grad.contiguous(), torch.empty_like(moment)
     op = RuleElement(g.data_ptr(), moment.data_ptr(), out.data_ptr(), _pointer(ok), rule, *numbers)
@@ -135,42 +107,11 @@ def rmsprop_direct_(library: Library, grad: Tensor, exp_avg_sq: Tensor, scalars:
 
 
 def gaussian_(library: Library, out: Tensor, key: Tensor) -> Any:
-    if not _float32(out):
+    if not all_float32(out):
         return NotImplemented
     (word,) = key.tolist()
     _call(library, out, "gaussian", GaussianElement(out.data_ptr(), out.numel(), unsigned_key(word)))
     return None
-
-
-def _dense(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scalars: Tensor,
-    ok: Tensor | None,
-    rounding: Tensor | None,
-    error: Tensor | None = None,
-    error_low: Tensor | None = None,
-) -> AdamElement:
-    *adam, alpha, keep = scalars.tolist()
-    return AdamElement(
-        grad.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        None,
-        weight.data_ptr(),
-        _pointer(ok),
-        TYPES[grad.dtype],
-        TYPES[weight.dtype],
-        Adam(*adam_numbers(*adam)),
-        StepParams(alpha, keep, _pointer(error), _pointer(error_low)),
-        _noise(rounding, weight.dtype == torch.bfloat16),
-    )
-
-
-def adam_dense_(library: Library, *args: Any) -> Any:
-    return many_adam_dense_(library, [args])[0]
 
 
 def _store(
@@ -186,7 +127,7 @@ def _store(
     if not lie_alike(target, *errors):
         return NotImplemented
     flat = target.is_contiguous() and value.is_contiguous()
-    if not _covered(target) or not _float32(value) or (not flat and target.dim() > 3):
+    if not storable(target) or not all_float32(value) or (not flat and target.dim() > 3):
         return NotImplemented
     if target.numel() == 0:
         return None
@@ -240,13 +181,6 @@ def stochastic_round_(
 # ----------------------------------------------------------------------------------------------------------------------- codes
 
 
-def _new(shape: tuple[int, ...], bits: int, signed: bool, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a matrix, uninitialised."""
-    codes, scale = coded_shapes(shape, bits, block)
-    kind = torch.int8 if bits == 8 and signed else torch.uint8
-    return torch.empty(codes, dtype=kind, device=device), torch.empty(scale, dtype=torch.float32, device=device)
-
-
 def quantize_rows(
     library: Library,
     x: Tensor,
@@ -256,10 +190,10 @@ def quantize_rows(
     signed: bool,
     block: int,
 ) -> Any:
-    if not _covered(x) or not _float32(col_scale):
+    if not storable(x) or not all_float32(col_scale):
         return NotImplemented
     shape = tuple(x.shape)
-    codes, scale = _new(shape, bits, signed, block, x.device)
+    codes, scale = empty_codes(x, bits, signed, block)
     if x.numel() == 0:
         return codes, scale
     source, (coding, columns) = x.contiguous(), _coding(shape, bits, block, col_scale)
@@ -284,7 +218,7 @@ def dequantize_rows(
     cols: int,
     dtype: torch.dtype,
 ) -> Any:
-    if dtype not in TYPES or not _float32(col_scale) or not (codes.is_contiguous() and scale.is_contiguous()):
+    if dtype not in TYPES or not all_float32(col_scale) or not (codes.is_contiguous() and scale.is_contiguous()):
         return NotImplemented
     shape = (*codes.shape[:-1], cols)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
@@ -299,10 +233,10 @@ def dequantize_rows(
 
 
 def pack_basis(library: Library, basis: Tensor, bits: int, group: int) -> Any:
-    if not _covered(basis):
+    if not storable(basis):
         return NotImplemented
     shape = tuple(basis.shape)
-    codes, scale = _new(shape, bits, False, group, basis.device)
+    codes, scale = empty_codes(basis, bits, False, group)
     zero = torch.empty_like(scale)
     if basis.numel() == 0:
         return codes, scale, zero
@@ -325,7 +259,7 @@ def unpack_basis(
     dtype: torch.dtype,
 ) -> Any:
     contiguous = codes.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
-    if dtype not in TYPES or not _float32(scale, zero) or not contiguous:
+    if dtype not in TYPES or not all_float32(scale, zero) or not contiguous:
         return NotImplemented
     out = torch.empty((*codes.shape[:-1], cols), dtype=dtype, device=codes.device)
     if out.numel() == 0:
@@ -345,7 +279,7 @@ class _CodedAdam:
         out: Tensor,
         weight: Tensor | None,
         grad: Tensor,
-        codes: Codes,
+        codes: Sequence[Tensor],
         col_scale: Tensor | None,
         adam: list[float],
         write: StepParams,
@@ -382,54 +316,6 @@ class _CodedAdam:
             codes.store()
 
 
-def coded_adam_direct_(library: Library, *args: Any) -> Any:
-    return many_coded_adam_direct_(library, [args])[0]
-
-
-def _coded_direct(
-    out: Tensor,
-    grad: Tensor,
-    ratio: Tensor,
-    ratio_scale: Tensor,
-    root: Tensor,
-    root_scale: Tensor,
-    col_scale: Tensor | None,
-    scalars: Tensor,
-    noise: Tensor | None,
-    ok: Tensor | None,
-    bits: int,
-    block: int,
-) -> _CodedAdam:
-    codes, adam = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-    return _CodedAdam(out, None, grad, codes, col_scale, adam, StepParams(), noise, ok, None, bits, block)
-
-
-def coded_adam_dense_(library: Library, *args: Any) -> Any:
-    return many_coded_adam_dense_(library, [args])[0]
-
-
-def _coded_dense(
-    weight: Tensor,
-    grad: Tensor,
-    ratio: Tensor,
-    ratio_scale: Tensor,
-    root: Tensor,
-    root_scale: Tensor,
-    col_scale: Tensor | None,
-    scalars: Tensor,
-    noise: Tensor | None,
-    ok: Tensor | None,
-    rounding: Tensor | None,
-    bits: int,
-    block: int,
-    error: Tensor | None = None,
-    error_low: Tensor | None = None,
-) -> _CodedAdam:
-    codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
-    write = StepParams(alpha, keep, _pointer(error), _pointer(error_low))
-    return _CodedAdam(weight, weight, grad, codes, col_scale, adam, write, noise, ok, rounding, bits, block)
-
-
 # ---------------------------------------------------------------------------------------------------------------- many at once
 
 
@@ -452,12 +338,19 @@ def many_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) -> list[
     results: list[Any] = []
     steps, grads = [], []
     for grad, exp_avg, exp_avg_sq, scalars, ok in calls:
-        if not _float32(grad) or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
+        if not all_float32(grad) or not (exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
             results.append(NotImplemented)
             continue
         grads.append(grad.contiguous())  # what may be a copy lives until the launch
         results.append(out := torch.empty_like(exp_avg))
-        steps.append(_direct(grads[-1], exp_avg, exp_avg_sq, scalars, ok, out))
+        steps.append(
+            AdamElement(
+                *(tensor.data_ptr() for tensor in (grads[-1], exp_avg, exp_avg_sq, out)),
+                ok=_pointer(ok),
+                grad_dtype=TYPES[grad.dtype],
+                adam=Adam(*adam_numbers(*scalars.tolist())),
+            )
+        )
     if steps:
         _launch(library, grads[0], steps, [grad.numel() for grad in grads])
     return results
@@ -465,10 +358,30 @@ def many_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) -> list[
 
 def many_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
     """`adam_dense_` of several parameters."""
-    results = [None if _covered(*call[:2]) and _float32(*call[2:4]) else NotImplemented for call in calls]
-    taken = [call for call, result in zip(calls, results, strict=True) if result is None]
-    if taken:
-        _launch(library, taken[0][0], [_dense(*call) for call in taken], [call[0].numel() for call in taken])
+    results: list[Any] = []
+    steps, weights = [], []
+    for weight, grad, exp_avg, exp_avg_sq, scalars, ok, rounding, *errors in calls:
+        if not storable(weight, grad) or not all_float32(exp_avg, exp_avg_sq):
+            results.append(NotImplemented)
+            continue
+        results.append(None)
+        weights.append(weight)
+        *adam, alpha, keep = scalars.tolist()
+        steps.append(
+            AdamElement(
+                *(tensor.data_ptr() for tensor in (grad, exp_avg, exp_avg_sq)),
+                None,
+                weight.data_ptr(),
+                _pointer(ok),
+                TYPES[grad.dtype],
+                TYPES[weight.dtype],
+                Adam(*adam_numbers(*adam)),
+                StepParams(alpha, keep, *map(_pointer, errors)),
+                _noise(rounding, weight.dtype == torch.bfloat16),
+            )
+        )
+    if steps:
+        _launch(library, weights[0], steps, [weight.numel() for weight in weights])
     return results
 
 
@@ -476,13 +389,14 @@ def many_coded_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) ->
     """`coded_adam_direct_` of several gradients."""
     results: list[Any] = []
     steps = []
-    for grad, *others in calls:
-        if not _float32(grad, others[4]):  # col_scale
+    for grad, *codes, col_scale, scalars, noise, ok, bits, block in calls:
+        if not all_float32(grad, col_scale):
             results.append(NotImplemented)
             continue
         results.append(out := torch.empty_like(grad, memory_format=torch.contiguous_format))
         if grad.numel():
-            steps.append(_coded_direct(out, grad, *others))
+            adam, write = scalars.tolist(), StepParams()
+            steps.append(_CodedAdam(out, None, grad, codes, col_scale, adam, write, noise, ok, None, bits, block))
     if steps:
         _launch_coded(library, steps[0].grad, steps)
     return results
@@ -490,26 +404,28 @@ def many_coded_adam_direct_(library: Library, calls: Sequence[Sequence[Any]]) ->
 
 def many_coded_adam_dense_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
     """`coded_adam_dense_` of several parameters."""
-    results = [None if _covered(*call[:2]) and _float32(call[6]) else NotImplemented for call in calls]
-    steps = [
-        _coded_dense(*call) for call, result in zip(calls, results, strict=True) if result is None and call[0].numel()
-    ]
+    results: list[Any] = []
+    steps = []
+    for weight, grad, ratio, ratio_scale, root, root_scale, *more in calls:
+        col_scale, scalars, noise, ok, rounding, bits, block, *errors = more
+        if not storable(weight, grad) or not all_float32(col_scale):
+            results.append(NotImplemented)
+            continue
+        results.append(None)
+        if weight.numel():
+            codes, (*adam, alpha, keep) = (ratio, ratio_scale, root, root_scale), scalars.tolist()
+            write = StepParams(alpha, keep, *map(_pointer, errors))
+            steps.append(
+                _CodedAdam(weight, weight, grad, codes, col_scale, adam, write, noise, ok, rounding, bits, block)
+            )
     if steps:
         _launch_coded(library, steps[0].grad, steps)
     return results
 
 
-def adam_direct_with_norms_(library: Library, *args: Any) -> Any:
-    return many_adam_direct_with_norms_(library, [args])[0]
-
-
 def many_adam_direct_with_norms_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
     """`adam_direct_with_norms_` of several gradients: one launch, and two reductions for each."""
     return _with_norms(calls, many_adam_direct_(library, calls))
-
-
-def coded_adam_direct_with_norms_(library: Library, *args: Any) -> Any:
-    return many_coded_adam_direct_with_norms_(library, [args])[0]
 
 
 def many_coded_adam_direct_with_norms_(library: Library, calls: Sequence[Sequence[Any]]) -> list[Any]:
@@ -535,9 +451,6 @@ def many(library: Library) -> dict[str, Callable[..., Any]]:
 
 
 _OPERATIONS: tuple[Callable[..., Any], ...] = (
-    adam_direct_,
-    adam_direct_with_norms_,
-    adam_dense_,
     lion_direct_,
     sgd_direct_,
     rmsprop_direct_,
@@ -548,12 +461,10 @@ _OPERATIONS: tuple[Callable[..., Any], ...] = (
     dequantize_rows,
     pack_basis,
     unpack_basis,
-    coded_adam_direct_,
-    coded_adam_direct_with_norms_,
-    coded_adam_dense_,
 )
 
 
 def operations(library: Library) -> dict[str, Callable[..., Any]]:
     """The operations of `schemas` that the library does, by name."""
-    return {function.__name__: partial(function, library) for function in _OPERATIONS}
+    alone = {name: partial(for_one, function) for name, function in many(library).items()}
+    return alone | {function.__name__: partial(function, library) for function in _OPERATIONS}

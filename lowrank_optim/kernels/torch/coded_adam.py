@@ -87,7 +87,6 @@ def coded_adam_direct_(
     bits: int,
     block: int,
 ) -> Tensor:
-    """The operation of this name."""
     direction = torch.empty_like(grad, memory_format=torch.contiguous_format)
     if _is_off(ok):
         return direction.zero_()
@@ -116,7 +115,6 @@ def coded_adam_dense_(
     error: Tensor | None = None,
     error_low: Tensor | None = None,
 ) -> None:
-    """The operation of this name."""
     rest = flat_error(weight_error(error, error_low))
     if _is_off(ok):
         return

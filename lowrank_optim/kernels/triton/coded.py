@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.kernels.arguments import adam_numbers
-from lowrank_optim.kernels.checks import coded_shapes
+from lowrank_optim.kernels.arguments import TYPES, adam_numbers, all_float32
+from lowrank_optim.kernels.checks import empty_codes
 from lowrank_optim.kernels.counter_rng import turn_offset
 from lowrank_optim.kernels.nibbles import KernelCodes, starts_with_bytes
 from lowrank_optim.kernels.triton.coded_kernels import (
@@ -24,8 +24,6 @@ TILE = 1024
 
 MAX_WIDTH = 4096
 """Blocks of more columns are left to the definition."""
-
-STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,6 @@ def cut(shape: tuple[int, ...], bits: int, block: int) -> Cut | None:
     return Cut(rows, cols, block, blocks, tile_rows, width, bits, packed)
 
 
-def _float32(tensor: Tensor | None) -> bool:
-    return tensor is None or tensor.dtype == torch.float32
-
-
 def _columns(col_scale: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, int]:
     """col_scale as contiguous vectors, and how many rows share one (0: all)."""
     if col_scale is None:
@@ -85,19 +79,13 @@ def _noise(noise: Tensor | None) -> tuple[bool, tuple[int, int, int]]:
     return stochastic, (key, turn_offset(turn), start)
 
 
-def _new(shape: tuple[int, ...], bits: int, signed: bool, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    codes, scale = coded_shapes(shape, bits, block)
-    kind = torch.int8 if bits == 8 and signed else torch.uint8
-    return torch.empty(codes, dtype=kind, device=device), torch.empty(scale, dtype=torch.float32, device=device)
-
-
 def quantize_rows(
     x: Tensor, col_scale: Tensor | None, noise: Tensor | None, bits: int, signed: bool, block: int
 ) -> Any:
     shape = tuple(x.shape)
-    if not covered(x) or not _float32(col_scale):
+    if not covered(x) or not all_float32(col_scale):
         return NotImplemented
-    codes, scale = _new(shape, bits, signed, block, x.device)
+    codes, scale = empty_codes(x, bits, signed, block)
     if x.numel() == 0:
         return codes, scale
     c = cut(shape, bits, block)
@@ -137,7 +125,7 @@ def dequantize_rows(
     cols: int,
     dtype: torch.dtype,
 ) -> Any:
-    if dtype not in STORED or not _float32(col_scale) or not (codes.is_contiguous() and scale.is_contiguous()):
+    if dtype not in TYPES or not all_float32(col_scale) or not (codes.is_contiguous() and scale.is_contiguous()):
         return NotImplemented
     shape = (*codes.shape[:-1], cols)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
@@ -227,7 +215,7 @@ def coded_adam_direct_(
     bits: int,
     block: int,
 ) -> Any:
-    if not covered(grad) or not _float32(col_scale):
+    if not covered(grad) or not all_float32(col_scale):
         return NotImplemented
     out = torch.empty_like(grad, memory_format=torch.contiguous_format)
     if grad.numel() == 0:
@@ -257,7 +245,7 @@ def coded_adam_dense_(
     error: Tensor | None = None,
     error_low: Tensor | None = None,
 ) -> Any:
-    if not covered(weight, grad) or not _float32(col_scale):
+    if not covered(weight, grad) or not all_float32(col_scale):
         return NotImplemented
     if weight.numel() == 0:
         return None
@@ -273,7 +261,7 @@ def pack_basis(basis: Tensor, bits: int, group: int) -> Any:
     if not covered(basis):
         return NotImplemented
     shape = tuple(basis.shape)
-    codes, scale = _new(shape, bits, False, group, basis.device)
+    codes, scale = empty_codes(basis, bits, False, group)
     zero = torch.empty_like(scale)
     if basis.numel() == 0:
         return codes, scale, zero
@@ -290,7 +278,7 @@ def unpack_basis(
     codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, cols: int, dtype: torch.dtype
 ) -> Any:
     contiguous = codes.is_contiguous() and scale.is_contiguous() and zero.is_contiguous()
-    if not contiguous or not _float32(scale) or not _float32(zero) or dtype not in STORED:
+    if not contiguous or not all_float32(scale, zero) or dtype not in TYPES:
         return NotImplemented
     out = torch.empty((*codes.shape[:-1], cols), dtype=dtype, device=codes.device)
     if out.numel() == 0:

@@ -2,7 +2,7 @@
 
 A program takes ROWS blocks of columns as a tile (ROWS, WIDTH), whose width is that of a block, rounded up to a power of two.
 Two columns of 4 bits share a byte: where a block starts in the middle of one, the kernels work on codes of a byte each, which torch
-packs and unpacks (`kernels.bytes`); no format of the package is like that.
+packs and unpacks (`kernels.nibbles`); no format of the package is like that.
 All launches forbid fused multiply-adds, divisions and roots are the correctly rounded ones: codes have to be the definition's.
 """
 
