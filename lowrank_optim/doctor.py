@@ -34,21 +34,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 if the self-test fails."""
     forced = os.environ.get(dispatch.VARIABLE)
-    for line in _machine():
-        sys.stdout.write(line)
+    sys.stdout.writelines(_machine())
     sys.stdout.write("\nBackends\n")
     for name, backend in dispatch.backends().items():
-        for line in _backend(name, backend):
-            sys.stdout.write(line)
+        sys.stdout.writelines(_backend(name, backend))
     sys.stdout.write(SHOWN.format("  reference", "available for every device (torch ops)"))
     if forced:
         valid = (*dispatch.BACKENDS, "reference")
         problem = "" if forced in valid else f": there is no such backend; valid: {', '.join(valid)}"
         sys.stdout.write(f"\n{dispatch.VARIABLE}={forced}{problem}\n")
-    begun, failures = time.perf_counter(), 0
-    for name, backend in dispatch.backends().items():
-        if isinstance(backend, Loaded):
-            failures += _report(name, backend)
+    begun = time.perf_counter()
+    loaded = [(name, backend) for name, backend in dispatch.backends().items() if isinstance(backend, Loaded)]
+    failures = sum(_report(name, backend) for name, backend in loaded)
     took = time.perf_counter() - begun
     verdict = f"{failures} operations FAILED" if failures else "all operations agree with their definitions"
     sys.stdout.write(f"\nSelf-test: {verdict} ({took:.1f} s)\n")
