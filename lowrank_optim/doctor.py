@@ -84,23 +84,22 @@ def _report(name: str, backend: Loaded) -> int:
     """Compare every operation of a backend with its definition, a line each; returns how many differ."""
     device = "cuda" if "cuda" in backend.devices and torch.cuda.is_available() else "cpu"
     sys.stdout.write(f"\nSelf-test of {name} on {device}\n")
-    results: dict[str, tuple[float, list[str], int]] = {}
+    results: dict[str, list[tuple[float, str]]] = {}
     for case in quick_cases():
-        if case.op not in backend.operations:
-            continue
-        if (compared := _compare(backend, case, device)) is None:
-            continue
-        found, failure = compared
-        error, failures, count = results.get(case.op, (0.0, [], 0))
-        results[case.op] = (max(error, found), [*failures, *([failure] if failure else [])], count + 1)
-    width = max(map(len, results), default=0)
-    for op, (error, failures, count) in results.items():
+        compared = _compare(backend, case, device) if case.op in backend.operations else None
+        if compared is not None:
+            results.setdefault(case.op, []).append(compared)
+    width, failed = max(map(len, results), default=0), 0
+    for op, found in results.items():
+        error = max(0.0, *(error for error, _ in found))
+        failures = [failure for _, failure in found if failure]
+        failed += bool(failures)
         verdict = "FAILED" if failures else "ok"
-        cases = "1 case, " if count == 1 else f"{count} cases,"
+        cases = "1 case, " if len(found) == 1 else f"{len(found)} cases,"
         sys.stdout.write(f"  {op:{width}} {verdict:7} {cases:9} largest error {error:.1e}\n")
         for failure in failures:
             sys.stdout.write(f"    {failure}\n")
-    return sum(bool(failures) for _, failures, _ in results.values())
+    return failed
 
 
 def _compare(backend: Loaded, case: Case, device: str) -> tuple[float, str] | None:
