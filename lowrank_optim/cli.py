@@ -27,7 +27,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped\n")
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -34,21 +34,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 if the self-test fails."""
     forced = os.environ.get(dispatch.VARIABLE)
-    for line in _machine():
-        sys.stdout.write(line)
+    sys.stdout.writelines(_machine())
     sys.stdout.write("\nBackends\n")
     for name, backend in dispatch.backends().items():
-        for line in _backend(name, backend):
-            sys.stdout.write(line)
+        sys.stdout.writelines(_backend(name, backend))
     sys.stdout.write(SHOWN.format("  reference", "available for every device (torch ops)"))
     if forced:
         valid = (*dispatch.BACKENDS, "reference")
         problem = "" if forced in valid else f": there is no such backend; valid: {', '.join(valid)}"
         sys.stdout.write(f"\n{dispatch.VARIABLE}={forced}{problem}\n")
-    begun, failures = time.perf_counter(), 0
-    for name, backend in dispatch.backends().items():
-        if isinstance(backend, Loaded):
-            failures += _report(name, backend)
+    begun = time.perf_counter()
+    loaded = [(name, backend) for name, backend in dispatch.backends().items() if isinstance(backend, Loaded)]
+    failures = sum(_report(name, backend) for name, backend in loaded)
     took = time.perf_counter() - begun
     verdict = f"{failures} operations FAILED" if failures else "all operations agree with their definitions"
     sys.stdout.write(f"\nSelf-test: {verdict} ({took:.1f} s)\n")
@@ -87,23 +84,22 @@ def _report(name: str, backend: Loaded) -> int:
     """Compare every operation of a backend with its definition, a line each; returns how many differ."""
     device = "cuda" if "cuda" in backend.devices and torch.cuda.is_available() else "cpu"
     sys.stdout.write(f"\nSelf-test of {name} on {device}\n")
-    results: dict[str, tuple[float, list[str], int]] = {}
+    results: dict[str, list[tuple[float, str]]] = {}
     for case in quick_cases():
-        if case.op not in backend.operations:
-            continue
-        if (compared := _compare(backend, case, device)) is None:
-            continue
-        found, failure = compared
-        error, failures, count = results.get(case.op, (0.0, [], 0))
-        results[case.op] = (max(error, found), [*failures, *([failure] if failure else [])], count + 1)
-    width = max(map(len, results), default=0)
-    for op, (error, failures, count) in results.items():
+        compared = _compare(backend, case, device) if case.op in backend.operations else None
+        if compared is not None:
+            results.setdefault(case.op, []).append(compared)
+    width, failed = max(map(len, results), default=0), 0
+    for op, found in results.items():
+        error = max(0.0, *(error for error, _ in found))
+        failures = [failure for _, failure in found if failure]
+        failed += bool(failures)
         verdict = "FAILED" if failures else "ok"
-        cases = "1 case, " if count == 1 else f"{count} cases,"
+        cases = "1 case, " if len(found) == 1 else f"{len(found)} cases,"
         sys.stdout.write(f"  {op:{width}} {verdict:7} {cases:9} largest error {error:.1e}\n")
         for failure in failures:
             sys.stdout.write(f"    {failure}\n")
-    return sum(bool(failures) for _, failures, _ in results.values())
+    return failed
 
 
 def _compare(backend: Loaded, case: Case, device: str) -> tuple[float, str] | None:

@@ -147,7 +147,9 @@ def param_groups(
     special: list[ParamGroup] = []
     for entries, shared in kinds:
         for own, members in _by_own_options(entries, overrides or {}, at_place if entries is dense else {}):
-            (special if own else plain).append(_group(members, {**shared, **own}))
+            names = [entry.names[0] for entry in members]
+            group = {"params": [entry.param for entry in members], "param_names": names, **shared, **own}
+            (special if own else plain).append(group)
     return plain + special
 
 
@@ -165,9 +167,7 @@ def select_matrices(
 
 
 def _by_own_options(
-    entries: list[FoundParameter],
-    overrides: Mapping[str, Mapping[str, Any]],
-    at_place: Mapping[str, Mapping[str, Any]],
+    entries: list[FoundParameter], overrides: Mapping[str, Mapping[str, Any]], at_place: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[dict[str, Any], list[FoundParameter]]]:
     """The entries by what their modules, their place and `overrides` say of them, those of which nothing is said first."""
     parted: list[tuple[dict[str, Any], list[FoundParameter]]] = []
@@ -196,10 +196,6 @@ def _is_low_rank(entry: FoundParameter, include: list[Pattern] | None, exclude: 
 def _takes_in(pattern: Pattern, entry: FoundParameter) -> bool:
     """Whether `include=pattern` makes this parameter low-rank."""
     return entry.matches(pattern) if entry.kind == "matrix" else entry.kind == "dense" and entry.is_named_by(pattern)
-
-
-def _group(entries: list[FoundParameter], options: Mapping[str, Any]) -> ParamGroup:
-    return {"params": [e.param for e in entries], "param_names": [e.names[0] for e in entries], **options}
 
 
 def _checked_patterns(

@@ -43,9 +43,6 @@ def complete_group(
     """The group with all options; objects among its parts are kept in the registry.
 
     Args:
-        given: by the user.
-        registry: of the optimizer's parts.
-        defaults: the optimizer's options.
         reserved: options of the optimizer that no part may use the names of.
 
     Raises:

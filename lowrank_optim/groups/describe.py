@@ -15,25 +15,13 @@ from lowrank_optim.groups.options import DEFAULTS, expand_shorthands, plain_opti
 from lowrank_optim.groups.parts import PartRegistry
 from lowrank_optim.projectors import Projector, from_name
 
-# The table ----------------------------------------------------------------------------------------------------------------------
-
 LINE_WIDTH = 120
 
 _HEADER = ("parameters", "shape", "side", "rank", "layout", "treatment", "count", "%")
 
-_GROUP_KEYS = (
-    "rank",
-    "density",
-    "update_proj_gap",
-    "scale",
-    "proj_type",
-    "projector",
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "weight_error_bits",
-)
+_SUBSPACE_KEYS = ("rank", "density", "update_proj_gap", "scale", "proj_type", "projector")
+
+_RULE_KEYS = ("lr", "betas", "eps", "weight_decay", "weight_error_bits")
 
 _FLAGS = ("cautious", "cautious_decay")
 
@@ -180,12 +168,13 @@ def _named_tensors(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _summary(group: Mapping[str, Any], differing: Iterable[str]) -> str:
-    kind = "low-rank" if is_low_rank(group) else "pairs" if group.get("pairs") else "dense"
-    keys = [
-        key for key in _GROUP_KEYS if group.get(key) is not None and (kind == "low-rank" or key not in _GROUP_KEYS[:6])
-    ]
-    own = [key for key in differing if group.get(key) is not None and (kind == "low-rank" or key == "rule")]
-    return ", ".join([kind, *(f"{key} {group[key]}" for key in [*own, *keys]), *filter(group.get, _FLAGS)])
+    if is_low_rank(group):
+        kind, keys = "low-rank", (*differing, *_SUBSPACE_KEYS, *_RULE_KEYS)
+    else:
+        kind = "pairs" if group.get("pairs") else "dense"
+        keys = (*(key for key in differing if key == "rule"), *_RULE_KEYS)
+    values = [f"{key} {group[key]}" for key in keys if group.get(key) is not None]
+    return ", ".join([kind, *values, *filter(group.get, _FLAGS)])
 
 
 def _percent(part: int, whole: int) -> str:

@@ -15,10 +15,7 @@ _log = logging.getLogger("lowrank_optim")
 
 
 def report_layers(
-    trained: list[Layer],
-    found: list[Layer],
-    groups: list[ParamGroup],
-    frozen: list[tuple[str, nn.Parameter]],
+    trained: list[Layer], found: list[Layer], groups: list[ParamGroup], frozen: list[tuple[str, nn.Parameter]]
 ) -> None:
     """Log what `layer_groups` has made: of the layers found those that are trained, the groups, and what was frozen, by name."""
     if len(found) > len(trained):

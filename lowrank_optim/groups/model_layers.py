@@ -71,11 +71,8 @@ def _repeated(container: nn.Module) -> dict[str, nn.Module]:
         return blocks  # hybrid models have blocks of several classes in one list
     if repeated := {name: child for name, child in blocks.items() if classes.count(type(child)) > 1}:
         return repeated
-    return (
-        members
-        if len(members) > 1 and len(set(classes)) == 1 and len(members) == len(list(container.children()))
-        else {}
-    )
+    alike = len(members) > 1 and len(set(classes)) == 1 and len(members) == len(list(container.children()))
+    return members if alike else {}
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -8,9 +8,6 @@ from typing import TypeAlias
 Pattern: TypeAlias = str | re.Pattern[str]
 
 
-# Patterns -----------------------------------------------------------------------------------------------------------------------
-
-
 def matches(pattern: Pattern, name: str) -> bool:
     if isinstance(pattern, re.Pattern):
         return pattern.search(name) is not None

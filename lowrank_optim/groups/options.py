@@ -156,10 +156,8 @@ def check_structure(group: Mapping[str, Any], made_for: tuple[Any, ...], rule: R
         return
     for name, new, old in zip(_FIXED, now, made_for, strict=False):
         if new != old:
-            what, call = (
-                f"{name} is {new!r} in param group {number}, whose state was made for {old!r}",
-                f"{name}={new!r}",
-            )
+            what = f"{name} is {new!r} in param group {number}, whose state was made for {old!r}"
+            call = f"{name}={new!r}"
             break
     else:
         what, call = f"an option of param group {number} was edited that decides which state there is", "…"
@@ -334,8 +332,7 @@ def expand_shorthands(given: dict[str, Any]) -> dict[str, Any]:
 
     Whoever names one of `rank` and `density` (or `rank=None`, which makes a group dense) means the other to be None.
     """
-    short = {name: given.pop(name) for name in SHORTHANDS if name in given}
-    short = {name: value for name, value in short.items() if value is not None}
+    short = {name: value for name in SHORTHANDS if (value := given.pop(name, None)) is not None}
     if short:
         kind = {"coordinates": "coordinate", "blocks": "blocks"}
         name, value = next(iter(short.items()))

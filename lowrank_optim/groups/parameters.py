@@ -22,9 +22,6 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 MATRIX_MODULES = (nn.Linear, *_CONVOLUTIONS)
 
-
-# What a parameter is ------------------------------------------------------------------------------------------------------------
-
 Kind: TypeAlias = Literal["matrix", "dense", "no_decay"]
 Place: TypeAlias = Literal["head", "embeddings", "other"]
 

@@ -4,17 +4,16 @@ A group holds names only, so that checkpoints are plain. An object that stands i
 under its name; other names stand for the package's own parts with their defaults.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from inspect import get_annotations
 from typing import Any, TypeAlias
 
-from lowrank_optim import projectors
 from lowrank_optim.groups.matrices import is_low_rank
 from lowrank_optim.groups.options import DEFAULTS
 from lowrank_optim.kernels import check_no_class
-from lowrank_optim.projectors import Projector
+from lowrank_optim.projectors import Projector, from_name
 from lowrank_optim.residuals import Residual, residual_from_name
 from lowrank_optim.rules import Rule, rule_from_name
 
@@ -28,6 +27,13 @@ _RESERVED = (
     *("rule", "dense_rule", "residual", "parts"),  # arguments of the constructor
 )
 """Names beside those of `DEFAULTS` that no field of a part may have."""
+
+_BY_NAME: dict[str, Callable[[str], Part]] = {
+    "rule": rule_from_name,
+    "projector": from_name,
+    "residual": residual_from_name,
+}
+"""What gives the package's own part of each kind by its name."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,7 @@ class PartRegistry:
             ValueError: there is none.
         """
         known = self._known.get((kind, name))
-        if known is not None:
-            return known
-        if kind == "rule":
-            return rule_from_name(name)
-        return projectors.from_name(name) if kind == "projector" else residual_from_name(name)
+        return _BY_NAME[kind](name) if known is None else known
 
     def projector_of(self, name: str) -> Projector:
         """The projector of this name."""
@@ -175,9 +177,7 @@ def _kind_of(part: object) -> str:
 def package_part(kind: str, name: str) -> Part | None:
     """The package's own part of this kind and name, with its defaults; None where there is none."""
     try:
-        if kind == "rule":
-            return rule_from_name(name)
-        return projectors.from_name(name) if kind == "projector" else residual_from_name(name)
+        return _BY_NAME[kind](name)
     except ValueError:
         return None
 
@@ -185,7 +185,7 @@ def package_part(kind: str, name: str) -> Part | None:
 def as_part(kind: str, part: str | Rule | Residual) -> Any:
     """A rule or a residual, given as such or by its name, checked."""
     if not isinstance(part, (Rule, Residual)):
-        return rule_from_name(part) if kind == "rule" else residual_from_name(part)
+        return _BY_NAME[kind](part)
     check_part(kind, part)
     return part
 

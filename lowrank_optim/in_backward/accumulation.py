@@ -85,15 +85,13 @@ def accumulated_norm(state: Mapping[str, Tensor], basis: Basis) -> Tensor:
     return norm
 
 
-def template(
-    param: Tensor, saved: Mapping[str, Tensor], space: SubspaceSpec | None, reduced_shape: tuple[int, ...]
-) -> dict[str, Tensor]:
+def template(param: Tensor, saved: Mapping[str, Tensor], plan: ParamPlan) -> dict[str, Tensor]:
     """Types and shapes of the accumulators in a checkpoint, as tensors without memory."""
-    meta = torch.device("meta")
+    meta, space = torch.device("meta"), plan.space
     like = {"micro_batches": torch.empty((), dtype=torch.int64, device=meta)}
     if "projected_sum" not in saved or space is None:
         return like | {"grad_sum": param.detach() if is_sharded(param) else torch.empty_like(param, device=meta)}
-    shapes = {"projected_sum": reduced_shape, "sketch_sum": sketch_shape(space), "squares_sum": ()}
+    shapes = {"projected_sum": plan.whole_moment_shape(saved), "sketch_sum": sketch_shape(space), "squares_sum": ()}
     return like | {name: torch.empty(shape, dtype=space.dtype, device=meta) for name, shape in shapes.items()}
 
 

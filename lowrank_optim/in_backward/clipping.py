@@ -1,6 +1,6 @@
 """Clipping where no gradient of another parameter is known: factors that stay on the device, and the record of the norms."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,15 +24,14 @@ def scale_(tensor: Tensor, factor: Tensor | None, wait: bool) -> None:
         tensor.mul_(on_device(factor, tensor.device))
 
 
-def record_norms(norms: Iterable[Tensor], before: Tensor | None) -> Tensor:
+def record_norms(norms: Sequence[Tensor], before: Tensor | None) -> Tensor:
     """The norm of a step from the norms of its parameters, and the last finite one; nothing waits.
 
     Args:
         norms: ‖G‖ of every parameter, 0-d, at least one.
         before: the record of the step before.
     """
-    parts = list(norms)
-    first = parts[0]
-    total = torch.linalg.vector_norm(torch.stack([part.to(first.device, first.dtype) for part in parts]))
+    first = norms[0]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(first.device, first.dtype) for norm in norms]))
     finite = torch.full_like(total, torch.nan) if before is None else before[1].to(total.device, total.dtype)
     return torch.stack([total, torch.where(torch.isfinite(total), total, finite)])

@@ -250,16 +250,15 @@ class UpdateInBackward:
     def _step_kept(self, optimizer: LowRankOptimizer, param: Tensor) -> None:
         """Update a parameter from the sum of its micro-batches, which is freed."""
         sums = _take_sums(optimizer, param)
-        if "grad_sum" in sums:
-            param.grad = sums["grad_sum"]
-            trained = optimizer.trained(param)
-            self._step_whole(trained)
-            if not self._waits(trained.plan):
-                param.grad = None
-            return
         trained = optimizer.trained(param)
-        norm = accumulation.accumulated_norm(sums, trained.basis())
-        self._step_projected(trained, sums["projected_sum"], norm)
+        if "grad_sum" not in sums:
+            norm = accumulation.accumulated_norm(sums, trained.basis())
+            self._step_projected(trained, sums["projected_sum"], norm)
+            return
+        param.grad = sums["grad_sum"]
+        self._step_whole(trained)
+        if not self._waits(trained.plan):
+            param.grad = None
 
     def _step_whole(self, trained: TrainedParam) -> None:
         """Update a parameter from the whole gradient in `param.grad`."""
@@ -339,18 +338,19 @@ class UpdateInBackward:
         """End a step: update parameters that got fewer than `accumulate` gradients, and write down the norm."""
         optimizer = self._require_optimizer()
         for param, plan in _parameters(optimizer):
-            if param.grad is not None and self._waits(plan):
+            if param.grad is None:
+                if "micro_batches" in optimizer.state.get(param, {}):
+                    self._step_kept(optimizer, param)
+                continue
+            if self._waits(plan):
                 self.restart()
                 check_unit(plan, optimizer.plans, optimizer.param_groups[plan.group], optimizer.state)
-            elif param.grad is not None and plan.place in self._done:
+            elif plan.place in self._done:
                 raise RuntimeError(
                     f"{plan.name} was updated in backward, but has a gradient again. DistributedDataParallel puts one there after "
                     "its hooks: call handle.remove() and step as usual, or train without DistributedDataParallel"
                 )
-            if param.grad is not None:  # from before the hooks, or set by hand
-                self._take(param, last=True)
-            elif "micro_batches" in optimizer.state.get(param, {}):
-                self._step_kept(optimizer, param)
+            self._take(param, last=True)  # from before the hooks, or set by hand
         if self._norms:
             first = optimizer.param_groups[0]
             norms = [self._norms[plan.place] for _, plan in _parameters(optimizer) if plan.place in self._norms]
@@ -366,11 +366,7 @@ class UpdateInBackward:
             return {}
         if self._last_micro_batch is None and int(saved["micro_batches"]) >= self.accumulate:
             return {}
-        optimizer = self._require_optimizer()
-        plan = optimizer.plan_of(param)
-        return accumulation.template(
-            param, saved, plan.space, () if plan.space is None else plan.whole_moment_shape(saved)
-        )
+        return accumulation.template(param, saved, self._require_optimizer().plan_of(param))
 
     def memory(self) -> dict[str, int]:
         """Exact bytes: the largest gradient, and what is kept between micro-batches in a step in which nothing is refreshed."""

@@ -308,13 +308,8 @@ class LowRankOptimizer(Optimizer):
         """Where a state tensor of this name belongs."""
         return torch.device("cpu") if self.plans[param].is_on_host(name) else param.device
 
-    def state_template(self, param: Tensor, saved: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Types and shapes of the state at the step at which `saved` was written, with that `group`."""
-        return state_template(self, param, saved, group)
-
-    def followed(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The state of a parameter that was moved or converted."""
-        return followed(self, param, group)
+    state_template = state_template
+    followed = followed
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the options of every group, as in torch: tensors and Python's own numbers only."""

@@ -47,9 +47,7 @@ def change_group(optimizer: HasState, number: int, **options: Any) -> None:
         group = {**own, **changed}
         check_option_names(parts.of(group))
         optimizer.check_options(group)
-        if any(
-            "micro_batches" in optimizer.state.get(param, {}) or _waits(optimizer, param) for param in own["params"]
-        ):
+        if any(_keeps_gradients(optimizer, param) for param in own["params"]):
             raise RuntimeError(
                 "gradients of an unfinished step are kept: call optimizer.step() first, then change_group"
             )
@@ -88,6 +86,7 @@ def _usual_rule(optimizer: HasState, own: Mapping[str, Any], changed: Mapping[st
     return {name: after[name] for name in names if own.get(name) == before.get(name)}
 
 
-def _waits(optimizer: HasState, param: Any) -> bool:
-    """Whether hooks keep a gradient for a rule that needs those of other parameters besides."""
-    return optimizer._in_backward is not None and bool(optimizer.plans[param].unit) and param.grad is not None
+def _keeps_gradients(optimizer: HasState, param: Any) -> bool:
+    """Whether hooks keep a sum of gradients, or one for a rule that needs those of other parameters besides."""
+    waits = optimizer._in_backward is not None and bool(optimizer.plans[param].unit) and param.grad is not None
+    return waits or "micro_batches" in optimizer.state.get(param, {})

@@ -71,12 +71,5 @@ class FOAMAdamW(MatrixRuleOptimizer):
     ) -> None:
         rule = FoldedAdam(betas, eps, level=level, residual_scale=residual_scale, step_scale=step_scale)
         super().__init__(
-            params,
-            rule=rule,
-            lr=lr,
-            adamw_lr=adamw_lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            **options,
+            params, rule=rule, lr=lr, adamw_lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay, **options
         )

@@ -159,28 +159,26 @@ class LayerSwitching(LowRankOptimizer):
             self._in_backward.refresh_hooks()
 
     def _admits(self, param: Tensor, group: Mapping[str, Any]) -> bool:
-        if not self._is_trained(group):
-            self._refuse(param)
-        return param.grad is not None
-
-    def may_begin(self, group: Mapping[str, Any]) -> bool:
-        return group["layer"] is None  # those of layers that are awake have some
-
-    def _is_trained(self, group: Mapping[str, Any]) -> bool:
-        return group["layer"] is None or group["awake"]
-
-    def _refuse(self, param: Tensor) -> None:
-        """A gradient of a layer that sleeps: somebody has set `requires_grad`."""
+        if self._is_trained(group):
+            return True
+        # Somebody has set `requires_grad` in a layer that sleeps.
         if "asleep" not in self.plans.warned:
             self.plans.warned.add("asleep")
             warnings.warn(
                 f"{self.plans[param].name} has a gradient, but its layer sleeps: something has set requires_grad=True. The "
                 "gradient is dropped and the layer sleeps again; later ones do so without a warning.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
         param.grad = None
         param.requires_grad_(False)
+        return False
+
+    def may_begin(self, group: Mapping[str, Any]) -> bool:
+        return group["layer"] is None  # those of layers that are awake have some
+
+    def _is_trained(self, group: Mapping[str, Any]) -> bool:
+        return group["layer"] is None or group["awake"]
 
     # -------------------------------------------------------------------------------------------------------------- state
 
@@ -198,14 +196,14 @@ class LayerSwitching(LowRankOptimizer):
         group["steps"] = steps
         if layer is None:
             return
-        self._put_to_sleep(group) if self._built else self._forget(group)
+        if self._built:
+            self._put_to_sleep(group)
+        else:
+            for param in group["params"]:
+                self.state.pop(param, None)
         if layer in awake:
             self._wake(group)
             self._tell_hooks()
-
-    def _forget(self, group: Mapping[str, Any]) -> None:
-        for param in group["params"]:
-            self.state.pop(param, None)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         super().check_options(options)

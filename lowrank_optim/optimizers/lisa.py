@@ -124,15 +124,13 @@ class LISAAdamW(LayerSwitching):
         return {**super().__getstate__(), "_importance": self._importance}
 
 
-def _norm(weight: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(weight, dtype=kernels.compute_dtype(weight.dtype))
-    return norm.double()
-
-
 @torch.no_grad()
 def weight_norm(layer: int, params: list[Tensor]) -> float:
     """‖W‖ of all weights of a layer; 1 where they hold no numbers (meta tensors)."""
     if any(param.is_meta for param in params):
         return 1.0
-    norms = [dense_sharding(param).norm(_norm(local(param))) for param in params]
+    norms = []
+    for param in params:
+        norm = torch.linalg.vector_norm(local(param), dtype=kernels.compute_dtype(param.dtype))
+        norms.append(dense_sharding(param).norm(norm.double()))
     return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -158,16 +158,8 @@ class LoRARiteAdamW(LoRAOptimizer):
         adamw_lr: float | Tensor | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            Rite(betas, eps, escape),
-            lr,
-            weight_decay,
-            adamw_lr=adamw_lr,
-            betas=betas,
-            eps=eps,
-            **options,
-        )
+        rule = Rite(betas, eps, escape)
+        super().__init__(params, rule, lr, weight_decay, adamw_lr=adamw_lr, betas=betas, eps=eps, **options)
 
 
 class LoRAProAdamW(LoRAOptimizer):
@@ -202,16 +194,8 @@ class LoRAProAdamW(LoRAOptimizer):
         adamw_lr: float | Tensor | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            LoRAPro(betas, eps, moments),
-            lr,
-            weight_decay,
-            adamw_lr=adamw_lr,
-            betas=betas,
-            eps=eps,
-            **options,
-        )
+        rule = LoRAPro(betas, eps, moments)
+        super().__init__(params, rule, lr, weight_decay, adamw_lr=adamw_lr, betas=betas, eps=eps, **options)
 
 
 class AltLoRA(LoRAOptimizer):
@@ -248,16 +232,8 @@ class AltLoRA(LoRAOptimizer):
         adamw_lr: float | Tensor | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            AlternatingLoRA(beta1, second_moment, betas[1], eps),
-            lr,
-            weight_decay,
-            adamw_lr=adamw_lr,
-            betas=betas,
-            eps=eps,
-            **options,
-        )
+        rule = AlternatingLoRA(beta1, second_moment, betas[1], eps)
+        super().__init__(params, rule, lr, weight_decay, adamw_lr=adamw_lr, betas=betas, eps=eps, **options)
 
 
 class RiemannianAdamW(LoRAOptimizer):

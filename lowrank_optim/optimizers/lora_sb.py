@@ -99,9 +99,8 @@ def _basis(param: Tensor, given: Tensor | None, experts: int, name: str) -> Tens
     form = tall(whole.reshape(matrix_of(whole)).to(dtype), False, experts)
     gram = form.mT @ form
     root = pseudo_inverse_root(gram, torch.finfo(dtype).eps)
-    if bool(
-        (torch.linalg.eigvalsh(gram.double()) <= gram.shape[-1] * torch.finfo(dtype).eps * gram.abs().amax()).any()
-    ):
+    smallest = gram.shape[-1] * torch.finfo(dtype).eps * gram.abs().amax()
+    if bool((torch.linalg.eigvalsh(gram.double()) <= smallest).any()):
         raise ValueError(
             f"{name} {tuple(param.shape)} has linearly dependent columns (it is zero in a new adapter), so that it has no basis; "
             "give it initial values by lo.lora_sb_(model, …), or pass bases="

@@ -69,14 +69,7 @@ class SCALEOptimizer(MatrixRuleOptimizer):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            params,
-            rule=RowNorm(),
-            lr=lr,
-            adamw_lr=adamw_lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            **options,
+            params, rule=RowNorm(), lr=lr, adamw_lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay, **options
         )
 
 
@@ -132,13 +125,7 @@ class SinkGDAdamW(MatrixRuleOptimizer):
         weight_decay: float = 0.0,
         **options: Unpack[Options],
     ) -> None:
+        rule = Sinkhorn(iterations=iterations, step_scale=step_scale)
         super().__init__(
-            params,
-            rule=Sinkhorn(iterations=iterations, step_scale=step_scale),
-            lr=lr,
-            adamw_lr=adamw_lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            **options,
+            params, rule=rule, lr=lr, adamw_lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay, **options
         )

@@ -127,7 +127,7 @@ class SpectralSchedule:
         """Let each `optimizer.step()` call it, so that a trainer's loop need not; `remove()` of what is returned ends that."""
         if self._attached:
             raise RuntimeError("the schedule is attached already")
-        self._handle = self.optimizer.register_step_post_hook(self._after_step)
+        self._handle = self.optimizer.register_step_post_hook(self._advance)
         return self._handle
 
     @property
@@ -191,10 +191,7 @@ class SpectralSchedule:
             for name in PARAMETERS if self.warmup else VECTORS:
                 self._old[layer.path, name] = local(layer.param(name)).clone()
 
-    def _after_step(self, *_: Any) -> None:
-        self._advance()
-
-    def _advance(self) -> None:
+    def _advance(self, *_: Any) -> None:
         put_parameters_back(self._model, self._layers)
         steps, self.steps = self.steps, self.steps + 1
         with PlainModes():

@@ -329,17 +329,18 @@ class RankTruncation:
         param = matrix.param
         if not param.requires_grad:
             return -1
-        own = isinstance(optimizer, LowRankOptimizer)
-        error = kept_error({n: local(t) for n, t in optimizer.state.get(param, {}).items()}) if own else None
+        error = key = None
+        if isinstance(optimizer, LowRankOptimizer):
+            error = kept_error({n: local(t) for n, t in optimizer.state.get(param, {}).items()})
+            if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+                plan = optimizer.plan_of(param)
+                key = make_key(group["seed"], plan.index, self._number(STEP, 0), PURPOSE_TRUNCATION)
         whole = matrix.whole(error)
         if not bool(torch.isfinite(whole).all()):
             self.skipped[matrix.name] = self.skipped.get(matrix.name, 0) + 1
             return -1
         size = float(group["lr"]) * float(group.get("lr_factor", 1.0))
         new, ranks = truncated_stack(whole, self._cut, size * self.nuclear_weight if self.mode == "decoupled" else 0.0)
-        key = None
-        if isinstance(optimizer, LowRankOptimizer) and group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            key = make_key(group["seed"], optimizer.plan_of(param).index, self._number(STEP, 0), PURPOSE_TRUNCATION)
         if new is not whole:
             matrix.write_(new, key, error)
         return ranks if whole.dim() > 2 else ranks[0]

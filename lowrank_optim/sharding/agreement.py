@@ -20,15 +20,12 @@ def describe(optimizer: Optimizer) -> list[str]:
     for number, group in enumerate(optimizer.param_groups):
         for name, value in sorted(group.items(), key=lambda item: item[0]):
             if name not in ("params", "param_names"):
-                lines.append(f"{name} is {_shown(value)} in group {number}")
+                shown = value.tolist() if isinstance(value, Tensor) else value
+                lines.append(f"{name} is {shown!r} in group {number}")
         for position, param in enumerate(group["params"]):
             placements = f" {tuple(param.placements)}" if is_sharded(param) else ""
             lines.append(f"parameter {position} of group {number} is {tuple(param.shape)} {param.dtype}{placements}")
     return lines
-
-
-def _shown(value: Any) -> str:
-    return repr(value.tolist()) if isinstance(value, Tensor) else repr(value)
 
 
 def check_agreement(optimizer: Optimizer) -> None:

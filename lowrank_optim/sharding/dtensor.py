@@ -107,7 +107,6 @@ def dense_param_sharding(
     """The shards of a parameter that is trained directly.
 
     Args:
-        param: the parameter.
         coded: whether its moments are stored in row blocks.
         matrix: the sharding of the matrix view; None where it is trained in its own shape.
         folded: the shape of the moments, where they have fewer columns than the matrix.
@@ -165,16 +164,13 @@ def low_rank_sharding(
     lines = free.moved({dim: dim for dim in range(ndim - 1)}, reduced_shape)
     partial = tuple(matrix.groups(*contracted))
     one_row = coded and reduced_shape[-1] == 1  # coded as one row, whose blocks would span processes
-    if one_row and (lines.splits(-2) or partial):
-        return MeshParamSharding(
-            matrix=matrix, rows=rows, cols=cols, reduced=lines.only(-3), lines=lines, partial=partial, whole=True
-        )
-    scatter = len(partial) == 1 and not lines.splits() and len(contracted) < 2
-    reduced: MeshSharding = lines
+    whole = one_row and (lines.splits(-2) or bool(partial))
+    scatter = not whole and len(partial) == 1 and not lines.splits() and len(contracted) < 2
+    reduced = lines.only(-3) if whole else lines
     if scatter:
         reduced = _scattered(matrix, lines, contracted)
     return MeshParamSharding(
-        matrix=matrix, rows=rows, cols=cols, reduced=reduced, lines=lines, partial=partial, scatter=scatter
+        matrix=matrix, rows=rows, cols=cols, reduced=reduced, lines=lines, partial=partial, scatter=scatter, whole=whole
     )
 
 
@@ -233,13 +229,10 @@ def like(value: Any, template: Tensor, device: torch.device) -> Tensor:
         copy: Tensor = value.detach().to(dtype=template.dtype, device=device, copy=True)
         return copy
     sharding = MeshSharding(template.device_mesh, tuple(template.placements), tuple(template.shape))  # type: ignore[attr-defined]
-    if is_sharded(value):
-        same = value.device_mesh == sharding.mesh
-        part = (
-            value.redistribute(placements=sharding.placements).to_local()
-            if same
-            else sharding.part(value.full_tensor())
-        )
-    else:
+    if not is_sharded(value):
         part = sharding.part(as_tensor(value))
+    elif value.device_mesh == sharding.mesh:
+        part = value.redistribute(placements=sharding.placements).to_local()
+    else:
+        part = sharding.part(value.full_tensor())
     return sharding.wrap(part.detach().to(dtype=template.dtype, device=device, copy=True))

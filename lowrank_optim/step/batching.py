@@ -114,12 +114,11 @@ def together(steps: Iterable[Step]) -> None:
                 request = _go_on(step, request.run())
             if request is None:
                 continue
-            launched += 0 if isinstance(request, Sum) else request.elements
-            summed += request.elements if isinstance(request, Sum) else 0
+            launch, total = (0, request.elements) if isinstance(request, Sum) else (request.elements, 0)
+            launched, summed = launched + launch, summed + total
             if launched > TOGETHER or summed > SUMMED_TOGETHER:
                 ready, waiting = waiting, [(step, request)]
-                launched = 0 if isinstance(request, Sum) else request.elements
-                summed = request.elements if isinstance(request, Sum) else 0
+                launched, summed = launch, total
                 _finish(ready)
             else:
                 waiting.append((step, request))

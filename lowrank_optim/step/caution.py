@@ -25,20 +25,12 @@ from lowrank_optim.sharding.tensor_sharding import TensorSharding
 
 def is_cautious(group: Mapping[str, Any]) -> bool:
     """Whether a group's updates are looked at before they are applied."""
-    return bool(group["cautious"]) or (bool(group["cautious_decay"]) and _decays(group["weight_decay"]))
-
-
-def _decays(weight_decay: Any) -> bool:
-    return isinstance(weight_decay, Tensor) or float(weight_decay) != 0.0
+    decays = isinstance(group["weight_decay"], Tensor) or float(group["weight_decay"]) != 0.0
+    return bool(group["cautious"]) or (bool(group["cautious_decay"]) and decays)
 
 
 def cautiously_(
-    weight: Tensor,
-    update: Tensor,
-    grad: Tensor,
-    write: StepParams,
-    group: Mapping[str, Any],
-    sharding: TensorSharding,
+    weight: Tensor, update: Tensor, grad: Tensor, write: StepParams, group: Mapping[str, Any], sharding: TensorSharding
 ) -> None:
     """W ← keep·W − αU, cautiously; the local parts of a parameter that lies as `sharding` says.
 
@@ -69,18 +61,15 @@ def mask_(update: Tensor, grad: Tensor, sharding: TensorSharding) -> None:
 
 def _decay_where_agreed(weight: Tensor, update: Tensor, write: StepParams) -> StepParams:
     """The decay becomes part of the update, U ← αU + (1 − keep)·W where αU ⊙ W ≥ 0, in place; what is left is a step of 1."""
+    dropped = 1.0 - write.keep
+    if write.ok is not None:
+        dropped = kernels.masked_scalar(write.ok, dropped, 0.0, update.dtype)
     update.mul_(write.alpha)
     for chunk in _chunks(update):
         part = update[chunk]
         value = kernels.joined(weight[chunk], write.error and write.error.at(chunk)).to(update.dtype)
-        part.add_(torch.where(part * value.sign() >= 0, value, 0.0) * _dropped(write, update))
+        part.add_(torch.where(part * value.sign() >= 0, value, 0.0) * dropped)
     return replace(write, alpha=1.0, keep=1.0)
-
-
-def _dropped(write: StepParams, update: Tensor) -> float | Tensor:
-    """1 − keep; 0 where the step is left out."""
-    dropped = 1.0 - write.keep
-    return dropped if write.ok is None else kernels.masked_scalar(write.ok, dropped, 0.0, update.dtype)
 
 
 def _chunks(tensor: Tensor) -> Any:

@@ -22,11 +22,6 @@ def enter(
 ) -> tuple[bool, list[Tensor]]:
     """Let parameters into a step, all of which are checked before anything changes.
 
-    Args:
-        params: that come in.
-        plans: of all parameters of the optimizer.
-        groups: its param groups.
-
     Returns:
         Whether some were moved or converted since their plans were made, so that their state has to follow; and those whose gradients
         are no ordinary tensors, to be settled then.
@@ -90,11 +85,7 @@ def check_parameter(param: Tensor, plan: ParamPlan) -> None:
 
 
 def _refuse_stranger(
-    param: Tensor,
-    number: int,
-    position: int,
-    groups: list[Mapping[str, Any]],
-    plans: Mapping[Tensor, ParamPlan],
+    param: Tensor, number: int, position: int, groups: list[Mapping[str, Any]], plans: Mapping[Tensor, ParamPlan]
 ) -> NoReturn:
     """Raise RuntimeError for a parameter in the groups that the optimizer was not built with."""
     names = groups[number].get("param_names") or ()

@@ -84,12 +84,11 @@ class PlainGroup:
         sizes = tuple((write.alpha, float(write.keep)) for write in writes)
         counters = [state["step"] for state in self.states]
         torch._foreach_add_(counters, 1.0)
-        rule = self.rule
         said: str | None = None
         left_out = False
-        for units in self._kinds(torch.stack(counters).tolist(), sizes, rule.arity):
-            key = id(rule), self.plan.group, "lists", *units.counts
-            said = (yield Shared(_write, key, (rule, units), 0)) or said
+        for units in self._kinds(torch.stack(counters).tolist(), sizes):
+            key = id(self.rule), self.plan.group, "lists", *units.counts
+            said = (yield Shared(_write, key, (self.rule, units), 0)) or said
             if units.finite is not None and not bool(units.finite.all()):
                 for number in (~units.finite).nonzero().flatten().tolist():
                     skipped.add(plans[units.weights[number]].name, kernels.cpu_tensor(True, torch.bool))
@@ -99,10 +98,9 @@ class PlainGroup:
         if said:
             warnings.warn(said, RuntimeWarning, stacklevel=2)
 
-    def _kinds(
-        self, counts: Sequence[float], sizes: tuple[tuple[float, float], ...], arity: int
-    ) -> Iterator[UnitLists]:
+    def _kinds(self, counts: Sequence[float], sizes: tuple[tuple[float, float], ...]) -> Iterator[UnitLists]:
         """Units of one rank and type that have seen as many steps."""
+        arity = self.rule.arity
         alike: dict[tuple[Any, ...], list[int]] = {}
         for unit in range(len(self.memos)):
             first = self.params[unit * arity]

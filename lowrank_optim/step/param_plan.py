@@ -210,12 +210,10 @@ def plan_group(
                 _log.info(
                     "%s %s is trained densely: its short side is below rank %s", name, tuple(param.shape), group["rank"]
                 )
-        own, wide = projector, None
-        if group["exact_sums"] and kernels.compute_dtype(param.dtype) == torch.float32:
-            wide = torch.float64
-        if (
-            space is not None and space.rank == 0 and not projector.moments_change_shape
-        ):  # density 0: no subspace of any kind
+        wide = torch.float64 if group["exact_sums"] and kernels.compute_dtype(param.dtype) == torch.float32 else None
+        own = projector
+        if space is not None and space.rank == 0 and not projector.moments_change_shape:
+            # Density 0: no subspace of any kind.
             own, space = Coordinate("columns"), replace(space, side="right", basis_bits=32)
         rule = parts.rule_for(shape)
         if space is not None and not rule.in_subspaces:
@@ -228,10 +226,8 @@ def plan_group(
         sharding = make_sharding(param, space, own, group, rule, folded)
         space = None if space is None else replace(space, sharding=sharding)
         plan = ParamPlan(name, index, group["layout"], space, rule, own, parts.residual, param.device, param.dtype)
-        plan = replace(
-            plan, shape=tuple(param.shape), sharding=sharding, group=number, sum_dtype=wide, position=position
-        )
-        plan = replace(plan, named=given is not None, folded=folded)
+        plan = replace(plan, shape=tuple(param.shape), sharding=sharding, group=number, position=position)
+        plan = replace(plan, named=given is not None, sum_dtype=wide, folded=folded)
         check_sharding(plan, param, group)
         if rule.on_matrices:
             check_matrix(plan, shape, group)

@@ -16,11 +16,7 @@ Group = Mapping[str, Any]
 
 
 class Plans(dict[Tensor, ParamPlan]):
-    """Each parameter's plan.
-
-    Args:
-        parts: of the groups.
-    """
+    """Each parameter's plan."""
 
     def __init__(self, parts: PartRegistry) -> None:
         super().__init__()

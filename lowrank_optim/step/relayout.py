@@ -29,10 +29,8 @@ def carry_over(old: ParamStep, new: ParamStep) -> None:
             new.state[name].copy_(old.state[name])
     if type(before.rule) is not type(after.rule) or (before.space is None) != (after.space is None):
         return
-    same_matrix = (before.layout, before.space and before.space.shape) == (
-        after.layout,
-        after.space and after.space.shape,
-    )
+    matrices = [(plan.layout, plan.space and plan.space.shape) for plan in (before, after)]
+    same_matrix = matrices[0] == matrices[1]
     if _same_kind(old.state, new.state) and same_matrix and before.space == after.space:
         for name, tensor in new.state.items():
             tensor.copy_(old.state[name])
@@ -43,12 +41,8 @@ def carry_over(old: ParamStep, new: ParamStep) -> None:
         moments = {name: old.moments[name] for name in _moment_names(new) if name in old.moments}
     else:
         assert before.space is not None
-        both = (before.projector, after.projector)
-        if (
-            not all(projector.stores_basis for projector in both)
-            or before.space.side != after.space.side
-            or not same_matrix
-        ):
+        stored = before.projector.stores_basis and after.projector.stores_basis
+        if not stored or before.space.side != after.space.side or not same_matrix:
             return
         moments = _into_new_subspace(old, new, before.space, after.space)
     if any(moments[name].shape != new.moments[name].shape for name in moments):
