@@ -182,7 +182,7 @@ def plan_group(
 ) -> dict[Tensor, ParamPlan]:
     """The plans of a group's parameters, with their names where these are known.
 
-    Logs once for each reason why a matrix of a low-rank group is dense.
+    Logs once why a matrix of a low-rank group is dense, and warns where all are.
 
     Args:
         first: position of the first parameter in the optimizer.
@@ -233,6 +233,14 @@ def plan_group(
             check_matrix(plan, shape, group)
         plans[param] = plan
     low_rank = {param: plan.space for param, plan in plans.items() if plan.space is not None}
+    sides = [min(view[-2:]) for param in plans if (view := matrix_shape(param.shape, group["layout"])) is not None]
+    if is_low_rank(group) and sides and not low_rank and "all" not in warned:
+        warned.add("all")
+        _log.warning(
+            "rank is %s, and the short sides of the %d matrices in group %d have %d elements at most: all are trained densely; take "
+            "a smaller rank, or a fraction of the short side (rank=0.25)",
+            *(group["rank"], len(sides), number, max(sides)),
+        )
     key = make_key(group["seed"], first_key, 0, PURPOSE_BLOCKS)
     arranged = projector.arrange(list(low_rank.values()), group["density"], key)
     for param, space in zip(low_rank, arranged, strict=True):

@@ -351,8 +351,14 @@ def test_rank_above_the_short_side_trains_densely_and_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="lowrank_optim"):
         optimizer = lo.GaLoreAdamW(ours, rank=8, lr=1e-2)
     assert [record.getMessage() for record in caplog.records] == [
-        "0.0 (6, 20) is trained densely: its short side is below rank 8"
+        "0.0 (6, 20) is trained densely: its short side is below rank 8",
+        "rank is 8, and the short sides of the 2 matrices in group 0 have 6 elements at most: all are trained densely; take a "
+        "smaller rank, or a fraction of the short side (rank=0.25)",
     ]
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    caplog.clear()
+    lo.GaLoreAdamW([weight(6, 20), weight(12, 9)], rank=8)  # one is low-rank
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     reference = torch.optim.AdamW(theirs, lr=1e-2)
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
