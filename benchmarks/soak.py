@@ -3,9 +3,9 @@
     python benchmarks/soak.py [--kills 12] [--steps 120] [--seed 0]
 
 One process: the main job with GaLore in 8 bits, updates in backward and four micro-batches a step is killed (SIGKILL) at random
-moments, one drawn from each of `--kills` equal parts of the run, and continued each time. It saves every three steps, so that kills
-fall into saves as well. Afterwards the checkpoints of both runs are compared, every tensor of weights, state and random generators,
-and every row of metrics.
+moments, one drawn from each of `--kills` equal parts of the run, and continued each time. It saves every three steps; every third kill
+waits until a checkpoint is being written. Afterwards the checkpoints of both runs are compared, every tensor of weights, state and
+random generators, and every row of metrics.
 
 Two processes under fully_shard (gloo): one of them is killed while a checkpoint is written, as often as `--sharded-kills` says. The
 last checkpoints of both runs are compared tensor by tensor.
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import torch
 from common import write
 from pretraining import checkpoint
+from pretraining.folder import TEMPORARY
 from pretraining.run import read_metrics
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -113,7 +114,7 @@ def one_process(folder: Path, steps: int, kills: int, draw: random.Random) -> di
     arguments = ("--steps", str(steps), "--save-every", "3", "--validate-every", "20")
     whole, broken = folder / "whole", folder / "broken"
     finish(begin(whole, *arguments), whole)
-    metrics = broken / "metrics.jsonl"
+    metrics, unfinished = broken / "metrics.jsonl", broken / f"checkpoint.pt{TEMPORARY}"
     pace = read_metrics(whole)[-1]["seconds"] / steps
     killed = []
     for part in range(kills):
@@ -122,9 +123,11 @@ def one_process(folder: Path, steps: int, kills: int, draw: random.Random) -> di
         # A row of the metrics is not on the disk at once, so the moment after it is drawn as well.
         if until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= step, process):  # noqa: B023 (called at once)
             time.sleep(draw.uniform(0.0, 2 * pace))
+        if part % 3 == 2:
+            until(unfinished.exists, process, every=0.0001)
         process.send_signal(signal.SIGKILL)
         died = process.wait() == -signal.SIGKILL
-        saving = (broken / "checkpoint.pt.tmp").exists()
+        saving = unfinished.exists()
         killed.append({"step": metrics.read_bytes().count(b"\n"), "died": died, "while_saving": saving})
         print(
             f"killed {part + 1} of {kills} after step {killed[-1]['step']}" + (", in a save" if saving else ""),
