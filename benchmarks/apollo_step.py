@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import interleaved, write
-from galore_step import floor, parameters
+from common import interleaved, parameters, write
+from galore_step import SHAPES, floor
 from step_time import apollo_torch
 
 import lowrank_optim as lo
@@ -57,17 +57,17 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def ours(method: type, rank: int = RANK, **options: Any) -> Callable[[], object]:
-        group = {"params": parameters(generator), "rank": rank, "update_proj_gap": 10**9, **options}
+        group = {"params": parameters(SHAPES, generator), "rank": rank, "update_proj_gap": 10**9, **options}
         return method([group], lr=LR).step
 
     steps = {
         "apollo": ours(lo.APOLLOAdamW),
-        "apollo_torch": apollo_torch(parameters(generator), RANK).step,
+        "apollo_torch": apollo_torch(parameters(SHAPES, generator), RANK).step,
         "apollo_mini": ours(lo.APOLLOMiniAdamW, rank=1),
-        "apollo_mini_floor": passes(parameters(generator)),
-        "fused_adamw": torch.optim.AdamW(parameters(generator), lr=LR, fused=True).step,
+        "apollo_mini_floor": passes(parameters(SHAPES, generator)),
+        "fused_adamw": torch.optim.AdamW(parameters(SHAPES, generator), lr=LR, fused=True).step,
         "frugal": ours(lo.FrugalAdamW, projector="randomized_svd"),
-        "three_products": three_products(parameters(generator)),
+        "three_products": three_products(parameters(SHAPES, generator)),
         "galore": ours(lo.GaLoreAdamW),
     }
     seconds = interleaved(steps, args.rounds, warmup=3)

@@ -6,7 +6,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -102,6 +102,16 @@ def rounds_of(
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, float]:
     """Median seconds of each candidate, see `rounds_of`."""
     return {name: median(values) for name, values in rounds_of(candidates, rounds, warmup).items()}
+
+
+def parameters(shapes: Iterable[tuple[int, int]], generator: torch.Generator) -> list[torch.nn.Parameter]:
+    """Weights with gradients."""
+    params = []
+    for shape in shapes:
+        param = torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
+        param.grad = torch.randn(shape, generator=generator) * 1e-3
+        params.append(param)
+    return params
 
 
 def reason(why: Exception) -> str:

@@ -168,12 +168,8 @@ SETTINGS = {
     "sltrain": Setting(8e-3, refreshes=False),
 }
 LAYERS = tuple(name for name in PARAMETRIZATIONS if name != "none")
-METHODS = (
-    *BASELINES,
-    *(name for name in lo.METHODS if name != "sara"),
-    *lo.FULL_RANK_METHODS,
-    *LAYERS,
-)  # sara: fine-tuning
+NOT_SARA = tuple(name for name in lo.METHODS if name != "sara")  # which is for fine-tuning
+METHODS = (*BASELINES, *NOT_SARA, *lo.FULL_RANK_METHODS, *LAYERS)
 """Methods that are not in `SETTINGS` take `Setting()`. Starting rates decide how many rates are tried, hardly which one is found."""
 
 
@@ -326,17 +322,14 @@ class Bars:
             self.progress.remove_task(self.running.pop(row.folder))
         done = sum(len(study.rows) for study in self.studies)
         # What is certain to come: the next round of every study, and its further seeds.
-        least = sum(len(study.wanted()) + self.more_seeds(study) for study in self.studies)
+        seeds = sum(study.seeds - 1 for study in self.studies if next_rungs(study.ladder, study.longest))
+        least = seeds + sum(len(study.wanted()) for study in self.studies)
         self.progress.update(self.total, completed=done, total=done + least)
         loss = "diverged" if row.val_loss is None else f"{row.val_loss:.4f}"
         pace = "" if row.step_seconds is None else f", {1000 * row.step_seconds:.0f} ms/step"
         console.print(
             f"{done}/≥{done + least} {row.method}, lr {row.lr:g}, seed {row.seed}: validation loss {loss}{pace}"
         )
-
-    @staticmethod
-    def more_seeds(study: Study) -> int:
-        return study.seeds - 1 if next_rungs(study.ladder, study.longest) else 0
 
 
 # Results ---------------------------------------------------------------------------------------------------------------------
@@ -350,17 +343,11 @@ def as_json(args: argparse.Namespace, preset: Preset, configs: Mapping[str, Conf
     settings = {name: config.comparable() for name, config in configs.items()}
     varying = ("optimizer", "lr", "seed", *own)
     shared = {key: value for key, value in settings[studies[0].method].items() if key not in varying}
-    methods = {
-        s.method: asdict(s)
-        | {
-            "environment": environment(),
-            "over_adamw": ratios[s.method],
-            "rates": len(study.ladder),
-            "start": study.setting.lr,
-        }
-        | {key: settings[s.method][key] for key in own if key in settings[s.method]}
-        for s, study in zip(summaries, studies, strict=True)
-    }
+    methods = {}
+    for s, study in zip(summaries, studies, strict=True):
+        found = asdict(s) | {"environment": environment(), "over_adamw": ratios[s.method]}
+        found |= {"rates": len(study.ladder), "start": study.setting.lr}
+        methods[s.method] = found | {key: settings[s.method][key] for key in own if key in settings[s.method]}
     return {
         "rule": RULE,
         "trained_on": str(pretrain.choose_device(args)),
@@ -453,10 +440,9 @@ def configuration(args: argparse.Namespace, method: str) -> Config:
 
 
 def chosen_methods(text: str | None) -> list[str]:
-    valid = list(METHODS)
-    names = text.split(",") if text else valid
-    if wrong := [name for name in names if name not in valid]:
-        raise RunError(f"there is no method {wrong[0]!r}; valid names are {', '.join(valid)}")
+    names = text.split(",") if text else METHODS
+    if wrong := [name for name in names if name not in METHODS]:
+        raise RunError(f"there is no method {wrong[0]!r}; valid names are {', '.join(METHODS)}")
     return list(dict.fromkeys(names))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
-from pretraining.folder import TEMPORARY
+from pretraining.report import save_picture
 
 # Distinguishable for colour-blind readers (Okabe and Ito, 2008); more methods than colours get another line and marker.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7")
@@ -72,10 +72,7 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
     figure.get_layout_engine().set(wspace=0.04)
     _loss_over_tokens(left, curves, bottom, top)
     _loss_over_state(right, curves, bottom, top)
-    temporary = path.with_name(path.name + TEMPORARY)
-    figure.savefig(temporary, format="png")
-    plt.close(figure)
-    temporary.replace(path)
+    save_picture(figure, path)
 
 
 def limits(curves: Sequence[Curve]) -> tuple[float, float]:

@@ -108,7 +108,8 @@ def measure(kind: str) -> dict[str, float]:
     torch.manual_seed(0)
     model: nn.Module = Model()
     options: dict[str, Any] = {"update_proj_gap": 4, "stagger": False}
-    if kind.startswith("fully_shard"):
+    sharded = kind.startswith("fully_shard")
+    if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
         options["proj_type"] = kind.split()[1]
         called = model
@@ -116,21 +117,19 @@ def measure(kind: str) -> dict[str, float]:
         called = DistributedDataParallel(model)
     rank = None if kind == "adamw ddp" else RANK
     optimizer = lo.GaLoreAdamW(lo.param_groups(model, rank=rank) if rank else model.parameters(), **options)
-    if not kind.startswith("fully_shard"):
+    if not sharded:
         called.register_comm_hook(None, LowRankHook(optimizer) if "hook" in kind else plain_hook)
     steps = []
     for step in range(6):
         sent: dict[str, float] = {}
         x = torch.randn(64, MATRICES[0][1], generator=torch.Generator().manual_seed(step))
         loss = called(x).square().mean()
-        if kind.startswith("fully_shard"):
+        if sharded:
             loss.backward()
-            with counting(sent):
-                optimizer.step()
-        else:
-            with counting(sent):
+        with counting(sent):
+            if not sharded:
                 loss.backward()
-                optimizer.step()
+            optimizer.step()
         optimizer.zero_grad()
         steps.append(sum(sent.values()))
     return {"between": steps[1], "refresh": steps[4]}
@@ -198,29 +197,23 @@ def main() -> None:
             expected = formula(kind, list(MATRICES), RANK, int(world))
             for step, value in bytes_sent.items():
                 error = value / expected[step] - 1.0
-                checks[f"{kind}, {step}, {world} processes"] = {
-                    "counted": value,
-                    "formula": expected[step],
-                    "error": error,
-                }
-                print(
-                    f"{kind:20s} {step:8s} {world} processes  counted {value:12,.0f}  formula {expected[step]:12,.0f}  {error:+.2%}"
-                )
+                row = {"counted": value, "formula": expected[step], "error": error}
+                checks[f"{kind}, {step}, {world} processes"] = row
+                sizes = f"counted {value:12,.0f}  formula {expected[step]:12,.0f}  {error:+.2%}"
+                print(f"{kind:20s} {step:8s} {world} processes  {sizes}")
     table = {}
     for p in (8, 16, 32, 64, 128, 256, 512, 1024):
         table[p] = {kind: formula(kind, llama_7b(), args.rank, p, element=2) for kind in KINDS}
         line = "  ".join(f"{kind} {table[p][kind]['between'] / 2**20:,.2f}" for kind in KINDS)
         print(f"7B, {p:5d} processes, MiB a step between refreshes: {line}")
-    write(
-        "distributed",
-        {
-            "what": "bytes that one process sends in a step, without what fully_shard itself moves; "
-            "'refresh': every matrix refreshed at once",
-            "model": {"matrices": MATRICES, "rank": RANK},
-            "checks": checks,
-            "7B": {"rank": args.rank, "gradients": "bfloat16", "bytes": table},
-        },
-    )
+    results = {
+        "what": "bytes that one process sends in a step, without what fully_shard itself moves; "
+        "'refresh': every matrix refreshed at once",
+        "model": {"matrices": MATRICES, "rank": RANK},
+        "checks": checks,
+        "7B": {"rank": args.rank, "gradients": "bfloat16", "bytes": table},
+    }
+    write("distributed", results)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,12 @@ within one run.
 
 import argparse
 import gc
-import weakref
 from collections.abc import Callable
 
 import torch
-from common import interleaved, write
-from galore_step import parameters
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from common import interleaved, parameters, write
+from galore_step import SHAPES
+from memory_tracker import PeakMemory
 
 import lowrank_optim as lo
 
@@ -56,39 +54,11 @@ def written_out(params: list[torch.nn.Parameter]) -> Callable[[], None]:
     return run
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes that tensors allocated inside were alive at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.most = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before | self.seen:
-                self._count(x.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self.seen.add(key)
-        self.alive += size
-        self.most = max(self.most, self.alive)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.alive -= size
-
-
 def peak_bytes(step: Callable[[], object]) -> int:
     gc.collect()
-    with Peak() as peak:
+    with PeakMemory() as memory:
         step()
-    return peak.most
+    return memory.peak
 
 
 def main() -> None:
@@ -96,10 +66,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="timed steps (default 40)")
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
-    params = parameters(generator)
+    params = parameters(SHAPES, generator)
     groups = [{"params": params, "rank": RANK, "update_proj_gap": 10**9}]
     ours = lo.FiraAdamW(groups, lr=LR, scale=ALPHA, weight_decay=DECAY)
-    steps = {"ours": ours.step, "written_out": written_out(parameters(generator))}
+    steps = {"ours": ours.step, "written_out": written_out(parameters(SHAPES, generator))}
     seconds = interleaved(steps, args.rounds, warmup=3)
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
     largest = max(p.numel() * p.element_size() for p in params)

@@ -9,8 +9,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import interleaved, write
-from torch import Tensor
+from common import interleaved, parameters, write
 
 import lowrank_optim as lo
 
@@ -18,19 +17,9 @@ SHAPES = ((1024, 1024),) * 4 + ((2736, 1024),) * 3
 GAP = 200
 
 
-def parameters(generator: torch.Generator) -> list[torch.nn.Parameter]:
-    params = []
-    for shape in SHAPES:
-        param = torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
-        param.grad = torch.randn(shape, generator=generator) * 1e-3
-        params.append(param)
-    return params
-
-
 def floor(params: list[torch.nn.Parameter], rank: int) -> Callable[[], None]:
     """The two products for every matrix, with preallocated small matrices."""
-    weights = [p.detach() for p in params]
-    grads = [p.grad for p in params]
+    weights, grads = [p.detach() for p in params], [p.grad for p in params]
     bases = [torch.linalg.qr(torch.randn(w.shape[1], rank)).Q.contiguous() for w in weights]
     small = [torch.zeros(w.shape[0], rank) for w in weights]
 
@@ -57,14 +46,14 @@ def measure(rank: int, rounds: int, refresh_rounds: int) -> dict[str, float | in
     generator = torch.Generator().manual_seed(0)
     options = {"rank": rank, "update_proj_gap": 10**9, "scale": 0.25, "proj_type": "std"}
 
-    def group(params: list[Tensor]) -> list[dict[str, object]]:
-        return [{"params": params, **options}]
+    def group() -> list[dict[str, object]]:
+        return [{"params": parameters(SHAPES, generator), **options}]
 
-    ours = lo.GaLoreAdamW(group(parameters(generator)), lr=1e-3, weight_decay=0.0)
-    decaying = lo.GaLoreAdamW(group(parameters(generator)), lr=1e-3, weight_decay=0.01)
-    peer = Peer(group(parameters(generator)), lr=1e-3, weight_decay=0.0, no_deprecation_warning=True)
+    ours = lo.GaLoreAdamW(group(), lr=1e-3, weight_decay=0.0)
+    decaying = lo.GaLoreAdamW(group(), lr=1e-3, weight_decay=0.01)
+    peer = Peer(group(), lr=1e-3, weight_decay=0.0, no_deprecation_warning=True)
     steps = {
-        "floor": floor(parameters(generator), rank),
+        "floor": floor(parameters(SHAPES, generator), rank),
         "ours": ours.step,
         "decaying": decaying.step,
         "galore_torch": peer.step,

@@ -18,7 +18,6 @@ from statistics import median
 import torch
 from common import rounds_of, write
 from memory_tracker import Gradients, PeakMemory
-from torch import nn
 
 import lowrank_optim as lo
 
@@ -56,10 +55,6 @@ def drop(param: torch.Tensor) -> None:
     param.grad = None
 
 
-def bytes_of(model: nn.Module) -> list[int]:
-    return [p.numel() * p.element_size() for p in model.parameters()]
-
-
 def measure_memory(size: str, dtype: torch.dtype, device: torch.device, tokens: torch.Tensor) -> dict[str, object]:
     """Peak bytes of a step, beyond weights and state, and of gradients alone."""
     results: dict[str, object] = {}
@@ -70,7 +65,7 @@ def measure_memory(size: str, dtype: torch.dtype, device: torch.device, tokens: 
         with PeakMemory() as memory:
             step(tokens)
         results[kind] = {"peak": memory.peak, "gradients": gradients.peak}
-        sizes = bytes_of(model)
+        sizes = [param.nbytes for param in model.parameters()]
         results["weights"], results["largest_gradient"], results["all_gradients"] = sum(sizes), max(sizes), sum(sizes)
         del model, gradients, step
     return results

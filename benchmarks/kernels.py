@@ -102,34 +102,21 @@ def tasks(rows: int, cols: int, rank: int) -> list[Task]:
     flops = 2.0 * rows * cols * rank
     rounding = arguments.pack_key(12345, 0) if dtype == BF16 else None
     write = (arguments.pack_scalars(1e-3, 0.999), None, None, rounding)
-    adam, dense = (
-        arguments.pack_scalars(0.9, 0.999, 1e-8, 3.0),
-        arguments.pack_scalars(0.9, 0.999, 1e-8, 3.0, 1e-3, 0.999),
-    )
+    adam = arguments.pack_scalars(0.9, 0.999, 1e-8, 3.0)
+    dense = arguments.pack_scalars(0.9, 0.999, 1e-8, 3.0, 1e-3, 0.999)
     noise = arguments.pack_key(54321, 3, 0)
     reduced = random(cols, rank)
     name = f"{rows}×{cols} r={rank}"
-    nothing = (None, None, None, None, False)
+    lifted, nothing = (w, basis, core.mT, *write), (None, None, None, None, False)
+    sign_bytes = 3 * size * matrix + 2 * factors
     phi = random(1, cols).abs()
     found = [
         Task("project", f"{name} left", (g, basis, False), size * matrix + factors, flops),
         Task("project", f"{name} right", (g, random(cols, rank), True), size * matrix + factors, flops),
         Task("project_with_norms", f"{name} left", (g, basis, False), size * matrix + factors, flops),
-        Task("apply_", name, (w, basis, core.mT, *write, *nothing), 2 * size * matrix + factors, flops),
-        Task(
-            "apply_",
-            f"{name} φ⊙G",
-            (w, basis, core.mT, *write, g, phi, None, None, False),
-            3 * size * matrix + factors,
-            flops,
-        ),
-        Task(
-            "apply_",
-            f"{name} sign",
-            (w, basis, core.mT, *write, g, phi, basis, core.mT, True),
-            3 * size * matrix + 2 * factors,
-            2 * flops,
-        ),
+        Task("apply_", name, (*lifted, *nothing), 2 * size * matrix + factors, flops),
+        Task("apply_", f"{name} φ⊙G", (*lifted, g, phi, None, None, False), 3 * size * matrix + factors, flops),
+        Task("apply_", f"{name} sign", (*lifted, g, phi, basis, core.mT, True), sign_bytes, 2 * flops),
     ]
     for norms in ("", "with_norms_"):
         moments = (core.clone(), core.square())
@@ -162,25 +149,14 @@ def tasks(rows: int, cols: int, rank: int) -> list[Task]:
     ]
     for bits in (8, 4):
         coded, share = codes((rows, cols), bits), bits / 8
+        label, moved = f"{name} {bits} bits", matrix * (4 + share)
         args = (w, g, *coded, None, dense, noise, None, rounding, bits, 256)
-        found.append(Task("coded_adam_dense_", f"{name} {bits} bits", args, matrix * (3 * size + 4 * share)))
-        found.append(
-            Task(
-                "quantize_rows",
-                f"{name} {bits} bits",
-                (random(rows, cols), None, noise, bits, True, 256),
-                matrix * (4 + share),
-            )
-        )
-        found.append(
-            Task(
-                "dequantize_rows",
-                f"{name} {bits} bits",
-                (*coded[:2], None, bits, True, 256, cols, F32),
-                matrix * (4 + share),
-            )
-        )
-        found.append(Task("pack_basis", f"{name} {bits} bits", (random(rows, cols), bits, 256), matrix * (4 + share)))
+        found.append(Task("coded_adam_dense_", label, args, matrix * (3 * size + 4 * share)))
+        found += [
+            Task("quantize_rows", label, (random(rows, cols), None, noise, bits, True, 256), moved),
+            Task("dequantize_rows", label, (*coded[:2], None, bits, True, 256, cols, F32), moved),
+            Task("pack_basis", label, (random(rows, cols), bits, 256), moved),
+        ]
     return found
 
 
@@ -188,9 +164,8 @@ def products_of(backend: str, task: Task) -> int:
     """How many products at the measured rate the backend makes for one; the reference makes one in float32."""
     if not GPU or not task.flops or backend != "triton":
         return 1
-    medium = torch.get_float32_matmul_precision() == "medium"
-    high = torch.get_float32_matmul_precision() == "high"
-    return 1 if medium else 2 if task.op.startswith("project") or high else 3
+    precision = torch.get_float32_matmul_precision()
+    return 1 if precision == "medium" else 2 if task.op.startswith("project") or precision == "high" else 3
 
 
 def by_definition(task: Task) -> Any:

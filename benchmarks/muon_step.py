@@ -7,7 +7,7 @@ between refreshes (SUMOAdamW). Times are ratios within one run.
 import argparse
 
 import torch
-from common import interleaved, write
+from common import interleaved, parameters, write
 
 import lowrank_optim as lo
 
@@ -15,13 +15,9 @@ SHAPES = ((1024, 1024),) * 4 + ((2736, 1024),) * 2 + ((1024, 2736),)
 RANK = 256
 
 
-def parameters() -> list[torch.nn.Parameter]:
-    generator, params = torch.Generator().manual_seed(0), []
-    for shape in SHAPES:
-        param = torch.nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
-        param.grad = torch.randn(shape, generator=generator) * 1e-3
-        params.append(param)
-    return params
+def matrices() -> list[torch.nn.Parameter]:
+    """The same numbers in every call."""
+    return parameters(SHAPES, torch.Generator().manual_seed(0))
 
 
 def main() -> None:
@@ -31,11 +27,11 @@ def main() -> None:
     args = parser.parse_args()
     settings = {"lr": 1e-3, "weight_decay": 0.1}
     steps = {
-        "torch_bfloat16": torch.optim.Muon(parameters(), **settings).step,
-        "bfloat16": lo.LowRankOptimizer(parameters(), rule=lo.Muon(inner_dtype="bfloat16"), **settings).step,
-        "float32": lo.LowRankOptimizer(parameters(), rule=lo.Muon(), **settings).step,
+        "torch_bfloat16": torch.optim.Muon(matrices(), **settings).step,
+        "bfloat16": lo.LowRankOptimizer(matrices(), rule=lo.Muon(inner_dtype="bfloat16"), **settings).step,
+        "float32": lo.LowRankOptimizer(matrices(), rule=lo.Muon(), **settings).step,
         "subspace": lo.SUMOAdamW(
-            [{"params": parameters(), "rank": RANK, "update_proj_gap": 10**9}], stagger=False, **settings
+            [{"params": matrices(), "rank": RANK, "update_proj_gap": 10**9}], stagger=False, **settings
         ).step,
     }
     seconds = interleaved(steps, args.rounds)

@@ -4,7 +4,6 @@ Every row is a simulation of all layers, batch 1 × 2048, bfloat16 weights and a
 reductions is that of a whole step, against AdamW's with bfloat16 moments (26.9 GB).
 """
 
-import sys
 import time
 from typing import Any
 
@@ -120,16 +119,10 @@ def main() -> None:
     recipes = (Recipe("Q-GaLore, int8 weights", "qgalore", "", {}, weight_bits=8),)
     fitting = what_fits(Question("llama-13b", 24 * GIB, rank=1024), recipes)[0]
     results["13b"]["largest in 24 GiB at rank 1024"] = fitting.to_dict()
-    print(
-        "13B in 24 GiB:",
-        fitting.largest_batch,
-        "sequences of 2048, longest",
-        fitting.longest_sequence,
-        "rank",
-        fitting.largest_rank,
-    )
+    holds = f"{fitting.largest_batch} sequences of 2048, longest {fitting.longest_sequence} rank {fitting.largest_rank}"
+    print(f"13B in 24 GiB: {holds}")
     write("plan_7b", results)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -138,20 +138,10 @@ def run(world: int) -> list[dict[str, Any]]:
         runs = [run for process in processes for run in process]
         measured = {kind: max(run[kind] for run in runs) for kind in planned}
         measured["least peak"] = min(run["peak"] for run in runs)
-        rows.append(
-            {
-                "how": how,
-                "processes": world,
-                "optimizer": name,
-                "rank": rank,
-                "in_backward": in_backward,
-                "planned": planned,
-                "measured": measured,
-                "planned_over_measured": [
-                    round(planned["peak"] / measured[kind], 3) for kind in ("peak", "least peak")
-                ],
-            }
-        )
+        row = {"how": how, "processes": world, "optimizer": name, "rank": rank, "in_backward": in_backward}
+        row |= {"planned": planned, "measured": measured}
+        row["planned_over_measured"] = [round(planned["peak"] / measured[k], 3) for k in ("peak", "least peak")]
+        rows.append(row)
     return rows
 
 

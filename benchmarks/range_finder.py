@@ -15,8 +15,8 @@ from lowrank_optim.projectors import SVD, Projector, RandomizedSVD, Refresh
 SHAPES = ((1024, 2736), (4096, 4096))
 
 
-def slow_decay(rows: int, cols: int, generator: torch.Generator, noise: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors U, σ, V of a matrix with σ_k = k^-0.7, and the noise is added by `gradient`."""
+def slow_decay(rows: int, cols: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors U, σ, V of a matrix with σ_k = k^-0.7."""
     short = min(rows, cols)
     u = torch.linalg.qr(torch.randn(rows, short, generator=generator)).Q
     v = torch.linalg.qr(torch.randn(cols, short, generator=generator)).Q
@@ -66,14 +66,12 @@ def measure(rows: int, cols: int, rounds: int) -> dict[str, float | int | str]:
     cold = refresh(projector, first, start, True)
     warm = refresh(projector, later, cold, False)
     best = {"cold": refresh(exact, first, start, True), "warm": refresh(exact, later, cold, False)}
-    seconds = interleaved(
-        {
-            "cold": lambda: refresh(projector, first, start, True),
-            "warm": lambda: refresh(projector, later, cold, False),
-        },
-        rounds,
-        warmup=1,
-    ) | interleaved({"exact": lambda: refresh(exact, later, cold, False)}, 1, warmup=0)
+    ours = {
+        "cold": lambda: refresh(projector, first, start, True),
+        "warm": lambda: refresh(projector, later, cold, False),
+    }
+    seconds = interleaved(ours, rounds, warmup=1)
+    seconds |= interleaved({"exact": lambda: refresh(exact, later, cold, False)}, 1, warmup=0)
     side = space.side
     return {
         "shape": f"{rows}x{cols}",

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 from common import interleaved, write
-from muon_step import parameters
+from muon_step import matrices
 
 import lowrank_optim as lo
 
@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what else the machine did, for the JSON")
     args = parser.parse_args()
     settings = {"lr": 1e-3, "weight_decay": 0.1}
-    steps = {"fused_adamw": torch.optim.AdamW(parameters(), fused=True, **settings).step}
+    steps = {"fused_adamw": torch.optim.AdamW(matrices(), fused=True, **settings).step}
     for name, rule in RULES.items():
-        steps[name] = lo.LowRankOptimizer(parameters(), rule=rule, **settings).step
+        steps[name] = lo.LowRankOptimizer(matrices(), rule=rule, **settings).step
     seconds = interleaved(steps, args.rounds, warmup=3)
     ratios = {name: value / seconds["fused_adamw"] for name, value in seconds.items()}
     for name, ratio in ratios.items():

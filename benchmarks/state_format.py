@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -117,9 +117,8 @@ class Format:
     v: str = "linear"  # of the root of v, unless `v_power` is 1
     v_power: float = 0.5
     block: int = 256
-    column: str = (
-        "fitted"  # none; a power of the root mean square of the columns of R at the refresh; or fitted to √v, see `fit`
-    )
+    # None; a power of the root mean square of the columns of R at the refresh; or fitted to √v, see `fit`.
+    column: str = "fitted"
     m_rounding: str = "nearest"
     v_rounding: str = "nearest"
     ratio: bool = False  # code m/√v instead of m
@@ -128,11 +127,9 @@ class Format:
     def name(self) -> str:
         root = "√v" if self.v_power == 0.5 else "v"
         short = {"nearest": "", "stochastic": "~", "golden": "≈"}
-        parts = (
-            f"{'m/√v' if self.ratio else 'm'} {self.m}{short[self.m_rounding]}",
-            f"{root} {self.v}{short[self.v_rounding]}",
-        )
-        return f"{self.bits} bit, {', '.join(parts)}, block {self.block}, column {self.column}"
+        first = f"{'m/√v' if self.ratio else 'm'} {self.m}{short[self.m_rounding]}"
+        second = f"{root} {self.v}{short[self.v_rounding]}"
+        return f"{self.bits} bit, {first}, {second}, block {self.block}, column {self.column}"
 
     def store(self, m: Tensor, v: Tensor, column: Tensor | None, step: int) -> tuple[Tensor, Tensor]:
         """The moments as they come back from storage."""
@@ -277,14 +274,13 @@ class Setup:
         progress = torch.tensor((step - warmup) / max(self.steps - warmup, 1))
         return float(0.1 + 0.45 * (1.0 + torch.cos(torch.pi * progress)))
 
-    def train(
-        self, make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-    ) -> Iterator[tuple[Any, Any, int, float]]:
-        """Model, optimizer, step and loss after each step, with the gradients still there."""
+    def train(self, bits: int = 32) -> Iterator[tuple[Any, Any, int, float]]:
+        """Model, optimizer (GaLore with moments in so many bits), step and loss after each step, with the gradients still there."""
         data = batches(SIZES[self.model].length, self.seed)
         model = build_model(self.model, BYTE_VOCABULARY, data.length, CPU, torch.float32, False, seed=self.seed)
         groups = lo.param_groups(model, rank=0.25, weight_decay=0.1)
-        optimizer = make(groups)
+        options = {"lr": self.lr, "betas": self.betas, "scale": 0.25, "update_proj_gap": self.gap, "seed": self.seed}
+        optimizer = lo.GaLoreAdamW(groups, state_bits=bits, **options)
         for step in range(1, self.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * self.factor(step - 1)
@@ -296,9 +292,6 @@ class Setup:
             yield model, optimizer, step, float(loss)
             optimizer.zero_grad()
 
-    def options(self) -> dict[str, Any]:
-        return {"lr": self.lr, "scale": 0.25, "update_proj_gap": self.gap, "seed": self.seed}
-
 
 def validate(model: nn.Module, count: int = 16, size: int = 16) -> float:
     model.eval()
@@ -309,14 +302,10 @@ def validate(model: nn.Module, count: int = 16, size: int = 16) -> float:
 
 def directions(setup: Setup, formats: list[Format], report_at: list[int]) -> dict[str, Any]:
     """Errors of the direction of every format, for low-rank and dense matrices, at some steps of one training run."""
-
-    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return lo.GaLoreAdamW(groups, betas=setup.betas, **setup.options())
-
     shadows: dict[tuple[int, ...], Shadow] = {}
     refreshes: dict[nn.Parameter, int] = {}
     result: dict[str, Any] = {}
-    for _, optimizer, step, loss in setup.train(make):
+    for _, optimizer, step, loss in setup.train():
         stacks: dict[tuple[int, ...], list[tuple[Tensor, bool]]] = {}
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -350,11 +339,7 @@ def directions(setup: Setup, formats: list[Format], report_at: list[int]) -> dic
 
 def losses(setup: Setup, bits: int) -> dict[str, float]:
     """Train with moments of the package in so many bits."""
-
-    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return lo.GaLoreAdamW(groups, betas=setup.betas, state_bits=bits, **setup.options())
-
-    steps = list(setup.train(make))
+    steps = list(setup.train(bits))
     recent = [loss for *_, loss in steps]
     return {
         "val_loss": validate(steps[-1][0]),
@@ -368,11 +353,7 @@ def losses(setup: Setup, bits: int) -> dict[str, float]:
 
 def bases(setup: Setup) -> list[dict[str, Any]]:
     """How far from orthonormal packed bases of real gradients are, and what they take, for several groups."""
-
-    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return lo.GaLoreAdamW(groups, betas=setup.betas, **setup.options())
-
-    found = [state["basis"] for state in list(setup.train(make))[-1][1].state.values() if "basis" in state]
+    found = [state["basis"] for state in list(setup.train())[-1][1].state.values() if "basis" in state]
     rows = []
     for bits in (8, 4):
         for span in (1, 4, 16):  # whole rows in a group
@@ -385,12 +366,11 @@ def bases(setup: Setup) -> list[dict[str, Any]]:
                 gram = back.mT @ back - torch.eye(r)
                 orthonormality = max(orthonormality, float(torch.linalg.matrix_norm(gram, 2)))
                 size = packed_basis_bytes(tuple(grouped.shape), bits, span * r) / basis.numel()
-            shape = tuple(found[0].shape)
             rows.append(
                 {
                     "bits": bits,
                     "rows_in_a_group": span,
-                    "columns": shape[1],
+                    "columns": found[0].shape[1],
                     "bytes_per_element": round(size, 4),
                     "worst_error": round(error, 5),
                     "worst_distance_from_orthonormal": round(orthonormality, 5),

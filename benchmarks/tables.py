@@ -9,6 +9,7 @@ compares the pages with the JSON, and so do the sentences that have numbers.
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,9 @@ def memory_7b_short() -> str:
 
 def memory_7b() -> str:
     """Of docs/memory.md."""
-    kinds = {
-        "state" if kind == "optimizer_state" else kind: kind for kind in ("weights", "gradients", "optimizer_state")
-    }
-    return _memory(
-        MANY,
-        {**kinds, "activations": "activations", "temporaries": "temporaries", "peak": "peak", "card needs": "needed"},
-    )
+    kinds = {"weights": "weights", "gradients": "gradients", "state": "optimizer_state"}
+    kinds |= {"activations": "activations", "temporaries": "temporaries", "peak": "peak", "card needs": "needed"}
+    return _memory(MANY, kinds)
 
 
 def distributed() -> str:
@@ -167,7 +164,8 @@ def sltrain() -> str:
     )
 
 
-def _step_time(part: str) -> str:
+def step_time(part: str) -> str:
+    """A step: of "dense" parameters, of "matrices" in subspaces, or of many "small" ones."""
     rows = results("step_time")[part]
     return table(
         ["optimizer", "÷ fused AdamW", "milliseconds", "state"],
@@ -181,21 +179,6 @@ def _step_time(part: str) -> str:
             for name, row in rows.items()
         ),
     )
-
-
-def step_time_dense() -> str:
-    """A step of dense parameters."""
-    return _step_time("dense")
-
-
-def step_time_matrices() -> str:
-    """A step of matrices in subspaces."""
-    return _step_time("matrices")
-
-
-def step_time_small() -> str:
-    """A step of many small matrices."""
-    return _step_time("small")
 
 
 def torch_path() -> str:
@@ -316,9 +299,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "convergence": convergence,
     "convergence-ten": convergence_ten,
     "sltrain": sltrain,
-    "step-time-dense": step_time_dense,
-    "step-time-matrices": step_time_matrices,
-    "step-time-small": step_time_small,
+    "step-time-dense": partial(step_time, "dense"),
+    "step-time-matrices": partial(step_time, "matrices"),
+    "step-time-small": partial(step_time, "small"),
     "torch-path": torch_path,
     "range-finder": range_finder,
     "galore-step": galore_step,

@@ -35,20 +35,14 @@ def measure(candidates: dict[str, Callable[[], object]], rounds: int, clock: Clo
     return {name: {"median_s": median(values), "least_s": min(values)} for name, values in times.items()}
 
 
-def steps(builds: dict[str, Build], grads: list[torch.Tensor], rank: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """Functions that make a step, and the reasons why others are not there."""
-    ready, missing = {}, {}
+def compare(builds: dict[str, Build], shapes: Any, rank: int, rounds: int, clock: Any, base: str) -> dict[str, Any]:
+    """Times of steps, their ratios to those of `base`, and the reasons why others are not there."""
+    grads, ready, missing = gradients(shapes, "cpu", torch.float32), {}, {}
     for name, build in builds.items():
         try:
             ready[name] = prepare(build, grads, rank)[0]
         except Exception as why:  # noqa: PERF203 a peer that does not run here is a result, too
             missing[name] = reason(why)
-    return ready, missing
-
-
-def compare(builds: dict[str, Build], shapes: Any, rank: int, rounds: int, clock: Any, base: str) -> dict[str, Any]:
-    """Times of steps, and their ratios to those of `base`."""
-    ready, missing = steps(builds, gradients(shapes, "cpu", torch.float32), rank)
     found = measure(ready, rounds, clock)
     for name, row in found.items():
         if base in found:

@@ -17,15 +17,15 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 try:  # before torch, see pretraining/__init__.py
     from pretraining.configs import build_model
-    from pretraining.folder import TEMPORARY, write_atomically
-    from pretraining.report import COLOURS, size
+    from pretraining.folder import write_atomically
+    from pretraining.report import COLOURS, save_picture, size
 except ModuleNotFoundError as error:
     sys.exit(f"compress.py: {error}; install what the example needs: pip install 'lowrank-optim[hf,plot]'")
 
@@ -106,7 +106,7 @@ def bytes_of(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def uniform_ranks(model: nn.Module, names: Iterator[str] | list[str], share: float) -> dict[str, int]:
+def uniform_ranks(model: nn.Module, names: Iterable[str], share: float) -> dict[str, int]:
     """For each layer the rank whose factors have this share of its numbers."""
     ranks = {}
     for name in names:
@@ -121,7 +121,7 @@ def compressed(
     """(method, setting, model) of each."""
     statistics = lo.nn.collect_statistics(model, calibration, side="input")
     for share in shares:
-        ranks = uniform_ranks(model, list(statistics), share)
+        ranks = uniform_ranks(model, statistics, share)
         setting = f"{100 * share:.0f} % of the layers' numbers"
         yield "svd", setting, lo.nn.factorize_(copy.deepcopy(model), ranks=ranks)
         selected = lo.nn.select_ranks(model, reduction=1 - share, budget="parameters", min_ratio=0.0)
@@ -157,10 +157,7 @@ def plot(points: list[Point], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
-    temporary = path.with_name(path.name + TEMPORARY)
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def show(point: Point, whole: Point) -> None:

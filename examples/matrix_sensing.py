@@ -31,6 +31,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from sensing.completion import completion, cost_by_rank
@@ -307,12 +308,8 @@ def galore_torch(gap: int) -> Callable[[torch.nn.Parameter], torch.optim.Optimiz
     return build
 
 
-def subspace(seed: int = 0, steps: int = 1000, gap: int = 20, peer: bool = True) -> dict[tuple[str, str, str], Tensor]:
-    """Error curves by (refresh, policy, projector), where refresh is "every 20" or "never".
-
-    Args:
-        peer: also run galore_torch (projector "galore_torch"), where it is installed.
-    """
+def subspace(seed: int = 0, steps: int = 1000, gap: int = 20) -> dict[tuple[str, str, str], Tensor]:
+    """Error curves by (refresh, policy, projector), where refresh is "every 20" or "never"; galore_torch's where it is installed."""
     problem = determined_problem(seed)
     often = f"every {gap}"
     curves = {}
@@ -320,7 +317,7 @@ def subspace(seed: int = 0, steps: int = 1000, gap: int = 20, peer: bool = True)
         for policy in ("keep", "reset", "rotate"):
             curves[often, policy, projector] = train(problem, galore(gap, policy, projector), steps)
         curves["never", "–", projector] = train(problem, galore(NEVER, projector=projector), steps)
-    if peer and importlib.util.find_spec("galore_torch"):
+    if importlib.util.find_spec("galore_torch"):
         curves[often, "keep", "galore_torch"] = train(problem, galore_torch(gap), steps, torch.float32)
         curves["never", "–", "galore_torch"] = train(problem, galore_torch(NEVER), steps, torch.float32)
     return curves
@@ -450,92 +447,87 @@ def report_rotation(seed: int) -> None:
     print_table("Rank = short side, 50 steps: difference from AdamW on W V", ["shape", "relative"], rows)
 
 
-def plot(
-    path: Path,
-    rate_curves: dict[str, Tensor] | None,
-    scale_curves: dict[tuple[float, bool], Tensor] | None,
-    robust_curves: dict[str, Tensor] | None,
-    completion_curves: dict[str, tuple[Tensor, int]] | None,
-    subspace_curves: dict[tuple[str, str, str], Tensor] | None,
-) -> None:
+def draw_rates(axis: Any, curves: dict[str, Tensor]) -> None:
+    """Errors of gradient descent on factors, and the slope of too many columns."""
+    for name, errors in curves.items():
+        axis.loglog(range(1, len(errors) + 1), errors, label=name)
+    steps = len(errors)
+    times, end = torch.tensor([steps / 100, steps]), float(curves["symmetric, width 6"][-1])
+    axis.loglog(times, 4 * end * (times / steps) ** -2.0, "k--", linewidth=1, label="slope $T^{-2}$")
+    axis.set(title="Factors: too many columns slow down", xlabel="iteration T", ylabel=r"$\|X - X^*\|_F^2$")
+    axis.set_ylim(1e-26, 1e2)
+
+
+def draw_scale(axis: Any, curves: dict[tuple[float, bool], Tensor]) -> None:
+    """Errors by the size of the start."""
+    colours = {alpha: f"C{number}" for number, alpha in enumerate(dict.fromkeys(a for a, _ in curves))}
+    for (alpha, changed), errors in curves.items():
+        style = {"linestyle": "-" if changed else "--", "color": colours[alpha]}
+        axis.semilogy(errors, **style, label=None if changed else f"α = {alpha:g}")
+    axis.plot([], [], "k-", label="each with one step changed")
+    axis.set(title="A small start", xlabel="iteration T", ylabel=r"$\|X - X^*\|_F^2$")
+    axis.set_ylim(1e-26, 1e2)
+    axis.set_xlim(0, min(len(errors) for (_, changed), errors in curves.items() if not changed))  # no line ends before
+
+
+def draw_robust(axis: Any, curves: dict[str, Tensor]) -> None:
+    """Relative errors of (sub-)gradient descent."""
+    for name, errors in curves.items():
+        axis.semilogy(errors, label=name)
+    axis.set(title="10 % of the measurements corrupted", xlabel="iteration", ylabel=r"$\|UU^T - X^*\|_F\,/\,\|X^*\|_F$")
+
+
+def draw_completion(axis: Any, curves: dict[str, tuple[Tensor, int]]) -> None:
+    """Relative errors of alternating minimisation."""
+    for name, (errors, work) in curves.items():
+        wide = 4.0 if name.startswith("exact") else 1.5  # that of three rounds lies on it
+        label = f"{name}: {work / 1e6:.0f} M multiplications"
+        axis.semilogy(torch.arange(1, len(errors) + 1), errors, linewidth=wide, label=label)
+    axis.set_xticks(range(0, 1 + max(len(errors) for errors, _ in curves.values()), 5))
+    axis.set(title="Completion: 30 % of the entries", xlabel="iteration", ylabel=r"$\|UV^T - M\|_F\,/\,\|M\|_F$")
+
+
+def draw_subspace(axis: Any, curves: dict[tuple[str, str, str], Tensor]) -> None:
+    """Relative errors of the full matrix, by refresh and policy."""
+    for (refresh, policy, projector), errors in curves.items():
+        if projector == "svd":
+            axis.semilogy(errors, label=f"refresh {refresh}" + ("" if refresh == "never" else f", {policy}"))
+    axis.set(title="GaLoreAdamW, rank 4 of 6", xlabel="step", ylabel=r"$\|W - X^*\|_F\,/\,\|X^*\|_F$")
+    ticks = [1.0, 0.5, 0.2, 0.1, 0.05, 0.02]
+    axis.set_yticks(ticks, labels=[f"{tick:.0%}" for tick in ticks])
+    axis.minorticks_off()
+
+
+RUNS: dict[str, tuple[Callable[..., Any], Callable[..., None], Callable[..., None]]] = {
+    "rates": (rates, report_rates, draw_rates),
+    "scale": (scale, report_scale, draw_scale),
+    "robust": (robust, report_robust, draw_robust),
+    "completion": (completion, report_completion, draw_completion),
+    "subspace": (subspace, report_subspace, draw_subspace),
+}
+"""Of each part that has curves: what makes them from a seed, prints their table, and draws them."""
+
+PARTS = (*RUNS, "rotation")
+
+
+def plot(path: Path, curves: dict[str, Any]) -> None:
     """One PNG with a panel for each part that was run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    parts = (rate_curves, scale_curves, robust_curves, completion_curves, subspace_curves)
-    count = sum(curves is not None for curves in parts)
-    columns = min(count, 3)  # as wide as a page
-    rows = -(-count // columns)
+    columns = min(len(curves), 3)  # as wide as a page
+    rows = -(-len(curves) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5.4 * columns, 4.2 * rows), squeeze=False, layout="constrained")
-    panels = iter(axes.flat)
-    if rate_curves is not None:
-        axis = next(panels)
-        for name, errors in rate_curves.items():
-            axis.loglog(range(1, len(errors) + 1), errors, label=name)
-        steps = len(errors)
-        times, end = torch.tensor([steps / 100, steps]), float(rate_curves["symmetric, width 6"][-1])
-        axis.loglog(times, 4 * end * (times / steps) ** -2.0, "k--", linewidth=1, label="slope $T^{-2}$")
-        axis.set(
-            title="Factors: too many columns slow down",
-            xlabel="iteration T",
-            ylabel=r"$\|X - X^*\|_F^2$",
-            ylim=(1e-26, 1e2),
-        )
-        axis.legend(fontsize=8, loc="lower left")
-    if scale_curves is not None:
-        axis = next(panels)
-        colours = {alpha: f"C{number}" for number, alpha in enumerate(dict.fromkeys(a for a, _ in scale_curves))}
-        for (alpha, changed), errors in scale_curves.items():
-            style = {"linestyle": "-" if changed else "--", "color": colours[alpha]}
-            axis.semilogy(errors, **style, label=None if changed else f"α = {alpha:g}")
-        axis.plot([], [], "k-", label="each with one step changed")
-        shortest = min(len(errors) for (_, changed), errors in scale_curves.items() if not changed)
-        axis.set(
-            title="A small start",
-            xlabel="iteration T",
-            ylabel=r"$\|X - X^*\|_F^2$",
-            ylim=(1e-26, 1e2),
-            xlim=(0, shortest),  # no line ends before the edge
-        )
-        axis.legend(fontsize=8, loc="lower right")
-    if robust_curves is not None:
-        axis = next(panels)
-        for name, errors in robust_curves.items():
-            axis.semilogy(errors, label=name)
-        axis.set(
-            title="10 % of the measurements corrupted", xlabel="iteration", ylabel=r"$\|UU^T - X^*\|_F\,/\,\|X^*\|_F$"
-        )
-        axis.legend(fontsize=8, loc="lower left")
-    if completion_curves is not None:
-        axis = next(panels)
-        for name, (errors, work) in completion_curves.items():
-            wide = 4.0 if name.startswith("exact") else 1.5  # that of three rounds lies on it
-            label = f"{name}: {work / 1e6:.0f} M multiplications"
-            axis.semilogy(torch.arange(1, len(errors) + 1), errors, linewidth=wide, label=label)
-        axis.set_xticks(range(0, 1 + max(len(errors) for errors, _ in completion_curves.values()), 5))
-        axis.set(title="Completion: 30 % of the entries", xlabel="iteration", ylabel=r"$\|UV^T - M\|_F\,/\,\|M\|_F$")
-        axis.legend(fontsize=8, loc="lower left")
-    if subspace_curves is not None:
-        axis = next(panels)
-        for (refresh, policy, projector), errors in subspace_curves.items():
-            if projector == "svd":
-                axis.semilogy(errors, label=f"refresh {refresh}" + ("" if refresh == "never" else f", {policy}"))
-        axis.set(title="GaLoreAdamW, rank 4 of 6", xlabel="step", ylabel=r"$\|W - X^*\|_F\,/\,\|X^*\|_F$")
-        ticks = [1.0, 0.5, 0.2, 0.1, 0.05, 0.02]
-        axis.set_yticks(ticks, labels=[f"{tick:.0%}" for tick in ticks])
-        axis.minorticks_off()
-        axis.legend(fontsize=8, loc="lower left")
-    for axis in axes.flat[:count]:
+    for axis, (part, drawn) in zip(axes.flat, curves.items(), strict=False):
+        RUNS[part][2](axis, drawn)
+        axis.legend(fontsize=8, loc="lower right" if part == "scale" else "lower left")
         axis.grid(alpha=0.3)
-    for axis in axes.flat[count:]:
+    for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-PARTS = ("rates", "scale", "robust", "completion", "subspace", "rotation")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -553,27 +545,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unknown part {unknown[0]!r}: choose from {', '.join(PARTS)}")
     chosen = args.parts or PARTS
     if args.plot and set(chosen) <= {"rotation"}:
-        parser.error(f"--plot needs one of the parts {', '.join(PARTS[:-1])}")
+        parser.error(f"--plot needs one of the parts {', '.join(RUNS)}")
 
-    rate_curves = rates(args.seed) if "rates" in chosen else None
-    if rate_curves:
-        report_rates(rate_curves)
-    scale_curves = scale(args.seed) if "scale" in chosen else None
-    if scale_curves:
-        report_scale(scale_curves)
-    robust_curves = robust(args.seed) if "robust" in chosen else None
-    if robust_curves:
-        report_robust(robust_curves)
-    completion_curves = completion(args.seed) if "completion" in chosen else None
-    if completion_curves:
-        report_completion(completion_curves)
-    subspace_curves = subspace(args.seed) if "subspace" in chosen else None
-    if subspace_curves:
-        report_subspace(subspace_curves)
+    curves = {}
+    for part, (run, report, _) in RUNS.items():
+        if part in chosen:
+            curves[part] = run(args.seed)
+            report(curves[part])
     if "rotation" in chosen:
         report_rotation(args.seed)
     if args.plot:
-        plot(args.plot, rate_curves, scale_curves, robust_curves, completion_curves, subspace_curves)
+        plot(args.plot, curves)
         print(f"Wrote {args.plot}")
 
 

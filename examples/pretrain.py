@@ -23,6 +23,7 @@ import ast
 import os
 import shlex
 import sys
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from difflib import get_close_matches
@@ -103,11 +104,11 @@ SWEEP_FROM = {name: rate / 4 for name, rate in LEARNING_RATES.items()} | {"adamw
 # For methods that are in neither table.
 ANY_SWEEP_FROM, ANY_LEARNING_RATE = 2e-3, 8e-3
 OWN_GAP = ("ldadam",)  # a new subspace at every step is what the method is
+OPTIMIZERS = ("adamw", *lo.METHODS, *lo.FULL_RANK_METHODS, *lo.LAYERWISE_METHODS)
 LOW_RANK_OPTIONS = ("update_proj_gap", "scale", "proj_type", "projector", "on_refresh")
 
 
 def arguments() -> argparse.ArgumentParser:
-    methods = ", ".join(["adamw", *lo.METHODS, *lo.FULL_RANK_METHODS, *lo.LAYERWISE_METHODS])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -119,7 +120,7 @@ def arguments() -> argparse.ArgumentParser:
         help="a size as it is trained on one card: galore_8bit (or another --optimizer; qgalore with int8 weights) in backward, "
         "checkpointing, bfloat16, 1 × 2048 tokens of a vocabulary of 32,000; other arguments override",
     )
-    what.add_argument("--optimizer", help=f"one of {methods} (default galore)")
+    what.add_argument("--optimizer", help=f"one of {', '.join(OPTIMIZERS)} (default galore)")
     kinds = "; ".join(f"{name}: {meaning}" for name, meaning in PARAMETRIZATIONS.items())
     what.add_argument(
         "--parametrization",
@@ -225,6 +226,15 @@ def option(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def check_names(what: str, names: Iterable[str], valid: Collection[str]) -> None:
+    """Raise RunError for a name that is not valid, with the nearest one."""
+    for name in names:
+        if name not in valid:
+            near = get_close_matches(name, valid, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise RunError(f"there is no {what} {name!r}: {hint}valid names are {', '.join(valid)}")
+
+
 def layers_to_train(args: argparse.Namespace) -> list[str]:
     """The names in --parametrization.
 
@@ -232,11 +242,7 @@ def layers_to_train(args: argparse.Namespace) -> list[str]:
         RunError: there is none of that name, or it cannot go with the other arguments.
     """
     kinds = str(args.parametrization).split(",")
-    for kind in kinds:
-        if kind not in PARAMETRIZATIONS:
-            near = get_close_matches(kind, PARAMETRIZATIONS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise RunError(f"there is no parametrization {kind!r}: {hint}valid names are {', '.join(PARAMETRIZATIONS)}")
+    check_names("parametrization", kinds, PARAMETRIZATIONS)
     if len(set(kinds)) < len(kinds):
         raise RunError(f"--parametrization {args.parametrization} names one twice")
     asked = args.compare or args.sweep or args.optimizer
@@ -257,12 +263,7 @@ def check(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Raise RunError for arguments that cannot work; returns (optimizer, parametrization) of each run."""
     kinds = layers_to_train(args)
     names = (args.compare or args.sweep or args.optimizer or "galore").split(",") if "none" in kinds else []
-    valid = ["adamw", *lo.METHODS, *lo.FULL_RANK_METHODS, *lo.LAYERWISE_METHODS]
-    for name in names:
-        if name not in valid:
-            near = get_close_matches(name, valid, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise RunError(f"there is no optimizer {name!r}: {hint}valid names are {', '.join(valid)}")
+    check_names("optimizer", names, OPTIMIZERS)
     if len(set(names)) < len(names):
         raise RunError(f"{','.join(names)} names an optimizer twice")
     for name in ("steps", "batch", "accumulate", "save_every", "validate_every", "validation_batches", "log_every"):
@@ -307,13 +308,12 @@ def configuration(args: argparse.Namespace, name: str, layers: str = "none") -> 
         options |= {key: getattr(args, key) for key in LOW_RANK_OPTIONS if getattr(args, key) is not None}
         options |= dict(map(option, args.option))
     label, theirs = (name if layers == "none" else layers), name == "adamw" and layers == "none"
-    warmup = args.warmup if args.warmup is not None else max(1, args.steps // 10)
     return Config(
         model=args.model,
         optimizer=name,
         lr=args.lr if args.lr is not None else LEARNING_RATES.get(label, ANY_LEARNING_RATE),
         steps=args.steps,
-        warmup=warmup,
+        warmup=args.warmup if args.warmup is not None else max(1, args.steps // 10),
         batch=args.batch,
         accumulate=args.accumulate,
         length=args.length or SIZES[args.model].length,
@@ -519,11 +519,12 @@ def report(args: argparse.Namespace, runs: list[tuple[Result, Path]]) -> None:
             edge = " (at the edge of the grid)" if r.lr in (rates[0], rates[-1]) else ""
             console.print(f"best: {name}, lr {r.lr:g}{edge}, validation loss {r.val_loss:.4f}")
         runs = [(result, folder) for result, folder in runs if result is best.get(result.optimizer)]
-    if args.report is not None and (shown := [run for run in runs if run[0].val_loss is not None]):
+    shown = [(result, folder) for result, folder in runs if result.val_loss is not None]
+    if shown and args.report is not None:
         write_page(shown, args.report)
         console.print(f"wrote {args.report}")
-    if runs := [(result, folder) for result, folder in runs if result.val_loss is not None]:
-        plot(runs, written[0])
+    if shown:
+        plot(shown, written[0])
         console.print("wrote " + ", ".join(map(str, written)))
 
 

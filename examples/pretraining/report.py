@@ -207,6 +207,16 @@ def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
     return out
 
 
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as PNG, as a whole or not at all, and close it."""
+    import matplotlib.pyplot as plt
+
+    temporary = path.with_name(path.name + TEMPORARY)
+    figure.savefig(temporary, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
 def plot(runs: list[tuple[Result, Path]], path: Path) -> None:
     """Training loss (smoothed) and validation loss of each run over tokens."""
     import matplotlib as mpl
@@ -234,7 +244,4 @@ def plot(runs: list[tuple[Result, Path]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, title="final validation loss", title_fontsize=9, fontsize=9)
-    temporary = path.with_name(path.name + TEMPORARY)
-    figure.savefig(temporary, format="png")
-    plt.close(figure)
-    temporary.replace(path)
+    save_picture(figure, path)

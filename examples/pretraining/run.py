@@ -253,7 +253,7 @@ class Run:
             Terminated: SIGTERM came; the step that it came in is saved.
         """
         config = self.config
-        self.check_config(self.config, self.folder)
+        self.check_config(config, self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.json", json.dumps(config.comparable(), indent=2))
         if self.device.type == "cuda":  # the peak is this run's, not an earlier one's
@@ -286,13 +286,8 @@ class Run:
                 if in_backward is not None:  # which has clipped, and knows the norm when the step is over
                     norm = float(optimizer.last_grad_norm)
                 self.step += 1
-                row: dict[str, Any] = {
-                    "step": self.step,
-                    "loss": loss,
-                    "lr": lr,
-                    "grad_norm": norm,
-                    "tokens": self.tokens,
-                }
+                row: dict[str, Any] = {"step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
+                row["tokens"] = self.tokens
                 if self.step % config.validate_every == 0 or self.step == config.steps:
                     row["val_loss"] = self.validate(model)
                 self.seconds += time.perf_counter() - began
@@ -305,9 +300,8 @@ class Run:
                     self._save(model, optimizer, scheduler, metrics)
                 if termination.came:
                     raise Terminated(self.step)
-        self.bytes = self.bytes or exact_bytes(
-            model, optimizer, in_backward
-        )  # killed between the last checkpoint and the result
+        # Still empty where a run was killed between its last checkpoint and its result.
+        self.bytes = self.bytes or exact_bytes(model, optimizer, in_backward)
         rows = read_metrics(self.folder)
         recent = [row["loss"] for row in rows[-20:]]
         return self._finish(sum(recent) / len(recent), rows[-1]["val_loss"])

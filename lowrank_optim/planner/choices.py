@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from lowrank_optim.groups.layers import layer_groups
 from lowrank_optim.nn import AdaptedLayer, ReparametrizedLinear
 from lowrank_optim.optimizers import FULL_RANK_METHODS, LAYERWISE_METHODS, METHODS, LISAAdamW, LowRankOptimizer
 from lowrank_optim.optimizers.layer_switching import LayerSwitching
-from lowrank_optim.planner.errors import PlanError
+from lowrank_optim.planner.errors import PlanError, did_you_mean
 
 GROUP_OPTIONS = ("rank", "density", "include", "exclude", "head", "embeddings")
 """Options that decide which parameters are low-rank: they go to `param_groups`."""
@@ -76,27 +75,31 @@ def names() -> list[str]:
 
 
 def _by_name(name: str) -> type[Optimizer]:
-    short: dict[str, type[Optimizer]] = {"adamw_8bit": AdamW8bit, **METHODS, **FULL_RANK_METHODS, **LAYERWISE_METHODS}
-    classes: dict[str, type[Optimizer]] = {
-        cls.__name__: cls
-        for cls in (*METHODS.values(), *FULL_RANK_METHODS.values(), *LAYERWISE_METHODS.values(), LowRankOptimizer)
-    }
+    ours: dict[str, type[Optimizer]] = {**METHODS, **FULL_RANK_METHODS, **LAYERWISE_METHODS}
+    classes: dict[str, type[Optimizer]] = {cls.__name__: cls for cls in (*ours.values(), LowRankOptimizer)}
     theirs: dict[str, type[Optimizer]] = {
         key: cls
         for key, cls in vars(torch.optim).items()
         if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
     }
-    table: dict[str, type[Optimizer]] = {_plain(key): cls for key, cls in (theirs | classes | short).items()}
+    by_any_name = theirs | classes | ours | {"adamw_8bit": AdamW8bit}
+    table: dict[str, type[Optimizer]] = {_plain(key): cls for key, cls in by_any_name.items()}
     if _plain(name) in table:
         return table[_plain(name)]
     known = [*names(), *classes, *theirs]
-    near = get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
+    hint = did_you_mean(name, known)
     raise PlanError(f"there is no optimizer {name!r}: {hint}Names are {', '.join(names())}, and those of torch.optim")
 
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
+
+
+def with_options(argument: Any) -> tuple[Any, dict[str, Any]]:
+    """What (thing, options) holds; any other argument is a thing without options."""
+    if isinstance(argument, (tuple, list)) and len(argument) == 2 and isinstance(argument[1], Mapping):
+        return argument[0], dict(argument[1])
+    return argument, {}
 
 
 def resolve_optimizer(optimizer: Any, **defaults: Any) -> OptimizerChoice:
@@ -110,9 +113,7 @@ def resolve_optimizer(optimizer: Any, **defaults: Any) -> OptimizerChoice:
     Raises:
         PlanError: an unknown name, with the nearest ones; nothing that builds an optimizer.
     """
-    options: dict[str, Any] = {}
-    if isinstance(optimizer, (tuple, list)) and len(optimizer) == 2 and isinstance(optimizer[1], Mapping):
-        optimizer, options = optimizer[0], dict(optimizer[1])
+    optimizer, options = with_options(optimizer)
     kind = _by_name(optimizer) if isinstance(optimizer, str) else optimizer
     if isinstance(kind, type) and issubclass(kind, Optimizer):
         if issubclass(kind, LowRankOptimizer):
@@ -134,10 +135,9 @@ def _build(kind: type[Optimizer], model: nn.Module, options: dict[str, Any]) -> 
         groups = {name: options.pop(name) for name in GROUP_OPTIONS if name in options}
         if issubclass(kind, LayerSwitching):
             return _build_layerwise(kind, model, groups, options)
-        if "rank" not in groups and "density" not in groups and kind.matrix_options:
-            groups = {**kind.matrix_options, **groups}
-        elif "rank" not in groups and "density" not in groups:
-            groups["rank"] = 1 if kind is optimizers.APOLLOMiniAdamW else _default_rank(model)
+        if "rank" not in groups and "density" not in groups:
+            rank = 1 if kind is optimizers.APOLLOMiniAdamW else _default_rank(model)
+            groups = {**(kind.matrix_options or {"rank": rank}), **groups}
         return kind(param_groups(model, **groups), **options)
     except (TypeError, ValueError) as error:
         raise PlanError(f"{kind.__name__}: {error}") from error

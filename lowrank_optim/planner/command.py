@@ -163,14 +163,12 @@ def _plan(
     in_backward: bool,
     weight_bits: int,
     report: Report,
-    *,
-    optimizer: Any,
-    parametrization: Any = None,
+    **how: Any,
 ) -> MemoryPlan:
+    """`how` is the optimizer, and the parametrization where there is one."""
     return plan(
         args.model,
-        optimizer,
-        parametrization=parametrization,
+        **how,
         batch_size=args.batch_size,
         sequence_length=args.sequence_length,
         dtype=args.dtype,
@@ -193,21 +191,19 @@ def _one(args: argparse.Namespace) -> int:
         how = {"optimizer": optimizer, "parametrization": _layers(args)}
         result = _plan(args, args.in_backward, args.weight_bits, report, **how)
         baseline = None if args.plot is None else _plan(args, False, 16, report, optimizer="adamw")
+    fits = budget is None or result.fits(budget)
     if args.json:
         sys.stdout.write(json.dumps({"format": FORMAT} | result.to_dict() | {"budget": budget}, indent=2) + "\n")
     else:
         sys.stdout.write(describe_plan(result, budget) + "\n")
-        for change in (
-            []
-            if budget is None or result.fits(budget)
-            else _changes(args, result.setting["sequence_length"] is not None)
-        ):
-            sys.stdout.write(f"    · {change}\n")
+        if not fits:
+            for change in _changes(args, result.setting["sequence_length"] is not None):
+                sys.stdout.write(f"    · {change}\n")
     if baseline is not None:
         bars = [(p.setting["optimizer"], p.parts(), p.needed_bytes) for p in (baseline, result)]
         picture.draw(bars, budget, title(result.setting), args.plot)
         sys.stderr.write(f"wrote {args.plot}\n")
-    return 0 if budget is None or result.fits(budget) else 1
+    return 0 if fits else 1
 
 
 def _changes(args: argparse.Namespace, tokens: bool) -> list[str]:
@@ -251,6 +247,7 @@ def _table(args: argparse.Namespace) -> int:
         rows = what_fits(question, progress=report)
         rows, confirmed = confirm(args, question, rows, report)
     parameters = sum(p.numel() for p in model.build(None, None).parameters())
+    heading = show.heading(question, model.name, parameters, model.sample)
     if args.json:
         content = {
             "format": FORMAT,
@@ -262,13 +259,13 @@ def _table(args: argparse.Namespace) -> int:
         }
         sys.stdout.write(json.dumps(content, indent=2) + "\n")
     else:
-        parts = [show.heading(question, model.name, parameters, model.sample), show.table(question, rows)]
-        parts += [show.advice(question, rows, confirmed), show.footnotes(question)]
+        advice = show.advice(question, rows, confirmed)
+        parts = [heading, show.table(question, rows), advice, show.footnotes(question)]
         sys.stdout.write("\n\n".join(parts) + "\n")
     if args.plot is not None:
         baselines = sorted((row for row in rows if not row.in_backward), key=lambda row: -row.needed)
         bars = [(row.title, row.parts, row.needed) for row in (*baselines, *(row for row in rows if row.in_backward))]
-        picture.draw(bars, question.budget, show.heading(question, model.name, parameters, model.sample), args.plot)
+        picture.draw(bars, question.budget, heading, args.plot)
         sys.stderr.write(f"wrote {args.plot}\n")
     return 0 if rows[0].fits else 1
 

@@ -91,7 +91,7 @@ def describe_plan(plan: MemoryPlan, budget: int | None = None) -> str:
         lines.append(f"  {names.get(kind, kind):<16}{format_bytes(size):>12}  {bar}".rstrip())
     lines.append(f"  {'peak':<16}{format_bytes(plan.peak_bytes):>12}  {plan.when}")
     if plan.context_bytes:
-        segments = max(plan.reserved_bytes, plan.peak_bytes) - plan.peak_bytes
+        segments = plan.needed_bytes - plan.total_bytes
         lines.append(f"  {'allocator':<16}{format_bytes(segments):>12}  unused parts of its segments")
         lines.append(f"  {'CUDA context':<16}{format_bytes(plan.context_bytes):>12}  assumed")
         lines.append(f"  {'needed':<16}{format_bytes(plan.needed_bytes):>12}")
@@ -99,9 +99,8 @@ def describe_plan(plan: MemoryPlan, budget: int | None = None) -> str:
     lines += ["", f"  optimizer state: {', '.join(parts) or 'none'}"]
     if budget is not None:
         rest = budget - plan.needed_bytes
-        verdict = (
-            f"fits, {format_bytes(rest)} to spare" if rest >= 0 else f"does not fit: {format_bytes(-rest)} too much"
-        )
+        over = f"does not fit: {format_bytes(-rest)} too much"
+        verdict = f"fits, {format_bytes(rest)} to spare" if plan.fits(budget) else over
         lines.append(f"  budget {format_bytes(budget)}: {verdict}")
     if plan.layers is not None:
         lines += ["", layer_table(plan.layers)]

@@ -8,7 +8,6 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from lowrank_optim.planner import dit
 from lowrank_optim.planner.catalog import BUILT_IN
-from lowrank_optim.planner.errors import PlanError
+from lowrank_optim.planner.errors import PlanError, did_you_mean
 from lowrank_optim.planner.simulation.shapes import META
 from lowrank_optim.planner.simulation.simulate import default_dtype, without_numbers
 
@@ -128,11 +127,9 @@ def _named_fields(text: str) -> tuple[str, Mapping[str, Any]]:
     known = text.strip().lower().replace("_", "-").replace(" ", "-").rpartition("/")[2]
     if known in BUILT_IN:
         return known, BUILT_IN[known]
-    near = get_close_matches(known, BUILT_IN, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
     raise PlanError(
-        f"there is no model {text!r}: {hint}Known by name: {', '.join(BUILT_IN)}; or give the path of a config.json, or of a folder "
-        "with one (nothing is downloaded)"
+        f"there is no model {text!r}: {did_you_mean(known, BUILT_IN)}Known by name: {', '.join(BUILT_IN)}; or give the path of a "
+        "config.json, or of a folder with one (nothing is downloaded)"
     )
 
 
@@ -160,8 +157,7 @@ def _from_fields(fields: Mapping[str, Any], name: str) -> ModelChoice:
         _refuse_missing(name, ["model_type", *(field for field in BASIC if not _has(fields, field, {}))])
     library = _transformers()
     if kind not in library.CONFIG_MAPPING:
-        near = get_close_matches(str(kind), [*library.CONFIG_MAPPING, "dit"], n=3)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
+        hint = did_you_mean(str(kind), [*library.CONFIG_MAPPING, "dit"], cutoff=0.6)
         raise PlanError(f"model_type {kind!r} of {name} is not known to transformers {library.__version__}: {hint}")
     made = library.CONFIG_MAPPING[kind]
     if "text_config" not in fields:  # what a part of a config leaves out is the default of its class

@@ -1,8 +1,7 @@
 """Which layers a plan puts in the place of plain linear ones: a function of `lowrank_optim.nn` by name and options, or any other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,8 @@ from lowrank_optim.nn import (
     tucker_adapters_,
     weight_normalized_,
 )
-from lowrank_optim.planner.errors import PlanError
+from lowrank_optim.planner.choices import with_options
+from lowrank_optim.planner.errors import PlanError, did_you_mean
 
 PARAMETRIZATIONS: dict[str, Callable[..., nn.Module]] = {
     "sltrain": sltrain_,
@@ -62,17 +62,10 @@ def resolve_parametrization(parametrization: Any) -> ParametrizationChoice | Non
     """
     if parametrization is None:
         return None
-    options: dict[str, Any] = {}
-    if (
-        isinstance(parametrization, (tuple, list))
-        and len(parametrization) == 2
-        and isinstance(parametrization[1], Mapping)
-    ):
-        parametrization, options = parametrization[0], dict(parametrization[1])
+    parametrization, options = with_options(parametrization)
     if isinstance(parametrization, str):
         if parametrization not in PARAMETRIZATIONS:
-            near = get_close_matches(parametrization, PARAMETRIZATIONS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = did_you_mean(parametrization, PARAMETRIZATIONS, most=1)
             raise PlanError(
                 f"there is no parametrization {parametrization!r}: {hint}names are {', '.join(PARAMETRIZATIONS)}"
             )

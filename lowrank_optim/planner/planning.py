@@ -1,6 +1,7 @@
 """`plan`: the memory of one training set-up, from a simulated run of it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -172,20 +173,15 @@ def summarize(
     peaks = run.timeline.peaks(rules.block, split)
     moment, (_, index) = max(peaks.items(), key=lambda item: item[1][0])
     snapshot = run.timeline.snapshot(index, rules.block, split)
-    fixed = rules.workspace + sum(extra.values())
+    fixed = {"gradients": extra["gradients"], "temporaries": extra["temporaries"] + rules.workspace}
     phases: dict[str, int] = {}
     for when, (size, _) in peaks.items():
         name = f"{when.step}, {when.phase}"
-        phases[name] = max(phases.get(name, 0), size + fixed)
-    kinds = snapshot.kinds | {
-        "gradients": snapshot.kinds["gradients"] + extra["gradients"],
-        "temporaries": snapshot.kinds["temporaries"] + extra["temporaries"] + rules.workspace,
-    }
-    peak = sum(kinds.values())
-    reserved = peak
+        phases[name] = max(phases.get(name, 0), size + sum(fixed.values()))
+    kinds = {kind: size + fixed.get(kind, 0) for kind, size in snapshot.kinds.items()}
+    reserved = peak = sum(kinds.values())
     if rules.block > 1:
-        segments = reserved_peak(run.timeline.allocations(split)) + rules.workspace + sum(extra.values())
-        reserved = max(peak, segments)
+        reserved = max(peak, reserved_peak(run.timeline.allocations(split)) + sum(fixed.values()))
     return MemoryPlan(
         **{f"{kind}_bytes": size for kind, size in kinds.items()},
         reserved_bytes=reserved,
@@ -230,8 +226,6 @@ def _simulate(setting: Setting, example: Any, progress: Callable[[str], None]) -
     try:
         return simulate(setting, progress)
     except DataInForward:
-        from dataclasses import replace
-
         if example is None:
             raise
         real = map_tensors(example, lambda t: t.cpu() if not t.is_floating_point() and not t.is_meta else bare(t))
@@ -264,15 +258,10 @@ def default_loss(output: Any) -> Tensor:
     Raises:
         PlanError: there is neither.
     """
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    named = isinstance(output, Mapping)
+    found = output.get("loss") if named else getattr(output, "loss", None)
     if found is None:
-        items = (
-            output.values()
-            if isinstance(output, Mapping)
-            else output
-            if isinstance(output, (tuple, list))
-            else (output,)
-        )
+        items = output.values() if named else output if isinstance(output, (tuple, list)) else (output,)
         found = next((item for item in items if isinstance(item, Tensor) and item.is_floating_point()), None)
     if not isinstance(found, Tensor):
         raise PlanError(

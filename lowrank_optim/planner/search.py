@@ -193,9 +193,7 @@ class _Search:
         depth = max(2, int(self.recipe.options.get("active_layers", 1))) if layerwise else 1
         assert self.model.batch is not None
         assert self.model.layers is not None
-        batch = self.model.batch(max(1, tokens // self.length), self.length)
-        if tokens < self.length:
-            batch = self.model.batch(1, tokens)
+        batch = self.model.batch(tokens // self.length, self.length)
 
         def run(layers: int) -> Any:
             return simulate(

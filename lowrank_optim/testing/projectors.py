@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_optim.projectors import Basis, Projector, StepParams, SubspaceSpec
 from lowrank_optim.projectors.base import Refresh
 from lowrank_optim.testing.problem import MATRICES, Run, difference, numbers
-from lowrank_optim.testing.promises import CLOSE, break_promise, check_refused, check_shared, promised
+from lowrank_optim.testing.promises import CLOSE, break_promise, check_refused, check_same, check_shared, promised
 
 KEYS = (11, 12, 13)
 
@@ -53,11 +53,13 @@ def check_projector(projector: Projector) -> None:
         _check_sizes(projector)
     else:
         _check_sides(projector)
-    variants: list[dict[str, Any]] = (
-        [] if projector.moments_change_shape else [{"on_refresh": "reset"}, {"on_refresh": "rotate"}]
-    )
-    variants += [{"on_refresh": "rotate"}] if projector.narrows else []
-    variants += [{"proj_type": "full"}] if "full" in projector.sides and not projector.moments_change_shape else []
+    variants: list[dict[str, Any]] = []
+    if not projector.moments_change_shape:
+        variants += [{"on_refresh": "reset"}, {"on_refresh": "rotate"}]
+    if projector.narrows:
+        variants += [{"on_refresh": "rotate"}]
+    if _can_be_full(projector):
+        variants += [{"proj_type": "full"}]
     if projector.stores_basis:
         variants += [{"basis_bits": 8, "overlap_threshold": 0.5}, {"basis_bits": 4}]
     check_shared(projector, *variants, bits=(8,))
@@ -95,10 +97,13 @@ class Subspace:
             return self.projector.refresh(Refresh(grad, self.space, state, key, first, momentum, weight))
 
 
+def _can_be_full(projector: Projector) -> bool:
+    return "full" in projector.sides and not projector.moments_change_shape
+
+
 def _subspaces(projector: Projector) -> Iterator[Subspace]:
     """One for every shape and side."""
-    proj_types = ("std", "full") if "full" in projector.sides and not projector.moments_change_shape else ("std",)
-    for proj_type in proj_types:
+    for proj_type in ("std", "full") if _can_be_full(projector) else ("std",):
         with promised(projector, "an optimizer can be built with the projector"):
             run = Run(projector, proj_type=proj_type)
         for name, shape in MATRICES.items():
@@ -127,11 +132,10 @@ def _check_refresh(made: Subspace) -> None:
     first, again = (made.refresh(grad, made.state, KEYS[2], first=False) for _ in range(2))
     if not torch.equal(grad, made.grad) or difference(made.state, kept):
         break_promise(projector, "refresh changes none of its arguments", "a changed gradient or state", "new tensors")
-    if first is None or again is None or (found := difference(again, first)):
-        came_now = "None" if first is None or again is None else found
-        break_promise(
-            projector, "refresh gives the same for the same arguments", f"{came_now}", "random numbers from key"
-        )
+    promise, remedy = "refresh gives the same for the same arguments", "random numbers from key"
+    if first is None or again is None:
+        break_promise(projector, promise, "None", remedy)
+    check_same(projector, promise, again, first, remedy)
     usual, now = projector.reduced_shape(made.space), projector.reduced_shape(made.space, first)
     if now != usual and not projector.moments_change_shape:
         break_promise(
@@ -177,6 +181,10 @@ def _far(got: Tensor, needed: Tensor) -> str | None:
     return difference({"it": got}, {"it": needed}, 10 * CLOSE)
 
 
+def _check_near(projector: Projector, promise: str, got: Tensor, needed: Tensor, remedy: str) -> None:
+    check_same(projector, promise, {"it": got}, {"it": needed}, remedy, 10 * CLOSE)
+
+
 def _check_basis(made: Subspace) -> None:
     """The numbers of a basis belong together."""
     projector, space, grad = made.projector, made.space, made.grad
@@ -191,8 +199,7 @@ def _check_basis(made: Subspace) -> None:
             break_promise(projector, f"{told}, the state is a valid basis", "R is not finite", "numbers")
         if projector.orthonormal:
             core = numbers(shape, 6)
-            found = _far(basis.project(lift(basis, core, grad)), core)
-            if found:
+            if found := _far(basis.project(lift(basis, core, grad)), core):
                 break_promise(
                     projector,
                     f"orthonormal = True: PᵀP is the identity ({made.told}, {told})",
@@ -202,9 +209,8 @@ def _check_basis(made: Subspace) -> None:
         inside = grad.clone()
         with promised(projector, "lift_ makes the matrix in the subspace whose projection is R"):
             basis.lift_(inside, reduced)
-            found = _far(basis.project(inside), reduced)
-        if found:
-            break_promise(projector, "the projection of lift_(R) is R", found, "the pseudo-inverse of the basis")
+            promise, remedy = "the projection of lift_(R) is R", "the pseudo-inverse of the basis"
+            _check_near(projector, promise, basis.project(inside), reduced, remedy)
     again = made.basis(made.state, KEYS[1]).project(grad)
     if not torch.equal(again, made.basis(made.state, KEYS[1]).project(grad)):
         break_promise(projector, "basis gives the same for the same arguments", "another R", "random numbers from key")
@@ -225,13 +231,8 @@ def _check_capabilities(made: Subspace) -> None:
             ("‖g_j‖²", squares, needed),
             ("Σ‖P r_j‖²", lifted_squares.sum(), lift(basis, reduced, grad).square().sum()),
         ):
-            if found := _far(came, right):
-                break_promise(
-                    projector,
-                    f"has_channels = True: {name} belongs to the rows or columns of G",
-                    found,
-                    "has_channels = False",
-                )
+            promise = f"has_channels = True: {name} belongs to the rows or columns of G"
+            _check_near(projector, promise, came, right, "has_channels = False")
     if projector.sees_all and reduced.numel():
         for place in ((0, 0), (-1, -1), (grad.shape[-2] // 2, grad.shape[-1] // 3)):
             poisoned = grad.clone()
@@ -254,9 +255,8 @@ def _check_capabilities(made: Subspace) -> None:
             break_promise(projector, "stores_basis = True: a basis overlaps with itself", f"{overlap}", "1")
     moment = numbers(tuple(reduced.shape), 8)
     with promised(projector, "transport expresses moments in a new basis"):
-        found = _far(basis.transport(moment, basis, 1), moment)
-    if found:
-        break_promise(projector, "transport from a basis to itself changes nothing", found, "P_oldᵀ P_new")
+        promise = "transport from a basis to itself changes nothing"
+        _check_near(projector, promise, basis.transport(moment, basis, 1), moment, "P_oldᵀ P_new")
 
 
 def _check_sides(projector: Projector) -> None:

@@ -36,6 +36,19 @@ def break_promise(part: Part, promise: str, came: str, needed: str) -> NoReturn:
     raise AssertionError(f"{type(part).__name__}: {promise}. What came: {came}. What is needed: {needed}")
 
 
+def check_same(
+    part: Part,
+    promise: str,
+    got: Mapping[str, Tensor],
+    needed: Mapping[str, Tensor],
+    remedy: str,
+    tolerance: float = 0.0,
+) -> None:
+    """Tensors are those that are needed: to the bit, or up to a relative tolerance."""
+    if found := difference(got, needed, tolerance):
+        break_promise(part, promise, found, remedy)
+
+
 @contextmanager
 def promised(part: Part, promise: str) -> Iterator[None]:
     """Turn whatever is raised inside into the message that a promise is broken."""
@@ -200,9 +213,8 @@ def check_copies(part: Part) -> None:
             copies.append(pickle.loads(pickle.dumps(original)))
     needed = original.train(range(STOP, STEPS)).tensors()
     for copied in copies:
-        found = difference(copied.train(range(STOP, STEPS)).tensors(), needed)
-        if found:
-            break_promise(part, "a copy of an optimizer goes on as the original", found, "the same bits")
+        came = copied.train(range(STOP, STEPS)).tensors()
+        check_same(part, "a copy of an optimizer goes on as the original", came, needed, "the same bits")
 
 
 # --------------------------------------------------------------------------------------------------- training and resume
@@ -237,14 +249,8 @@ def check_repeat(part: Part) -> None:
     """A run that is repeated has the same bits."""
     with promised(part, "the part trains"):
         first, second = (Run(part).train(range(STOP)).tensors() for _ in range(2))
-    found = difference(second, first)
-    if found:
-        break_promise(
-            part,
-            "the same gradients give the same bits",
-            found,
-            "random numbers from `key` or none, and nothing remembered outside of the optimizer's state",
-        )
+    remedy = "random numbers from `key` or none, and nothing remembered outside of the optimizer's state"
+    check_same(part, "the same gradients give the same bits", second, first, remedy)
 
 
 def check_resume(part: Part, options: dict[str, Any], told: str, needed: Mapping[str, Tensor]) -> None:
@@ -256,14 +262,9 @@ def check_resume(part: Part, options: dict[str, Any], told: str, needed: Mapping
     saved = torch_roundtrip(part, stopped.optimizer.state_dict())
     with promised(part, f"a checkpoint fits a new optimizer of the same options ({told})"):
         resumed.optimizer.load_state_dict(saved)
-    found = difference(resumed.train(range(STOP, STEPS)).tensors(), needed)
-    if found:
-        break_promise(
-            part,
-            f"a run resumed from a checkpoint has the bits of an undisturbed one ({told})",
-            found,
-            "everything that the part remembers in the state tensors that `init` returns",
-        )
+    promise = f"a run resumed from a checkpoint has the bits of an undisturbed one ({told})"
+    remedy = "everything that the part remembers in the state tensors that `init` returns"
+    check_same(part, promise, resumed.train(range(STOP, STEPS)).tensors(), needed, remedy)
 
 
 def check_in_backward(part: Part, options: dict[str, Any], told: str, ordinary: Mapping[str, Tensor]) -> None:
@@ -276,9 +277,8 @@ def check_in_backward(part: Part, options: dict[str, Any], told: str, ordinary: 
     with promised(part, f"the part is trained with updates in backward ({told})"):
         update_in_backward(run.optimizer)
         run.train(range(STEPS))
-    found = difference(run.tensors(), ordinary)
-    if found:
-        break_promise(part, f"updates in backward have the bits of ordinary steps ({told})", found, "the same bits")
+    promise = f"updates in backward have the bits of ordinary steps ({told})"
+    check_same(part, promise, run.tensors(), ordinary, "the same bits")
 
 
 def check_types(part: Part) -> None:
@@ -308,14 +308,9 @@ def check_mask(part: Part) -> None:
         after = run.tensors()
         for name in [name for name in before if name.startswith("state 'step' ")]:  # counts what was left out, too
             del before[name], after[name]
-        found = difference(after, before)
-        if found:
-            break_promise(
-                part,
-                f"a gradient of {bad} changes no weight and no state, on devices where only a mask (`ok`) says so",
-                found,
-                "torch.where(ok, new, old) wherever state is written, or, for rules, masks = False",
-            )
+        promise = f"a gradient of {bad} changes no weight and no state, on devices where only a mask (`ok`) says so"
+        remedy = "torch.where(ok, new, old) wherever state is written, or, for rules, masks = False"
+        check_same(part, promise, after, before, remedy)
 
 
 def check_sharding(part: Part) -> None:
@@ -324,16 +319,17 @@ def check_sharding(part: Part) -> None:
     with one_process_mesh() as mesh:
         if mesh is None:
             return
-        if knows:
-            check_places(part)
-            with promised(part, "knows_shards: sharded parameters are trained"):
-                sharded = Run(part, mesh=mesh).train(range(STEPS)).tensors()
-            found = difference(sharded, Run(part).train(range(STEPS)).tensors(), CLOSE)
-            if found:
-                break_promise(part, "knows_shards: sharded parameters are stepped as others", found, "the same numbers")
+        if not knows:
+            promise = "sharded parameters are refused where knows_shards is False"
+            check_refused(part, promise, lambda: Run(part, mesh=mesh), type(part).__name__)
             return
-        promise = "sharded parameters are refused where knows_shards is False"
-        check_refused(part, promise, lambda: Run(part, mesh=mesh), type(part).__name__)
+        check_places(part)
+        with promised(part, "knows_shards: sharded parameters are trained"):
+            sharded = Run(part, mesh=mesh).train(range(STEPS)).tensors()
+        needed = Run(part).train(range(STEPS)).tensors()
+        check_same(
+            part, "knows_shards: sharded parameters are stepped as others", sharded, needed, "the same numbers", CLOSE
+        )
 
 
 def check_places(part: Part) -> None:

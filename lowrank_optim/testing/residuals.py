@@ -11,8 +11,16 @@ from lowrank_optim import kernels
 from lowrank_optim.projectors import SVD, Basis, Coordinate, Projector, Random, StepParams, SubspaceSpec
 from lowrank_optim.projectors.base import Refresh
 from lowrank_optim.residuals import Residual, ResidualInput, Update
-from lowrank_optim.testing.problem import RANK, Run, difference, numbers
-from lowrank_optim.testing.promises import CLOSE, break_promise, check_in_place, check_refused, check_shared, promised
+from lowrank_optim.testing.problem import RANK, Run, numbers
+from lowrank_optim.testing.promises import (
+    CLOSE,
+    break_promise,
+    check_in_place,
+    check_refused,
+    check_same,
+    check_shared,
+    promised,
+)
 
 SHAPES = ((20, 28), (28, 20), (2, 20, 28))
 
@@ -84,15 +92,13 @@ class _Problem:
 
     def inputs(self, grad: Tensor, direction: Tensor, unit: float | Tensor = 1.0) -> ResidualInput:
         """What a step hands to the residual."""
-        reduced, squares = self.basis.project(grad), None
-        norms = None
+        reduced, squares, norms = self.basis.project(grad), None, None
         if self.residual.uses_norms:
             reduced, squares = self.basis.project_with_norms(grad)
             norms = kernels.row_norms(direction, reduced)
         made = ResidualInput(grad, reduced, squares, direction, 1.0, unit, self.basis, self.space, None, norms)
-        with promised(
-            self.residual, "sums takes what a step hands to it (norms and squares only with uses_norms = True)"
-        ):
+        promise = "sums takes what a step hands to it (norms and squares only with uses_norms = True)"
+        with promised(self.residual, promise):
             return replace(made, sums=self.residual.sums(made, self.state(), self.options))
 
     def update(self, inputs: ResidualInput, state: dict[str, Tensor], ok: Tensor | None = None) -> Tensor:
@@ -115,9 +121,8 @@ class _Problem:
 
     def numbers(self, seed: int) -> tuple[Tensor, Tensor]:
         """A gradient and a direction."""
-        return numbers(self.space.shape, seed), numbers(
-            tuple(self.basis.project(numbers(self.space.shape, 1)).shape), seed
-        )
+        reduced = self.basis.project(numbers(self.space.shape, 1))
+        return numbers(self.space.shape, seed), numbers(tuple(reduced.shape), seed)
 
 
 def _check_arguments(problem: _Problem) -> None:
@@ -137,11 +142,9 @@ def _check_arguments(problem: _Problem) -> None:
     check_in_place(residual, before, state)
     if not residual.uses_gradient:
         without = replace(inputs, grad=torch.empty(0), squares=None)
-        found = difference({"update": problem.update(without, problem.state())}, {"update": change})
-        if found:
-            break_promise(
-                residual, "uses_gradient = False: R is all of the gradient it uses", found, "uses_gradient = True"
-            )
+        promise = "uses_gradient = False: R is all of the gradient it uses"
+        came = problem.update(without, problem.state())
+        check_same(residual, promise, {"update": came}, {"update": change}, "uses_gradient = True")
 
 
 def _check_sizes(problem: _Problem) -> None:
@@ -156,10 +159,9 @@ def _check_sizes(problem: _Problem) -> None:
         break_promise(residual, promise, "the same for scale 1 and 2", 'lo.Update(core, options["scale"], …)')
     scaled = replace(problem, options={**problem.options, "scale": 1.0})
     made = scaled.inputs(grad.clone(), 0.5 * direction, torch.tensor(0.5))
-    found = difference({"it": scaled.update(made, scaled.state())}, {"it": 0.5 * changes[0]}, CLOSE)
-    if found:
-        promise = "half the direction with `step.unit` ½ (a rule whose direction holds η) gives half the update"
-        break_promise(residual, promise, found, "φ in proportion to the direction, or times step.unit")
+    promise = "half the direction with `step.unit` ½ (a rule whose direction holds η) gives half the update"
+    remedy = "φ in proportion to the direction, or times step.unit"
+    check_same(residual, promise, {"it": scaled.update(made, scaled.state())}, {"it": 0.5 * changes[0]}, remedy, CLOSE)
 
 
 def _check_ignored(problem: _Problem) -> None:
@@ -176,25 +178,17 @@ def _check_ignored(problem: _Problem) -> None:
     if residual.uses_norms:
         ignored = replace(ignored, sums=residual.sums(ignored, state, problem.options))
     change = problem.update(ignored, state, ok)
-    if found := difference({"the weights": change, **state}, {"the weights": torch.zeros_like(change), **before}):
-        promise = "where `step.ok` is false nothing changes"
-        break_promise(
-            residual, promise, found, "lo.GradientTerm(step.grad, φ, step.ok), and torch.where(step.ok, new, old)"
-        )
+    came, needed = {"the weights": change, **state}, {"the weights": torch.zeros_like(change), **before}
+    remedy = "lo.GradientTerm(step.grad, φ, step.ok), and torch.where(step.ok, new, old)"
+    check_same(residual, "where `step.ok` is false nothing changes", came, needed, remedy)
 
 
 def _check_linear(problem: _Problem) -> None:
     """The update of a sum is the sum of the updates."""
     (grad1, first), (grad2, second) = problem.numbers(2), problem.numbers(3)
-    changes = [
+    one, two, both = (
         problem.update(problem.inputs(grad, direction), problem.state())
         for grad, direction in ((grad1, first), (grad2, second), (grad1 + grad2, first + second))
-    ]
-    found = difference({"the update": changes[0] + changes[1]}, {"the update": changes[2]}, CLOSE)
-    if found:
-        break_promise(
-            problem.residual,
-            "linear = True: the update of two gradients' sum is the sum of their updates",
-            found,
-            "linear = False",
-        )
+    )
+    promise = "linear = True: the update of two gradients' sum is the sum of their updates"
+    check_same(problem.residual, promise, {"the update": one + two}, {"the update": both}, "linear = False", CLOSE)

@@ -17,6 +17,7 @@ from lowrank_optim.testing.promises import (
     break_promise,
     check_in_place,
     check_refused,
+    check_same,
     check_shared,
     promised,
 )
@@ -131,14 +132,14 @@ def _check_direction(rule: Rule, options: Mapping[str, Any], shape: tuple[int, .
         if not torch.equal(tensor, old):
             break_promise(rule, f"direction does not change the {name}", "it changed", "operations out of place")
     (_, one), (_, two) = (_begun(rule, options, shape) for _ in range(2))
-    again = [rule.direction(grad, each, options, _context(weight, 4)).matrix for each in (one, two)]
-    if found := difference({"the direction": again[1], **two}, {"the direction": again[0], **one}):
-        break_promise(
-            rule,
-            "direction is a function of its arguments",
-            found,
-            "no random numbers, and nothing remembered but in the tensors that init returns",
-        )
+    first, again = (rule.direction(grad, each, options, _context(weight, 4)).matrix for each in (one, two))
+    check_same(
+        rule,
+        "direction is a function of its arguments",
+        {"the direction": again, **two},
+        {"the direction": first, **one},
+        "no random numbers, and nothing remembered but in the tensors that init returns",
+    )
     check_in_place(rule, before, state)
     follows = matrix.clone()
     rule.direction(numbers(shape, 10), state, options, _context(weight, 5))
@@ -166,9 +167,8 @@ def _check_ignored(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...
     plain = rule.direction(numbers(shape, 4), _copy(state), options, _context(weight, 4)).matrix
     used = replace(ignored, ok=torch.tensor(True))
     masked = masked_direction(rule, numbers(shape, 4), state, options, used).matrix
-    found = difference({"the direction": masked}, {"the direction": plain}, CLOSE)
-    if found:
-        break_promise(rule, "where `context.ok` is true it changes nothing", found, "the direction without a mask")
+    promise, remedy = "where `context.ok` is true it changes nothing", "the direction without a mask"
+    check_same(rule, promise, {"the direction": masked}, {"the direction": plain}, remedy, CLOSE)
 
 
 def _check_parts(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...]) -> None:
@@ -188,10 +188,9 @@ def _check_parts(rule: Rule, options: Mapping[str, Any], shape: tuple[int, ...])
         with promised(rule, promise):
             context = _context(weight.view(-1)[chunk], 4)
             pieces.append(rule.direction(grad[chunk], part, options, context).matrix)
-    found = difference({"the direction": torch.cat(pieces)}, {"the direction": whole.reshape(-1)}, CLOSE)
-    found = found or difference(parts, state, CLOSE)
-    if found:
-        break_promise(rule, promise, found, "nothing but operations on single elements, or elementwise = False")
+    got, needed = {"the direction": torch.cat(pieces), **parts}, {"the direction": whole.reshape(-1), **state}
+    remedy = "nothing but operations on single elements, or elementwise = False"
+    check_same(rule, promise, got, needed, remedy, CLOSE)
 
 
 def _check_refused_subspaces(rule: Rule) -> None:
@@ -205,17 +204,15 @@ def _check_transport(rule: Rule, options: Mapping[str, Any]) -> None:
     _, state = _begun(rule, options, SHAPES[0])
     before = _copy(state)
     needed = 'state["exp_avg"].copy_(move(state["exp_avg"], 1)), with power 2 for squares'
-    with promised(rule, "transport expresses the moments in a new basis"):
+    promise = "transport expresses the moments in a new basis"
+    with promised(rule, promise):
         rule.transport(_ReadOnly(state), lambda moment, power: moment.clone(), options, 3.0)
-    found = difference(state, before, CLOSE)
-    if found:
-        break_promise(rule, "transport into the same basis changes nothing", found, needed)
+    check_same(rule, "transport into the same basis changes nothing", state, before, needed, CLOSE)
     turn = torch.linalg.qr(numbers((SHAPES[0][-1],) * 2, 4)).Q
-    with promised(rule, "transport expresses the moments in a new basis"):
+    with promised(rule, promise):
         rule.transport(_ReadOnly(state), lambda moment, power: moment @ turn.pow(power), options, 3.0)
     for name, tensor in state.items():
         if tensor.shape == SHAPES[0] and bool(tensor.any()) and torch.equal(tensor, before[name]):
-            promise = "transport expresses the moments in a new basis"
             break_promise(rule, promise, f"{name} is what it was in the old one", needed)
 
 

@@ -45,15 +45,12 @@ def heading(question: Question, name: str, parameters: int, sample: str | None =
     """What was asked, in one or two lines; `sample` is what the model reads, None for sequences."""
     size = f"{parameters / 1e9:.2f} billion" if parameters >= 1e9 else f"{parameters / 1e6:.0f} million"
     checkpointing = "activation checkpointing" if question.activation_checkpointing else "no activation checkpointing"
+    sample = sample or f"sequence of {question.sequence_length:,} tokens"
     spread = f", {'FSDP2' if question.fsdp else 'DDP'} on {question.world_size} GPUs" if question.world_size > 1 else ""
     return (
         f"Training {name} ({size} parameters) within {format_bytes(question.budget)}\n"
-        f"{counted(question.batch_size, sample or _sequence(question))}, {question.dtype}, {checkpointing}{spread}"
+        f"{counted(question.batch_size, sample)}, {question.dtype}, {checkpointing}{spread}"
     )
-
-
-def _sequence(question: Question) -> str:
-    return f"sequence of {question.sequence_length:,} tokens"
 
 
 def advice(question: Question, rows: Sequence[Row], confirmed: MemoryPlan | None) -> str:
@@ -133,21 +130,17 @@ def footnotes(question: Question) -> str:
         "" if question.sequence_length is None else f": of {question.sequence_length:,} tokens each; sequence: alone"
     )
     context = f"unused parts of the allocator's segments ({SLACK:.0%}), and 512 MiB of CUDA context"
-    return "\n".join(
-        [
-            "needs     peak of a step" + (f", {context}" if question.device != "cpu" else ""),
-            f"largest   batch{of_each}; rank: at this batch",
-            "rest      activations, logits, working copies; attention keeps no scores (flash)",
-            *([] if ddp else ["All but the two AdamWs update in backward: a gradient is freed as soon as it is used."]),
-            *(
-                ["Several processes: of one of them; int8 weights are not sharded, and left out."]
-                if question.fsdp
-                else []
-            ),
-            *(
-                ["Several processes: of one of them. DDP does not go with updates in backward; FSDP2 (--fsdp N) does."]
-                if ddp
-                else []
-            ),
-        ]
-    )
+    lines = [
+        "needs     peak of a step" + (f", {context}" if question.device != "cpu" else ""),
+        f"largest   batch{of_each}; rank: at this batch",
+        "rest      activations, logits, working copies; attention keeps no scores (flash)",
+    ]
+    if ddp:
+        lines.append(
+            "Several processes: of one of them. DDP does not go with updates in backward; FSDP2 (--fsdp N) does."
+        )
+    else:
+        lines.append("All but the two AdamWs update in backward: a gradient is freed as soon as it is used.")
+    if question.fsdp:
+        lines.append("Several processes: of one of them; int8 weights are not sharded, and left out.")
+    return "\n".join(lines)

@@ -136,9 +136,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # a wrapper: its own operators come here one by one
-        with (
-            torch._C.DisableTorchFunction()
-        ):  # in backward, the disguise would hide from this function, too, what it looks for
+        # In backward, the disguise would hide from this function, too, what it looks for.
+        with torch._C.DisableTorchFunction():
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -218,11 +217,8 @@ class Disguise(TorchFunctionMode):
             kind = "cuda" if func is torch.Tensor.cuda else "cpu"
             return self._moved(args[0], torch.device(kind))
         if len(args) > 1 or kwargs:
-            if (
-                func is torch.Tensor.to
-                and (target := _target(args[1:], kwargs)) is not None
-                and not self._is_ours(target)
-            ):
+            target = _target(args[1:], kwargs) if func is torch.Tensor.to else None
+            if target is not None and not self._is_ours(target):
                 dtypes = [arg for arg in (*args[1:], kwargs.get("dtype")) if isinstance(arg, torch.dtype)]
                 moved = self._moved(args[0], target)
                 return moved.to(dtypes[0]) if dtypes else moved
@@ -301,9 +297,8 @@ def attention(
         plain = enable_gqa and (flash or EFFICIENT_TAKES_GROUPS)
     if not plain or (device == "cpu" and dropout_p > 0.0):
         return _undisguised(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if (
-        attn_mask is not None and not attn_mask.is_floating_point()
-    ):  # torch makes it one of numbers, which is kept for backward
+    # torch makes a mask one of numbers, which is kept for backward.
+    if attn_mask is not None and not attn_mask.is_floating_point():
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     if device == "cpu":
         out: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
@@ -316,10 +311,8 @@ def attention(
     bias = None
     if attn_mask is not None:
         bias = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
-    compute_log_sum = torch.is_grad_enabled()
-    out = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, compute_log_sum, dropout_p, **causal)[
-        0
-    ]
+    keeps = torch.is_grad_enabled()  # the logarithms of sums
+    out = _aten._scaled_dot_product_efficient_attention(query, key, value, bias, keeps, dropout_p, **causal)[0]
     return out
 
 

@@ -99,21 +99,22 @@ def simulate(setting: Setting, progress: Callable[[str], None] = lambda step: No
         _claim_state(recorder, optimizer, model, layer_of)
         if setting.in_backward:
             attach_in_backward(optimizer, setting.accumulate)
-        for step in steps_of(optimizer, setting.steps):
+
+        def take(step: str) -> None:
             progress(step)
-            if step == REFRESH:
-                make_refreshes_due(optimizer)
             with one_text_a_row():
                 _step(model, optimizer, setting, recorder, step)
             _claim_state(recorder, optimizer, model, layer_of)
+
+        for step in steps_of(optimizer, setting.steps):
+            if step == REFRESH:
+                make_refreshes_due(optimizer)
+            take(step)
         state = _bytes_of_state(recorder, optimizer)  # a decomposition may take some away
         for handle in handles_of(optimizer):
             handle.make_due()
             for step in handle.heavy_steps:
-                progress(step)
-                with one_text_a_row():
-                    _step(model, optimizer, setting, recorder, step)
-                _claim_state(recorder, optimizer, model, layer_of)
+                take(step)
         recorder.moment = Moment("", "end", "")
         parameters = {
             name: (storage_bytes(param), layer_of[name], param.requires_grad)

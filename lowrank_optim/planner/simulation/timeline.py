@@ -41,6 +41,10 @@ class Block:
             return self.size
         return self.size // self.rows * -(-self.rows // world_size)
 
+    def rounded_share(self, granule: int, world_size: int) -> int:
+        """`share`, rounded up to a multiple of `granule`."""
+        return -(-self.share(world_size) // granule) * granule
+
 
 @dataclass(frozen=True, slots=True)
 class Moment:
@@ -58,7 +62,6 @@ class Moment:
 class Snapshot:
     """The bytes of one moment by kind, by part of the state, and by owner and kind."""
 
-    moment: Moment
     kinds: dict[str, int]
     parts: dict[str, int]
     owners: dict[str, dict[str, int]]
@@ -78,7 +81,7 @@ class Timeline:
         """(index of the event, bytes in memory after it)."""
         now = 0
         for index, (block, made, _) in enumerate(self.events):
-            size = -(-block.share(world_size) // granule) * granule
+            size = block.rounded_share(granule, world_size)
             now += size if made else -size
             yield index, now
 
@@ -99,18 +102,18 @@ class Timeline:
         kinds, parts = dict.fromkeys(KINDS, 0), dict.fromkeys(PARTS, 0)
         owners: dict[str, dict[str, int]] = {}
         for block in live:
-            size, kind = -(-block.share(world_size) // granule) * granule, block.resolved
+            size, kind = block.rounded_share(granule, world_size), block.resolved
             kinds[kind] += size
             if kind == "optimizer_state":
                 parts[block.part or "other"] += size
             owners.setdefault(block.owner, dict.fromkeys(KINDS, 0))[kind] += size
-        return Snapshot(self.events[index][2], kinds, parts, owners)
+        return Snapshot(kinds, parts, owners)
 
     def kinds_at(self, indices: Iterable[int], granule: int, world_size: int = 1) -> dict[int, dict[str, int]]:
         """Bytes by kind after each of some events."""
         wanted, found, now = set(indices), {}, dict.fromkeys(KINDS, 0)
         for index, (block, made, _) in enumerate(self.events):
-            size = -(-block.share(world_size) // granule) * granule
+            size = block.rounded_share(granule, world_size)
             now[block.resolved] += size if made else -size
             if index in wanted:
                 found[index] = dict(now)
