@@ -3,9 +3,9 @@
     python benchmarks/soak.py [--kills 12] [--steps 120] [--seed 0]
 
 One process: the main job with GaLore in 8 bits, updates in backward and four micro-batches a step is killed (SIGKILL) at random
-moments, one drawn from each of `--kills` equal parts of the run, and continued each time. It saves every three steps; every third kill
-waits until a checkpoint is being written. Afterwards the checkpoints of both runs are compared, every tensor of weights, state and
-random generators, and every row of metrics.
+moments, one drawn from each of `--kills` equal parts of the run, and continued each time. It saves every three steps; every third
+kill waits until a checkpoint is being written. Afterwards the checkpoints of both runs are compared: every tensor of
+weights, state and random generators, and every row of metrics.
 
 Two processes under fully_shard (gloo): one of them is killed while a checkpoint is written, as often as `--sharded-kills` says. The
 last checkpoints of both runs are compared tensor by tensor.

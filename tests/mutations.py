@@ -143,8 +143,8 @@ MUTANTS = [
     ),
     Mutant(
         "step/refresh.py",
-        'if group["on_refresh"] == "reset":',
-        'if group["on_refresh"] == "never":',
+        'if group["on_refresh"] == "reset" or',
+        'if group["on_refresh"] == "never" or',
         f"{STEP} {GALORE} tests/optimizers/test_invariants.py",
     ),
 ]

@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         args.fsdp, args.world_size = processes(args.fsdp, args.world_size)
         check_sizes(batch_size=args.batch_size, sequence_length=args.sequence_length, world_size=args.world_size)
+        if args.plot is not None:
+            picture.check_library()
         return _one(args) if args.optimizer or args.parametrization else _table(args)
     except (PlanError, ValueError) as error:
         sys.stderr.write(f"lowrank-optim plan: {error}\n")

@@ -145,6 +145,13 @@ def test_the_code_of_sltrain_is_that_of_its_recipe():
     assert lines[-2] == "optimizer = lo.LowRankOptimizer(lo.param_groups(model, rank=None), rule='adam', state_bits=8)"
 
 
+def test_a_picture_without_its_library_is_refused_before_the_plan(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("lowrank_optim.planner.command.resolve_model", lambda name: pytest.fail("planned"))
+    assert main(["plan", "--model", "llama-7b", "--plot", "plan.png"]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 def test_a_picture_is_written(config, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "plan.png"

@@ -1,5 +1,6 @@
 """Where memory goes, as stacked bars. Needs matplotlib."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ PARTS = (
 )
 
 
+def check_library() -> None:
+    """Raise PlanError where matplotlib is missing: before a plan that takes a minute."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlanError("--plot needs matplotlib: pip install matplotlib")
+
+
 def draw(bars: Sequence[tuple[str, Mapping[str, int], int]], budget: int | None, title: str, path: Path) -> None:
     """Write a picture of one horizontal bar for each set-up.
 
@@ -26,12 +33,10 @@ def draw(bars: Sequence[tuple[str, Mapping[str, int], int]], budget: int | None,
         budget: where to draw the line; None draws none.
 
     Raises:
-        PlanError: matplotlib is missing, or the file cannot be written.
+        PlanError: the file cannot be written.
     """
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError as error:
-        raise PlanError("--plot needs matplotlib: pip install 'lowrank-optim[plot]'") from error
+    import matplotlib as mpl
+
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
