@@ -158,12 +158,11 @@ def difference(got: Mapping[str, Tensor], needed: Mapping[str, Tensor], toleranc
         came = got[name]
         if (came.shape, came.dtype) != (tensor.shape, tensor.dtype):
             return f"{name} is {came.dtype} {tuple(came.shape)}, not {tensor.dtype} {tuple(tensor.shape)}"
-        if tolerance == 0.0 and torch.equal(came.nan_to_num(nan=0.125), tensor.nan_to_num(nan=0.125)):
+        same = tolerance == 0.0 and torch.equal(came.nan_to_num(nan=0.125), tensor.nan_to_num(nan=0.125))
+        if same or not came.numel():
             continue
-        largest = (
-            float((came.double() - tensor.double()).abs().nan_to_num(nan=torch.inf).max()) if came.numel() else 0.0
-        )
-        size = max(1.0, float(tensor.double().abs().max())) if came.numel() else 1.0
+        largest = float((came.double() - tensor.double()).abs().nan_to_num(nan=torch.inf).max())
+        size = max(1.0, float(tensor.double().abs().max()))
         if tolerance == 0.0 or not largest <= tolerance * size:
             return f"{name} differs by up to {largest:.3g}"
     return None

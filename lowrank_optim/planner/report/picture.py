@@ -3,7 +3,6 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lowrank_optim.planner.errors import PlanError
 from lowrank_optim.planner.simulation.allocator import GIB, format_bytes
@@ -80,16 +79,12 @@ def draw(bars: Sequence[tuple[str, Mapping[str, int], int]], budget: int | None,
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
-    _save(figure, path)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"--plot {path} cannot be written: {error}") from error
     plt.close(figure)
 
 
 def _size(parts: Mapping[str, int], needed: int, kind: str) -> int:
     return needed - sum(parts.values()) if kind == "rest" else parts[kind]
-
-
-def _save(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise PlanError(f"--plot {path} cannot be written: {error}") from error
