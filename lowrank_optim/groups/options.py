@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
     coordinates: "columns", "rows" or "entries", for `projector="coordinate"`.
     blocks: "random", "ascending", "descending" or "mirror": whole tensors in turn, in place of a subspace of each.
     on_refresh: what happens to the moments when the subspace changes: "keep", "reset" or "rotate".
-    stagger: sharding the refreshes of the parameters over the gap.
+    stagger: spreading the refreshes of the parameters over the gap.
     overlap_threshold: refresh a matrix less often once its subspace stands still: where ‖P_oldᵀP_new‖²/r over the last `queue_size`
         refreshes averages at least this, its gap is multiplied by `gap_factor`. None keeps the gap.
     queue_size, gap_factor: see `overlap_threshold`.

@@ -77,12 +77,19 @@ class Run:
 
     Args:
         part: the rule, projector or residual.
+        options: of the optimizer.
         dtype: of the parameters.
         mesh: where the parameters are sharded.
-        **options: of the optimizer.
     """
 
-    def __init__(self, part: Part, dtype: torch.dtype = torch.float32, mesh: Any = None, **options: Any) -> None:
+    def __init__(
+        self,
+        part: Part,
+        options: Mapping[str, Any] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        mesh: Any = None,
+    ) -> None:
         joint = part.arity if isinstance(part, JointRule) else 0
         matrices = {} if joint else MATRICES
         dense = {f"{n}": PAIRS[n % 2] for n in range(2 * joint)} if joint else DENSE
@@ -102,7 +109,7 @@ class Run:
         reset = isinstance(part, Projector) and part.moments_change_shape
         usual = {"rule": Adam(), "projector": SVD(), "lr": 1e-2, "weight_decay": 0.01, "update_proj_gap": 2}
         usual |= {"on_refresh": "reset"} if reset else {}
-        self.optimizer = LowRankOptimizer(groups, **{**usual, kind_of(part): deepcopy(part), **options})
+        self.optimizer = LowRankOptimizer(groups, **{**usual, kind_of(part): deepcopy(part), **(options or {})})
         self.mesh = mesh
 
     def _noise(self, name: str, step: int) -> Tensor:

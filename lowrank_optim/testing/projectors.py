@@ -11,7 +11,15 @@ from torch import Tensor
 from lowrank_optim.projectors import Basis, Projector, StepParams, SubspaceSpec
 from lowrank_optim.projectors.base import Refresh
 from lowrank_optim.testing.problem import MATRICES, Run, difference, numbers
-from lowrank_optim.testing.promises import CLOSE, break_promise, check_refused, check_same, check_shared, promised
+from lowrank_optim.testing.promises import (
+    CLOSE,
+    break_promise,
+    check_object,
+    check_refused,
+    check_same,
+    check_shared,
+    promised,
+)
 
 KEYS = (11, 12, 13)
 
@@ -45,6 +53,7 @@ def check_projector(projector: Projector) -> None:
         ...         return lo.DenseBasis(unit.expand(*space.batch, -1, -1), space.side, sharding=space.sharding)
         >>> check_projector(FirstVectors())
     """
+    check_object(projector)
     for subspace in _subspaces(projector):
         _check_refresh(subspace)
         _check_basis(subspace)
@@ -105,7 +114,7 @@ def _subspaces(projector: Projector) -> Iterator[Subspace]:
     """One for every shape and side."""
     for proj_type in ("std", "full") if _can_be_full(projector) else ("std",):
         with promised(projector, "an optimizer can be built with the projector"):
-            run = Run(projector, proj_type=proj_type)
+            run = Run(projector, {"proj_type": proj_type})
         for name, shape in MATRICES.items():
             space = run.optimizer.plan_of(run.params[name]).space
             assert space is not None
@@ -152,13 +161,17 @@ def _check_refresh(made: Subspace) -> None:
             _check_refuses(made, told, bad)
         elif (new := made.refresh(bad, made.state, KEYS[2], first=False)) is None or difference(new, first):
             break_promise(
-                projector, f"needs_gradient = False: {told} gives the same basis", f"{new}", "needs_gradient = True"
+                projector,
+                f"needs_gradient = False: {told} gives the same basis",
+                f"{new}",
+                "needs_gradient = True; False is for projectors that do not look at the gradient, no StoredProjector",
             )
 
 
 def _check_refuses(made: Subspace, told: str, bad: Tensor) -> None:
     """A gradient without a subspace gives None; projectors that use the momentum may find a basis in that, or keep theirs."""
     projector = made.projector
+    remedy = "None: see lowrank_optim.usable; or needs_gradient = False, if the basis never depends on the gradient"
     for first, state in ((True, made.begun), (False, made.state)):
         new = made.refresh(bad, state, KEYS[2], first)
         if new is None:
@@ -167,7 +180,7 @@ def _check_refuses(made: Subspace, told: str, bad: Tensor) -> None:
         basis = made.basis(new, KEYS[2])
         valid = _far(basis.project(lift(basis, core, made.grad)), core) is None
         if first or not projector.uses_momentum or not valid:
-            break_promise(projector, f"{told} does not become a basis", "tensors", "None: see lowrank_optim.usable")
+            break_promise(projector, f"{told} does not become a basis", "tensors", remedy)
 
 
 def lift(basis: Basis, core: Tensor, grad: Tensor) -> Tensor:

@@ -63,6 +63,14 @@ def promised(part: Part, promise: str) -> Iterator[None]:
         ) from error
 
 
+def check_object(part: object) -> None:
+    """A part is an object, not its class."""
+    if isinstance(part, type):
+        raise AssertionError(
+            f"{part.__name__} is a class. What is needed: an object with its hyperparameters, {part.__name__}()"
+        )
+
+
 def _remedy(part: Part, error: Exception) -> str:
     """What to do about an error, where that is known."""
     key = error.args[0] if isinstance(error, KeyError) and error.args else None
@@ -194,8 +202,8 @@ def check_options(part: Part) -> None:
     for name, changed in other_values(part):
         told = "hyperparameters come from `options`, which schedulers change, and not from `self`"
         with promised(part, told):
-            needed = needed or Run(part, **_ROTATING).train(range(STOP)).tensors()
-            came = Run(changed, **_ROTATING, **group).train(range(STOP)).tensors()
+            needed = needed or Run(part, _ROTATING).train(range(STOP)).tensors()
+            came = Run(changed, {**_ROTATING, **group}).train(range(STOP)).tensors()
         if found := difference(came, needed):
             value, other = group[name], getattr(changed, name)
             came_now = f"{found}, where self.{name} is {other!r} and options[{name!r}] is {value!r} as before"
@@ -234,7 +242,7 @@ def check_training(part: Part, options: dict[str, Any]) -> None:
     """A run learns; it is the same when it is resumed, and with updates in backward."""
     told = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "default options"
     with promised(part, f"the part trains with {told}"):
-        run = Run(part, **options)
+        run = Run(part, options)
         before = run.loss()
         needed = run.train(range(STEPS)).tensors()
     check_finite(part, f"finite gradients give finite weights and state ({told})", needed)
@@ -255,7 +263,7 @@ def check_repeat(part: Part) -> None:
 
 def check_resume(part: Part, options: dict[str, Any], told: str, needed: Mapping[str, Tensor]) -> None:
     """A run that is saved, and goes on in a new optimizer, has the bits of one that was not disturbed."""
-    stopped, resumed = Run(part, **options).train(range(STOP)), Run(part, **options)
+    stopped, resumed = Run(part, options).train(range(STOP)), Run(part, options)
     with torch.no_grad():
         for name, param in resumed.params.items():
             param.copy_(stopped.params[name])
@@ -269,7 +277,7 @@ def check_resume(part: Part, options: dict[str, Any], told: str, needed: Mapping
 
 def check_in_backward(part: Part, options: dict[str, Any], told: str, ordinary: Mapping[str, Tensor]) -> None:
     """Updates in backward have the bits of ordinary steps, or are refused by name."""
-    run = Run(part, **options)
+    run = Run(part, options)
     if getattr(part, "feeds_back", False):
         promise = "updates in backward are refused where feeds_back"
         check_refused(part, promise, lambda: update_in_backward(run.optimizer), part.name)
@@ -285,7 +293,7 @@ def check_types(part: Part) -> None:
     """Weights of other types train, with arithmetic in float64 and in float32."""
     for dtype in (torch.float64, torch.bfloat16):
         with promised(part, f"the part trains {dtype} parameters"):
-            tensors = Run(part, dtype).train(range(STOP)).tensors()
+            tensors = Run(part, dtype=dtype).train(range(STOP)).tensors()
         check_finite(part, f"{dtype} parameters stay finite", tensors)
 
 
@@ -297,7 +305,7 @@ def check_mask(part: Part) -> None:
     for bad in (float("nan"), float("inf")):
         # A tensor whose turn it is not uses no gradient, and only decays.
         decay: dict[str, Any] = {"weight_decay": 0.0} if getattr(part, "moments_change_shape", False) else {}
-        run = Run(part, update_proj_gap=100, **decay)
+        run = Run(part, {"update_proj_gap": 100, **decay})
         run.optimizer._mask_on_device = True
         run.train(range(STOP))
         before = run.tensors()

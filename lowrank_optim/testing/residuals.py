@@ -16,6 +16,7 @@ from lowrank_optim.testing.promises import (
     CLOSE,
     break_promise,
     check_in_place,
+    check_object,
     check_refused,
     check_same,
     check_shared,
@@ -50,6 +51,7 @@ def check_residual(residual: Residual) -> None:
         ...         return lo.Update(step.direction, options["scale"], lo.GradientTerm(step.grad, phi, step.ok))
         >>> check_residual(Whole())
     """
+    check_object(residual)
     with promised(residual, "an optimizer can be built with the residual"):
         options = Run(residual).optimizer.param_groups[0]
     for shape in SHAPES:
@@ -62,7 +64,7 @@ def check_residual(residual: Residual) -> None:
                 _check_linear(problem)
     if residual.needs_orthonormal:
         promise = "needs_orthonormal = True refuses other projectors"
-        check_refused(residual, promise, lambda: Run(residual, projector=Random("gaussian")), residual.name)
+        check_refused(residual, promise, lambda: Run(residual, {"projector": Random("gaussian")}), residual.name)
     check_shared(residual, {"projector": Coordinate("columns")}, {"on_refresh": "rotate"}, bits=(8,))
 
 
@@ -111,6 +113,11 @@ class _Problem:
         if not isinstance(made, Update):
             came = type(made).__name__
             break_promise(self.residual, "update returns an Update", f"a {came}", "return lo.Update(core, …)")
+        phi: object = None if update.term is None else update.term.scale
+        if phi is not None and not (isinstance(phi, Tensor) and phi.dim() > 1):
+            came = f"a tensor of {tuple(phi.shape)}" if isinstance(phi, Tensor) else repr(phi)
+            remedy = "for one number: torch.full_like(step.projected[..., :1, :1], number)"
+            break_promise(self.residual, "φ is a tensor of (…, d, 1) or (…, 1, 1)", came, remedy)
         if update.term is not None and update.term.by_channel != (update.term.scale.shape[-2] != 1):
             came = f"by_channel = {update.term.by_channel} with φ of {tuple(update.term.scale.shape)}"
             promise_of_term = "by_channel says whether φ has one number for every row of R, which are sharded with it"

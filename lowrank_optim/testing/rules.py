@@ -16,6 +16,7 @@ from lowrank_optim.testing.promises import (
     CLOSE,
     break_promise,
     check_in_place,
+    check_object,
     check_refused,
     check_same,
     check_shared,
@@ -49,6 +50,7 @@ def check_rule(rule: Rule) -> None:
         ...         return lo.Direction(momentum.clone())
         >>> check_rule(HeavyBall())
     """
+    check_object(rule)
     if isinstance(rule, JointRule):
         check_shared(rule)
         return

@@ -5,7 +5,7 @@ import importlib
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -473,6 +473,16 @@ class IgnoresOk(RowNormalised):
         return super().update(replace(step, ok=None), state, options)
 
 
+@dataclass(frozen=True)
+class PlainNumber(lo.Residual):
+    name = "plain_number"
+    share: float = 0.1
+
+    def update(self, step, state, options):
+        term = lo.GradientTerm(step.grad, step.unit * options["share"], step.ok)
+        return lo.Update(step.direction, options["scale"], term)
+
+
 CAUGHT = {
     IgnoresMask: "masks = True: where `context.ok` is false the moments stay",
     Remembers: "direction is a function of its arguments",
@@ -507,6 +517,7 @@ CAUGHT = {
     IgnoresUnit: "half the direction with `step.unit`",
     IgnoresChannel: "by_channel says whether",
     IgnoresOk: "changes no weight|where `step.ok` is false nothing changes",
+    PlainNumber: "φ is a tensor.*What came: 0.1.*torch.full_like",
 }
 
 
@@ -514,6 +525,24 @@ CAUGHT = {
 def test_a_part_that_breaks_a_promise_is_caught_with_its_name_and_what_is_needed(kind):
     with pytest.raises(AssertionError, match=f"(?s){kind.__name__}: (?=.*What is needed).*({CAUGHT[kind]})"):
         check(kind())
+
+
+@pytest.mark.parametrize(
+    ("check", "kind"), [(check_rule, Orthogonal), (check_projector, Hartley), (check_residual, RowNormalised)]
+)
+def test_a_class_in_place_of_a_part_is_named(check, kind):
+    with pytest.raises(AssertionError, match=rf"{kind.__name__} is a class.*{kind.__name__}\(\)"):
+        check(kind)
+
+
+@pytest.mark.parametrize("field", ["part", "dtype", "mesh"])
+def test_fields_may_be_named_as_the_arguments_of_the_checks(field):
+    def direction(self, grad, state, options, context):
+        return lo.Direction(state["exp_avg"].lerp_(grad, options[field]).clone())
+
+    members = {"name": "named_field", "direction": direction}
+    kind = make_dataclass("NamedField", [(field, float, 0.1)], bases=(lo.MomentumRule,), namespace=members, frozen=True)
+    check_rule(kind())
 
 
 def test_the_examples_of_the_checks_run():
