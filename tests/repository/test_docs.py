@@ -143,6 +143,10 @@ def test_what_a_command_names_is_there(command):
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert words[0] in targets
         assert all("=" in word for word in words[1:])
+    elif program == "git":
+        assert words[:2] == ["clone", PROJECT["urls"]["Source"]]
+    elif program == "cd":
+        assert words == [PROJECT["urls"]["Source"].rpartition("/")[2]]
     elif program == "lowrank-optim":
         parser = argparse.ArgumentParser()
         subparsers = parser.add_subparsers()
