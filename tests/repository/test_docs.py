@@ -172,6 +172,16 @@ def test_what_a_command_names_is_there(command):
 # What pages name ----------------------------------------------------------------------------------------------------------------
 
 
+def test_the_table_of_all_optimizers_has_their_short_names():
+    known = lo.METHODS | lo.FULL_RANK_METHODS | lo.LAYERWISE_METHODS
+    rows = text("docs/choose.md").partition("| short name |")[2].partition("\n\n")[0].splitlines()[2:]
+    shown = {}
+    for row in rows:
+        classes, names = (re.findall(r"`(\w+)`", cell) for cell in row.split(" | ")[:2])
+        shown |= dict(zip(names, classes, strict=False))
+    assert shown == {name: chosen.__name__ for name, chosen in known.items()}
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("docs/reference/")])
 def test_public_names_of_the_page_exist(page):
     for name in re.findall(r"\blo\.([A-Za-z_][\w.]*\w)", text(page)):
