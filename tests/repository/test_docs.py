@@ -172,6 +172,11 @@ def test_what_a_command_names_is_there(command):
 # What pages name ----------------------------------------------------------------------------------------------------------------
 
 
+def test_the_first_page_says_what_the_names_of_the_examples_stand_for():
+    section = text("docs/index.md").partition("## In the examples of these pages")[2]
+    assert pages.presupposed().keys() <= {"torch", *re.findall(r"`(\w+)`", section)}
+
+
 def test_the_table_of_all_optimizers_has_their_short_names():
     known = lo.METHODS | lo.FULL_RANK_METHODS | lo.LAYERWISE_METHODS
     rows = text("docs/choose.md").partition("| short name |")[2].partition("\n\n")[0].splitlines()[2:]
