@@ -33,7 +33,12 @@ OF_CHATS = ("docs/integrations/trl.md", "docs/integrations/peft.md")
 NEEDS = {f"docs/integrations/{name}.md": name for name in ("trl", "peft", "lightning", "accelerate")}
 """Pages that need a package of others."""
 
-STANDS_FOR = {'"llama-7b"': '"llama-60m"'}
+STANDS_FOR = {
+    '"llama-7b"': '"llama-60m"',
+    "LlamaConfig()": "LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)",
+    "rank=1024": "rank=16",
+    "max_steps=10_000": 'max_steps=2, report_to=[], save_strategy="no", use_cpu=True',
+}
 """What the tests run in place of what a page says, for the sake of time."""
 
 DO_NOT_RUN = {
@@ -82,7 +87,7 @@ def test_code_of_the_page_runs(page, tmp_path, monkeypatch, request):
 def run(block: pages.Block, scope: dict) -> None:
     """Run a block, and take a step with the optimizer that it makes."""
     trainer = OF_TRAINERS in block.code
-    if trainer and "TrainingArguments(" not in block.code:
+    if trainer:  # what a block makes itself, it makes after this
         scope |= pages.presupposed_by_a_trainer()
     old = scope["optimizer"]
     for word, stand_in in STANDS_FOR.items():
@@ -138,6 +143,10 @@ def test_what_a_command_names_is_there(command):
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert words[0] in targets
         assert all("=" in word for word in words[1:])
+    elif program == "git":
+        assert words[:2] == ["clone", PROJECT["urls"]["Source"]]
+    elif program == "cd":
+        assert words == [PROJECT["urls"]["Source"].rpartition("/")[2]]
     elif program == "lowrank-optim":
         parser = argparse.ArgumentParser()
         subparsers = parser.add_subparsers()
@@ -161,6 +170,21 @@ def test_what_a_command_names_is_there(command):
 
 
 # What pages name ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_page_says_what_the_names_of_the_examples_stand_for():
+    section = text("docs/index.md").partition("## In the examples of these pages")[2]
+    assert pages.presupposed().keys() <= {"torch", *re.findall(r"`(\w+)`", section)}
+
+
+def test_the_table_of_all_optimizers_has_their_short_names():
+    known = lo.METHODS | lo.FULL_RANK_METHODS | lo.LAYERWISE_METHODS
+    rows = text("docs/choose.md").partition("| short name |")[2].partition("\n\n")[0].splitlines()[2:]
+    shown = {}
+    for row in rows:
+        classes, names = (re.findall(r"`(\w+)`", cell) for cell in row.split(" | ")[:2])
+        shown |= dict(zip(names, classes, strict=False))
+    assert shown == {name: chosen.__name__ for name, chosen in known.items()}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("docs/reference/")])
