@@ -10,7 +10,7 @@ PINS   := constraints.txt
 endif
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-JOBS   ?= 2
+JOBS   ?= 3   # on 2 cores: many tests wait for processes that they start
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS)
 
 # A run in the folder is continued, or with ARGS=--overwrite deleted.

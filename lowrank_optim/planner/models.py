@@ -158,7 +158,8 @@ def _from_fields(fields: Mapping[str, Any], name: str) -> ModelChoice:
     library = _transformers()
     if kind not in library.CONFIG_MAPPING:
         hint = did_you_mean(str(kind), [*library.CONFIG_MAPPING, "dit"], cutoff=0.6)
-        raise PlanError(f"model_type {kind!r} of {name} is not known to transformers {library.__version__}: {hint}")
+        told = f": {hint}" if hint else "; plan the nn.Module itself, with an example_batch"
+        raise PlanError(f"model_type {kind!r} of {name} is not known to transformers {library.__version__}{told}")
     made = library.CONFIG_MAPPING[kind]
     if "text_config" not in fields:  # what a part of a config leaves out is the default of its class
         _refuse_missing(name, [field for field in _sizes(made) if not _has(fields, field, made.attribute_map)])

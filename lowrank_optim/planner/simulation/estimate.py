@@ -5,7 +5,7 @@ linear in the number of layers, and, with attention that keeps no scores, in the
 maximum changes hands, so every point is extrapolated for itself, and the largest is the peak. Points are the moments of the timeline,
 with layers counted from both ends: layers in between lie between them, as what is in memory changes evenly from layer to layer.
 
-Exact where layers are equal; `tests/test_planner_estimate.py` compares it with full simulations.
+Exact where layers are equal; `tests/planner/test_planner_prediction.py` compares it with full simulations.
 """
 
 from collections.abc import Callable
