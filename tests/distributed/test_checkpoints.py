@@ -120,19 +120,21 @@ def load(folder, flatten, which) -> None:
         assert gap < (1e-4 if optimizer.param_groups[0]["state_bits"] < 16 else 2e-6), (name, options, gap)
 
 
-ALL, EVEN, ODD = slice(None), slice(0, None, 2), slice(1, None, 2)
+ALL = slice(None)
+QUARTERS = [slice(start, None, 4) for start in range(4)]
+"""Every case is tried from two processes to one, and in `make test-all` between all numbers."""
 
 
 @pytest.mark.parametrize(
     ("saved", "loaded", "flatten", "which"),
     [
-        (2, 1, False, ALL),
-        (2, 4, True, EVEN),
-        pytest.param(2, 4, True, ODD, marks=pytest.mark.full),
-        pytest.param(4, 3, False, EVEN, marks=pytest.mark.full),
-        (4, 3, False, ODD),
+        pytest.param(2, 1, False, ALL, id="2-1"),
+        *(
+            pytest.param(*how, which, id=f"{how[0]}-{how[1]}-{n}", marks=[] if n == usual else [pytest.mark.full])
+            for *how, usual in ((2, 4, True, 0), (4, 3, False, 1))
+            for n, which in enumerate(QUARTERS)
+        ),
     ],
-    ids=["2-1", "2-4-even", "2-4-odd", "4-3-even", "4-3-odd"],
 )
 def test_a_checkpoint_resumes_on_another_number_of_processes(saved, loaded, flatten, which, tmp_path):
     spawn(saved, save, str(tmp_path), flatten, which)

@@ -166,8 +166,18 @@ def test_every_optimizer_agrees_with_one_process(world, cases):
     spawn(world, compare, cases)
 
 
-def test_every_variant_agrees_with_one_process():
-    spawn(4, compare, VARIANTS)
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        (4, VARIANTS[::2]),
+        (2, VARIANTS[1::2]),
+        pytest.param(4, VARIANTS[1::2], marks=pytest.mark.full),
+        pytest.param(2, VARIANTS[::2], marks=pytest.mark.full),
+    ],
+    ids=["4-even", "2-odd", "4-odd", "2-even"],
+)
+def test_every_variant_agrees_with_one_process(world, cases):
+    spawn(world, compare, cases)
 
 
 def test_replicas_of_shards_agree_with_one_process():

@@ -39,29 +39,20 @@ def collected(tmp_path_factory):
     """The cases of each test, by choice."""
     folder = tmp_path_factory.mktemp("cases")
     (folder / "test_cases.py").write_text(CASES)
+    code = (
+        "import sys, pytest\n"
+        "for cases in ('all', 'pairs', 'values'):\n"
+        "    print('cases', cases, flush=True)\n"
+        "    pytest.main([*sys.argv[1:], '--cases', cases])"
+    )
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.conftest", "--collect-only", "-q"]
+    command = [sys.executable, "-c", code, "--rootdir", str(folder), str(folder), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     found = {}
-    for cases in ("all", "pairs", "values"):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "tests.conftest",
-            "--rootdir",
-            str(folder),
-        ]
-        done = subprocess.run(
-            [*command, "--cases", cases, "--collect-only", "-q", str(folder)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        lines = [line.partition("::")[2].rstrip("]") for line in done.stdout.splitlines() if "::" in line]
+    for said in done.stdout.split("cases ")[1:]:
+        lines = [line.partition("::")[2].rstrip("]") for line in said.splitlines() if "::" in line]
         by_test = itertools.groupby(lines, lambda line: line.partition("[")[0])
-        found[cases] = {name: [line.partition("[")[2] for line in group] for name, group in by_test}
+        found[said.split()[0]] = {name: [line.partition("[")[2] for line in group] for name, group in by_test}
     return found
 
 
