@@ -28,7 +28,8 @@ class LowRankHook:
     Cost: besides the projection of the step itself, one of every gradient and one lift. Gradients of bfloat16 carry lift(R) in
     bfloat16, and R is sent in it.
 
-    Example:
+    It is registered with the model:
+
         model = DistributedDataParallel(model)
         optimizer = lo.GaLoreAdamW(lo.param_groups(model, rank=128), lr=1e-2)
         model.register_comm_hook(None, LowRankHook(optimizer))

@@ -175,7 +175,9 @@ class Basis(Protocol):
 class Projector(ABC):
     """How a subspace is chosen. Subclasses are frozen dataclasses, shared by all parameters.
 
-    Attributes (of the class, without a type in subclasses):
+    The attributes are of the class. Subclasses set them without a type.
+
+    Attributes:
         name: in groups and checkpoints, which hold no fields: other fields need another name.
         needs_gradient: False where a refresh does not look at the gradient, and so cannot fail.
         sees_all: every entry of the gradient has a part in R (if R has entries), where every NaN shows; so in any `DenseBasis`.

@@ -69,7 +69,9 @@ class Update:
 class Residual(ABC):
     """A choice of C, φ and E; subclasses are frozen dataclasses whose fields are group options.
 
-    Attributes (of the class, without a type in subclasses):
+    The attributes are of the class. Subclasses set them without a type.
+
+    Attributes:
         name: in groups and checkpoints.
         uses_gradient: `update` reads G; if False, R is all that it needs.
         uses_norms: `ResidualInput` has `squares` and `norms`, so that the projector needs channels.

@@ -109,7 +109,9 @@ class Context:
 class Rule(ABC):
     """An update rule; subclasses are frozen dataclasses whose fields are the group options they read.
 
-    Attributes (of the class, without a type in subclasses):
+    The attributes are of the class. Subclasses set them without a type.
+
+    Attributes:
         name: in groups and checkpoints.
         elementwise: every element is treated for itself, so that a large tensor may be given in parts.
         on_matrices: dense parameters come in their matrix view (convolutions as out × the rest); vectors go to the optimizer's

@@ -119,7 +119,9 @@ class JointRule(Rule):
     (`directions_of`, or `writes_lists` and `write_lists`), takes frozen members, knows shards, or has work to do once the weights are
     written, overrides what stands under "units" below.
 
-    Attributes (of the class, without a type in subclasses):
+    The attributes are of the class. Subclasses set them without a type.
+
+    Attributes:
         arity: the number of parameters.
         takes_frozen: some members of a unit, but not all, may be frozen.
         finishes: `finish` is to be called when the weights are written.
