@@ -50,6 +50,7 @@ class Plans(dict[Tensor, ParamPlan]):
     def renew(self, groups: Sequence[Group]) -> None:
         """Make all plans anew; if that cannot be, they stay as they are."""
         fresh = Plans(self.parts)
+        fresh.warned = self.warned
         for number, group in enumerate(groups):
             fresh.set_group(number, group, fresh.of_group(group, group["params"], number, len(fresh)))
         self.clear()
