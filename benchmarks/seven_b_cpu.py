@@ -17,7 +17,10 @@ the machine has less than the plan free. glibc's allocator keeps freed blocks in
 from which blocks go back to the system is set to 1 MB.
 
 `--save FOLDER` writes a checkpoint after each step (or after every `--save-every`), tensor by tensor without a second copy of the
-model, and the same command continues it. Each run writes benchmarks/results/seven_b_cpu_NAME.json; that of `--model` is printed only.
+model, and the same command continues it. Steps that a killed process had done after its last checkpoint are done again; the result
+has the losses of both (`repeated`), which are equal to the bit.
+
+Each run writes benchmarks/results/seven_b_cpu_NAME.json; that of `--model` is printed only.
 """
 
 import argparse
@@ -49,6 +52,7 @@ from lowrank_optim.planner.parametrizations import resolve_parametrization  # no
 from lowrank_optim.planner.simulation.allocator import GIB  # noqa: E402
 
 GAP, RANK, DENSITY = 10, 1024, 0.05
+PARTS = ("forward", "backward", "step")
 LOW_RANK = {"rank": RANK, "update_proj_gap": GAP}
 RUNS: dict[str, dict[str, Any]] = {
     "galore_8bit": {"optimizer": ("galore_8bit", LOW_RANK), "lr": 1e-3},
@@ -134,19 +138,17 @@ def train(
 ) -> dict[str, Any]:
     """Memory, losses and times of a run, from the building of the model on."""
     memory = Resident()
-    losses: list[float] = []
-    seconds: dict[str, list[float]] = {"forward": [], "backward": [], "step": []}
     with memory.watched(), fast_products(torch.device("cpu"), torch.bfloat16):
         began = time.perf_counter()
         model, optimizer = build(run, size, length)
         seconds_to_build = time.perf_counter() - began
         memory.built()
         print(f"built in {seconds_to_build:.0f} s, {(resident() - memory.before) / GIB:.2f} GiB", flush=True)
-        if folder is not None:
-            losses = restore(folder, model, optimizer)
-            if len(losses) >= steps:
-                raise SystemExit(f"all {steps} steps are done: nothing was measured, and no result written")
-        first = len(losses) + 1
+        record = restore(folder, model, optimizer)
+        losses, seconds, peak_before = record["losses"], record["seconds"], record["peak_resident_bytes"]
+        seconds["build"].append(seconds_to_build)
+        if len(losses) >= steps:
+            raise SystemExit(f"all {steps} steps are done: nothing was measured, and no result written")
         batches = text_batches(length, torch.device("cpu"))
         for step in range(len(losses), steps):
             times = [time.perf_counter()]
@@ -159,51 +161,66 @@ def train(
             optimizer.zero_grad()
             times.append(time.perf_counter())
             losses.append(float(loss.detach()))
-            for i, part in enumerate(seconds):
+            for i, part in enumerate(PARTS):
                 seconds[part].append(times[i + 1] - times[i])
-            took = [sum(parts) for parts in zip(*seconds.values(), strict=True)]
+            took = [sum(parts) for parts in zip(*(seconds[part] for part in PARTS), strict=True)]
+            record["peak_resident_bytes"] = max(peak_before, memory.peak - memory.before)
             above, left = (memory.peak - memory.before) / GIB, (steps - step - 1) * (median(took[1:] or took))
             print(
-                f"step {step + 1} of {steps}: loss {losses[-1]:.3f}, {took[-1]:.0f} s, peak {above:.2f} GiB beside "
+                f"step {step + 1} of {steps}: loss {losses[-1]:.6f}, {took[-1]:.0f} s, peak {above:.2f} GiB beside "
                 f"{memory.before / GIB:.2f} of interpreter and libraries, about {left / 60:.0f} min left",
                 flush=True,
             )
-            if folder is not None and (step + 1) % save_every == 0:
-                save(folder, model, optimizer, losses)
+            if folder is not None:
+                with (folder / "steps.jsonl").open("a", encoding="ascii") as lines:
+                    lines.write(json.dumps([step + 1, losses[-1]]) + "\n")
+                if (step + 1) % save_every == 0:
+                    save(folder, model, optimizer, record)
     if not all(map(math.isfinite, losses)):
         raise SystemExit(f"a loss is not finite: {losses}")
+    record["peak_resident_bytes"] = max(peak_before, memory.peak - memory.before)
     return {
-        "peak_resident_bytes": memory.peak - memory.before,
+        **record,
         "peak_resident_bytes_of_building": memory.peak_of_building - memory.before,
         "interpreter_bytes": memory.before,
-        "losses": losses,
-        "measured_from_step": first,
-        "seconds": {"build": seconds_to_build, **seconds},
+        "repeated": repeated(folder),
     }
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
     """Written tensor by tensor from where they lie, and put in the place of the one before at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "record": record}
     torch.save(content, folder / "checkpoint.pt.tmp")
     os.replace(folder / "checkpoint.pt.tmp", folder / "checkpoint.pt")
 
 
-def restore(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
-    """The losses of the steps that are done; tensors are read from the file when they are copied."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return []
-    content = torch.load(path, mmap=True, weights_only=True)
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    losses: list[float] = content["losses"]
-    print(f"continuing after step {len(losses)}", flush=True)
-    return losses
+def restore(folder: Path | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What is known of the steps that are done; tensors are read from the file when they are copied."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (path := folder / "checkpoint.pt").exists():
+            content = torch.load(path, mmap=True, weights_only=True)
+            model.load_state_dict(content["model"])
+            optimizer.load_state_dict(content["optimizer"])
+            record: dict[str, Any] = content["record"]
+            record["continued_after"].append(len(record["losses"]))
+            print(f"continuing after step {len(record['losses'])}", flush=True)
+            return record
+    seconds: dict[str, list[float]] = {part: [] for part in ("build", *PARTS)}
+    return {"losses": [], "seconds": seconds, "peak_resident_bytes": 0, "continued_after": []}
+
+
+def repeated(folder: Path | None) -> dict[str, list[float]]:
+    """The losses of the steps that were done more than once, since the first process was killed after them."""
+    done: dict[str, list[float]] = {}
+    if folder is not None:
+        for line in (folder / "steps.jsonl").read_text(encoding="ascii").splitlines():
+            step, loss = json.loads(line)
+            done.setdefault(str(step), []).append(loss)
+    return {step: losses for step, losses in done.items() if len(losses) > 1}
 
 
 # The command ------------------------------------------------------------------------------------------------------------------

@@ -69,6 +69,42 @@ def memory_7b() -> str:
     return _memory(MANY, kinds)
 
 
+def seven_b_measured() -> str:
+    """Runs of benchmarks/seven_b_cpu.py beside their plans."""
+    names = {
+        "adamw": "AdamW, the largest LLaMA that fits",
+        "apollo_mini": "APOLLO-Mini",
+        "qgalore": "Q-GaLore, int8 weights",
+    }
+    rows = []
+    for name, title in names.items():
+        run = results(f"seven_b_cpu_{name}")
+        planned, measured, losses = run["planned_bytes"], run["peak_resident_bytes"], run["losses"]
+        gib = [f"{size / 2**30:.2f}" for size in (planned, measured)]
+        rows.append([f"{title} ({run['model']})", *gib, f"{run['error_of_plan']:+.1%}".replace("-", "−")])
+        rows[-1] += [str(run["length"]), str(len(losses)), f"{losses[0]:.2f} → {losses[-1]:.2f}"]
+    return table(["GiB at the peak", "planned", "measured", "error of the plan", "tokens", "steps", "loss"], rows)
+
+
+def seven_b_parts() -> str:
+    """Seconds by part of ordinary steps and refreshes, and how many times their floor they are."""
+    parts = ("basis", "project", "finite", "direct", "apply")
+    rows = []
+    for shape, found in results("seven_b_parts")["matrices"].items():
+        kinds, floors = found["seconds"], found["floors"]
+
+        def cell(seconds: float, floor: float | None) -> str:
+            return f"{seconds:.3f} ({seconds / floor:.1f}×)" if floor else "—"
+
+        ordinary = kinds["ordinary"]
+        row = [shape, *(cell(ordinary[part], floors.get(part)) for part in parts), f"{kinds['columns']['columns']:.3f}"]
+        row.append(cell(kinds["first"]["refresh"], floors.get("first refresh")))
+        row.append(cell(kinds.get("refresh", {}).get("refresh", 0.0), floors.get("refresh")))
+        total = sum(floors.get(part, 0.0) for part in parts)
+        rows.append([*row, cell(ordinary["whole"], total)])
+    return table(["seconds (of the floor)", *parts, "columns", "first refresh", "later refresh", "ordinary step"], rows)
+
+
 def distributed() -> str:
     """MiB sent in a step."""
     heads = {
@@ -294,6 +330,8 @@ def gpu_estimate() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "memory-7b-short": memory_7b_short,
     "memory-7b": memory_7b,
+    "seven-b-measured": seven_b_measured,
+    "seven-b-parts": seven_b_parts,
     "distributed": distributed,
     "planner-processes": planner_processes,
     "convergence": convergence,
