@@ -61,7 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "sltrain": {
         "optimizer": ("LowRankOptimizer", {"rule": "adam", "state_bits": 8}),
         "parametrization": ("sltrain", {"density": DENSITY}),
-        "lr": 1e-3,
+        "lr": 1e-4,
     },
     "adamw": {"optimizer": ("adamw", {}), "in_backward": False, "lr": 1e-4},
 }

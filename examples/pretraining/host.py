@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lowrank_optim.kernels import MULTIPLIES_BFLOAT16
 from lowrank_optim.nn import QuantizedWeight
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -48,7 +49,7 @@ def resident() -> int:
 
 def multiplies_bfloat16() -> bool:
     """Whether the processor has fast products of bfloat16. Without, torch's are several times slower than those of float32."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return MULTIPLIES_BFLOAT16
 
 
 def fast_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:

@@ -29,11 +29,13 @@ from lowrank_optim.kernels.api import (
 from lowrank_optim.kernels.arguments import pack_key, pack_scalars, unpack_key
 from lowrank_optim.kernels.coded_reference import decode_adam, encode_adam
 from lowrank_optim.kernels.compute import (
+    MULTIPLIES_BFLOAT16,
     cache_elements,
     compute_dtype,
     is_known,
     masked_scalar,
     norm,
+    product,
     row_chunks,
     row_norms,
     scalar,
@@ -65,6 +67,7 @@ from lowrank_optim.kernels.rounding import WeightError, joined, stochastic_round
 from lowrank_optim.kernels.sparse_reference import low_rank, token_rows
 
 __all__ = [
+    "MULTIPLIES_BFLOAT16",
     "AdamNumbers",
     "Loaded",
     "PlainModes",
@@ -108,6 +111,7 @@ __all__ = [
     "pack_key",
     "pack_scalars",
     "pair_step_",
+    "product",
     "project",
     "project_with_norms",
     "rite_step_",

@@ -11,6 +11,9 @@ CHUNK_ELEMENTS = 1 << 20
 CACHE_ELEMENTS = 1 << 17
 """Elements of a chunk for each thread of the CPU: few enough for its caches, and so many that calls of torch cost little."""
 
+MULTIPLIES_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+"""Whether the processor has units for products of bfloat16."""
+
 NORM_RUN = 256
 """Elements whose norm is taken in a low-precision type; tensors of fewer than its square are converted."""
 
@@ -44,6 +47,19 @@ def cache_elements(device: torch.device) -> int:
 def is_known(condition: Tensor) -> bool:
     """Whether the host knows that a condition holds for all elements: not where it would have to wait for a device."""
     return condition.device.type == "cpu" and bool(condition.all())
+
+
+def is_slow_product(x: Tensor) -> bool:
+    """Whether torch multiplies a matrix of this type slowly where it lies: bfloat16 on a processor without units for it."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not MULTIPLIES_BFLOAT16
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, for a matrix b of the type of `a`.
+
+    Where bfloat16 is slow, it is one of float32, rounded: torch's own of two row-major matrices takes a hundred times as long.
+    """
+    return (a.float() @ b.float()).to(a.dtype) if is_slow_product(a) else a @ b
 
 
 def norm(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_optim.kernels import sparse_schemas  # noqa: F401 (defines the operations)
-from lowrank_optim.kernels.compute import compute_dtype
+from lowrank_optim.kernels.compute import compute_dtype, is_slow_product, product
 from lowrank_optim.kernels.dispatch import definition
 
 TILE_ELEMENTS = 1 << 20
@@ -61,7 +61,10 @@ def low_rank(x: Tensor, inner: Tensor | None, factor: Tensor | None, bias: Tenso
     if inner is None or factor is None:
         y.zero_() if bias is None else y.copy_(bias)
     elif bias is None:
-        torch.mm(token_rows(inner), factor, out=y)
+        if is_slow_product(x):
+            y.copy_(product(token_rows(inner), factor))
+        else:
+            torch.mm(token_rows(inner), factor, out=y)
     else:
         torch.addmm(bias, token_rows(inner), factor, out=y)
     return out

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowrank_optim.kernels import call, compute_dtype, low_rank, no_autograd_no_autocast, token_rows
+from lowrank_optim.kernels import call, compute_dtype, low_rank, no_autograd_no_autocast, product, token_rows
 from lowrank_optim.nn.supports import ColumnSupport, SeededSupport, StoredSupport, Support
 
 
@@ -43,7 +43,7 @@ class SparseLowRankProduct(torch.autograd.Function):
     ) -> Tensor:
         tokens = x.to(compute)
         a, b, v, offset = (None if p is None else p.to(compute) for p in (lora_a, lora_b, values, bias))
-        u = None if a is None else tokens @ a.mT
+        u = None if a is None else product(tokens, a.mT)
         ctx.save_for_backward(x, lora_a, lora_b, values, bias, theta, u if save_projection else None)
         ctx.scale, ctx.support, ctx.compute = scale, support, compute
         scaled = None if u is None else _times(u, _scale(theta, scale, compute))
@@ -70,19 +70,19 @@ class SparseLowRankProduct(torch.autograd.Function):
         if lora_a is not None:
             a, b, s = lora_a.to(compute), lora_b.to(compute), _scale(theta, ctx.scale, compute)
             if need_x or need_a or need_theta:
-                q = g @ b
+                q = product(g, b)
             if need_b or need_theta:
-                u = tokens @ a.mT if u is None else token_rows(u)
+                u = product(tokens, a.mT) if u is None else token_rows(u)
             if need_theta:  # ∂θ = (1 − s²) ∂s
                 exact = torch.tanh(theta.to(compute_dtype(compute)))
                 inner = (q.to(exact.dtype) * u.to(exact.dtype)).sum()
                 grad_theta = (inner * (1 - exact * exact)).to(theta.dtype)
             if need_b:
-                grad_b = (g.mT @ _times(u, s)).to(lora_b.dtype)
+                grad_b = product(g.mT, _times(u, s)).to(lora_b.dtype)
             if need_x or need_a:
                 q = _times(q, s)
             if need_a:
-                grad_a = (q.mT @ tokens).to(lora_a.dtype)
+                grad_a = product(q.mT, tokens).to(lora_a.dtype)
         grad_x, grad_v = _sparse_backward(support, values, tokens, g, q, a, need_x, need_v)
         grad_bias = g.sum(0, dtype=compute_dtype(compute)).to(bias.dtype) if need_bias else None
         if grad_x is not None:
@@ -102,7 +102,7 @@ def _sparse_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """∂x and ∂v, where they are wanted."""
     if values is None or support is None:
-        return (q @ a if need_x and q is not None and a is not None else None), None
+        return (product(q, a) if need_x and q is not None and a is not None else None), None
     v = values.to(x.dtype)
     grad_x = grad_v = None
     if isinstance(support, ColumnSupport):

@@ -565,3 +565,18 @@ def test_low_precision_weights_never_see_a_working_copy_of_more_than_a_chunk(dty
         term = reference.ResidualTerm(grad, phi, sign=True, left=core, right=basis.mT)
         kernels.apply_(weight, core, basis.mT, alpha=0.1, keep=0.9, rounding_key=key, residual=term)
     assert 0 < watch.largest <= 512  # a chunk of 256 numbers, also as int64 positions; the matrix has 8192
+
+
+@pytest.mark.parametrize("has_units", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_products_of_bfloat16_round_once_with_and_without_units(has_units, layout, monkeypatch):
+    monkeypatch.setattr(compute, "MULTIPLIES_BFLOAT16", has_units)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((2, 9, 24), (24, 31)))
+    b = b if layout == "rows" else b.mT.contiguous().mT
+    found, exact = kernels.product(a, b), a.double() @ b.double()
+    assert found.dtype == torch.bfloat16
+    assert compute.is_slow_product(a) is not has_units
+    assert not compute.is_slow_product(a.float())
+    atol = 1e-2 if has_units else 1e-6  # torch may round parts of sums to bfloat16
+    assert torch.allclose(found.double(), exact, rtol=1.01 * 2**-8, atol=atol)
